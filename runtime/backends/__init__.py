@@ -1,0 +1,1 @@
+"""Inference engines: one file an engine, its name is the file's name."""

@@ -1,0 +1,262 @@
+"""What all command lines of the project share: errors in two lines, progress on stderr, JSON on stdout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import click
+
+from runtime.errors import DDError
+
+INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
+BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader left, as in `ddexport models | head -1`
+BAR_AFTER_SECONDS = 2.0
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+_debug: ContextVar[bool] = ContextVar("debug", default=False)
+
+
+def debug_option(function: F) -> F:
+    """Decorator: adds `--debug`, which shows the tracebacks of user errors, and informative logs."""
+
+    def switch_on(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value:
+            _debug.set(True)
+            logging.getLogger().setLevel(logging.INFO)
+
+    option = click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=switch_on,
+        help="Show the traceback of an error, and more logs.",
+    )
+    return option(function)
+
+
+class _ErrorHandling(click.Command):
+    """The outermost command's `main` turns every expected way to end into an exit code.
+
+    0 done, 1 user or environment error, 2 usage, 3 verification failed, 130 interrupted, 141 reader left.
+    A command that returns an int ends with that exit code. Exceptions other than `DDError` are defects and
+    show a traceback.
+    """
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        run = partial(super().main, args, prog_name, complete_var, standalone_mode=False, **extra)
+        if not standalone_mode:
+            return run()
+        with _logging_to_stderr():
+            sys.exit(_exit_code(run))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            _close_stdout()
+            raise click.exceptions.Exit(BROKEN_PIPE) from None
+
+
+def _exit_code(run: Callable[[], Any]) -> int:
+    token = _debug.set(False)
+    try:
+        result = run()
+        sys.stdout.flush()
+    except DDError as error:
+        if _debug.get():
+            click.echo(traceback.format_exc(), err=True)
+        show_error(error)
+        return error.exit_code
+    except click.exceptions.Abort:
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except BrokenPipeError:
+        _close_stdout()
+        return BROKEN_PIPE
+    finally:
+        _debug.reset(token)
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+class Command(_ErrorHandling):
+    """A click command with the project's errors and exit codes: `@click.command(cls=console.Command)`."""
+
+
+class Group(_ErrorHandling, click.Group):
+    """A click group with the project's errors and exit codes: `@click.group(cls=console.Group)`."""
+
+    command_class = Command
+
+
+def show_error(error: DDError) -> None:
+    """Prints what went wrong and what to do, in two lines on stderr."""
+    click.echo(f"{click.style('error:', fg='red')} {_one_line(error.message)}", err=True)
+    if error.hint:
+        click.echo(f"{click.style('hint:', fg='cyan')} {_one_line(error.hint)}", err=True)
+
+
+def emit_json(data: Any) -> None:
+    """Prints `data` as strict JSON on stdout.
+
+    Dataclasses, paths, and NumPy scalars and arrays are converted; NaN and infinities, which JSON lacks,
+    become null.
+    """
+    click.echo(json.dumps(_plain(data), indent=2, allow_nan=False, ensure_ascii=False))
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a terminal, which is where progress may be drawn."""
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Names the work on stderr, and says how long it took: `with stage("checking student.onnx"): ...`."""
+    transient = is_terminal()
+    click.echo(f"{name} ...", err=True, nl=not transient)
+    start = time.perf_counter()
+    try:
+        yield
+    except BaseException:
+        _clear_line()
+        click.echo(f"{name}: stopped after {duration(time.perf_counter() - start)}", err=True)
+        raise
+    _clear_line()
+    click.echo(f"{name}: {duration(time.perf_counter() - start)}", err=True)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: `85 ms`, `4.2 s`, `3 min 05 s`."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.{0 if seconds >= 0.01 else 1}f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+class Progress(Generic[T]):
+    """A bar on stderr for work that takes longer than two seconds; nothing when stderr is no terminal.
+
+    Either iterate over it, or use it as a context manager and call `advance`.
+    """
+
+    def __init__(self, items: Iterable[T], total: int | None, label: str) -> None:
+        self._items, self._total, self._label = items, total, label
+        self._done, self._drawn = 0, False
+        self._start = time.monotonic()
+        self._next_draw = self._start + BAR_AFTER_SECONDS
+        self._terminal = is_terminal()
+
+    def advance(self, count: int = 1) -> None:
+        """Says that `count` more pieces of the work are done."""
+        self._done += count
+        now = time.monotonic()
+        if self._terminal and now >= self._next_draw:
+            self._next_draw = now + 0.1
+            self._drawn = True
+            click.echo(f"\r\x1b[K{self._text(now - self._start)}", err=True, nl=False)
+
+    def _text(self, elapsed: float) -> str:
+        if not self._total:
+            return f"{self._label}  {self._done}  {duration(elapsed)}"
+        share = min(self._done / self._total, 1.0)
+        bar = ("#" * round(24 * share)).ljust(24, ".")
+        left = f"  {duration(elapsed / share - elapsed)} left" if 0 < share < 1 else ""
+        return f"{self._label}  [{bar}]  {self._done}/{self._total}{left}"
+
+    def __enter__(self) -> Progress[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._drawn:
+            _clear_line()
+
+    def __iter__(self) -> Iterator[T]:
+        with self:
+            for item in self._items:
+                yield item
+                self.advance()
+
+
+def progress(work: Iterable[T] | int, label: str) -> Progress[T]:
+    """`for item in progress(items, "drawing")`, or `with progress(64, "drawing") as bar: bar.advance(8)`."""
+    if isinstance(work, int):
+        return Progress((), work, label)
+    return Progress(work, len(work) if isinstance(work, Sized) else None, label)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes `warning: text`, over a progress bar or a transient stage line if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _clear_line()
+        click.echo(f"{record.levelname.lower()}: {self.format(record)}", err=True)
+
+
+@contextmanager
+def _logging_to_stderr() -> Iterator[None]:
+    root, handler = logging.getLogger(), _StderrHandler()
+    level = root.level
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
+def _clear_line() -> None:
+    if is_terminal():
+        click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def _close_stdout() -> None:
+    # The interpreter flushes stdout once more when it ends; give it somewhere to write to.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _plain(data: Any) -> Any:
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        data = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
+    elif hasattr(data, "tolist"):  # NumPy scalars and arrays, without importing NumPy
+        data = data.tolist()
+    if isinstance(data, Mapping):
+        return {str(key): _plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple, set, frozenset)):
+        return [_plain(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return str(data) if isinstance(data, Path) else data
