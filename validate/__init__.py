@@ -1,0 +1,1 @@
+"""Holds a bundle against the PyTorch reference it was exported from."""

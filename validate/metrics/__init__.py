@@ -1,0 +1,1 @@
+"""Metrics: each file without a leading underscore is one, registered by its name (see `_base`)."""

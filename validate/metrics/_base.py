@@ -1,0 +1,188 @@
+"""What a parity metric is given, and the typed results it gives back.
+
+A metric is a file in this folder. One that takes part in `validate parity` has a function
+
+    compare(comparison: Comparison, limits: Limits) -> list[Measurement]
+
+and is found by the harness through its file name; other files here belong to other commands. A metric
+prints nothing and decides nothing beyond its own limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+IntArray: TypeAlias = npt.NDArray[np.int64]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+Direction = Literal["at most", "at least"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is allowed in one precision: the manifest's `parity[precision]`.
+
+    token_margin: a logit difference that rounding may cause. embedding_error: rms error / rms of the
+    reference. image_psnr: dB, images in [0, 1]. image_max: largest difference of an 8-bit value.
+    """
+
+    token_margin: float
+    embedding_error: float
+    image_psnr: float
+    image_max: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number, the limit it is held to, and where it is worst.
+
+    `limit` None makes it information: it cannot fail. A value that is not a number never passes. `counts`
+    holds what the value was counted from, for the table and the JSON report.
+    """
+
+    metric: str
+    scope: str
+    name: str
+    value: float
+    limit: float | None = None
+    direction: Direction = "at most"
+    where: str = ""
+    note: str = ""
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def gated(self) -> bool:
+        """Whether this measurement can fail."""
+        return self.limit is not None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value keeps to the limit; always true for information."""
+        if self.limit is None:
+            return True
+        return self.value <= self.limit if self.direction == "at most" else self.value >= self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for the JSON report. A value that is not finite becomes a string."""
+        value = self.value if np.isfinite(self.value) else str(self.value)
+        return {
+            "metric": self.metric,
+            "scope": self.scope,
+            "name": self.name,
+            "value": value,
+            "limit": self.limit,
+            "direction": self.direction,
+            "passed": self.passed,
+            "where": self.where,
+            "note": self.note,
+            "counts": self.counts,
+        }
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """What the student gave for N rows: sequence (N, L, Cv) and logits (N, S, V), float32."""
+
+    sequence: FloatArray
+    logits: FloatArray
+
+    def __len__(self) -> int:
+        return int(self.sequence.shape[0])
+
+    def rows(self, index: Any) -> StudentOutput:
+        """The rows `index` selects."""
+        return StudentOutput(self.sequence[index], self.logits[index])
+
+    @property
+    def tokens(self) -> IntArray:
+        """argmax of the logits (N, S), int64."""
+        return np.asarray(np.argmax(self.logits, axis=-1), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class StudentPair:
+    """The student run twice on the same rows: what is expected and what was got.
+
+    known (N,) int64: leading positions that hold data, for each row. places: the name of each row, for
+    `where`. gate: False where the two had different inputs, so that a difference is information and not a
+    fault.
+    """
+
+    scope: str
+    expected: StudentOutput
+    got: StudentOutput
+    known: IntArray
+    split: int
+    places: tuple[str, ...]
+    gate: bool = True
+
+    def decided(self) -> BoolArray:
+        """(N, S): the positions whose token this step decides, that is before the split and not kept."""
+        return np.asarray(np.arange(self.split)[None, :] >= self.known[:, None])
+
+    def differing(self) -> BoolArray:
+        """(N, S): the positions among the decided ones where the tokens differ."""
+        return np.asarray((self.expected.tokens != self.got.tokens) & self.decided())
+
+
+@dataclass(frozen=True)
+class ImagePair:
+    """Images (N, 3, H, W) float32 in [0, 1], expected and got.
+
+    comparable (N,): False for an image whose tokens differ already, so that it shows another picture, not
+    an error of the decoder. Such images are counted, and left out.
+    """
+
+    scope: str
+    expected: FloatArray
+    got: FloatArray
+    comparable: BoolArray
+    places: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that was run: what every metric is given."""
+
+    students: list[StudentPair]
+    images: list[ImagePair]
+
+
+Compare: TypeAlias = Callable[[Comparison, Limits], list[Measurement]]
+
+
+def relative_error(expected: FloatArray, got: FloatArray, mask: BoolArray) -> tuple[float, int]:
+    """rms(got - expected) / rms(expected) of the worst row, over its positions in `mask`, and that row.
+
+    Arrays (N, P, C), mask (N, P). Row by row, so that many good images cannot hide a bad one. (0.0, 0) when
+    nothing is selected; infinite where only `expected` is zero; NaN, which counts as worst, where `got` is
+    not a number.
+    """
+    weight = mask[:, :, None]
+    error = np.sum(np.where(weight, got.astype(np.float64) - expected, 0.0) ** 2, axis=(1, 2))
+    norm = np.sum(np.where(weight, expected.astype(np.float64), 0.0) ** 2, axis=(1, 2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(error == 0.0, 0.0, np.sqrt(error / norm))
+    row = int(np.argmax(ratios))
+    return float(ratios[row]), row
+
+
+def largest_difference(
+    expected: FloatArray, got: FloatArray, mask: BoolArray
+) -> tuple[float, tuple[int, int]]:
+    """The largest |got - expected| over the positions of `mask`, and its (row, position). NaN counts as
+    largest.
+
+    Arrays (N, P, C), mask (N, P). (0.0, (0, 0)) when nothing is selected.
+    """
+    if not mask.any():
+        return 0.0, (0, 0)
+    error = np.abs(got.astype(np.float64) - expected).max(axis=-1)
+    error = np.where(mask, error, -1.0)
+    row, position = np.unravel_index(int(np.argmax(error)), error.shape)  # argmax takes the first NaN
+    return float(error[row, position]), (int(row), int(position))

@@ -1,0 +1,63 @@
+"""The sequence: regressed embeddings from the split on, codebook entries and kept positions elsewhere."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from validate.metrics._base import (
+    Comparison,
+    IntArray,
+    Limits,
+    Measurement,
+    StudentPair,
+    largest_difference,
+    relative_error,
+)
+
+
+def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
+    """For each pair of student runs: error of the embeddings, and of the positions that are copied."""
+    found: list[Measurement] = []
+    for pair in comparison.students:
+        if pair.gate:
+            found += [*regressed(pair, limits.embedding_error), copied(pair, limits.embedding_error)]
+    return found
+
+
+def regressed(pair: StudentPair, limit: float) -> list[Measurement]:
+    """Relative error of what the embedding head wrote, and, as information, the largest error."""
+    mask = _positions(pair) >= np.maximum(pair.known, pair.split)[:, None]
+    largest, place = largest_difference(pair.expected.sequence, pair.got.sequence, mask)
+    error, row = relative_error(pair.expected.sequence, pair.got.sequence, mask)
+    where = f"{pair.places[place[0]]}, position {place[1]}" if mask.any() else ""
+    return [
+        Measurement(
+            "embeddings", pair.scope, "embeddings, relative error", error, limit=limit, where=pair.places[row]
+        ),
+        Measurement("embeddings", pair.scope, "embeddings, largest error", largest, where=where),
+    ]
+
+
+def copied(pair: StudentPair, limit: float) -> Measurement:
+    """Relative error of what no head computes: kept positions, and codebook entries where the tokens agree.
+
+    This is where a wrong split, a wrong `known` or a damaged codebook shows although every logit is right.
+    """
+    positions = _positions(pair)
+    mask = (positions < pair.split) | (positions < pair.known[:, None])
+    mask[:, : pair.split] &= ~pair.differing()
+    error, row = relative_error(pair.expected.sequence, pair.got.sequence, mask)
+    _, place = largest_difference(pair.expected.sequence[[row]], pair.got.sequence[[row]], mask[[row]])
+    return Measurement(
+        "embeddings",
+        pair.scope,
+        "kept and codebook entries, relative error",
+        error,
+        limit=limit,
+        where=f"{pair.places[row]}, position {place[1]}",
+    )
+
+
+def _positions(pair: StudentPair) -> IntArray:
+    shape = pair.expected.sequence.shape[:2]
+    return np.broadcast_to(np.arange(shape[1]), shape)

@@ -1,0 +1,102 @@
+"""Tokens before the split: do both pick the same codebook entry, and are the logits behind it the same.
+
+A differing token is excused only where the reference itself was undecided: its logit of the token that the
+bundle picked lies less than `token_margin` below its largest. That implies a top-2 margin below the limit,
+and refuses the excuse to a bundle that picks some third token. Excused tokens are counted and shown.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from validate.metrics._base import (
+    BoolArray,
+    Comparison,
+    FloatArray,
+    Limits,
+    Measurement,
+    StudentPair,
+    largest_difference,
+)
+
+
+def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
+    """Differing tokens and the largest logit error of each pair of student runs."""
+    found: list[Measurement] = []
+    for pair in comparison.students:
+        found.append(differing_tokens(pair, limits.token_margin))
+        if pair.gate:
+            found.append(logits_error(pair, limits.token_margin))
+    return found
+
+
+def margins(logits: FloatArray) -> FloatArray:
+    """The largest logit minus the second largest: (..., V) -> (...)."""
+    top = np.partition(logits, -2, axis=-1)[..., -2:]
+    return np.asarray(top[..., 1] - top[..., 0], dtype=np.float32)
+
+
+def excused(pair: StudentPair, limit: float) -> BoolArray:
+    """(N, S): the differing positions where the reference's own choice hung on less than `limit`."""
+    chosen = np.take_along_axis(pair.expected.logits, pair.got.tokens[..., None], axis=-1)[..., 0]
+    lost = pair.expected.logits.max(axis=-1) - chosen
+    return np.asarray(pair.differing() & (lost < limit))
+
+
+def differing_tokens(pair: StudentPair, limit: float) -> Measurement:
+    """The number of differing tokens that nothing excuses; 0, unless the inputs differed already."""
+    decided, differing, pardoned = pair.decided(), pair.differing(), excused(pair, limit)
+    faults = differing & ~pardoned
+    counts = {
+        "compared": int(decided.sum()),
+        "differing": int(differing.sum()),
+        "excused": int(pardoned.sum()),
+    }
+    name = "tokens that differ"
+    if not pair.gate:
+        note = f"of {counts['compared']}, each side keeping its own tokens"
+        return Measurement(
+            "tokens",
+            pair.scope,
+            name,
+            float(differing.sum()),
+            note=note,
+            counts=counts,
+            where=_worst(pair, differing),
+        )
+    note = f"of {counts['compared']}" if decided.any() else "every token is kept from the step before"
+    if pardoned.any():
+        note += f"; {counts['excused']} more excused, margin below {limit:g}"
+    return Measurement(
+        "tokens",
+        pair.scope,
+        name,
+        float(faults.sum()),
+        limit=0.0,
+        where=_worst(pair, faults if faults.any() else differing if differing.any() else decided),
+        note=note,
+        counts=counts,
+    )
+
+
+def logits_error(pair: StudentPair, limit: float) -> Measurement:
+    """The largest error of a logit. Same limit: the excuse is honest only while rounding keeps to it."""
+    everywhere = np.ones(pair.expected.logits.shape[:2], dtype=np.bool_)
+    value, (row, position) = largest_difference(pair.expected.logits, pair.got.logits, everywhere)
+    where = f"{pair.places[row]}, position {position}"
+    return Measurement("tokens", pair.scope, "logits, largest error", value, limit=limit, where=where)
+
+
+def _worst(pair: StudentPair, mask: BoolArray) -> str:
+    """Among the masked positions the differing one with the largest margin, or else the closest call."""
+    if not mask.any():
+        return ""
+    margin = margins(pair.expected.logits)
+    differing = bool((pair.differing() & mask).any())
+    key = np.where(mask, margin, -np.inf if differing else np.inf)
+    row, position = np.unravel_index(int(key.argmax() if differing else key.argmin()), key.shape)
+    text = f"{pair.places[row]}, position {position}, margin {margin[row, position]:.2g}"
+    if not differing:
+        return text
+    wanted, got = pair.expected.tokens[row, position], pair.got.tokens[row, position]
+    return f"{text}: {got} for {wanted}"
