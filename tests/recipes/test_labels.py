@@ -41,8 +41,8 @@ ANCHORS = {
     999: "toilet tissue",
 }
 
-# The thousand names as they were checked, one by one, against a second statement of the WordNet synsets. The class
-# order is fixed for good, so a change of the list is a mistake unless the wording of a name is what changed.
+# The thousand names as they were checked, one by one, against a second statement of the WordNet synsets. The
+# class order is fixed for good: a change is a mistake unless only the wording of a name was meant to change.
 IMAGENET_SHA256 = "e675a4d020f676b102b385c9f5058589ff6656c55362787131f074bfb29d3e95"
 
 
