@@ -1,0 +1,84 @@
+"""What a family provides: modules for its parts, and how the published files spell their weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from runtime.errors import DDError
+
+if TYPE_CHECKING:
+    from ddexport.recipe import Recipe
+
+
+class GeometryError(DDError):
+    """A recipe whose geometry does not fit its family."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a published file spells the weights of one part.
+
+    `published(key)` gives the published name of one of our state-dict keys; where the file stores several tensors for
+    one of ours (query, key and value), all names, to be concatenated along dimension 0. `containers` is the way from
+    the top of the file to the state dict, per `--weights` choice; a flat file is accepted too. `recomputable` are
+    published buffers that carry no information, as regular expressions: they may be missing, and where present they
+    must satisfy the check, or the file was made by different code.
+    """
+
+    published: Callable[[str], tuple[str, ...]]
+    containers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    recomputable: Mapping[str, Callable[[Tensor], bool]] = field(default_factory=dict)
+
+
+class Student(nn.Module):
+    """The contract every family's student keeps; the graphs, the distillation and the parity check rely on it."""
+
+    def forward(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens [B, L, Cv] float32, label [B] int64, known [B] int64 -> sequence [B, L, Cv], logits [B, S, V]."""
+        raise NotImplementedError
+
+    def heads(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Both heads at every position, nothing composed: logits [B, L, V], embeddings [B, L, Cv]."""
+        raise NotImplementedError
+
+    def tabulate(self) -> None:
+        """Replaces, in place and for good, what depends on a small index alone by tables. Outputs stay equal."""
+        raise NotImplementedError
+
+
+class Family(ABC):
+    """One model family. Stateless: a recipe goes in, modules and layouts come out."""
+
+    roles: tuple[str, ...] = ("student", "tokenizer", "teacher")
+
+    @abstractmethod
+    def build(self, recipe: Recipe, role: str) -> nn.Module:
+        """The module of `role`, freshly initialised, float32. Raises `GeometryError` if the recipe does not fit."""
+
+    @abstractmethod
+    def layout(self, recipe: Recipe, role: str) -> Layout:
+        """How published files spell the weights of `role`."""
+
+
+def compose(tokens: Tensor, logits: Tensor, embeddings: Tensor, codebook: Tensor, known: Tensor) -> Tensor:
+    """The student's sequence from its two heads.
+
+    Args:
+        tokens: [B, L, Cv] what was fed in.
+        logits: [B, S, V] for the positions before the split.
+        embeddings: [B, L - S, Cv] regressed, for the positions from the split on.
+        codebook: [V, Cv].
+        known: [B] int64, the number of leading positions that pass through.
+
+    Returns:
+        [B, L, Cv].
+    """
+    drawn = torch.cat([codebook[logits.argmax(-1)], embeddings], dim=1)
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    return torch.where((position < known[:, None])[:, :, None], tokens, drawn)

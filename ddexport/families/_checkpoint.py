@@ -1,0 +1,289 @@
+"""Reading and writing the weights of a part: published `.pth` layouts and `.safetensors`.
+
+Checkpoints are untrusted. Pickles are read with `weights_only`, so that none can run code; every key and every shape must
+be the expected one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ddexport.families import family
+from ddexport.families._base import GeometryError, Layout, Student
+from runtime.errors import DDError
+
+if TYPE_CHECKING:
+    from ddexport.recipe import Recipe
+
+NAMED_KEYS = 4
+
+
+class CheckpointError(DDError):
+    """A weight file that cannot be read, or that holds another model."""
+
+
+def load_part(recipe: Recipe, role: str, path: Path | str, weights: str = "ema") -> nn.Module:
+    """The module of `role` with the weights of the file, float32, in evaluation mode.
+
+    Args:
+        recipe: says which geometry the file must have.
+        role: "student", "tokenizer" or "teacher".
+        path: a published checkpoint or a `.safetensors` file with the published key names.
+        weights: "ema" (what the authors sample with) or "model", where the file holds both.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, unsafe, or holds other keys or shapes than the recipe says.
+    """
+    path = Path(path)
+    layout = family(recipe.family).layout(recipe, role)
+    state = _unwrapped(_read(path), layout, weights, path)
+    with torch.device("meta"):
+        module = family(recipe.family).build(recipe, role)
+    module.load_state_dict(_converted(state, module, layout, recipe, role, path), strict=True, assign=True)
+    return _ready(module)
+
+
+def random_part(recipe: Recipe, role: str, seed: int) -> nn.Module:
+    """The module of `role` with reproducible random weights: no image worth seeing, but every number in a sane range.
+
+    Matrices keep the scale of their input, so that logits spread by about one and no gate is closed; what trained models
+    show in speed, memory and rounding is then shown by random ones too.
+    """
+    with torch.device("meta"):
+        module = family(recipe.family).build(recipe, role)
+    digest = hashlib.sha256(f"{seed}/{role}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    state = {}
+    for name, parameter in module.state_dict().items():
+        values = torch.randn(parameter.shape, generator=generator)
+        if re.search(r"norm\w*\.weight$", name):
+            values = 1 + 0.1 * values
+        elif name.endswith("log_scale"):
+            values = 1.4 + 0.3 * values
+        elif name.endswith("bias"):
+            values.mul_(0.1)
+        elif parameter.ndim >= 2 and "embedding.weight" not in name:
+            values.mul_(parameter[0].numel() ** -0.5)
+        state[name] = values
+    module.load_state_dict(state, strict=True, assign=True)
+    return _ready(module)
+
+
+def connect(student: nn.Module, tokenizer: nn.Module) -> None:
+    """Gives the student the tokenizer's codebook, which its sequence is composed of."""
+    if isinstance(student, Student):
+        student.codebook = tokenizer.codebook.detach()
+
+
+def save_part(
+    module: nn.Module, recipe: Recipe, role: str, path: Path | str, dtype: torch.dtype = torch.float16
+) -> None:
+    """Writes the weights as safetensors under their published names, atomically.
+
+    Raises:
+        CheckpointError: a weight is not finite in `dtype`.
+    """
+    from safetensors.torch import save_file
+
+    layout = family(recipe.family).layout(recipe, role)
+    state: dict[str, Tensor] = {}
+    for key, value in module.state_dict().items():
+        names = layout.published(key)
+        for name, part in zip(names, value.detach().chunk(len(names)), strict=True):
+            state[name] = part.to(dtype).contiguous()
+            if not state[name].isfinite().all():
+                raise CheckpointError(f"{role}: {name} overflows {dtype}", "store it in float32")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(state, temporary, metadata={"model": recipe.name, "role": role})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _ready(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module.eval()
+
+
+def _read(path: Path) -> object:
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}", "check the path")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
+    except pickle.UnpicklingError as error:
+        if "nsupported" in str(error) or "GLOBAL" in str(error):
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = f" ({named[1]})" if named else ""
+            raise CheckpointError(
+                f"{path} holds objects that are not weights{what}; loading them could run code, so it is refused",
+                "save the state dict alone, or convert the file to .safetensors",
+            ) from error
+        raise CheckpointError(f"{path} is not a checkpoint", "give a .pth or .safetensors file") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path} is damaged or not a checkpoint ({path.stat().st_size:,} bytes)",
+            "download it again and compare its size with the Hub's",
+        ) from error
+
+
+def _is_plain_zip(path: Path) -> bool:
+    """Whether the file is in torch's zip format, so that it can be mapped. Refuses one that unpacks to more than itself."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise CheckpointError(f"{path} is compressed; checkpoints are not", "save it with torch.save")
+    return True
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or not a safetensors file ({path.stat().st_size:,} bytes)",
+            "download it again and compare its size with the Hub's",
+        ) from error
+
+
+def _unwrapped(data: object, layout: Layout, weights: str, path: Path) -> Mapping[str, Tensor]:
+    """The state dict inside the file: at the layout's place, or the file itself if it is flat."""
+    if _is_flat(data):
+        return data  # type: ignore[return-value]
+    place = layout.containers.get(weights, ())
+    for key in place:
+        if not isinstance(data, Mapping) or key not in data:
+            found = (
+                ", ".join(map(str, list(data)[:NAMED_KEYS]))
+                if isinstance(data, Mapping)
+                else type(data).__name__
+            )
+            raise CheckpointError(
+                f"{path} has no {'.'.join(place)}; it holds {found}",
+                f"choose other weights with --weights {'|'.join(layout.containers)}, or give the published file",
+            )
+        data = data[key]
+    if not _is_flat(data):
+        raise CheckpointError(
+            f"{path} holds no weights where this part keeps them", "give the published file"
+        )
+    return data  # type: ignore[return-value]
+
+
+def _is_flat(data: object) -> bool:
+    return isinstance(data, Mapping) and bool(data) and all(isinstance(v, Tensor) for v in data.values())
+
+
+def _converted(
+    state: Mapping[str, Tensor], module: nn.Module, layout: Layout, recipe: Recipe, role: str, path: Path
+) -> dict[str, Tensor]:
+    """The file's tensors under our names, float32. Raises `CheckpointError` that names what differs."""
+    expected = _published_shapes(module, layout)
+    free = {k for k in state if any(re.fullmatch(p, k) for p in layout.recomputable)}
+    missing = [k for k in expected if k not in state]
+    extra = [k for k in state if k not in expected and k not in free]
+    misshapen = [k for k in expected if k in state and _squeezed(state[k].shape) != _squeezed(expected[k])]
+    if missing or extra or misshapen:
+        raise CheckpointError(
+            f"{path} does not hold the {role} of {recipe.name}: "
+            + "; ".join(
+                filter(
+                    None,
+                    [
+                        _named("missing", missing),
+                        _named("unknown", extra),
+                        _named(
+                            "misshapen",
+                            [f"{k} {_shape(state[k].shape)} for {_shape(expected[k])}" for k in misshapen],
+                        ),
+                    ],
+                )
+            ),
+            _guess(state, recipe.family) or "check the model's name and the file",
+        )
+    for key in free:
+        check = next(c for p, c in layout.recomputable.items() if re.fullmatch(p, key))
+        if not _holds(check, state[key]):
+            raise CheckpointError(
+                f"{path}: {key} is not what this family computes it to be",
+                "the file was made by different code",
+            )
+    converted = {}
+    for key, parameter in module.state_dict().items():
+        parts = [state[name].float() for name in layout.published(key)]
+        converted[key] = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(parameter.shape)
+    return converted
+
+
+def _published_shapes(module: nn.Module, layout: Layout) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for key, value in module.state_dict().items():
+        names = layout.published(key)
+        for name, part in zip(names, value.chunk(len(names)), strict=True):
+            shapes[name] = tuple(part.shape)
+    return shapes
+
+
+def _holds(check: object, tensor: Tensor) -> bool:
+    try:
+        return bool(check(tensor))  # type: ignore[operator]
+    except RuntimeError:  # another number of elements
+        return False
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without its axes of one element: published files carry some that ours do not."""
+    return tuple(n for n in shape if n != 1)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _named(what: str, keys: list[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - NAMED_KEYS} more" if len(keys) > NAMED_KEYS else ""
+    return f"{what} {', '.join(keys[:NAMED_KEYS])}{more}"
+
+
+def _guess(state: Mapping[str, Tensor], own_family: str) -> str:
+    """Which part of which model these tensors are, as a sentence; empty if none fits."""
+    from ddexport.recipe import load_recipe, recipe_names
+
+    shapes = {k: _squeezed(v.shape) for k, v in state.items()}
+    for name in recipe_names():
+        candidate = load_recipe(name)
+        for role in family(candidate.family).roles:
+            try:
+                with torch.device("meta"):
+                    module = family(candidate.family).build(candidate, role)
+            except GeometryError:
+                continue
+            layout = family(candidate.family).layout(candidate, role)
+            expected = _published_shapes(module, layout)
+            if all(shapes.get(k) == _squeezed(s) for k, s in expected.items()) and not [
+                k
+                for k in shapes
+                if k not in expected and not any(re.fullmatch(p, k) for p in layout.recomputable)
+            ]:
+                return f"this looks like the {role} of {candidate.name}"
+    return ""

@@ -1,0 +1,237 @@
+"""Recipes: everything about a model that is data, one YAML file each.
+
+A recipe is read strictly. An unknown key, a missing one or two numbers that contradict each other is an error that names
+the key, so that a typing mistake never becomes a silently different model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import DDError
+
+SCHEMA = 1
+
+
+class RecipeError(DDError):
+    """A recipe that does not exist, has a wrong key, or contradicts itself."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """The images a model draws: `size` is the side in pixels."""
+
+    size: int
+    channels: int = 3
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """The student's token sequence: `length` L positions of `width` Cv numbers, `codebook` V entries.
+
+    Positions before `split` are codebook entries, from it on regressed embeddings.
+    """
+
+    length: int
+    width: int
+    codebook: int
+    split: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """For each step, how many leading positions hold data (`known`), 0 for the first."""
+
+    known: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights of one part come from: a published file, or one that ships with the project.
+
+    `option` is the command-line option that takes the file; `repo` and `path` its place on the Hugging Face Hub.
+    """
+
+    option: str = ""
+    file: str = ""
+    repo: str = ""
+    path: str = ""
+    embedded: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What `validate parity` allows in one precision (docs/parity.md)."""
+
+    token_margin: float
+    embedding_error: float
+    image_psnr: float
+    image_max: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model. `model`, `tokenizer` and `distill` belong to the family and the trainer, which check them."""
+
+    schema: int
+    name: str
+    title: str
+    family: str
+    image: Image
+    sequence: Sequence
+    classes: int
+    labels: str
+    schedules: dict[str, Schedule]
+    model: dict[str, Any]
+    tokenizer: dict[str, Any]
+    files: dict[str, Source]
+    parity: dict[str, Limits]
+    licence: dict[str, str] = field(default_factory=dict)
+    published: dict[str, Any] = field(default_factory=dict)
+    distill: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the weights ship with the project."""
+        return bool(self.files["student"].embedded)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain data; `recipe_from_dict` reads it back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with the project, sorted."""
+    folder = resources.files("recipes")
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe called `name`, or the one in the YAML file at that path. Raises `RecipeError`."""
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise RecipeError(
+                f"no recipe file at {name}", "give a path to a YAML file, or a name of `ddexport models`"
+            )
+        return _parse(path.read_text(), name)
+    names = recipe_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        guess = f"did you mean {near[0]}? " if near else ""
+        raise RecipeError(f"there is no model called {name}", f"{guess}models: {', '.join(names)}")
+    return _parse((resources.files("recipes") / f"{name}.yaml").read_text(), f"{name}.yaml")
+
+
+def class_names(recipe: Recipe) -> dict[str, Any]:
+    """The label list of the recipe as stored: {"names": [...], "aliases": {...}}. Raises `RecipeError`."""
+    entry = resources.files("recipes") / "labels" / f"{recipe.labels}.json"
+    if not entry.is_file():
+        raise RecipeError(
+            f"recipe {recipe.name}: there is no label list {recipe.labels}", "see recipes/labels/"
+        )
+    data: dict[str, Any] = json.loads(entry.read_text())
+    if len(data["names"]) != recipe.classes:
+        raise RecipeError(
+            f"recipe {recipe.name}: the label list {recipe.labels} has {len(data['names'])} names,"
+            f" the model {recipe.classes} classes",
+            "name another list under `labels`",
+        )
+    return data
+
+
+def embedded_weights(source: Source) -> Path:
+    """The file of weights that ships with the project. Raises `RecipeError` if it is not there."""
+    path = Path(str(resources.files("recipes") / "weights" / source.embedded))
+    if not path.is_file():
+        raise RecipeError(
+            f"the embedded weights {source.embedded} are missing",
+            "train them: ddexport distill digits-var --install",
+        )
+    return path
+
+
+def recipe_from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Builds and checks a recipe from plain data. Raises `RecipeError` that names the key at fault."""
+    if data.get("schema", SCHEMA) != SCHEMA:
+        raise RecipeError(f"{where}: recipe schema {data['schema']} is not {SCHEMA}", "upgrade ddexport")
+    fields = _checked(Recipe, data, where)
+    fields["image"] = _build(Image, fields["image"], f"{where}: image")
+    fields["sequence"] = _build(Sequence, fields["sequence"], f"{where}: sequence")
+    fields["schedules"] = {
+        str(steps): Schedule(tuple(_checked(Schedule, value, f"{where}: schedules.{steps}")["known"]))
+        for steps, value in fields["schedules"].items()
+    }
+    for section, cls in (("files", Source), ("parity", Limits)):
+        fields[section] = {
+            key: _build(cls, value, f"{where}: {section}.{key}") for key, value in fields[section].items()
+        }
+    recipe = Recipe(**fields)
+    _check_consistency(recipe, where)
+    return recipe
+
+
+def _parse(text: str, where: str) -> Recipe:
+    try:
+        import yaml
+    except ImportError as error:
+        raise RecipeError("reading recipes needs PyYAML", 'pip install "ddexport[export]"') from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where} is not YAML: {str(error).splitlines()[0]}", "correct the file") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where} is not a recipe: it holds no keys", "start from one in recipes/")
+    return recipe_from_dict(data, where)
+
+
+def _checked(cls: type, data: Any, where: str) -> dict[str, Any]:
+    """`data` as keyword arguments of the dataclass `cls`: no unknown key, none missing."""
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{where}: expected keys and values, found {data!r}", "see a recipe in recipes/")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), list(known), n=1)
+            guess = f"did you mean {near[0]}? " if near else ""
+            raise RecipeError(f"{where}: unknown key {key}", f"{guess}keys: {', '.join(known)}")
+    for name, f in known.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in data:
+            raise RecipeError(f"{where}: the key {name} is missing", "see a recipe in recipes/")
+    return dict(data)
+
+
+def _build(cls: type, data: Any, where: str) -> Any:
+    values = _checked(cls, data, where)
+    for f in dataclasses.fields(cls):
+        wanted = {"int": int, "float": (int, float), "str": str}[str(f.type)]
+        value = values.get(f.name, f.default)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise RecipeError(f"{where}.{f.name}: {value!r} is not of type {f.type}", "correct the value")
+    return cls(**values)
+
+
+def _check_consistency(recipe: Recipe, where: str) -> None:
+    length, split = recipe.sequence.length, recipe.sequence.split
+    if not 0 < split <= length:
+        raise RecipeError(
+            f"{where}: split {split} is not within the {length} positions", "correct sequence.split"
+        )
+    for steps, schedule in recipe.schedules.items():
+        known = schedule.known
+        if len(known) != int(steps) or known[0] != 0 or any(not 0 <= k < length for k in known):
+            raise RecipeError(
+                f"{where}: schedule {steps} has known {list(known)}",
+                f"one number a step, the first 0, each below {length}",
+            )
+    for role in ("student", "tokenizer"):
+        if role not in recipe.files:
+            raise RecipeError(f"{where}: files.{role} is missing", "name where its weights come from")
