@@ -1,0 +1,31 @@
+"""Plug-ins are found by file name: a module without a leading underscore in the package is one."""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+from importlib import import_module
+from types import ModuleType
+
+from runtime.errors import DDError
+
+
+def plugins(package: str) -> list[str]:
+    """The names of the plug-ins in a package, sorted; none of them is imported."""
+    folder = import_module(package).__path__
+    return sorted(info.name for info in pkgutil.iter_modules(folder) if not info.name.startswith("_"))
+
+
+def load_plugin(
+    package: str, name: str, *, kind: str = "plug-in", error: type[DDError] = DDError
+) -> ModuleType:
+    """Imports one plug-in. An unknown name raises `error`, with a list of those there are and the nearest.
+
+    kind: what to call it in the message, such as `backend`.
+    """
+    names = plugins(package)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        guess = f"Did you mean {near[0]}? " if near else ""
+        raise error(f"there is no {kind} called {name!r}", f"{guess}There is: {', '.join(names) or 'none'}.")
+    return import_module(f"{package}.{name}")
