@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 import click
 
@@ -139,10 +139,15 @@ def is_terminal() -> bool:
 
 
 @contextmanager
-def stage(name: str) -> Iterator[None]:
-    """Names the work on stderr, and says how long it took: `with stage("checking student.onnx"): ...`."""
-    transient = is_terminal()
-    click.echo(f"{name} ...", err=True, nl=not transient)
+def stage(name: str, keep: bool = True) -> Iterator[None]:
+    """Names the work on stderr, and says how long it took: `with stage("checking student.onnx"): ...`.
+
+    Without `keep` it is only shown while it lasts, and only on a terminal.
+    """
+    if not keep and not is_terminal():
+        yield
+        return
+    click.echo(f"{name} ...", err=True, nl=not is_terminal())
     start = time.perf_counter()
     try:
         yield
@@ -151,7 +156,8 @@ def stage(name: str) -> Iterator[None]:
         click.echo(f"{name}: stopped after {duration(time.perf_counter() - start)}", err=True)
         raise
     _clear_line()
-    click.echo(f"{name}: {duration(time.perf_counter() - start)}", err=True)
+    if keep:
+        click.echo(f"{name}: {duration(time.perf_counter() - start)}", err=True)
 
 
 def duration(seconds: float) -> str:
@@ -207,10 +213,14 @@ class Progress(Generic[T]):
                 self.advance()
 
 
-def progress(work: Iterable[T] | int, label: str) -> Progress[T]:
+@overload
+def progress(work: int, label: str) -> Progress[None]: ...
+@overload
+def progress(work: Iterable[T], label: str) -> Progress[T]: ...
+def progress(work: Iterable[T] | int, label: str) -> Progress[T] | Progress[None]:
     """`for item in progress(items, "drawing")`, or `with progress(64, "drawing") as bar: bar.advance(8)`."""
     if isinstance(work, int):
-        return Progress((), work, label)
+        return Progress[None]((), work, label)
     return Progress(work, len(work) if isinstance(work, Sized) else None, label)
 
 

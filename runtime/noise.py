@@ -39,7 +39,7 @@ def gaussian_noise(seed: int, image_indices: Iterable[int], length: int, width: 
 
 
 def philox4x32(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
-    """Philox4x32-10: counter uint64 (4, ...) of 32-bit words, 64-bit key -> random words of the same shape."""
+    """Philox4x32-10: counter uint64 (4, ...) of 32-bit words, 64-bit key -> random words of that shape."""
     c0, c1, c2, c3 = counter
     k0, k1 = key & 0xFFFFFFFF, key >> 32
     for _ in range(ROUNDS):

@@ -33,8 +33,9 @@ def sample(
     student: arrays tokens (N, L, Cv), label (N,), known (N,) -> arrays sequence (N, L, Cv), logits (N, S, V).
     noise: float32 (N, L, Cv). labels: int64 (N,). Returns one Step for each step, the last one is the result.
 
-    A step after the first keeps the first `known` positions of the step before and has the *original* noise in
-    the rest. A kept position was decided before: its token is the one reported then, as the published code does.
+    A step after the first keeps the first `known` positions of the step before and has the *original* noise
+    in the rest. A kept position was decided before: its token is the one reported then, as in the published
+    code.
     """
     steps: list[Step] = []
     for known in schedule.known:

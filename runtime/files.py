@@ -1,0 +1,129 @@
+"""Files the command line reads and writes: noise, dumps, images. Nothing is ever left half written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+from PIL import Image
+
+from runtime.errors import NoiseError, OutputError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_NOISE_BYTES = 4 << 30
+WHAT_NOISE_IS = (
+    "It must be an npz with `noise` float32 (N, L, Cv) and optionally `labels` (N,) of class numbers."
+)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears at `path` when it is complete, else not at all. Raises OutputError."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _explained(path):
+        try:
+            with partial.open("wb") as stream:
+                yield stream
+            partial.replace(path)
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Raises OutputError if no file can be made at `path`: better known before the work than after it."""
+    with _explained(path):
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a directory")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
+def check_image_suffix(path: Path) -> None:
+    """Raises OutputError if the name does not say an image format."""
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise OutputError(
+            f"{path} has no suffix of an image format",
+            f"Give one of {', '.join(IMAGE_SUFFIXES)}, or end the name in / for a directory of images.",
+        )
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory with its parents if need be, into which files can be written. Raises OutputError."""
+    with _explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+
+
+def write_image(path: Path, image: Image.Image) -> None:
+    """Writes an image in the format of its suffix. Raises OutputError."""
+    with atomic_write(path) as stream:
+        image.save(stream, format={".png": "png", ".webp": "webp"}.get(path.suffix.lower(), "jpeg"))
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Writes an npz. Raises OutputError."""
+    with atomic_write(path) as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
+
+
+def read_noise(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
+    """Reads `noise` float32 (N, L, Cv) and, if there are any, `labels` int64 (N,) of an npz.
+
+    Headers are read before the data, so that a file cannot ask for more memory than the limit, and pickled
+    objects are refused. Raises NoiseError.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            if "noise" not in names:
+                raise NoiseError(
+                    f"{path} has no array `noise`, but: {', '.join(names) or 'none'}", WHAT_NOISE_IS
+                )
+            for name in {"noise", "labels"} & set(names):
+                _check_header(path, archive, name)
+        with np.load(path, allow_pickle=False) as arrays:
+            noise = arrays["noise"]
+            labels = arrays["labels"].astype(np.int64) if "labels" in names else None
+    except FileNotFoundError as error:
+        raise NoiseError(f"the noise file {path} does not exist", "Check the path.") from error
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise NoiseError(f"{path} cannot be read as an npz: {error}", WHAT_NOISE_IS) from error
+    if labels is not None and len(labels) != len(noise):
+        raise NoiseError(f"{path} has {len(noise)} noises but {len(labels)} labels", WHAT_NOISE_IS)
+    return noise, labels
+
+
+def _check_header(path: Path, archive: zipfile.ZipFile, name: str) -> None:
+    with archive.open(f"{name}.npy") as stream:
+        version = npy.read_magic(stream)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(stream)
+    kind, dimensions = ("float32", 3) if name == "noise" else ("integers", 1)
+    fits = dtype == np.float32 if name == "noise" else dtype.kind in "iu"
+    if not fits or len(shape) != dimensions:
+        raise NoiseError(
+            f"{path}: `{name}` must be {kind} of {dimensions} dimensions, but is {dtype} {shape}",
+            WHAT_NOISE_IS,
+        )
+    if dtype.itemsize * int(np.prod(shape, dtype=object)) > MAX_NOISE_BYTES:
+        raise NoiseError(f"{path}: `{name}` of shape {shape} is too large", "Split the file.")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns an OSError into an OutputError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        hint = "Check the directory, its rights and the free space, or name another place."
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}", hint) from error

@@ -1,0 +1,281 @@
+"""Draws images from a bundle: `python runtime/infer.py`, `python -m runtime.infer`, `ddexport sample`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__" and not __package__:
+    # For a script Python puts this directory first, where our file names would pass for other modules.
+    _here = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
+    sys.path[:] = [_entry for _entry in sys.path if os.path.abspath(_entry) != _here]  # noqa: PTH100
+    sys.path.insert(0, os.path.dirname(_here))  # noqa: PTH120
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime import console
+from runtime.errors import LabelError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from runtime.pipeline import Pipeline, Result, Timings
+
+FEW_CLASSES = 10
+SHOWN_CLASSES = 8
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the options ask for; see `--help`. `output` keeps a trailing slash, which means a directory."""
+
+    bundle: Path
+    labels: tuple[str, ...] = ()
+    steps: int | None = None
+    seed: int = 0
+    num_images: int = 1
+    backend: str = "auto"
+    threads: int | None = None
+    precision: str | None = None
+    noise: Path | None = None
+    dump: Path | None = None
+    output: str = "out.png"
+    batch_size: int | None = None
+    verify: bool = True
+
+    @property
+    def into_directory(self) -> bool:
+        path = Path(self.output)
+        return self.output.endswith(("/", os.sep)) or path.is_dir() or not path.suffix
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was drawn, with times in seconds. `seed` is None where the noise came from a file."""
+
+    bundle: str
+    output: str
+    images: int
+    labels: list[int]
+    steps: int
+    seed: int | None
+    backend: str
+    precision: str
+    random_weights: bool
+    seconds: dict[str, float]
+
+    def line(self) -> str:
+        """The report for people, in one line."""
+        times = ", ".join(f"{what} {console.duration(self.seconds[what])}" for what in ("student", "decoder"))
+        each = console.duration((self.seconds["student"] + self.seconds["decoder"]) / self.images)
+        return (
+            f"{self.output}: {_count(self.images, 'image')} in {_count(self.steps, 'step')}; "
+            f"{times}, {each} an image; {self.backend}, {self.precision}"
+        )
+
+
+@dataclass
+class _Collector:
+    """Takes results batch by batch, and keeps only what the output needs: nothing, when it is a directory."""
+
+    request: Request
+    pixels: list[NDArray[np.uint8]] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    seconds: Timings | None = None
+    count: int = 0
+
+    def add(self, result: Result) -> None:
+        if self.request.into_directory:
+            self._write_each(result)
+        else:
+            self.pixels.append(result.images)  # type: ignore[arg-type]
+        if self.request.dump:
+            self.results.append(result)
+        self.seconds = result.timings if self.seconds is None else self.seconds + result.timings
+        self.count += len(result)
+
+    def finish(self, labels: int, num_images: int) -> None:
+        from runtime.files import write_arrays, write_image
+        from runtime.images import grid, grid_columns, to_pil
+
+        if not self.request.into_directory:
+            images = [image for batch in self.pixels for image in to_pil(batch)]
+            write_image(Path(self.request.output), grid(images, grid_columns(labels, num_images)))
+        if self.request.dump:
+            write_arrays(self.request.dump, dump_arrays(self.results))
+
+    def _write_each(self, result: Result) -> None:
+        from runtime.files import write_image
+        from runtime.images import to_pil
+
+        images = to_pil(result.images)  # type: ignore[arg-type]
+        for number, (image, label) in enumerate(zip(images, result.labels, strict=True), self.count):
+            write_image(Path(self.request.output) / f"{number:05d}-class{label:04d}.png", image)
+
+
+def dump_arrays(results: list[Result]) -> dict[str, NDArray[Any]]:
+    """The arrays of a dump: labels, noise, step{k}_tokens and step{k}_sequence from k = 1, images."""
+    from runtime.pipeline import joined
+
+    whole = joined(results)
+    arrays: dict[str, NDArray[Any]] = {"labels": whole.labels, "noise": whole.noise}
+    for number, step in enumerate(whole.steps, 1):
+        arrays[f"step{number}_tokens"] = step.tokens
+        arrays[f"step{number}_sequence"] = step.sequence
+    arrays["images"] = whole.images  # type: ignore[assignment]
+    return arrays
+
+
+def draw(request: Request) -> Report:
+    """Draws and writes what is asked for. Raises DDError; then the output is as it was before."""
+    from runtime.files import read_noise
+    from runtime.pipeline import load
+
+    _check_outputs(request)
+    noise, own_labels = read_noise(request.noise) if request.noise else (None, None)
+    if own_labels is not None and (request.labels or request.num_images != 1):
+        raise LabelError(
+            f"{request.noise} brings its own labels, so neither --label nor -n can be given with it",
+            "Leave them out, or take `labels` out of the file.",
+        )
+    start = time.perf_counter()
+    with console.stage(f"loading {request.bundle}", keep=False):
+        pipe = load(request.bundle, request.backend, request.threads, request.precision, request.verify)
+    with pipe:
+        loaded = time.perf_counter() - start
+        labels = pipe.labels.indices(_chosen(request, own_labels, pipe))
+        results = pipe.stream(
+            labels.tolist(),
+            request.steps,
+            seed=request.seed,
+            num_images=request.num_images,
+            batch_size=request.batch_size,
+            output="numpy",
+            noise=noise,
+        )
+        collector = _Collector(request)
+        with console.progress(len(labels) * request.num_images, "drawing") as bar:
+            for result in results:
+                collector.add(result)
+                bar.advance(len(result))
+        collector.finish(len(labels), request.num_images)
+        return _report(request, pipe, labels.tolist(), collector, loaded)
+
+
+def print_labels(bundle: Path, as_json: bool) -> None:
+    """Prints number and name of every class."""
+    from runtime.labels import read_labels
+    from runtime.manifest import read_manifest, resolve
+
+    manifest = read_manifest(bundle, verify=False)
+    names = read_labels(resolve(bundle, manifest.labels.file), manifest.classes).names
+    if as_json:
+        console.emit_json({"names": names})
+    else:
+        click.echo("\n".join(f"{number:>5}  {name}" for number, name in enumerate(names)))
+
+
+def _check_outputs(request: Request) -> None:
+    from runtime.files import check_image_suffix, check_writable, make_directory
+
+    output = Path(request.output)
+    if request.into_directory:
+        make_directory(output)
+    else:
+        check_image_suffix(output)
+        check_writable(output)
+    if request.dump:
+        check_writable(request.dump)
+
+
+def _chosen(request: Request, own: NDArray[np.int64] | None, pipe: Pipeline) -> list[Any]:
+    if own is not None:
+        return list(own)
+    if request.labels:
+        return list(request.labels)
+    classes = pipe.manifest.classes
+    if classes <= FEW_CLASSES:
+        return list(range(classes))
+    return [number * (classes - 1) // (SHOWN_CLASSES - 1) for number in range(SHOWN_CLASSES)]
+
+
+def _report(
+    request: Request, pipe: Pipeline, labels: list[int], collector: _Collector, loaded: float
+) -> Report:
+    spent = collector.seconds
+    assert spent is not None  # a request has at least one image
+    return Report(
+        bundle=pipe.manifest.name,
+        output=request.output,
+        images=collector.count,
+        labels=labels,
+        steps=pipe.manifest.schedule(request.steps).steps,
+        seed=None if request.noise else request.seed,
+        backend=pipe.backend.name,
+        precision=pipe.precision,
+        random_weights=pipe.manifest.weights.kind == "random",
+        seconds={"load": loaded, "student": spent.student, "decoder": spent.decoder},
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+_PATH = click.Path(path_type=Path)
+_POSITIVE = click.IntRange(min=1)
+_SEED = click.IntRange(0, 2**64 - 1)
+
+
+@click.command(name="sample", cls=console.Command)
+@click.argument("bundle", type=_PATH)
+@click.option(
+    "--label", "labels", multiple=True, metavar="CLASS", help="A class by number or name; repeatable."
+)
+@click.option("--steps", type=_POSITIVE, metavar="N", help="Student steps.  [default: the model's fewest]")
+@click.option("--seed", type=_SEED, metavar="N", default=0, help="The seed of the noise.  [default: 0]")
+@click.option(
+    "-n", "--num-images", type=_POSITIVE, metavar="N", default=1, help="Images a label.  [default: 1]"
+)
+@click.option("--backend", metavar="NAME", default="auto", help="The engine.  [default: the best installed]")
+@click.option("--threads", type=_POSITIVE, metavar="N", help="Of the engine.  [default: its own choice]")
+@click.option("--precision", metavar="NAME", help="Which graphs of the bundle.  [default: its first]")
+@click.option("--batch-size", type=_POSITIVE, metavar="N", help="Images at once.  [default: by their size]")
+@click.option("--noise", type=_PATH, metavar="NPZ", help="Replay `noise`, and `labels` if it has them.")
+@click.option("--dump", type=_PATH, metavar="NPZ", help="Write labels, noise, tokens, sequences and images.")
+@click.option(
+    "-o",
+    "--output",
+    default="out.png",
+    show_default=True,
+    metavar="PATH",
+    help="A picture of all images, or a directory for one file an image.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("--list-labels", is_flag=True, help="Print the classes of the bundle and stop.")
+@click.option("--no-verify", is_flag=True, help="Do not compare the files' SHA-256 with the manifest's.")
+@console.debug_option
+@click.pass_context
+def command(ctx: click.Context, /, as_json: bool, list_labels: bool, no_verify: bool, **options: Any) -> None:
+    """Draw images from BUNDLE, a directory made by `ddexport onnx`."""
+    if list_labels:
+        print_labels(options["bundle"], as_json)
+        return
+    source = ctx.get_parameter_source("seed")
+    if options["noise"] and source is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("--noise takes the place of the seed's noise: give one of --noise and --seed.")
+    report = draw(Request(**options, verify=not no_verify))
+    if as_json:
+        console.emit_json(report)
+    else:
+        click.echo(report.line())
+
+
+if __name__ == "__main__":
+    command()
