@@ -1,7 +1,7 @@
 """Recipes: everything about a model that is data, one YAML file each.
 
-A recipe is read strictly. An unknown key, a missing one or two numbers that contradict each other is an error that names
-the key, so that a typing mistake never becomes a silently different model.
+A recipe is read strictly. An unknown key, a missing one or two numbers that contradict each other is an
+error that names the key, so that a typing mistake never becomes a silently different model.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Schedule:
 class Source:
     """Where the weights of one part come from: a published file, or one that ships with the project.
 
-    `option` is the command-line option that takes the file; `repo` and `path` its place on the Hugging Face Hub.
+    `option` is the command-line option that takes the file; `repo`, `path` its place on the Hugging Face Hub.
     """
 
     option: str = ""
@@ -78,7 +78,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model. `model`, `tokenizer` and `distill` belong to the family and the trainer, which check them."""
+    """One model. `model`, `tokenizer` and `distill` belong to the family and the trainer, who check them.
+
+    `parameters` counts the learned numbers of each part, for lists that must not import torch.
+    """
 
     schema: int
     name: str
@@ -93,6 +96,7 @@ class Recipe:
     tokenizer: dict[str, Any]
     files: dict[str, Source]
     parity: dict[str, Limits]
+    parameters: dict[str, int] = field(default_factory=dict)
     licence: dict[str, str] = field(default_factory=dict)
     published: dict[str, Any] = field(default_factory=dict)
     distill: dict[str, Any] = field(default_factory=dict)

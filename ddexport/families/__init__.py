@@ -1,6 +1,7 @@
 """Model families: the PyTorch reference modules and the layouts of their published checkpoints.
 
-A module of this package whose name has no leading underscore is a family; its class `FAMILY` is found by that name.
+A module of this package whose name has no leading underscore is a family; its class `FAMILY` is found by
+that name.
 """
 
 from __future__ import annotations

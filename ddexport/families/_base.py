@@ -24,11 +24,12 @@ class GeometryError(DDError):
 class Layout:
     """How a published file spells the weights of one part.
 
-    `published(key)` gives the published name of one of our state-dict keys; where the file stores several tensors for
-    one of ours (query, key and value), all names, to be concatenated along dimension 0. `containers` is the way from
-    the top of the file to the state dict, per `--weights` choice; a flat file is accepted too. `recomputable` are
-    published buffers that carry no information, as regular expressions: they may be missing, and where present they
-    must satisfy the check, or the file was made by different code.
+    `published(key)` gives the published name of one of our state-dict keys; where the file stores several
+    tensors for one of ours (query, key and value), all names, to be concatenated along dimension 0.
+    `containers` is the way from the top of the file to the state dict, per `--weights` choice; a flat file
+    is accepted too. `recomputable` are published buffers that carry no information, as regular expressions:
+    they may be missing, and where present they must satisfy the check, or the file was made by different
+    code.
     """
 
     published: Callable[[str], tuple[str, ...]]
@@ -37,10 +38,12 @@ class Layout:
 
 
 class Student(nn.Module):
-    """The contract every family's student keeps; the graphs, the distillation and the parity check rely on it."""
+    """The contract every family's student keeps."""
+
+    codebook: Tensor  # [V, Cv], the tokenizer's
 
     def forward(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [B, L, Cv] float32, label [B] int64, known [B] int64 -> sequence [B, L, Cv], logits [B, S, V]."""
+        """tokens [B, L, Cv], label [B], known [B] -> sequence [B, L, Cv], logits [B, S, V]."""
         raise NotImplementedError
 
     def heads(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +51,7 @@ class Student(nn.Module):
         raise NotImplementedError
 
     def tabulate(self) -> None:
-        """Replaces, in place and for good, what depends on a small index alone by tables. Outputs stay equal."""
+        """Replaces, in place, what depends on a small index alone by tables. Outputs stay equal."""
         raise NotImplementedError
 
 
@@ -59,7 +62,7 @@ class Family(ABC):
 
     @abstractmethod
     def build(self, recipe: Recipe, role: str) -> nn.Module:
-        """The module of `role`, freshly initialised, float32. Raises `GeometryError` if the recipe does not fit."""
+        """The module of `role`, initialised, float32. Raises `GeometryError` if the recipe does not fit."""
 
     @abstractmethod
     def layout(self, recipe: Recipe, role: str) -> Layout:

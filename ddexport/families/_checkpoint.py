@@ -1,7 +1,7 @@
 """Reading and writing the weights of a part: published `.pth` layouts and `.safetensors`.
 
-Checkpoints are untrusted. Pickles are read with `weights_only`, so that none can run code; every key and every shape must
-be the expected one.
+Checkpoints are untrusted. Pickles are read with `weights_only`, so that none can run code; every key and
+every shape must be the expected one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def load_part(recipe: Recipe, role: str, path: Path | str, weights: str = "ema")
         weights: "ema" (what the authors sample with) or "model", where the file holds both.
 
     Raises:
-        CheckpointError: the file is missing, damaged, unsafe, or holds other keys or shapes than the recipe says.
+        CheckpointError: the file is missing, damaged or unsafe, or its keys or shapes are not the recipe's.
     """
     path = Path(path)
     layout = family(recipe.family).layout(recipe, role)
@@ -54,10 +54,10 @@ def load_part(recipe: Recipe, role: str, path: Path | str, weights: str = "ema")
 
 
 def random_part(recipe: Recipe, role: str, seed: int) -> nn.Module:
-    """The module of `role` with reproducible random weights: no image worth seeing, but every number in a sane range.
+    """The module of `role` with reproducible random weights: no image worth seeing, but sane numbers.
 
-    Matrices keep the scale of their input, so that logits spread by about one and no gate is closed; what trained models
-    show in speed, memory and rounding is then shown by random ones too.
+    Matrices keep the scale of their input, so that logits spread by about one and no gate is closed; what
+    trained models show in speed, memory and rounding is then shown by random ones too.
     """
     with torch.device("meta"):
         module = family(recipe.family).build(recipe, role)
@@ -142,7 +142,7 @@ def _read(path: Path) -> object:
 
 
 def _is_plain_zip(path: Path) -> bool:
-    """Whether the file is in torch's zip format, so that it can be mapped. Refuses one that unpacks to more than itself."""
+    """Whether the file is in torch's zip format and can be mapped. Refuses one that unpacks to more."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -171,11 +171,7 @@ def _unwrapped(data: object, layout: Layout, weights: str, path: Path) -> Mappin
     place = layout.containers.get(weights, ())
     for key in place:
         if not isinstance(data, Mapping) or key not in data:
-            found = (
-                ", ".join(map(str, list(data)[:NAMED_KEYS]))
-                if isinstance(data, Mapping)
-                else type(data).__name__
-            )
+            found = _named("", list(map(str, data))) if isinstance(data, Mapping) else type(data).__name__
             raise CheckpointError(
                 f"{path} has no {'.'.join(place)}; it holds {found}",
                 f"choose other weights with --weights {'|'.join(layout.containers)}, or give the published file",
@@ -200,24 +196,16 @@ def _converted(
     free = {k for k in state if any(re.fullmatch(p, k) for p in layout.recomputable)}
     missing = [k for k in expected if k not in state]
     extra = [k for k in state if k not in expected and k not in free]
-    misshapen = [k for k in expected if k in state and _squeezed(state[k].shape) != _squeezed(expected[k])]
-    if missing or extra or misshapen:
+    misshapen = [
+        f"{k} {_shape(state[k].shape)} for {_shape(expected[k])}"
+        for k in expected
+        if k in state and _squeezed(state[k].shape) != _squeezed(expected[k])
+    ]
+    differences = [_named("missing", missing), _named("unknown", extra), _named("misshapen", misshapen)]
+    if any(differences):
         raise CheckpointError(
-            f"{path} does not hold the {role} of {recipe.name}: "
-            + "; ".join(
-                filter(
-                    None,
-                    [
-                        _named("missing", missing),
-                        _named("unknown", extra),
-                        _named(
-                            "misshapen",
-                            [f"{k} {_shape(state[k].shape)} for {_shape(expected[k])}" for k in misshapen],
-                        ),
-                    ],
-                )
-            ),
-            _guess(state, recipe.family) or "check the model's name and the file",
+            f"{path} does not hold the {role} of {recipe.name}: {'; '.join(filter(None, differences))}",
+            _guess(state) or "check the model's name and the file",
         )
     for key in free:
         check = next(c for p, c in layout.recomputable.items() if re.fullmatch(p, key))
@@ -262,10 +250,10 @@ def _named(what: str, keys: list[str]) -> str:
     if not keys:
         return ""
     more = f" and {len(keys) - NAMED_KEYS} more" if len(keys) > NAMED_KEYS else ""
-    return f"{what} {', '.join(keys[:NAMED_KEYS])}{more}"
+    return f"{what} {', '.join(keys[:NAMED_KEYS])}{more}".strip()
 
 
-def _guess(state: Mapping[str, Tensor], own_family: str) -> str:
+def _guess(state: Mapping[str, Tensor]) -> str:
     """Which part of which model these tensors are, as a sentence; empty if none fits."""
     from ddexport.recipe import load_recipe, recipe_names
 

@@ -34,7 +34,7 @@ class LayerCache:
 
 
 class Attention(nn.Module):
-    """Multi-head attention on L2-normalised queries and keys with a learned scale a head; keys have no bias."""
+    """Multi-head attention on L2-normalised queries and keys, with a learned scale a head."""
 
     no_bias: Tensor
 
@@ -78,7 +78,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a modulated LayerNorm and gated; a student adds its noise-or-data rows in between."""
+    """Attention and MLP, each modulated and gated; a student adds its noise-or-data rows in between."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Conditioning(nn.Module):
         self.head = nn.Linear(width, 2 * width)
 
     def forward(self, label: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """label [B] -> class embedding [B, C], modulation [B, 6, C] of each block, scale and shift [B, 2, C]."""
+        """label [B] -> class embedding [B, C], [B, 6, C] for each block, [B, 2, C] for the logits."""
         embedding = self.embedding(label)
         active = F.silu(embedding)
         C = embedding.shape[-1]
@@ -125,7 +125,7 @@ class ConditioningTable(nn.Module):
     """`Conditioning`, tabulated for every class: a gather in place of its matrix products."""
 
     def __init__(self, source: Conditioning) -> None:
-        """Takes the matrices out of `source` one by one, so that both copies never stand in memory at once."""
+        """Takes the matrices out of `source` one by one, so that memory never holds both copies."""
         super().__init__()
         self.embedding = nn.Embedding.from_pretrained(source.embedding.weight.detach())
         active = F.silu(self.embedding.weight)
@@ -143,7 +143,7 @@ class ConditioningTable(nn.Module):
 
 
 class NoiseDataRows(nn.Module):
-    """What a position adds for holding noise (row 0) or data (row 1): at the input, in each block, before the heads."""
+    """What a position adds for holding noise (row 0) or data (row 1): at input, blocks and heads."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class NoiseDataRows(nn.Module):
         self.projections = nn.ModuleList(nn.Linear(width, width) for _ in range(depth + 1))
 
     def forward(self) -> list[Tensor]:
-        """Depth + 2 tensors [2, C]. The published code projects every position; there are only two rows to project."""
+        """Depth + 2 tensors [2, C]: two rows to project, where the published code projects all positions."""
         rows = self.embedding.weight
         return [rows, *(linear(rows) for linear in self.projections)]
 

@@ -1,4 +1,5 @@
-"""VAR's tokenizer: a VQVAE whose latent is a sum of codes at growing resolutions (VAR, arXiv 2404.02905, section 3.2)."""
+"""VAR's tokenizer: a VQVAE whose latent is a sum of codes at growing resolutions (VAR, arXiv 2404.02905,
+section 3.2)."""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ class MultiScaleTokenizer(nn.Module):
         return distance.argmin(-1)
 
     def tokens(self, latent: Tensor) -> Tensor:
-        """latent [B, Cv, h, w] -> tokens [B, L] int64, by residual quantisation from the coarsest scale on."""
+        """latent [B, Cv, h, w] -> tokens [B, L] int64, by residual quantisation from the coarsest scale
+        on."""
         found, rest = [], latent
         for k, side in enumerate(self.scales):
             view = F.interpolate(rest, size=(side, side), mode="area") if side != self.scales[-1] else rest
@@ -111,13 +113,15 @@ class MultiScaleTokenizer(nn.Module):
         return self.embedding(tokens)
 
     def next_features(self, f_hat: Tensor, scale: int) -> Tensor:
-        """The teacher's input for `scale`: f_hat of the scales before, area-downsampled to its side: [B, s*s, Cv]."""
+        """The teacher's input for `scale`: f_hat of the scales before, area-downsampled to its side: [B,
+        s*s, Cv]."""
         side = self.scales[scale]
         view = F.interpolate(f_hat, size=(side, side), mode="area") if side != self.scales[-1] else f_hat
         return view.flatten(2).transpose(1, 2)
 
     def teacher_features(self, sequence: Tensor) -> Tensor:
-        """The teacher's inputs for all scales at once (teacher forcing): [B, L, Cv]; scale 0 has none, zeros there."""
+        """The teacher's inputs for all scales at once (teacher forcing): [B, L, Cv]; scale 0 has none, zeros
+        there."""
         features = [torch.zeros_like(sequence[:, :1])]
         f_hat = torch.zeros(())
         for k, (a, b) in enumerate(pairwise(self.starts[:-1])):

@@ -1,6 +1,7 @@
 """The convolutional encoder and decoder of VQGAN and latent diffusion, which both families' tokenizers use.
 
-Facts: "Taming Transformers" (arXiv 2012.09841), appendix; VAR and LlamaGen keep the design with a downsampling of 16.
+Facts: "Taming Transformers" (arXiv 2012.09841), appendix; VAR and LlamaGen keep the design with a
+downsampling of 16.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class CodecGeometry:
-    """Sizes of encoder and decoder. Level i of n has `channels * multipliers[i]` channels; level n-1 is the coarsest."""
+    """Sizes of encoder and decoder. Level i of n has `channels * multipliers[i]` channels; level n-1 is the
+    coarsest."""
 
     channels: int
     multipliers: tuple[int, ...]
@@ -35,7 +37,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution where the number of channels changes."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution where the number of channels
+    changes."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -90,7 +93,8 @@ class Downsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where asked for, then the resampling."""
+    """The residual blocks of one resolution, each followed by attention where asked for, then the
+    resampling."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, resample: nn.Module) -> None:
         super().__init__()

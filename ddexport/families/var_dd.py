@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VarGeometry:
-    """Sizes of a VAR transformer: `scales` are the side lengths of the token maps, without the class position."""
+    """Sizes of a VAR transformer: `scales` are the side lengths of the token maps, without the class
+    position."""
 
     depth: int
     width: int
@@ -82,13 +83,14 @@ class VarStudent(Student):
             "codebook", torch.zeros(geometry.codebook, geometry.code_width), persistent=False
         )
         levels = np.concatenate([[0], 1 + levels_of(geometry.scales)])
-        # A position sees the positions of strictly earlier levels, and itself: not the others of its own scale.
+        # A position sees the positions of strictly earlier levels, and itself: not the others of its own
+        # scale.
         allowed = (levels[None, :] < levels[:, None]) | np.eye(L + 1, dtype=bool)
         self.register_buffer("levels", torch.from_numpy(levels), persistent=False)
         self.register_buffer("mask", additive_mask(allowed), persistent=False)
 
     def forward(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [B, L, Cv], label [B], known [B] -> sequence [B, L, Cv], logits [B, S, V]; each head where it is used."""
+        """tokens [B, L, Cv], label [B], known [B] -> sequence [B, L, Cv], logits [B, S, V]."""
         S = self.geometry.split
         hidden, embedding, modulation = self.trunk(tokens, label, known)
         logits = self.logits(hidden[:, :S], modulation)
@@ -101,7 +103,7 @@ class VarStudent(Student):
         return self.logits(hidden, modulation), self.embeddings(hidden, embedding)
 
     def trunk(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Everything before the heads: normalised hidden state [B, L, C], class embedding, the logits' modulation."""
+        """Hidden state before both heads [B, L, C], class embedding [B, C], the logits' modulation [B, 2, C]."""
         embedding, modulations, head = self.conditioning(label)
         rows = self.noise_or_data()
         # The class position is one more known position in front.
@@ -161,9 +163,11 @@ class VarTeacher(nn.Module):
         return self._run(features, label, 0, self.mask, [None] * len(self.blocks))
 
     def step(self, features: Tensor, label: Tensor, start: int, cache: list[LayerCache]) -> Tensor:
-        """The n positions from `start` on, behind what `cache` holds: features [B, n, Cv] -> logits [B, n, V].
+        """The n positions from `start` on, behind what `cache` holds: features [B, n, Cv] -> logits [B, n,
+        V].
 
-        All n positions see each other, as the published sampler has it; give one scale at a time for the trained model.
+        All n positions see each other, as the published sampler has it; give one scale at a time for the
+        trained model.
         """
         return self._run(features, label, start, None, cache)
 

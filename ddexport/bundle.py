@@ -1,0 +1,232 @@
+"""The only writer of bundles: weights in, a verified directory out (docs/bundle.md)."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import platform
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+from torch import nn
+
+from ddexport.families import family
+from ddexport.families._checkpoint import connect, load_part, random_part
+from ddexport.graph.spec import GraphSpec, graph_specs, image_size, sequence_size
+from ddexport.graph.to_onnx import DEFAULT_OPSET, check_onnx, onnx_from_module
+from ddexport.graph.verify import Agreement, verify_graph
+from ddexport.model_card import model_card
+from ddexport.recipe import Recipe, Source, class_names, embedded_weights
+from ddexport.staging import staged_directory
+from runtime.errors import DDError
+from runtime.manifest import (
+    FILE_NAME,
+    SCHEMA,
+    Graph,
+    Manifest,
+    Schedule,
+    Weights,
+    file_info,
+    read_manifest,
+    sha256_of,
+)
+from runtime.manifest import Source as WeightFile
+from runtime.registry import load_plugin
+
+Stage = Callable[[str], AbstractContextManager[None]]
+PRECISION = "fp32"
+EXPORTED = ("student", "tokenizer")
+VERIFIED_WITH = "onnxruntime"
+
+
+class MissingWeightsError(DDError):
+    """Weights that were not given, and how to get them."""
+
+
+@dataclass(frozen=True)
+class WeightRequest:
+    """Which weights a bundle is made of.
+
+    Attributes:
+        files: a file for each role; roles left out take the weights that ship with the project, if there are
+            any.
+        weights: which copy a file's training state holds: "ema" or "model".
+        random_seed: random weights with this seed in place of all files.
+    """
+
+    files: Mapping[str, Path]
+    weights: str = "ema"
+    random_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished bundle: where it is, its manifest, and how well its graphs agree with the modules."""
+
+    path: Path
+    manifest: Manifest
+    agreement: tuple[Agreement, ...]
+
+
+def export_bundle(
+    recipe: Recipe,
+    target: Path,
+    request: WeightRequest,
+    opset: int = DEFAULT_OPSET,
+    force: bool = False,
+    stage: Stage = lambda name: nullcontext(),
+) -> Exported:
+    """Writes the bundle of `recipe` to the directory `target`, whole and verified, or not at all.
+
+    Raises:
+        MissingWeightsError: a file is needed and was not given.
+        CheckpointError: a file does not hold the recipe's model.
+        OutputError: `target` exists and `force` is false, or cannot be written.
+        VerificationError: a graph differs from its module; nothing is written.
+    """
+    sources = _sources(recipe, request)
+    specs = graph_specs(recipe)
+    with staged_directory(target, force, _expected_bytes(recipe)) as folder:
+        with stage("loading weights"):
+            parts = load_parts(recipe, request, sources)
+            parts["student"].tabulate()  # type: ignore[operator]
+            weights = _weights(recipe, request, sources)
+        graphs = [
+            _write_graph(parts[spec.part], spec, recipe, folder, opset, weights, stage) for spec in specs
+        ]
+        (folder / "labels.json").write_text(json.dumps(class_names(recipe), ensure_ascii=False) + "\n")
+        manifest = Manifest(
+            name=recipe.name,
+            title=recipe.title,
+            created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            sequence=sequence_size(recipe),
+            image=image_size(recipe),
+            classes=recipe.classes,
+            labels=file_info(folder / "labels.json", folder),
+            schedules={int(steps): Schedule(schedule.known) for steps, schedule in recipe.schedules.items()},
+            graphs=tuple(graphs),
+            weights=weights,
+            parity=recipe.to_dict()["parity"],
+            published=recipe.published,
+            licence=recipe.licence,
+            recipe=recipe.to_dict(),
+            tools=_tools(),
+        )
+        (folder / FILE_NAME).write_text(manifest.to_json())
+        (folder / "README.md").write_text(model_card(recipe, manifest))
+        agreement = _verify(folder, parts, specs, recipe, stage)
+    return Exported(target, manifest, agreement)
+
+
+def load_parts(
+    recipe: Recipe, request: WeightRequest, sources: Mapping[str, Path] | None = None
+) -> dict[str, nn.Module]:
+    """Student and tokenizer of a bundle, connected, as torch modules. Raises as `export_bundle` does."""
+    if request.random_seed is not None:
+        parts = {role: random_part(recipe, role, request.random_seed) for role in EXPORTED}
+    else:
+        sources = sources or _sources(recipe, request)
+        parts = {role: load_part(recipe, role, sources[role], request.weights) for role in EXPORTED}
+    connect(parts["student"], parts["tokenizer"])
+    return parts
+
+
+def _sources(recipe: Recipe, request: WeightRequest) -> dict[str, Path]:
+    """The file of each role. Raises `MissingWeightsError` that names file, Hub repository and option of all
+    missing."""
+    if request.random_seed is not None:
+        return {}
+    found: dict[str, Path] = {}
+    missing: list[Source] = []
+    for role in EXPORTED:
+        source = recipe.files[role]
+        if role in request.files:
+            found[role] = request.files[role]
+        elif source.embedded:
+            found[role] = embedded_weights(source)
+        else:
+            missing.append(source)
+    if missing:
+        raise MissingWeightsError(
+            f"{recipe.name} needs "
+            + " and ".join(f"{s.file} (from {s.repo} on the Hugging Face Hub, {s.path})" for s in missing),
+            f"download and give {' '.join(f'{s.option} {s.file}' for s in missing)};"
+            " or try the pipeline without them: --random-weights 0",
+        )
+    return found
+
+
+def _weights(recipe: Recipe, request: WeightRequest, sources: Mapping[str, Path]) -> Weights:
+    if request.random_seed is not None:
+        return Weights("random", request.random_seed, ())
+    embedded = recipe.embedded and not request.files
+    layouts = {role: family(recipe.family).layout(recipe, role) for role in sources}
+    files = tuple(
+        WeightFile(
+            role,
+            path.name,
+            sha256_of(path),
+            path.stat().st_size,
+            request.weights if layouts[role].containers else None,
+        )
+        for role, path in sources.items()
+    )
+    return Weights("embedded" if embedded else "checkpoint", None, files)
+
+
+def _write_graph(
+    part: nn.Module, spec: GraphSpec, recipe: Recipe, folder: Path, opset: int, weights: Weights, stage: Stage
+) -> Graph:
+    path = folder / f"{spec.role}.onnx"
+    properties = {
+        "model": recipe.name,
+        "role": spec.role,
+        "precision": PRECISION,
+        "schema": str(SCHEMA),
+        "source": f"random weights, seed {weights.seed}"
+        if weights.kind == "random"
+        else next(f"sha256:{file.sha256}" for file in weights.files if file.role == spec.part),
+    }
+    with stage(f"exporting {path.name}"):
+        files = onnx_from_module(part, spec, recipe, path, opset, properties)
+        gc.collect()  # the tracer's program is full of cycles that hold gigabytes
+    with stage(f"checking {path.name}"):
+        check_onnx(path)
+        infos = tuple(file_info(file, folder) for file in files)
+    return Graph(spec.role, PRECISION, path.name, infos, spec.inputs, spec.outputs)
+
+
+def _verify(
+    folder: Path, parts: Mapping[str, nn.Module], specs: tuple[GraphSpec, ...], recipe: Recipe, stage: Stage
+) -> tuple[Agreement, ...]:
+    """Runs each graph as the runtime will, manifest included, and holds it against its module."""
+    manifest = read_manifest(folder, verify=False)
+    engine = load_plugin("runtime.backends", VERIFIED_WITH).ENGINE
+    found: list[Agreement] = []
+    for spec in specs:
+        with (
+            stage(f"comparing {spec.role}.onnx with PyTorch"),
+            engine(folder, {spec.role: manifest.graph(spec.role, PRECISION)}) as backend,
+        ):
+            found += verify_graph(partial(backend.run, spec.role), parts[spec.part], spec, recipe)
+    return tuple(found)
+
+
+def _expected_bytes(recipe: Recipe) -> int:
+    """About how large the bundle will be: the weights, float32; per-class tables replace matrices of their
+    size."""
+    import torch
+
+    with torch.device("meta"):
+        parts = [family(recipe.family).build(recipe, role) for role in EXPORTED]
+    return sum(4 * value.numel() for part in parts for value in part.state_dict().values())
+
+
+def _tools() -> dict[str, str]:
+    packages = ("ddexport", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+    return {**{name: metadata.version(name) for name in packages}, "python": platform.python_version()}

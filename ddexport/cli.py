@@ -1,0 +1,45 @@
+"""The command `ddexport`. Its sub-commands are entry points of the group `ddexport.commands`, imported when
+used."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+
+import click
+
+from runtime import console
+
+# In the order in which a user meets them; commands of other packages follow.
+ORDER = ("models", "onnx", "inspect", "sample", "validate", "distill")
+
+
+class EntryPointGroup(console.Group):
+    """A group whose commands are found among the installed entry points."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        names = sorted(_commands())
+        return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = _commands().get(cmd_name)
+        return found.load() if found else None
+
+
+def _commands() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group="ddexport.commands")}
+
+
+EPILOG = """
+\b
+Examples:
+  ddexport onnx --model digits-var
+  ddexport sample build/digits-var -n 4 -o digits.png
+  ddexport validate parity build/digits-var
+  ddexport onnx --model var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
+"""
+
+
+@click.group(cls=EntryPointGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ddexport")
+def main() -> None:
+    """Deploy Distilled Decoding models: images from auto-regressive models in one or two steps."""

@@ -1,0 +1,1 @@
+"""The sub-commands of `ddexport`: one file each, found by entry point."""

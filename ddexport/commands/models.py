@@ -1,0 +1,60 @@
+"""`ddexport models`: what can be exported, and where its files come from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime import console
+
+if TYPE_CHECKING:
+    from ddexport.recipe import Recipe
+
+EPILOG = """
+\b
+Examples:
+  ddexport models
+  ddexport models --json
+"""
+
+
+@click.command("models", cls=console.Command, epilog=EPILOG)
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+@console.debug_option
+def command(as_json: bool) -> None:
+    """List the models: family, size, steps, published FID, and where the files come from."""
+    from ddexport.recipe import load_recipe, recipe_names
+
+    rows = [_row(load_recipe(name)) for name in recipe_names()]
+    if as_json:
+        console.emit_json(rows)
+        return
+    click.echo(f"{'model':14} {'family':12} {'parameters':>10}  {'image':>7}  {'steps':6} published FID")
+    for row in rows:
+        fid = ", ".join(f"{value} ({steps})" for steps, value in row["published_fid"].items()) or "-"
+        click.echo(
+            f"{row['name']:14} {row['family']:12} {row['parameters'] / 1e6:8.1f} M"
+            f"  {row['image']:>7}  {', '.join(map(str, row['steps'])):6} {fid} "
+        )
+        for source in row["files"]:
+            click.echo(f"    {source}")
+
+
+def _row(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "name": recipe.name,
+        "title": recipe.title,
+        "family": recipe.family,
+        "parameters": recipe.parameters["student"],
+        "tokenizer_parameters": recipe.parameters["tokenizer"],
+        "image": f"{recipe.image.size}x{recipe.image.size}",
+        "steps": sorted(map(int, recipe.schedules)),
+        "published_fid": recipe.published.get("fid", {}),
+        "files": [
+            f"{role}: ships with ddexport"
+            if source.embedded
+            else f"{role}: {source.repo} {source.path} ({source.option} {source.file})"
+            for role, source in recipe.files.items()
+        ],
+    }

@@ -1,0 +1,101 @@
+"""`ddexport onnx`: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from runtime import console
+
+EPILOG = """
+\b
+Examples:
+  ddexport onnx --model digits-var
+  ddexport onnx --model var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
+  ddexport onnx --model var-d16 --random-weights 0 -o build/var-d16-random
+"""
+
+existing = click.Path(path_type=Path)
+
+
+@click.command("onnx", cls=console.Command, epilog=EPILOG)
+@click.option(
+    "--model", required=True, metavar="NAME|YAML", help="A name of `ddexport models`, or a recipe file."
+)
+@click.option("--checkpoint", type=existing, help="The student's weights, .pth or .safetensors.")
+@click.option("--vae", type=existing, help="The tokenizer's weights, .pth or .safetensors.")
+@click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True,
+              help="Which copy of the student's weights the file holds to take.")  # fmt: skip
+@click.option("--random-weights", type=int, metavar="SEED", help="Random weights in place of the files.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The bundle directory. [default: build/NAME]"
+)
+@click.option("--opset", type=int, help="ONNX opset. [default: 20]")
+@click.option("--force", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@console.debug_option
+def command(
+    model: str,
+    checkpoint: Path | None,
+    vae: Path | None,
+    weights: str,
+    random_weights: int | None,
+    output: Path | None,
+    opset: int | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Export a model to a bundle: student.onnx, decoder.onnx and all that the runtime needs.
+
+    The graphs are checked against PyTorch before the bundle appears; a mismatch ends with exit code 3 and no
+    bundle.
+    """
+    files = {role: path for role, path in (("student", checkpoint), ("tokenizer", vae)) if path is not None}
+    if files and random_weights is not None:
+        raise click.UsageError(
+            "--random-weights takes the place of --checkpoint and --vae: give one or the other"
+        )
+    _require_export_extra()
+    from ddexport.bundle import WeightRequest, export_bundle
+    from ddexport.graph.to_onnx import DEFAULT_OPSET
+    from ddexport.recipe import load_recipe
+
+    recipe = load_recipe(model)
+    exported = export_bundle(
+        recipe,
+        output or Path("build") / recipe.name,
+        WeightRequest(files, weights, random_weights),
+        opset=opset or DEFAULT_OPSET,
+        force=force,
+        stage=console.stage,
+    )
+    if as_json:
+        console.emit_json(
+            {
+                "bundle": str(exported.path),
+                "weights": exported.manifest.weights,
+                "graphs": exported.manifest.graphs,
+                "agreement": exported.agreement,
+            }
+        )
+        return
+    worst = max(exported.agreement, key=lambda a: a.error / a.limit)
+    click.echo(f"{exported.path}: {recipe.title}")
+    for graph in exported.manifest.graphs:
+        click.echo(f"  {graph.file:14} {sum(f.bytes for f in graph.files) / 2**20:9.1f} MiB")
+    click.echo(f"  largest difference from PyTorch {worst.error:.1e} ({worst.role} {worst.output}, relative)")
+    if exported.manifest.weights.kind == "random":
+        click.echo(f"  random weights, seed {exported.manifest.weights.seed}: the images mean nothing")
+
+
+def _require_export_extra() -> None:
+    from importlib.util import find_spec
+
+    from runtime.errors import DDError
+
+    missing = [
+        name for name in ("torch", "onnx", "onnxscript", "safetensors", "yaml") if find_spec(name) is None
+    ]
+    if missing:
+        raise DDError(f"exporting needs {', '.join(missing)}", 'pip install "ddexport[export]"')

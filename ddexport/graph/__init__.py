@@ -1,0 +1,2 @@
+"""Torch modules to ONNX graphs: what a graph must look like, how it is traced, and proof that it computes
+the same."""
