@@ -35,9 +35,7 @@ def model_card(recipe: Recipe, manifest: Manifest) -> str:
 def _weights(manifest: Manifest) -> list[str]:
     weights = manifest.weights
     if weights.kind == "random":
-        return [
-            f"**Random weights, seed {weights.seed}: the images mean nothing.** For tests of speed and parity."
-        ]
+        return [f"**Random weights, seed {weights.seed}: the images mean nothing.** For tests alone."]
     return [
         f"- {file.role}: `{file.file}`, {file.bytes:,} bytes, SHA-256 `{file.sha256}`"
         for file in weights.files

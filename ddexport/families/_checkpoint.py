@@ -130,7 +130,7 @@ def _read(path: Path) -> object:
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = f" ({named[1]})" if named else ""
             raise CheckpointError(
-                f"{path} holds objects that are not weights{what}; loading them could run code, so it is refused",
+                f"{path} holds objects that are not weights{what}: loading them could run code",
                 "save the state dict alone, or convert the file to .safetensors",
             ) from error
         raise CheckpointError(f"{path} is not a checkpoint", "give a .pth or .safetensors file") from error
@@ -174,7 +174,7 @@ def _unwrapped(data: object, layout: Layout, weights: str, path: Path) -> Mappin
             found = _named("", list(map(str, data))) if isinstance(data, Mapping) else type(data).__name__
             raise CheckpointError(
                 f"{path} has no {'.'.join(place)}; it holds {found}",
-                f"choose other weights with --weights {'|'.join(layout.containers)}, or give the published file",
+                f"choose --weights {'|'.join(layout.containers)}, or give the published file",
             )
         data = data[key]
     if not _is_flat(data):

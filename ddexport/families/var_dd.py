@@ -103,7 +103,7 @@ class VarStudent(Student):
         return self.logits(hidden, modulation), self.embeddings(hidden, embedding)
 
     def trunk(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden state before both heads [B, L, C], class embedding [B, C], the logits' modulation [B, 2, C]."""
+        """What both heads start from [B, L, C], class embedding [B, C], the logits' modulation [B, 2, C]."""
         embedding, modulations, head = self.conditioning(label)
         rows = self.noise_or_data()
         # The class position is one more known position in front.

@@ -10,7 +10,7 @@ prints nothing and decides nothing beyond its own limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -98,6 +98,13 @@ class StudentOutput:
         """The rows `index` selects."""
         return StudentOutput(self.sequence[index], self.logits[index])
 
+    @staticmethod
+    def concatenate(parts: Sequence[StudentOutput]) -> StudentOutput:
+        """The rows of all parts, in order."""
+        return StudentOutput(
+            np.concatenate([part.sequence for part in parts]), np.concatenate([part.logits for part in parts])
+        )
+
     @property
     def tokens(self) -> IntArray:
         """argmax of the logits (N, S), int64."""
@@ -110,7 +117,7 @@ class StudentPair:
 
     known (N,) int64: leading positions that hold data, for each row. places: the name of each row, for
     `where`. gate: False where the two had different inputs, so that a difference is information and not a
-    fault.
+    fault. itself: the bundle is compared with itself, in another batch, and not with the reference.
     """
 
     scope: str
@@ -120,6 +127,7 @@ class StudentPair:
     split: int
     places: tuple[str, ...]
     gate: bool = True
+    itself: bool = False
 
     def decided(self) -> BoolArray:
         """(N, S): the positions whose token this step decides, that is before the split and not kept."""
@@ -143,6 +151,7 @@ class ImagePair:
     got: FloatArray
     comparable: BoolArray
     places: tuple[str, ...]
+    itself: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,12 @@ class Comparison:
 
     students: list[StudentPair]
     images: list[ImagePair]
+
+    def scopes(self) -> list[str]:
+        """The names of what was compared: against the reference first, in the order in which it was run."""
+        named = [(pair.itself, pair.scope) for pair in self.students]
+        named += [(pair.itself, pair.scope) for pair in self.images]
+        return [scope for _, scope in sorted(dict.fromkeys(named), key=lambda one: one[0])]
 
 
 Compare: TypeAlias = Callable[[Comparison, Limits], list[Measurement]]
