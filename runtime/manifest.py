@@ -117,7 +117,7 @@ class Manifest:
     licence: Mapping[str, Any]
     recipe: Mapping[str, Any]
     tools: Mapping[str, Any]
-    schema: int = SCHEMA
+    schema: int = SCHEMA  # a bundle that lacks it is refused by `_parse`
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -271,7 +271,7 @@ def _check_sizes(manifest: Manifest) -> None:
     for steps, schedule in manifest.schedules.items():
         known = schedule.known
         rising = all(before < after for before, after in itertools.pairwise(known))
-        if len(known) != steps or known[0] != 0 or not rising or known[-1] >= sequence.length:
+        if len(known) != steps or known[:1] != (0,) or not rising or known[-1] >= sequence.length:
             raise _wrong(
                 f"schedules.{steps}.known",
                 f"must be {steps} rising numbers from 0 to below {sequence.length}, but is {list(known)}",
@@ -281,7 +281,9 @@ def _check_sizes(manifest: Manifest) -> None:
 
 
 def _parse(content: Any) -> Manifest:
-    schema = content.get("schema") if isinstance(content, dict) else None
+    schema = content.get("schema") if isinstance(content, dict) else SCHEMA
+    if schema is None:
+        raise BundleError("bundle.json lacks the key schema", DAMAGED)
     if isinstance(schema, int) and schema > SCHEMA:
         raise BundleError(
             f"the bundle has schema {schema}, and this runtime reads up to {SCHEMA}",

@@ -1,0 +1,141 @@
+"""The noise is a published format: other languages rely on every number of it."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.errors import NoiseError
+from runtime.noise import gaussian_noise, philox4x32
+
+PAGE = (Path(__file__).parents[2] / "docs" / "noise.md").read_text()
+
+# Known answers published with Random123 (kat_vectors): counter, key, output.
+PHILOX = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+
+# Golden: seed, image, the bits of its first six numbers. A change here breaks every recorded seed.
+NOISE = [
+    (0, 0, "3f7dbb33 bf6cb6b0 bf1e1b9f bef6d1b2 be1d5357 3e392a6d"),
+    (0, 1, "3f88a6cb bed9c6b5 c0178cdf be6d0d85 3ecf57cf bf0d6118"),
+    (42, 0, "bf785e5c 3e46ace8 bf9e28d2 3ff6433b bd95e030 3e0e7a0f"),
+    (2**64 - 1, 2**32 + 5, "3e90542f bfbc48f3 3f08534c bf806e9d 3e8173f6 3f03c703"),
+]
+
+seeds = st.integers(0, 2**64 - 1)
+
+
+def words(text: str) -> np.ndarray:
+    return np.array([int(word, 16) for word in text.split()], dtype=np.uint64)
+
+
+def bits(text: str) -> np.ndarray:
+    return words(text).astype(np.uint32).view(np.float32)
+
+
+def page_code() -> dict[str, Any]:
+    """The functions that docs/noise.md prints."""
+    names: dict[str, Any] = {}
+    code = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert code
+    exec(code.group(1), names)
+    return names
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), PHILOX)
+def test_philox_gives_the_published_answers(counter: str, key: str, expected: str) -> None:
+    low, high = words(key).tolist()
+    assert philox4x32(words(counter), low | high << 32).tolist() == words(expected).tolist()
+
+
+@pytest.mark.parametrize(("seed", "image", "expected"), NOISE)
+def test_golden_numbers(seed: int, image: int, expected: str) -> None:
+    """Up to the last bit of a float32, which another mathematics library may round otherwise."""
+    np.testing.assert_array_max_ulp(gaussian_noise(seed, [image], 3, 2).ravel(), bits(expected), maxulp=1)
+
+
+def test_the_page_has_the_vectors_that_are_tested_here() -> None:
+    for counter, key, expected in PHILOX:
+        assert f"| `{counter}` | `{key}` | `{expected}` |" in PAGE
+    for seed, image, expected in NOISE:
+        row = re.search(rf"^\| {seed} \| {image} \| `(.*)` \| `{expected}` \|$", PAGE, re.MULTILINE)
+        assert row
+        numbers = np.array(row.group(1).split(), dtype=np.float32)
+        np.testing.assert_array_equal(numbers, bits(expected))
+
+
+@given(seed=seeds, image=seeds, count=st.integers(1, 23))
+def test_the_code_of_the_page_gives_the_same_noise(seed: int, image: int, count: int) -> None:
+    """An independent scalar implementation, also where the count is no multiple of a block."""
+    printed = np.array(page_code()["image_noise"](seed, image, count), dtype=np.float32)
+    np.testing.assert_allclose(
+        gaussian_noise(seed, [image], count, 1).ravel(), printed, rtol=3e-7, atol=1e-15
+    )
+
+
+@given(seed=seeds, images=st.lists(st.integers(0, 2**64 - 1), max_size=9))
+def test_an_image_does_not_depend_on_its_batch(seed: int, images: list[int]) -> None:
+    together = gaussian_noise(seed, images, 5, 3)
+    assert together.shape == (len(images), 5, 3)
+    assert together.dtype == np.float32
+    for image, noise in zip(images, together, strict=True):
+        np.testing.assert_array_equal(noise, gaussian_noise(seed, [image], 5, 3)[0])
+
+
+@given(seed=seeds)
+def test_every_bit_of_seed_and_image_matters(seed: int) -> None:
+    """64 seeds one bit away, and 64 images one bit away, all differ: no word of key or counter is dropped."""
+    seen = {gaussian_noise(seed, [seed], 4, 1).tobytes()}
+    seen |= {gaussian_noise(seed ^ (1 << bit), [seed], 4, 1).tobytes() for bit in range(64)}
+    seen |= {gaussian_noise(seed, [seed ^ (1 << bit)], 4, 1).tobytes() for bit in range(64)}
+    assert len(seen) == 129
+
+
+def test_it_is_standard_normal_and_uncorrelated() -> None:
+    """Moments, tail share and correlations of a million numbers lie within five standard errors."""
+    noise = gaussian_noise(5, range(50), 200, 100).astype(np.float64)
+    count = noise.size
+    assert abs(noise.mean()) < 5 / np.sqrt(count)
+    assert abs(noise.var() - 1) < 5 * np.sqrt(2 / count)
+    assert abs((noise**3).mean()) < 5 * np.sqrt(15 / count)
+    assert abs((noise**4).mean() - 3) < 5 * np.sqrt(96 / count)
+    tail = 0.0026998  # beyond three standard deviations
+    assert abs((abs(noise) > 3).mean() - tail) < 5 * np.sqrt(tail / count)
+    flat = noise.ravel()
+    for lag in (1, 2, 3, 4, 20000):  # within a block, to the next one, to the next image
+        assert abs((flat[lag:] * flat[:-lag]).mean()) < 5 / np.sqrt(count - lag)
+
+
+@pytest.mark.parametrize(
+    ("seed", "image", "text"),
+    [
+        (-1, 0, "seed must be from 0"),
+        (2**64, 0, "seed must be from 0"),
+        (0, -1, "image index must be from 0"),
+        (1.5, 0, "seed must be an integer"),
+        (True, 0, "seed must be an integer"),
+    ],
+)
+def test_a_wrong_seed_says_so(seed: Any, image: int, text: str) -> None:
+    with pytest.raises(NoiseError, match=text):
+        gaussian_noise(seed, [image], 2, 2)
+
+
+def test_the_largest_published_image_takes_milliseconds() -> None:
+    """680 positions of width 32; it takes 1 ms, and the limit leaves room for a busy machine."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        gaussian_noise(0, [0], 680, 32)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.05

@@ -1,0 +1,97 @@
+"""What the sampler promises whatever the student: original noise, kept positions, tokens that fit them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+
+from runtime.manifest import Schedule
+from runtime.sampler import sample
+
+
+class FakeStudent:
+    """Depends on every input, remembers what it was given, and keeps the contract of the graph."""
+
+    def __init__(self, split: int, codebook: int, width: int) -> None:
+        rng = np.random.default_rng(0)
+        self.split = split
+        self.weight = rng.standard_normal((width, codebook)).astype(np.float32)
+        self.codebook = rng.standard_normal((codebook, width)).astype(np.float32)
+        self.feeds: list[dict[str, Any]] = []
+
+    def __call__(self, feeds: Any) -> dict[str, Any]:
+        self.feeds.append({name: array.copy() for name, array in feeds.items()})
+        tokens, known = feeds["tokens"], feeds["known"][:, None, None]
+        logits = np.sin(tokens[:, : self.split] @ self.weight + feeds["label"][:, None, None] + known)
+        fresh = np.tanh(tokens + known + tokens.mean(axis=1, keepdims=True))
+        fresh[:, : self.split] = self.codebook[logits.argmax(-1)]
+        is_known = np.arange(tokens.shape[1])[None, :, None] < known
+        return {"sequence": np.where(is_known, tokens, fresh).astype(np.float32), "logits": logits}
+
+
+@st.composite
+def cases(draw: DrawFn) -> tuple[FakeStudent, np.ndarray, np.ndarray, Schedule]:
+    length, width, batch = draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    split = draw(st.integers(1, length))
+    later = draw(st.sets(st.integers(1, length - 1), max_size=3)) if length > 1 else set()
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    noise = rng.standard_normal((batch, length, width)).astype(np.float32)
+    labels = rng.integers(0, 10, batch)
+    return FakeStudent(split, 6, width), noise, labels, Schedule((0, *sorted(later)))
+
+
+@given(cases())
+def test_every_step_gets_kept_positions_then_original_noise(case: Any) -> None:
+    student, noise, labels, schedule = case
+    before = noise.copy()
+    steps = sample(student, noise, labels, schedule)
+    np.testing.assert_array_equal(noise, before)  # the caller's noise is not written to
+    assert len(student.feeds) == len(steps) == schedule.steps
+    for number, (known, feeds) in enumerate(zip(schedule.known, student.feeds, strict=True)):
+        np.testing.assert_array_equal(feeds["label"], labels)
+        assert feeds["known"].tolist() == [known] * len(labels)
+        assert feeds["known"].dtype == np.int64
+        np.testing.assert_array_equal(feeds["tokens"][:, known:], noise[:, known:])
+        if number:
+            np.testing.assert_array_equal(feeds["tokens"][:, :known], steps[number - 1].sequence[:, :known])
+
+
+@given(cases())
+def test_kept_positions_stay_and_report_the_token_they_got(case: Any) -> None:
+    student, noise, labels, schedule = case
+    steps = sample(student, noise, labels, schedule)
+    for step in steps:
+        assert step.tokens.dtype == np.int64
+        assert step.tokens.shape == (len(labels), student.split)
+        # A position before the split is the codebook entry of its token, in whatever step it was decided.
+        np.testing.assert_array_equal(step.sequence[:, : student.split], student.codebook[step.tokens])
+    for known, before, after in zip(schedule.known[1:], steps, steps[1:], strict=False):
+        np.testing.assert_array_equal(after.sequence[:, :known], before.sequence[:, :known])
+        np.testing.assert_array_equal(after.tokens[:, :known], before.tokens[:, :known])
+
+
+@given(cases(), st.randoms(use_true_random=False))
+def test_images_do_not_see_each_other(case: Any, random: Any) -> None:
+    """Permuting the batch permutes the result; a part of the batch gives a part of the result."""
+    student, noise, labels, schedule = case
+    order = list(range(len(labels)))
+    random.shuffle(order)
+    whole = sample(student, noise, labels, schedule)
+    moved = sample(student, noise[order], labels[order], schedule)
+    first = sample(student, noise[:1], labels[:1], schedule)
+    for step, other, one in zip(whole, moved, first, strict=True):
+        np.testing.assert_array_equal(other.tokens, step.tokens[order])
+        np.testing.assert_allclose(other.sequence, step.sequence[order], rtol=1e-6)
+        np.testing.assert_array_equal(one.tokens, step.tokens[:1])
+
+
+@given(cases())
+def test_a_longer_schedule_starts_like_the_shorter_one(case: Any) -> None:
+    student, noise, labels, schedule = case
+    one = sample(student, noise, labels, Schedule((0,)))
+    more = sample(student, noise, labels, schedule)
+    np.testing.assert_array_equal(one[0].sequence, more[0].sequence)
