@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from validate.metrics._base import (
+    BoolArray,
     Comparison,
     IntArray,
     Limits,
@@ -27,15 +28,12 @@ def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
 def regressed(pair: StudentPair, limit: float) -> list[Measurement]:
     """Relative error of what the embedding head wrote, and, as information, the largest error."""
     mask = _positions(pair) >= np.maximum(pair.known, pair.split)[:, None]
-    largest, place = largest_difference(pair.expected.sequence, pair.got.sequence, mask)
-    error, row = relative_error(pair.expected.sequence, pair.got.sequence, mask)
-    where = f"{pair.places[place[0]]}, position {place[1]}" if mask.any() else ""
-    return [
-        Measurement(
-            "embeddings", pair.scope, "embeddings, relative error", error, limit=limit, where=pair.places[row]
-        ),
-        Measurement("embeddings", pair.scope, "embeddings, largest error", largest, where=where),
-    ]
+    found = [_relative(pair, "embeddings, relative error", limit, mask)]
+    if not pair.itself:
+        largest, place = largest_difference(pair.expected.sequence, pair.got.sequence, mask)
+        where = f"{pair.places[place[0]]}, position {place[1]}" if largest else ""
+        found.append(Measurement("embeddings", pair.scope, "embeddings, largest error", largest, where=where))
+    return found
 
 
 def copied(pair: StudentPair, limit: float) -> Measurement:
@@ -46,16 +44,16 @@ def copied(pair: StudentPair, limit: float) -> Measurement:
     positions = _positions(pair)
     mask = (positions < pair.split) | (positions < pair.known[:, None])
     mask[:, : pair.split] &= ~pair.differing()
-    error, row = relative_error(pair.expected.sequence, pair.got.sequence, mask)
-    _, place = largest_difference(pair.expected.sequence[[row]], pair.got.sequence[[row]], mask[[row]])
-    return Measurement(
-        "embeddings",
-        pair.scope,
-        "kept and codebook entries, relative error",
-        error,
-        limit=limit,
-        where=f"{pair.places[row]}, position {place[1]}",
-    )
+    return _relative(pair, "kept and codebook entries, relative error", limit, mask)
+
+
+def _relative(pair: StudentPair, name: str, limit: float, mask: BoolArray) -> Measurement:
+    """The relative error over the masked positions of the worst row, and the worst position in it."""
+    expected, got = pair.expected.sequence, pair.got.sequence
+    error, row = relative_error(expected, got, mask)
+    _, (_, position) = largest_difference(expected[[row]], got[[row]], mask[[row]])
+    where = f"{pair.places[row]}, position {position}" if error else ""
+    return Measurement("embeddings", pair.scope, name, error, limit=limit, where=where)
 
 
 def _positions(pair: StudentPair) -> IntArray:

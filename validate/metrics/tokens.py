@@ -83,7 +83,7 @@ def logits_error(pair: StudentPair, limit: float) -> Measurement:
     """The largest error of a logit. Same limit: the excuse is honest only while rounding keeps to it."""
     everywhere = np.ones(pair.expected.logits.shape[:2], dtype=np.bool_)
     value, (row, position) = largest_difference(pair.expected.logits, pair.got.logits, everywhere)
-    where = f"{pair.places[row]}, position {position}"
+    where = f"{pair.places[row]}, position {position}" if value else ""
     return Measurement("tokens", pair.scope, "logits, largest error", value, limit=limit, where=where)
 
 
