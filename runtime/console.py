@@ -81,7 +81,7 @@ class _ErrorHandling(click.Command):
 
 
 def _exit_code(run: Callable[[], Any]) -> int:
-    token = _debug.set(False)
+    _debug.set(False)
     try:
         result = run()
         sys.stdout.flush()
@@ -99,8 +99,6 @@ def _exit_code(run: Callable[[], Any]) -> int:
     except BrokenPipeError:
         _close_stdout()
         return BROKEN_PIPE
-    finally:
-        _debug.reset(token)
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
 

@@ -298,6 +298,21 @@ def test_a_write_that_fails_leaves_the_old_file(folder: Path) -> None:
     assert (folder / "x").read_bytes() == b"old"
 
 
+def test_the_file_appears_in_one_move(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the move fails, the complete new file has touched nothing."""
+    (folder / "x").write_bytes(b"old")
+
+    def replace(self: Path, target: Path) -> None:
+        assert self.read_bytes() == b"new"
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(OutputError, match="Permission denied"), files.atomic_write(folder / "x") as stream:
+        stream.write(b"new")
+    assert listing(folder) == ["x"]
+    assert (folder / "x").read_bytes() == b"old"
+
+
 def test_an_interrupted_write_leaves_the_old_file(folder: Path) -> None:
     (folder / "x").write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt), files.atomic_write(folder / "x") as stream:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import NoiseError
-from runtime.noise import gaussian_noise, philox4x32
+from runtime.noise import _box_muller, gaussian_noise, philox4x32
 
 PAGE = (Path(__file__).parents[2] / "docs" / "noise.md").read_text()
 
@@ -99,6 +99,12 @@ def test_every_bit_of_seed_and_image_matters(seed: int) -> None:
     seen |= {gaussian_noise(seed ^ (1 << bit), [seed], 4, 1).tobytes() for bit in range(64)}
     seen |= {gaussian_noise(seed, [seed ^ (1 << bit)], 4, 1).tobytes() for bit in range(64)}
     assert len(seen) == 129
+
+
+def test_the_extreme_words_give_finite_numbers() -> None:
+    """A word of 0 has no logarithm: 1 is added, and the largest radius is sqrt(64 ln 2)."""
+    values = _box_muller(np.array([0, 0, 2**32 - 1, 0], dtype=np.uint64).reshape(4, 1, 1))
+    np.testing.assert_allclose(values[0, 0], [np.sqrt(64 * np.log(2)), 0, 0, 0], rtol=1e-7)
 
 
 def test_it_is_standard_normal_and_uncorrelated() -> None:
