@@ -40,7 +40,7 @@ def worst_images(comparison: Comparison) -> Image.Image:
         difference = np.abs(pair.got[index] - pair.expected[index]) * factor
         for column, image in enumerate((pair.got[index], pair.expected[index], difference)):
             sheet.paste(_tile(image), (GAP + column * (TILE + GAP), top))
-        text = f"{pair.scope}, {pair.places[index]}: largest difference {size:.2g} (shown times {factor:g})"
+        text = f"{pair.scope}, {pair.places[index]}: difference up to {size:.2g}, shown times {factor:g}"
         draw.text((GAP, top + TILE + 3), text, fill=PALE, font=_font(12))
     return sheet
 
@@ -116,10 +116,11 @@ def _ranked(pairs: Sequence[ImagePair]) -> list[tuple[ImagePair, int, float]]:
 
 
 def _amplification(size: float) -> float:
-    """The power of ten that makes a difference of `size` visible and keeps it below one."""
-    if not (math.isfinite(size) and size > 0.0):
+    """The factor, of one digit, that makes a difference of `size` nearly white and keeps it below one."""
+    if not math.isfinite(size) or size <= 0.0:
         return 1.0
-    return float(10.0 ** min(max(math.floor(-math.log10(size)), 0), 7))
+    power = 10.0 ** math.floor(-math.log10(size))
+    return float(max(math.floor(1.0 / (size * power)) * power, 1.0))
 
 
 def _tile(image: FloatArray) -> Image.Image:

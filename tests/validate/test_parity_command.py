@@ -1,0 +1,279 @@
+"""`validate parity` from the command line: real bundles, faults that only it can see, and what it says
+about bad input.
+
+A planted bundle has the right hashes, and the graphs are valid, so that nothing but the comparison can
+object.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from validate import cli
+
+TOKENS = "tokens that differ"
+LOGITS = "logits, largest error"
+EMBEDDINGS = "embeddings, relative error"
+COPIED = "kept and codebook entries, relative error"
+IMAGES = {"image PSNR, dB", "image, largest 8-bit difference"}
+
+
+def parity(bundle: Path, *options: object) -> Result:
+    return CliRunner().invoke(cli.command, ["parity", str(bundle), "--threads", "1", *map(str, options)])
+
+
+def failed_rows(result: Result) -> set[tuple[str, str]]:
+    """(scope, name) of the failed rows that do not merely follow from others end to end."""
+    rows = [one for one in json.loads(result.stdout)["measurements"] if not one["passed"]]
+    return {(one["scope"], one["name"]) for one in rows if "end to end" not in one["scope"]}
+
+
+@pytest.fixture
+def sources(golden_files) -> tuple[object, ...]:
+    return ("--checkpoint", golden_files["student"], "--vae", golden_files["tokenizer"])
+
+
+def constant(graph, *, name: str = "", shape: tuple[int, ...] = ()):
+    """(array, put): an initializer of the graph by name or shape, and how to put a changed one back."""
+    from onnx import numpy_helper
+
+    (tensor,) = [t for t in graph.initializer if t.name == name or (shape and tuple(t.dims) == shape)]
+    array = numpy_helper.to_array(tensor).copy()
+    return array, lambda new: tensor.CopyFrom(numpy_helper.from_array(new, tensor.name))
+
+
+def producer(graph, name: str):
+    return next(node for node in graph.node if name in node.output)
+
+
+class TestGoodBundles:
+    def test_the_golden_bundle_passes_and_leaves_a_report(self, golden_bundle, sources, tmp_path):
+        bundle = shutil.copytree(golden_bundle, tmp_path / "copy")
+        result = parity(bundle, *sources)
+        assert result.exit_code == 0, result.output
+        assert "parity holds" in result.stdout
+        names = {path.name for path in (bundle / "parity").iterdir()}
+        assert names == {"parity.json", "report.html", "worst.png", "margins.png"}
+
+    def test_the_report_is_what_json_prints(self, golden_bundle, sources, tmp_path):
+        options = ("--report", tmp_path / "r", "--json", "--images", 3, "--batch", 4, "--seed", 5)
+        result = parity(golden_bundle, *sources, *options)
+        assert result.exit_code == 0, result.output
+        printed = json.loads(result.stdout)
+        assert printed == json.loads((tmp_path / "r" / "parity.json").read_text())
+        assert (printed["images"], printed["seed"], len(printed["labels"])) == (3, 5, 3)
+        assert printed["steps"] == [1, 2]
+        assert "batch sizes 1, 2, 3, 4" in {one["scope"] for one in printed["measurements"]}
+        assert not (golden_bundle / "parity").exists()
+
+    def test_a_custom_recipe_with_random_weights_passes(self, random_bundle, tmp_path):
+        """The reference is built from the manifest alone: this recipe is in no folder."""
+        result = parity(random_bundle, "--report", tmp_path)
+        assert result.exit_code == 0, result.output
+        assert "random weights, seed 3" in result.stdout
+
+    def test_a_read_only_bundle_is_compared_without_a_report(self, golden_bundle, sources, tmp_path):
+        bundle = shutil.copytree(golden_bundle, tmp_path / "copy")
+        (bundle / "parity").write_text("in the way")
+        result = parity(bundle, *sources)
+        assert result.exit_code == 0, result.output
+        assert "--report" in result.stderr
+
+
+class TestPlantedFaults:
+    """One changed number, and exactly the rows that it concerns."""
+
+    def check(self, bundle, sources, tmp_path, rows):
+        result = parity(bundle, *sources, "--json", "--report", tmp_path / "report")
+        assert result.exit_code == 3, result.output
+        assert failed_rows(result) == rows
+        for scope, name in rows:
+            assert f"failed: {scope}: {name}" in result.stderr
+        assert "parity fails" in result.stderr
+
+    def test_one_weight_of_the_embedding_head(self, planted, sources, tmp_path):
+        def edit(graph):
+            bias, put = constant(graph, name="embedding_head.bias")
+            bias[3] += 0.01
+            put(bias)
+
+        steps = ("step 1 (known 0)", "step 2 (known 0, 5)")
+        self.check(planted("student", edit), sources, tmp_path, {(step, EMBEDDINGS) for step in steps})
+
+    def test_one_weight_of_the_logits_head(self, planted, sources, tmp_path):
+        """Too small to flip a token, and found all the same."""
+
+        def edit(graph):
+            bias, put = constant(graph, name="logits_head.bias")
+            bias[int(np.argmin(bias))] -= 0.01
+            put(bias)
+
+        steps = ("step 1 (known 0)", "step 2 (known 0, 5)")
+        self.check(planted("student", edit), sources, tmp_path, {(step, LOGITS) for step in steps})
+
+    def test_one_codebook_entry(self, planted, sources, tmp_path):
+        """Every logit and every embedding is right; step 2 is given the reference's tokens and keeps them."""
+
+        def edit(graph):
+            codebook, put = constant(graph, shape=(64, 8))
+            put(codebook + np.float32(0.01))
+
+        self.check(planted("student", edit), sources, tmp_path, {("step 1 (known 0)", COPIED)})
+
+    def test_one_weight_of_the_decoder(self, planted, sources, tmp_path):
+        def edit(graph):
+            bias, put = constant(graph, name="decoder.conv_out.bias")
+            bias[1] += 0.05
+            put(bias)
+
+        scopes = ("1 step, decoder on the same sequence", "2 steps, decoder on the same sequence")
+        rows = {(scope, name) for scope in scopes for name in IMAGES}
+        self.check(planted("decoder", edit), sources, tmp_path, rows)
+
+    def test_a_split_off_by_one(self, planted, sources, tmp_path):
+        """Position 4 gets the regressed embedding although the split is 5; all logits stay as they are."""
+        result = parity(
+            planted("student", split_one_earlier), *sources, "--json", "--report", tmp_path / "report"
+        )
+        assert result.exit_code == 3, result.output
+        assert failed_rows(result) == {("step 1 (known 0)", COPIED)}
+        failed = [one for one in json.loads(result.stdout)["measurements"] if one["name"] == COPIED]
+        assert failed[0]["where"].endswith("position 4")
+
+    def test_a_recipe_with_another_split_than_the_graphs(self, golden_bundle, sources, tmp_path):
+        bundle = shutil.copytree(golden_bundle, tmp_path / "copy")
+        manifest = json.loads((bundle / "bundle.json").read_text())
+        manifest["recipe"]["sequence"]["split"] = 14
+        (bundle / "bundle.json").write_text(json.dumps(manifest))
+        result = parity(bundle, *sources)
+        assert result.exit_code == 3
+        assert "logits has shape (8, 5, 64), the reference's (8, 14, 64)" in result.stderr
+
+    def test_the_other_copy_of_the_weights(self, golden_bundle, sources, tmp_path):
+        """The golden file holds two; the bundle was made of the averaged one."""
+        result = parity(golden_bundle, *sources, "--weights", "model", "--report", tmp_path, "--json")
+        assert result.exit_code == 3
+        assert ("step 1 (known 0)", TOKENS) in failed_rows(result)
+
+    def test_a_limit_in_the_manifest_is_the_one_that_counts(self, golden_bundle, sources, tmp_path):
+        """A limit below rounding fails a good bundle."""
+        bundle = shutil.copytree(golden_bundle, tmp_path / "copy")
+        manifest = json.loads((bundle / "bundle.json").read_text())
+        manifest["parity"]["fp32"]["embedding_error"] = 1e-12
+        (bundle / "bundle.json").write_text(json.dumps(manifest))
+        result = parity(bundle, *sources, "--json")
+        assert result.exit_code == 3
+        assert {name for _, name in failed_rows(result)} == {EMBEDDINGS}
+
+
+class TestBadInput:
+    def expect(self, result: Result, code: int, *words: str):
+        assert result.exit_code == code, result.output
+        for word in words:
+            assert word in result.stderr
+        assert "Traceback" not in result.output
+
+    def test_a_missing_checkpoint_names_option_and_file(self, golden_bundle, golden_files, tmp_path):
+        result = parity(golden_bundle, "--checkpoint", golden_files["student"], "--report", tmp_path)
+        self.expect(result, 1, "was made from vae.pth (sha256 ", "--vae vae.pth")
+
+    def test_another_checkpoint_names_option_file_and_hash(self, golden_bundle, golden_files, tmp_path):
+        wrong = golden_files["tokenizer"]
+        result = parity(golden_bundle, "--checkpoint", wrong, "--vae", wrong, "--report", tmp_path)
+        self.expect(result, 1, f"--checkpoint {wrong} is not what", "sha256", "give the student.pth")
+
+    def test_a_checkpoint_that_is_not_there(self, golden_bundle, golden_files, tmp_path):
+        result = parity(
+            golden_bundle, "--checkpoint", "no.pth", "--vae", golden_files["tokenizer"], "--report", tmp_path
+        )
+        self.expect(result, 1, "--checkpoint: there is no file no.pth")
+
+    def test_a_checkpoint_for_random_weights(self, random_bundle, golden_files, tmp_path):
+        result = parity(random_bundle, "--vae", golden_files["tokenizer"], "--report", tmp_path)
+        self.expect(result, 1, "random weights, seed 3", "leave out --vae")
+
+    def test_no_bundle(self, tmp_path):
+        self.expect(parity(tmp_path / "none"), 1, "not a bundle")
+        assert not (tmp_path / "none").exists()
+
+    def test_a_report_directory_that_cannot_be_written_is_told_at_once(
+        self, golden_bundle, sources, tmp_path
+    ):
+        (tmp_path / "taken").write_text("a file")
+        result = parity(golden_bundle, *sources, "--report", tmp_path / "taken")
+        self.expect(result, 1, "taken", "cannot be written")
+        assert result.stdout == ""
+
+    def test_a_manifest_without_limits(self, golden_bundle, sources, tmp_path):
+        bundle = shutil.copytree(golden_bundle, tmp_path / "copy")
+        manifest = json.loads((bundle / "bundle.json").read_text())
+        del manifest["parity"]["fp32"]["image_psnr"]
+        (bundle / "bundle.json").write_text(json.dumps(manifest))
+        self.expect(parity(bundle, *sources), 3, "no parity limits for fp32: image_psnr missing")
+
+    def test_a_batch_of_one_is_refused(self, tmp_path):
+        """Nothing could be compared with itself."""
+        assert parity(tmp_path, "--batch", 1).exit_code == 2
+
+
+class TestGroup:
+    def test_a_command_that_is_not_installed_is_not_listed(self, monkeypatch):
+        monkeypatch.setitem(cli.COMMANDS, "later", "validate.there_is_no_such_module")
+        result = CliRunner().invoke(cli.command, ["--help"])
+        assert "parity" in result.stdout
+        assert "later" not in result.stdout
+        assert CliRunner().invoke(cli.command, ["later"]).exit_code == 2
+
+    @pytest.mark.parametrize("arguments", [["--help"], ["parity", "--help"]])
+    def test_help_imports_nothing_heavy(self, arguments):
+        """So that it stays under half a second."""
+        code = (
+            "import sys; from validate.cli import command\n"
+            f"command({arguments!r}, standalone_mode=False)\n"
+            "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy', 'PIL', 'mlxtend'} & set(sys.modules)\n"
+            "sys.exit(f'imported {heavy}' if heavy else 0)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(cli.__file__).parents[1],
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def split_one_earlier(graph) -> None:
+    """Rewires `sequence`: the embedding head writes one position more, at the end of the codebook entries."""
+    from onnx import helper, numpy_helper
+
+    where = producer(graph, "sequence")
+    concat = next(
+        node for name in where.input if (node := producer_or_none(graph, name)) and node.op_type == "Concat"
+    )
+    codes, embeddings = concat.input
+    node = producer(graph, embeddings)
+    while node.op_type != "Slice":
+        node = producer(graph, next(name for name in node.input if producer_or_none(graph, name)))
+    for name, value in (("four", 4), ("zero", 0), ("one", 1)):
+        graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), f"planted_{name}"))
+    node.input[1] = "planted_four"
+    index = list(graph.node).index(concat)
+    graph.node.insert(
+        index,
+        helper.make_node("Slice", [codes, "planted_zero", "planted_four", "planted_one"], ["planted_codes"]),
+    )
+    concat.input[0] = "planted_codes"
+    del graph.value_info[:]  # shapes of the graph as it was
+
+
+def producer_or_none(graph, name: str):
+    return next((node for node in graph.node if name in node.output), None)

@@ -1,0 +1,218 @@
+"""The metrics on arrays made by hand: what each one counts, and what it must not let through."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from validate.metrics import embeddings, images, tokens
+from validate.metrics._base import ImagePair, Limits, Measurement, StudentOutput, StudentPair, relative_error
+
+BELOW = np.nextafter(np.float32(0.25), np.float32(0))
+
+
+def pair(expected, got, *, known=0, split=None, sequences=None, gate=True, itself=False) -> StudentPair:
+    """Logits (N, S, V) of both sides; sequences of zeros unless given."""
+    expected, got = np.asarray(expected, np.float32), np.asarray(got, np.float32)
+    split = expected.shape[1] if split is None else split
+    zeros = np.zeros((len(expected), split + 2, 2), np.float32)
+    first, second = sequences or (zeros, zeros)
+    return StudentPair(
+        "step 1",
+        StudentOutput(first, expected),
+        StudentOutput(second, got),
+        np.full(len(expected), known, np.int64),
+        split,
+        tuple(f"image {i}" for i in range(len(expected))),
+        gate,
+        itself,
+    )
+
+
+def image_pair(expected, got, comparable=None) -> ImagePair:
+    size = len(expected)
+    comparable = np.ones(size, bool) if comparable is None else np.array(comparable)
+    return ImagePair("1 step", expected, got, comparable, tuple(f"image {i}" for i in range(size)))
+
+
+class TestTokens:
+    @pytest.mark.parametrize(
+        ("margin", "faults", "excused"), [(BELOW, 0.0, 1), (np.float32(0.25), 1.0, 0), (0.26, 1.0, 0)]
+    )
+    def test_a_flip_is_excused_only_below_the_limit(self, margin, faults, excused):
+        reference = [[[0.0, -np.float32(margin), -3.0]]]
+        found = tokens.differing_tokens(pair(reference, [[[0.0, 1.0, -3.0]]]), limit=0.25)
+        assert (found.value, found.counts["excused"], found.passed) == (faults, excused, not faults)
+
+    def test_an_undecided_reference_does_not_excuse_a_third_token(self):
+        """The top two are within the limit, but the bundle took neither."""
+        found = tokens.differing_tokens(pair([[[1.0, 1.0, 0.0]]], [[[0.0, 0.0, 1.0]]]), limit=0.25)
+        assert found.value == 1.0
+        assert not found.passed
+
+    def test_excused_tokens_are_shown(self):
+        found = tokens.differing_tokens(pair([[[1.0, 0.9]]], [[[0.9, 1.0]]]), limit=0.25)
+        assert found.passed
+        assert "1 more excused" in found.note
+
+    def test_kept_positions_are_not_compared(self):
+        """Their logits are not used; only the second position is decided here."""
+        both = pair([[[9.0, 0.0], [9.0, 0.0]]], [[[0.0, 9.0], [9.0, 0.0]]], known=1)
+        found = tokens.differing_tokens(both, limit=0.25)
+        assert found.passed
+        assert found.counts["compared"] == 1
+
+    def test_the_worst_place_is_the_flip_with_the_largest_margin(self):
+        reference = [[[1.0, 0.5]], [[3.0, 0.5]], [[9.0, 0.0]]]
+        found = tokens.differing_tokens(pair(reference, [[[0, 1]], [[0, 1]], [[1, 0]]]), limit=0.25)
+        assert found.value == 2.0
+        assert found.where == "image 1, position 0, margin 2.5: 1 for 0"
+
+    def test_logits_that_are_no_numbers_fail(self):
+        found = tokens.logits_error(pair([[[1.0, 0.0]]], [[[1.0, math.nan]]]), limit=0.25)
+        assert not found.passed
+        assert found.where == "image 0, position 0"
+
+    def test_end_to_end_is_information(self, limits: Limits):
+        both = pair([[[9.0, 0.0]]], [[[0.0, 9.0]]], gate=False)
+        found = tokens.differing_tokens(both, limits.token_margin)
+        assert (found.value, found.gated, found.passed) == (1.0, False, True)
+
+    @given(st.integers(0, 2**32 - 1), st.floats(1e-3, 5.0), st.floats(1e-3, 5.0))
+    def test_a_looser_limit_never_finds_more_faults(self, seed, limit, other):
+        """And whatever differs is either a fault or excused."""
+        generator = np.random.default_rng(seed)
+        both = pair(generator.normal(size=(3, 4, 5)), generator.normal(size=(3, 4, 5)))
+        tight, loose = (tokens.differing_tokens(both, each) for each in sorted((limit, other)))
+        assert loose.value <= tight.value
+        for found in (tight, loose):
+            assert found.value + found.counts["excused"] == found.counts["differing"]
+
+
+class TestEmbeddings:
+    def sequences(self, change: float = 0.0, row: int = 0, position: int = 3):
+        generator = np.random.default_rng(1)
+        expected = generator.normal(size=(20, 4, 2)).astype(np.float32)
+        got = expected.copy()
+        got[row, position] += np.float32(change)
+        return expected, got
+
+    def both(self, **options):
+        logits = np.zeros((20, 2, 3), np.float32)
+        return pair(logits, logits, sequences=self.sequences(**options))
+
+    def test_one_bad_image_is_not_hidden_by_the_good_ones(self):
+        alone = embeddings.regressed(self.both(change=1.0, row=7), 1e-4)[0]
+        expected, got = self.sequences(change=1.0, row=7)
+        by_hand = math.sqrt(
+            np.square(got[7, 2:] - expected[7, 2:]).mean() / np.square(expected[7, 2:]).mean()
+        )
+        assert alone.value == pytest.approx(by_hand, rel=1e-5)
+        assert alone.where == "image 7, position 3"
+        assert not alone.passed
+
+    def test_a_change_before_the_split_is_found_by_the_copied_positions_alone(self):
+        both = self.both(change=0.1, row=4, position=1)
+        assert embeddings.regressed(both, 1e-4)[0].value == 0.0
+        found = embeddings.copied(both, 1e-4)
+        assert not found.passed
+        assert found.where == "image 4, position 1"
+
+    def test_a_flipped_token_is_left_to_the_token_metric(self):
+        """Its codebook entry is another one, which is no error of the copying."""
+        expected, got = self.sequences(change=5.0, row=0, position=1)
+        reference = np.zeros((20, 2, 3), np.float32)
+        flipped = reference.copy()
+        flipped[0, 1, 2] = 1.0
+        assert embeddings.copied(pair(reference, flipped, sequences=(expected, got)), 1e-4).value == 0.0
+
+    def test_a_kept_position_behind_the_split_must_pass_through(self):
+        logits = np.zeros((20, 2, 3), np.float32)
+        both = pair(logits, logits, known=4, sequences=self.sequences(change=0.1, row=3, position=3))
+        assert not embeddings.copied(both, 1e-4).passed
+        assert embeddings.regressed(both, 1e-4)[0].value == 0.0
+
+    def test_not_a_number_fails_and_is_the_worst(self):
+        found = embeddings.regressed(self.both(change=math.nan, row=5), 1e-4)
+        assert not found[0].passed
+        assert {one.where for one in found} == {"image 5, position 3"}
+
+    @given(st.floats(0.01, 100.0), st.floats(1e-6, 1.0), st.integers(0, 2**32 - 1))
+    def test_relative_error_is_free_of_scale_and_grows_with_the_error(self, scale, size, seed):
+        generator = np.random.default_rng(seed)
+        expected, error = generator.normal(size=(2, 3, 4, 2))
+        everything = np.ones((3, 4), bool)
+        value, row = relative_error(expected, expected + size * error, everything)
+        scaled, _ = relative_error(scale * expected, scale * (expected + size * error), everything)
+        double, _ = relative_error(expected, expected + 2 * size * error, everything)
+        assert scaled == pytest.approx(value, rel=1e-6)
+        assert double == pytest.approx(2 * value, rel=1e-6)
+        assert 0 <= row < 3
+
+    def test_an_error_on_a_reference_of_zeros_is_infinite(self):
+        zeros = np.zeros((1, 2, 2), np.float32)
+        everything = np.ones((1, 2), bool)
+        assert relative_error(zeros, zeros + 1, everything) == (math.inf, 0)
+        assert relative_error(zeros, zeros, everything) == (0.0, 0)
+
+
+class TestImages:
+    grey = np.full((3, 3, 4, 4), 0.5, np.float32)
+
+    @given(st.floats(1e-4, 0.4))
+    def test_psnr_of_a_constant_error_is_minus_twenty_decades(self, error):
+        got = (self.grey.astype(np.float64) + error).astype(np.float64)
+        assert images.psnr(self.grey, got) == pytest.approx(-20 * math.log10(error), abs=1e-6)
+
+    def test_equal_images_have_no_finite_ratio(self, limits: Limits):
+        ratio, largest = images.measure(image_pair(self.grey, self.grey), limits)
+        assert (ratio.value, largest.value) == (math.inf, 0.0)
+        assert ratio.passed
+        assert ratio.to_dict()["value"] == "inf"
+
+    def test_one_wrong_pixel_passes_the_ratio_and_fails_the_largest_difference(self):
+        """Why both are measured."""
+        expected = np.full((1, 3, 256, 256), 0.4, np.float32)
+        got = expected.copy()
+        got[0, 0, 3, 4] += 0.2
+        limits = Limits(1e-3, 1e-4, image_psnr=60.0, image_max=2)
+        ratio, largest = images.measure(image_pair(expected, got), limits)
+        assert ratio.passed
+        assert (largest.value, largest.passed) == (51.0, False)
+
+    def test_the_worst_image_is_named(self, limits: Limits):
+        got = self.grey.copy()
+        got[1] += 0.01
+        got[2] += 0.1
+        assert [one.where for one in images.measure(image_pair(self.grey, got), limits)] == ["image 2"] * 2
+
+    def test_an_image_that_is_not_finite_fails(self, limits: Limits):
+        got = self.grey.copy()
+        got[1, 0, 0, 0] = math.nan
+        found = images.measure(image_pair(self.grey, got), limits)
+        assert [(one.passed, one.where) for one in found] == [(False, "image 1")] * 2
+
+    def test_images_of_other_tokens_are_left_out_and_counted(self, limits: Limits):
+        got = self.grey.copy()
+        got[0] = 0.0
+        found = images.measure(image_pair(self.grey, got, [False, True, True]), limits)
+        assert all(one.passed and one.counts == {"compared": 2, "left_out": 1} for one in found)
+        assert "1 of 3 left out" in found[0].note
+
+    def test_nothing_comparable_is_information_and_not_a_pass(self, limits: Limits):
+        found = images.measure(image_pair(self.grey, self.grey, [False] * 3), limits)
+        assert [one.gated for one in found] == [False, False]
+
+
+@given(st.floats(allow_nan=True), st.floats(allow_nan=False, allow_infinity=False))
+def test_exactly_the_values_within_the_limit_pass(value, limit):
+    """NaN passes in neither direction."""
+    most = Measurement("m", "s", "n", value, limit, "at most")
+    least = Measurement("m", "s", "n", value, limit, "at least")
+    assert most.passed == (value <= limit)
+    assert least.passed == (value >= limit)
+    assert Measurement("m", "s", "n", value).passed
