@@ -83,6 +83,11 @@ def mix(steps: Sequence[Batch], outputs: Sequence[StudentOutput], size: int) -> 
     return named, StudentOutput.concatenate([outputs[step].rows(row) for step, row in picks])
 
 
+def rows_against_itself(size: int) -> int:
+    """How many rows `against_itself` runs for a batch of `size`."""
+    return 3 * size + sum(n for n in SMALL_SIZES if n < size)
+
+
 def against_itself(
     bundle: Model, rows: Batch, alone: StudentOutput, split: int
 ) -> tuple[list[StudentPair], list[ImagePair]]:

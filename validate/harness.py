@@ -20,7 +20,7 @@ import numpy as np
 
 from runtime.errors import VerificationError
 from runtime.registry import load_plugin, plugins
-from validate.batches import Batch, Model, against_itself, decode, mix, run_student
+from validate.batches import Batch, Model, against_itself, decode, mix, rows_against_itself, run_student
 from validate.metrics._base import (
     Compare,
     Comparison,
@@ -43,6 +43,18 @@ class Request:
     schedules: dict[int, tuple[int, ...]]
     split: int
     batch: int
+
+    @property
+    def prefixes(self) -> list[tuple[int, ...]]:
+        """Each distinct step by the `known` numbers up to it: schedules share their first steps."""
+        found = [known[: k + 1] for _, known in sorted(self.schedules.items()) for k in range(len(known))]
+        return list(dict.fromkeys(found))
+
+    @property
+    def work(self) -> int:
+        """About how many rows are run, of students and decoders together, for a progress bar."""
+        compared = len(self.labels) * (2 * len(self.prefixes) + 3 * len(self.schedules))
+        return compared + 2 * rows_against_itself(self.batch)
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -97,13 +109,9 @@ def _parity_metrics() -> Iterable[Compare]:
 
 
 def _run_steps(bundle: Model, reference: Model, request: Request) -> dict[tuple[int, ...], _Step]:
-    """Each distinct step, by the `known` numbers up to it: schedules share their first steps."""
     done: dict[tuple[int, ...], _Step] = {}
-    for _, schedule in sorted(request.schedules.items()):
-        for k in range(len(schedule)):
-            prefix = schedule[: k + 1]
-            if prefix not in done:
-                done[prefix] = _run_step(bundle, reference, request, prefix[-1], done.get(prefix[:-1]))
+    for prefix in request.prefixes:
+        done[prefix] = _run_step(bundle, reference, request, prefix[-1], done.get(prefix[:-1]))
     return done
 
 

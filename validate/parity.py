@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from runtime.errors import OutputError, VerificationError
 if TYPE_CHECKING:
     from runtime.manifest import Manifest
     from runtime.pipeline import Pipeline
+    from validate.batches import Model
     from validate.harness import Request
     from validate.metrics._base import Comparison, FloatArray, IntArray, Limits, StudentOutput
     from validate.report import ParityReport
@@ -42,6 +44,25 @@ class Options:
     vae: Path | None = None
     weights: str | None = None
     threads: int | None = None
+
+
+class Watched:
+    """A `validate.batches.Model` that says how many rows it has run."""
+
+    def __init__(self, model: Model, advance: Callable[[int], None]) -> None:
+        self._model, self._advance = model, advance
+
+    def student(self, tokens: FloatArray, label: IntArray, known: IntArray) -> StudentOutput:
+        """As the model's."""
+        output = self._model.student(tokens, label, known)
+        self._advance(len(label))
+        return output
+
+    def decode(self, sequence: FloatArray) -> FloatArray:
+        """As the model's."""
+        images = self._model.decode(sequence)
+        self._advance(len(sequence))
+        return images
 
 
 class BundleModel:
@@ -80,8 +101,9 @@ def run_parity(options: Options) -> tuple[ParityReport, Comparison]:
             files = {"student": options.checkpoint, "tokenizer": options.vae}
             reference = build_reference(manifest, files, options.weights, options.threads)
         request = _request(manifest, options)
-        with console.stage(f"comparing {options.images} images", keep=False):
-            comparison = compare(BundleModel(pipe), reference, request)
+        with console.progress(request.work, f"comparing {options.images} images") as bar:
+            bundle = Watched(BundleModel(pipe), bar.advance)
+            comparison = compare(bundle, Watched(reference, bar.advance), request)
         settings = Settings(
             bundle=str(options.bundle),
             name=manifest.name,

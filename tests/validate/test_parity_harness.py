@@ -11,6 +11,7 @@ from runtime.errors import VerificationError
 from validate.batches import Batch
 from validate.harness import Request, compare, measure
 from validate.metrics._base import Limits, Measurement
+from validate.parity import Watched
 
 
 def failures(bundle, reference, request: Request, limits: Limits) -> list[Measurement]:
@@ -93,6 +94,14 @@ def test_the_named_batch_sizes_are_run(toy, four_images):
     compare(bundle, toy(), four_images)
     # Four rows a step in three steps; then whole, repeated and permuted; then the small sizes.
     assert bundle.batches == [4, 4, 4, 5, 5, 5, 1, 2, 3]
+
+
+def test_the_announced_work_is_what_is_run(toy, four_images):
+    """So that the progress bar ends at its end."""
+    rows: list[int] = []
+    sides = [Watched(toy(), rows.append) for _ in range(2)]
+    compare(*sides, four_images)
+    assert sum(rows) == four_images.work
 
 
 def test_runs_never_exceed_the_batch(toy, four_images, limits):

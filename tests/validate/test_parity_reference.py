@@ -1,0 +1,114 @@
+"""Where the reference takes its weights from, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ddexport.recipe
+from ddexport.recipe import load_recipe
+from runtime.manifest import Manifest, Source, Weights, sha256_of
+from runtime.noise import gaussian_noise
+from validate.reference import ReferenceFilesError, build_reference, describe_weights
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "var-dd-small"
+SHIPPED = {"ships-student.pth": GOLDEN / "student.pth", "ships-vae.pth": GOLDEN / "vae.pth"}
+
+
+def manifest_of(kind: str, **changes: Any) -> Manifest:
+    """A manifest of the golden model as if its weights shipped with the project; it has no graphs."""
+    recipe = load_recipe(str(GOLDEN / "recipe.yaml")).to_dict()
+    recipe["files"]["student"] |= {"embedded": "ships-student.pth"}
+    recipe["files"]["tokenizer"] |= {"embedded": "ships-vae.pth"}
+    files = tuple(
+        Source(role, name, sha256_of(SHIPPED[name]), SHIPPED[name].stat().st_size, None)
+        for role, name in (("student", "ships-student.pth"), ("tokenizer", "ships-vae.pth"))
+    )
+    values: dict[str, Any] = {field.name: None for field in dataclasses.fields(Manifest)}
+    values |= {"name": "golden", "recipe": recipe, "weights": Weights(kind, None, files)}
+    return Manifest(**(values | changes))
+
+
+@pytest.fixture(autouse=True)
+def shipped(monkeypatch):
+    monkeypatch.setattr(ddexport.recipe, "embedded_weights", lambda source: SHIPPED[source.embedded])
+
+
+def changed_hash(manifest: Manifest, role: str) -> Manifest:
+    files = tuple(
+        dataclasses.replace(file, sha256="0" * 64) if file.role == role else file
+        for file in manifest.weights.files
+    )
+    return dataclasses.replace(manifest, weights=dataclasses.replace(manifest.weights, files=files))
+
+
+def test_embedded_weights_need_no_option_and_give_the_published_outputs():
+    """The golden arrays are the published code's: the reference itself is held against them here."""
+    golden = np.load(GOLDEN / "expected.npz")
+    reference = build_reference(manifest_of("embedded"), {})
+    known = np.zeros(2, np.int64)
+    output = reference.student(golden["noise"], golden["labels"], known)
+    assert np.abs(output.logits - golden["onestep_step0_raw_logits"][:, :5]).max() < 2e-5
+    assert np.abs(output.sequence - golden["onestep_step0_sequence"]).max() < 2e-5
+    assert np.abs(reference.decode(output.sequence) - golden["onestep_image"]).max() < 2e-5
+
+
+def test_the_reference_does_not_write_into_its_inputs():
+    reference = build_reference(manifest_of("embedded"), {})
+    noise = gaussian_noise(0, range(1), 30, 8)
+    before = noise.copy()
+    reference.decode(reference.student(noise, np.zeros(1, np.int64), np.zeros(1, np.int64)).sequence)
+    assert np.array_equal(noise, before)
+
+
+def test_embedded_weights_that_changed_since_the_export_are_refused():
+    with pytest.raises(ReferenceFilesError, match="are not what bundle golden was made from"):
+        build_reference(changed_hash(manifest_of("embedded"), "tokenizer"), {})
+
+
+def test_a_file_for_embedded_weights_is_refused():
+    with pytest.raises(ReferenceFilesError, match="embedded weights ships-student") as caught:
+        build_reference(manifest_of("embedded"), {"student": GOLDEN / "student.pth"})
+    assert caught.value.hint == "leave out --checkpoint"
+
+
+def test_a_part_that_was_not_replaced_at_the_export_needs_no_file():
+    """`ddexport onnx --model digits-var --checkpoint mine.pth`: the tokenizer is still the one that ships."""
+    manifest = manifest_of("checkpoint")
+    mine = dataclasses.replace(manifest.weights.files[0], file="mine.pth")
+    manifest = dataclasses.replace(
+        manifest, weights=Weights("checkpoint", None, (mine, manifest.weights.files[1]))
+    )
+    build_reference(manifest, {"student": GOLDEN / "student.pth", "tokenizer": None})
+    with pytest.raises(ReferenceFilesError, match="was made from mine"):
+        build_reference(manifest, {})
+
+
+def test_random_weights_are_made_again_from_the_seed():
+    def logits(seed: int) -> np.ndarray:
+        reference = build_reference(manifest_of("random", weights=Weights("random", seed, ())), {})
+        noise = gaussian_noise(0, range(1), 30, 8)
+        return reference.student(noise, np.zeros(1, np.int64), np.zeros(1, np.int64)).logits
+
+    assert np.array_equal(logits(1), logits(1))
+    assert not np.allclose(logits(1), logits(2), atol=0.1)
+
+
+def test_random_weights_without_a_seed_cannot_be_made_again():
+    with pytest.raises(ReferenceFilesError, match="seed"):
+        build_reference(manifest_of("random", weights=Weights("random", None, ())), {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("embedded", "embedded weights ships-student.pth, ships-vae.pth"),
+        ("checkpoint", "checkpoint ships-student.pth, ships-vae.pth"),
+    ],
+)
+def test_the_origin_in_words(kind, text):
+    assert describe_weights(manifest_of(kind)) == text
