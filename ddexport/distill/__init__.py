@@ -1,0 +1,1 @@
+"""Distilled Decoding: training a few-step student from a pre-trained auto-regressive teacher."""

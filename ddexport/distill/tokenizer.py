@@ -1,0 +1,227 @@
+"""Stage 1 and 2: the multi-scale tokenizer, then its decoder alone on the final codes.
+
+Latent f = encode(image); scale k takes the residual's area-downsampled view, picks the nearest codes and adds
+their contribution to the partial sum f_k (VAR, arXiv 2404.02905, section 3.2). Losses: error of the decoded
+image, with the gradient passed straight through the quantiser; |f_k - sg(f)|^2, which moves codes and phis;
+and a commitment |sg(f_k) - f|^2. Some images are decoded from f_k of a random k < K (nested dropout): coarse
+scales then carry what they can, and little is left to the last scale, whose tokens the teacher draws in
+parallel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from ddexport.distill.augment import random_affine
+from ddexport.distill.data import ImageSet
+from ddexport.distill.loop import Run, fit
+from ddexport.distill.machine import bfloat16
+from ddexport.distill.settings import Augmentation, TokenizerSettings
+from ddexport.families._var_tokenizer import MultiScaleTokenizer
+from ddexport.families._vq_codec import ResidualBlock, SpatialAttention
+
+
+class _Training(nn.Module):
+    """The tokenizer and what must survive a restart beside it: when each code was last chosen."""
+
+    last_used: Tensor
+
+    def __init__(self, tokenizer: MultiScaleTokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.register_buffer("last_used", torch.zeros(len(tokenizer.codebook), dtype=torch.int64))
+
+
+def partial_latents(tokenizer: MultiScaleTokenizer, latent: Tensor) -> tuple[Tensor, Tensor]:
+    """Residual quantisation with all partial sums.
+
+    latent: (B, Cv, h, w). Returns f_1 .. f_K stacked (K, B, Cv, h, w), with gradients to codes and phis, and
+    the tokens (B, L) int64.
+    """
+    rest, total = latent.detach(), torch.zeros_like(latent)
+    sums, found = [], []
+    for k in range(len(tokenizer.scales)):
+        indices = tokenizer.nearest(tokenizer.next_features(rest, k))
+        added = tokenizer.contribution(tokenizer.embed(indices), k)
+        total, rest = total + added, rest - added.detach()
+        sums.append(total)
+        found.append(indices)
+    return torch.stack(sums), torch.cat(found, 1)
+
+
+def image_error(decoded: Tensor, images: Tensor, absolute: float) -> Tensor:
+    """Mean squared error plus `absolute` times the mean absolute error, both (B, 3, H, W) in [-1, 1]."""
+    error = decoded.float() - images
+    return error.square().mean() + absolute * error.abs().mean()
+
+
+def train_tokenizer(
+    tokenizer: MultiScaleTokenizer,
+    images: ImageSet,
+    settings: TokenizerSettings,
+    augment: Augmentation,
+    run: Run,
+    key: str,
+) -> None:
+    """Train everything, in place, then scale the codebook to unit standard deviation."""
+    quiet_residuals(tokenizer)
+    training = _Training(tokenizer)
+    scales = len(tokenizer.scales)
+    chosen_codes = torch.empty(0, dtype=torch.int64)
+
+    def continuous(batch: Tensor) -> Tensor:
+        with bfloat16():
+            return image_error(decoded_latent(tokenizer, tokenizer.encode(batch)), batch, settings.absolute)
+
+    def quantised(batch: Tensor, choice: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with bfloat16():
+            latent = tokenizer.encode(batch)
+        latent = latent.float()
+        sums, tokens = partial_latents(tokenizer, latent)
+        codes = (sums - latent.detach()).square().mean()
+        commitment = (sums.detach() - latent).square().mean()
+        chosen = sums.detach()[choice, torch.arange(len(batch))]
+        with bfloat16():
+            decoded = decoded_latent(tokenizer, latent + (chosen - latent).detach())
+        return image_error(decoded, batch, settings.absolute), codes, commitment, tokens
+
+    def loss(i: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        nonlocal chosen_codes
+        batch = draw_images(images, settings.batch, generator, augment)
+        if i < settings.continuous:
+            return continuous(batch), {}
+        prefix = torch.randint(scales, (settings.batch,), generator=generator)
+        whole = torch.rand(settings.batch, generator=generator) >= settings.prefix
+        image, codes, commitment, tokens = quantised(batch, torch.where(whole, scales - 1, prefix))
+        chosen_codes = tokens.unique()
+        return image + codes + settings.commitment * commitment, {"image": image, "codes": codes}
+
+    def after_step(i: int) -> None:
+        generator = run.generator("tokenizer-codes", i)
+        if i + 1 == settings.continuous:
+            seed_codebook(tokenizer, draw_images(images, 256, generator, augment), generator)
+            training.last_used[:] = i
+        if i < settings.continuous:
+            return
+        training.last_used[chosen_codes] = i
+        if (i + 1) % settings.reseed == 0 and i < settings.iterations // 2:
+            dead = (training.last_used <= i - settings.reseed).nonzero()[:, 0]
+            with torch.no_grad():
+                batch = draw_images(images, settings.batch, generator, augment)
+                vectors = torch.cat(residual_vectors(tokenizer, tokenizer.encode(batch)))
+                pick = torch.randint(len(vectors), (len(dead),), generator=generator)
+                tokenizer.embedding.weight[dead] = vectors[pick]
+            training.last_used[dead] = i
+
+    fit("tokenizer", run, settings, training, loss, key, after_step)
+    scale_codebook(tokenizer)
+
+
+def train_decoder(
+    tokenizer: MultiScaleTokenizer,
+    images: ImageSet,
+    settings: TokenizerSettings,
+    augment: Augmentation,
+    run: Run,
+    key: str,
+) -> None:
+    """Train decoder and post-quantisation convolution, in place, on codes that no longer move."""
+    tokenizer.requires_grad_(False)
+    tokenizer.post_quant_conv.requires_grad_(True)
+    tokenizer.decoder.requires_grad_(True)
+
+    def error(batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            latent = tokenizer.latent(tokenizer.embed(tokenizer.tokens(tokenizer.encode(batch))))
+        with bfloat16():
+            decoded = decoded_latent(tokenizer, latent)
+        return image_error(decoded, batch, settings.absolute)
+
+    def loss(i: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        return error(draw_images(images, settings.batch, generator, augment)), {}
+
+    loop = dataclasses.replace(
+        settings, iterations=settings.decoder_iterations, rate=settings.decoder_rate, ema=0.99
+    )
+    fit("decoder", run, loop, tokenizer, loss, key)
+    tokenizer.requires_grad_(True)
+
+
+def draw_images(images: ImageSet, count: int, generator: torch.Generator, augment: Augmentation) -> Tensor:
+    """`count` augmented images of the set: (count, 3, H, W) float32 in [-1, 1], contiguous."""
+    index = torch.randint(len(images), (count,), generator=generator)
+    batch = images.images(index)
+    return random_affine(batch, generator, augment.degrees, augment.shift, augment.scale).contiguous()
+
+
+@torch.no_grad()
+def quiet_residuals(tokenizer: MultiScaleTokenizer) -> None:
+    """Start every residual block and attention as the identity: at rates of 1e-3 and more, it trains only
+    then.
+    """
+    for module in tokenizer.modules():
+        if isinstance(module, ResidualBlock):
+            module.conv2.weight.zero_()
+        elif isinstance(module, SpatialAttention):
+            module.proj.weight.zero_()
+
+
+def decoded_latent(tokenizer: MultiScaleTokenizer, latent: Tensor) -> Tensor:
+    """latent (B, Cv, h, w) -> images (B, 3, H, W) around [-1, 1], not clamped: a clamp would stop gradients."""
+    return tokenizer.decoder(tokenizer.post_quant_conv(latent))
+
+
+@torch.no_grad()
+def seed_codebook(tokenizer: MultiScaleTokenizer, images: Tensor, generator: torch.Generator) -> None:
+    """Start the codes from what each scale gets to quantise: an equal share of the codebook a scale.
+
+    images: (B, 3, H, W) in [-1, 1]. A scale's residual depends on the codes of the scales before, so the
+    shares are filled one after the other; shares not filled yet are kept out of reach.
+    """
+    latent = tokenizer.encode(images)
+    codes = tokenizer.embedding.weight
+    shares = torch.arange(len(codes)).chunk(len(tokenizer.scales))
+    codes.fill_(1e3)
+    for k, share in enumerate(shares):
+        vectors = residual_vectors(tokenizer, latent)[k]
+        codes[share] = vectors[torch.randint(len(vectors), (len(share),), generator=generator)]
+
+
+def residual_vectors(tokenizer: MultiScaleTokenizer, latent: Tensor) -> list[Tensor]:
+    """The vectors that each scale gets to quantise for `latent` (B, Cv, h, w): K tensors (B * s*s, Cv)."""
+    sums, _ = partial_latents(tokenizer, latent)
+    before = [torch.zeros_like(latent), *sums[:-1]]
+    return [tokenizer.next_features(latent - total, k).flatten(0, 1) for k, total in enumerate(before)]
+
+
+@torch.no_grad()
+def scale_codebook(tokenizer: MultiScaleTokenizer) -> float:
+    """Divide the codes by their global standard deviation; every output stays what it was. Returns the
+    divisor.
+
+    The map and the student compare codes with N(0, I), so the two should be of one size. The latent is scaled
+    with the codes (`quant_conv`, the phis' biases), and scaled back by `post_quant_conv`.
+    """
+    divisor = tokenizer.codebook.std()
+    tokenizer.embedding.weight.div_(divisor)
+    tokenizer.quant_conv.weight.div_(divisor)
+    tokenizer.quant_conv.bias.div_(divisor)  # type: ignore[union-attr]
+    for phi in tokenizer.phis:
+        phi.conv.bias.div_(divisor)
+    tokenizer.post_quant_conv.weight.mul_(divisor)
+    return float(divisor)
+
+
+@torch.no_grad()
+def tokens_of_images(tokenizer: MultiScaleTokenizer, images: Tensor, batch: int = 500) -> Tensor:
+    """images (N, 3, H, W) in [-1, 1] -> tokens (N, L) int64."""
+    return torch.cat([tokenizer.tokens(tokenizer.encode(part)) for part in images.split(batch)])
+
+
+@torch.no_grad()
+def images_of_sequences(tokenizer: MultiScaleTokenizer, sequences: Tensor, batch: int = 500) -> Tensor:
+    """sequences (N, L, Cv) -> images (N, 3, H, W) in [0, 1]."""
+    return torch.cat([tokenizer(part) for part in sequences.split(batch)])

@@ -1,0 +1,241 @@
+"""The stages of a distillation in order: each writes its result atomically and is skipped when nothing
+changed.
+
+| stage | reads | writes into the run's folder |
+|---|---|---|
+| tokenizer | images | tokenizer.safetensors |
+| decoder | images, tokenizer | the recipe's tokenizer file |
+| teacher | images, tokenizer | the recipe's teacher file |
+| pairs | tokenizer, teacher | pairs.safetensors |
+| student | pairs, teacher | the recipe's student file |
+
+A result is float16 under the published key names, and every later stage starts from the stored file, so that
+what is trained on, measured and shipped are the same numbers. `stages.json` records the key of each finished
+stage: a hash of the settings, the seed, the geometry, the data and the key of the stage before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ddexport.distill.data import DataSet, load_data
+from ddexport.distill.loop import Run, finish
+from ddexport.distill.machine import keep_freed_memory
+from ddexport.distill.pairs import make_pairs
+from ddexport.distill.settings import DistillSettings
+from ddexport.distill.student import train_student
+from ddexport.distill.teacher import token_copies, train_teacher
+from ddexport.distill.tokenizer import train_decoder, train_tokenizer
+from ddexport.families import family
+from ddexport.families._checkpoint import load_part, save_part
+from runtime.console import stage as announce
+from runtime.errors import DDError, OutputError
+
+if TYPE_CHECKING:
+    from ddexport.recipe import Recipe
+
+STAGES = ("tokenizer", "decoder", "teacher", "pairs", "student")
+ROLES = {"decoder": "tokenizer", "teacher": "teacher", "student": "student"}  # stages whose results ship
+VERSION = 1  # raise it when a stage's code changes what it computes
+
+
+@dataclasses.dataclass(frozen=True)
+class StageReport:
+    """What became of one stage: "trained", "unchanged" or "left out"; its time and file."""
+
+    stage: str
+    outcome: str
+    seconds: float
+    file: str
+    bytes: int
+
+
+class Training:
+    """One run of one recipe in one folder."""
+
+    def __init__(self, recipe: Recipe, settings: DistillSettings, run: Run) -> None:
+        self.recipe, self.settings, self.run = recipe, settings, run
+        self._data: DataSet | None = None
+        self._keys: dict[str, str] = {}
+
+    @property
+    def data(self) -> DataSet:
+        """The data set, read when a stage first needs it."""
+        if self._data is None:
+            self._data = load_data(self.settings.data)
+        return self._data
+
+    def path(self, stage: str) -> Path:
+        """Where `stage` writes its result."""
+        if stage in ROLES:
+            return self.run.folder / self.recipe.files[ROLES[stage]].embedded
+        return self.run.folder / f"{stage}.safetensors"
+
+    def key(self, stage: str) -> str:
+        """Names everything the result of `stage` depends on."""
+        if stage not in self._keys:
+            i = STAGES.index(stage)
+            settings = self.settings.tokenizer if stage == "decoder" else getattr(self.settings, stage)
+            values: dict[str, Any] = {
+                "version": VERSION,
+                "stage": stage,
+                "seed": self.run.seed,
+                "settings": dataclasses.asdict(settings),
+                "before": self.key(STAGES[i - 1]) if i else self._origin(),
+            }
+            self._keys[stage] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return self._keys[stage]
+
+    def run_stages(self, stages: tuple[str, ...] = STAGES) -> list[StageReport]:
+        """Run the given stages in order. Raises DDError when one needs a result that is not there."""
+        return [self._stage(stage, stage in stages) for stage in STAGES]
+
+    def _stage(self, stage: str, wanted: bool) -> StageReport:
+        path, finished = self.path(stage), self._finished()
+        current = finished.get(stage, {}).get("key") == self.key(stage) and path.is_file()
+        if current or not wanted:
+            outcome = "unchanged" if current else "left out"
+            size = path.stat().st_size if current else 0
+            seconds = finished.get(stage, {}).get("seconds", 0.0) if current else 0.0
+            return StageReport(stage, outcome, seconds, path.name, size)
+        start = time.monotonic()
+        self._need_stages_before(stage)
+        with announce(stage):
+            work: Callable[[], None] = getattr(self, f"_{stage}")
+            work()
+        seconds = round(time.monotonic() - start, 1)
+        finished[stage] = {"key": self.key(stage), "seconds": seconds}
+        self._write_finished(finished)
+        finish(stage, self.run)
+        return StageReport(stage, "trained", seconds, path.name, path.stat().st_size)
+
+    def _tokenizer(self) -> None:
+        tokenizer = self._new("tokenizer")
+        settings, augment = self.settings.tokenizer, self.settings.augment
+        train_tokenizer(tokenizer, self.data.train, settings, augment, self.run, self.key("tokenizer"))
+        self._save(tokenizer, "tokenizer", "tokenizer")
+
+    def _decoder(self) -> None:
+        tokenizer = self._load("tokenizer", "tokenizer")
+        settings, augment = self.settings.tokenizer, self.settings.augment
+        train_decoder(tokenizer, self.data.train, settings, augment, self.run, self.key("decoder"))
+        self._save(tokenizer, "tokenizer", "decoder")
+
+    def _teacher(self) -> None:
+        tokenizer, teacher = self._load("tokenizer", "decoder"), self._new("teacher")
+        settings, augment = self.settings.teacher, self.settings.augment
+        tokens, labels = token_copies(tokenizer, self.data.train, settings.copies, augment, self.run)
+        train_teacher(teacher, tokenizer, tokens, labels, settings, self.run, self.key("teacher"))
+        self._save(teacher, "teacher", "teacher")
+
+    def _pairs(self) -> None:
+        tokenizer, teacher = self._load("tokenizer", "decoder"), self._load("teacher", "teacher")
+        write_tensors(make_pairs(teacher, tokenizer, self.settings.pairs, self.run), self.path("pairs"))
+
+    def _student(self) -> None:
+        from safetensors.torch import load_file
+
+        tokenizer, teacher = self._load("tokenizer", "decoder"), self._load("teacher", "teacher")
+        student, pairs = self._new("student"), load_file(self.path("pairs"))
+        codebook: Tensor = tokenizer.codebook
+        train_student(student, teacher, codebook, pairs, self.settings.student, self.run, self.key("student"))
+        self._save(student, "student", "student")
+
+    def _origin(self) -> dict[str, Any]:
+        """What the first stage depends on."""
+        recipe = self.recipe
+        return {
+            "data": self.data.fingerprint(),
+            "augment": dataclasses.asdict(self.settings.augment),
+            "geometry": [
+                recipe.family,
+                dataclasses.asdict(recipe.image),
+                dataclasses.asdict(recipe.sequence) | {"split": None},  # sampling's choice, not training's
+                recipe.classes,
+                recipe.model,
+                recipe.tokenizer,
+            ],
+        }
+
+    def _new(self, role: str) -> Any:
+        torch.manual_seed(int(hashlib.sha256(f"{self.run.seed}/{role}".encode()).hexdigest()[:12], 16))
+        return family(self.recipe.family).build(self.recipe, role)
+
+    def _load(self, role: str, stage: str) -> Any:
+        return load_part(self.recipe, role, self.path(stage)).requires_grad_(True)
+
+    def _save(self, module: nn.Module, role: str, stage: str) -> None:
+        save_part(module, self.recipe, role, self.path(stage))
+
+    def _need_stages_before(self, stage: str) -> None:
+        finished = self._finished()
+        for before in STAGES[: STAGES.index(stage)]:
+            if finished.get(before, {}).get("key") != self.key(before) or not self.path(before).is_file():
+                raise DDError(
+                    f"the stage {stage} needs the result of {before}, which {self.run.folder} does not hold"
+                    " for these settings and this seed",
+                    f"run it too: --stages {before},{stage}, or leave --stages out",
+                )
+
+    def _finished(self) -> dict[str, dict[str, Any]]:
+        path = self.run.folder / "stages.json"
+        return json.loads(path.read_text()) if path.is_file() else {}  # type: ignore[no-any-return]
+
+    def _write_finished(self, finished: dict[str, dict[str, Any]]) -> None:
+        partial = self.run.folder / "stages.json.partial"
+        partial.write_text(json.dumps(finished, indent=2) + "\n")
+        partial.replace(self.run.folder / "stages.json")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file by way of a neighbouring one."""
+    from safetensors.torch import save_file
+
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial)
+    partial.replace(path)
+
+
+def train(
+    recipe: Recipe,
+    settings: DistillSettings,
+    folder: Path,
+    seed: int = 0,
+    stages: tuple[str, ...] = STAGES,
+    compile: bool = True,
+) -> list[StageReport]:
+    """Train `recipe` in `folder`, going on where an earlier run stopped.
+
+    Raises OutputError when the folder cannot be made, DDError for data or earlier stages that are missing.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot make the folder {folder}: {error.strerror}", "name another with --out"
+        ) from error
+    keep_freed_memory()
+    return Training(recipe, settings, Run(folder, seed, compile)).run_stages(stages)
+
+
+def install(recipe: Recipe, folder: Path, target: Path) -> list[Path]:
+    """Copy the trained files of `folder` to `target`, each atomically. Raises DDError when one is missing."""
+    names = [recipe.files[role].embedded for role in ROLES.values()]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise DDError(f"{folder} does not hold {', '.join(missing)}", "run all stages before --install")
+    for name in names:
+        partial = target / f"{name}.partial"
+        shutil.copyfile(folder / name, partial)
+        partial.replace(target / name)
+    return [target / name for name in names]

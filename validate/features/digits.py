@@ -1,0 +1,136 @@
+"""The judge of the embedded digit model: a small convolutional classifier of real 32 x 32 digits.
+
+It is trained on the real training digits alone and has seen neither generated images nor the held-out digits.
+Its 64 features before the last layer are what the Frechet distance and precision and recall of `validate
+quality` measure. The weights ship as `recipes/weights/digits-classifier.safetensors`; `python -m validate
+quality digits-var --train-judge` trains them again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ddexport.distill.augment import random_affine
+from ddexport.distill.data import DataSet
+from runtime.errors import DDError
+
+FILE = "digits-classifier.safetensors"
+WIDTHS = (32, 32, 64, 64, 128, 64)
+STRIDES = (1, 2, 1, 2, 1, 2)
+EPOCHS, BATCH, RATE, SEED = 30, 64, 3e-3, 2024
+
+
+class Reading(NamedTuple):
+    """What the judge says of N images: classes (N,) int64, features (N, 64) float64."""
+
+    classes: Tensor
+    features: Tensor
+
+
+class DigitJudge(nn.Module):
+    """Six 3x3 convolutions with batch norm, mean over the image, a linear layer."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        width = 1
+        for out, stride in zip(WIDTHS, STRIDES, strict=True):
+            layers += [nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            width = out
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(width, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """images: (N, 1, 32, 32) in [-1, 1] -> (N, 64)."""
+        out: Tensor = self.body(images).mean((2, 3))
+        return out
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (N, 1, 32, 32) in [-1, 1] -> class logits (N, 10)."""
+        out: Tensor = self.head(self.features(images))
+        return out
+
+    def read(self, images: Tensor, batch: int = 500) -> Reading:
+        """images: (N, 1 or 3, 32, 32) in [-1, 1]; the mean over the colours is read."""
+        with torch.no_grad():
+            features = torch.cat([self.features(x.mean(1, keepdim=True)) for x in images.split(batch)])
+            return Reading(self.head(features).argmax(1), features.double())
+
+
+def load_judge(path: Path) -> DigitJudge:
+    """The trained judge, in eval mode. Raises DDError when the file is missing or not a judge's."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    judge = DigitJudge()
+    try:
+        state = load_file(path)
+        judge.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
+    except (FileNotFoundError, SafetensorError, RuntimeError) as error:
+        raise DDError(
+            f"{path} does not hold the digit classifier",
+            "train it: python -m validate quality digits-var --train-judge",
+        ) from error
+    judge.eval()
+    return judge
+
+
+def save_judge(judge: DigitJudge, path: Path) -> None:
+    """Write the weights as float16. `judge` should hold float16-exact values, see `round_to_half`."""
+    from safetensors.torch import save_file
+
+    state = {k: v.half().contiguous() for k, v in judge.state_dict().items() if "num_batches" not in k}
+    partial = path.with_name(path.name + ".partial")
+    save_file(state, partial)
+    partial.replace(path)
+
+
+def train_judge(
+    data: DataSet, epochs: int = EPOCHS, on_epoch: Callable[[int, float], None] | None = None
+) -> DigitJudge:
+    """Train on `data.train`; held-out accuracy is for `on_epoch(epoch, accuracy)` alone and selects nothing."""
+    torch.manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    judge = DigitJudge().to(memory_format=torch.channels_last)
+    images, labels = data.train.images(), data.train.labels
+    per_epoch = len(labels) // BATCH
+    optimizer = torch.optim.AdamW(judge.parameters(), RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min(1.0, (i + 1) / 100) * 0.5 * (1 + math.cos(math.pi * i / (epochs * per_epoch))),
+    )
+    for epoch in range(epochs):
+        judge.train()
+        for index in torch.randperm(len(labels), generator=generator)[: per_epoch * BATCH].split(BATCH):
+            batch = random_affine(images[index], generator, degrees=12, shift=2, scale=0.12)[:, :1]
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = judge(batch.contiguous(memory_format=torch.channels_last))
+            loss = nn.functional.cross_entropy(logits.float(), labels[index], label_smoothing=0.05)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        if on_epoch:
+            on_epoch(epoch, held_out_accuracy(judge.eval(), data))
+    return round_to_half(judge.eval())
+
+
+def round_to_half(judge: DigitJudge) -> DigitJudge:
+    """Round every weight to a float16 value in place, so that the stored file is what was measured."""
+    with torch.no_grad():
+        for value in judge.state_dict().values():
+            if value.is_floating_point():
+                value.copy_(value.half())
+    return judge
+
+
+def held_out_accuracy(judge: DigitJudge, data: DataSet) -> float:
+    """Share of the held-out real digits that are read right."""
+    read = judge.read(data.held_out.images()).classes
+    return float((read == data.held_out.labels).double().mean())
