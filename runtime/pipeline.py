@@ -200,8 +200,8 @@ def default_batch_size(manifest: Manifest) -> int:
     """How many images fit the memory target, by a rough count of the float32 arrays alive at once.
 
     The student holds attention scores for some 16 heads twice, and the logits twice; the decoder about three
-    maps of some 160 channels at full resolution; engines keep about as much again in free blocks. For VAR-DD d16
-    that is 370 MB an image, and 400 MB were measured with ONNX Runtime.
+    maps of some 160 channels at full resolution; engines keep about as much again in free blocks. For 680
+    positions and 256 x 256 pixels that is 370 MB an image, and 400 MB were measured with ONNX Runtime.
     """
     sequence, image = manifest.sequence, manifest.image
     student = 2 * 16 * sequence.length**2 + 2 * sequence.split * sequence.codebook
