@@ -17,6 +17,7 @@ from PIL import Image
 
 import runtime
 from runtime import files, infer
+from runtime.backends.onnxruntime import OnnxRuntime
 from runtime.errors import OutputError
 from runtime.infer import command
 
@@ -279,6 +280,15 @@ def test_a_directory_without_write_permission(shared_bundle: Path, folder: Path)
 
 def test_a_bundle_that_is_none(folder: Path) -> None:
     assert "not a bundle: nowhere not found" in failed(sample("nowhere"))
+
+
+def test_an_engine_that_is_not_installed(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for by name or not, the message says what to install."""
+    monkeypatch.setattr(OnnxRuntime, "available", lambda: "it is not installed: pip install onnxruntime")
+    for backend, message in (("auto", "no inference engine"), ("onnxruntime", "onnxruntime cannot be used")):
+        text = failed(sample(shared_bundle, "--backend", backend))
+        assert message in text
+        assert "pip install onnxruntime" in text
 
 
 def test_a_damaged_bundle_is_found_unless_told_not_to_look(bundle: Path) -> None:
