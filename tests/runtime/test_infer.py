@@ -284,7 +284,8 @@ def test_a_bundle_that_is_none(folder: Path) -> None:
 
 def test_an_engine_that_is_not_installed(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for by name or not, the message says what to install."""
-    monkeypatch.setattr(OnnxRuntime, "available", lambda: "it is not installed: pip install onnxruntime")
+    why_not = classmethod(lambda cls: "it is not installed: pip install onnxruntime")
+    monkeypatch.setattr(OnnxRuntime, "available", why_not)
     for backend, message in (("auto", "no inference engine"), ("onnxruntime", "onnxruntime cannot be used")):
         text = failed(sample(shared_bundle, "--backend", backend))
         assert message in text

@@ -145,7 +145,10 @@ def test_stream_yields_batches_in_order(pipe: Pipeline) -> None:
 
 
 def test_stream_needs_constant_memory(pipe: Pipeline) -> None:
-    """Twenty times as many images, and not even a fifth more memory at the peak."""
+    """The peak grows by less than 100 bytes an image: the label and Python's own bookkeeping.
+
+    The pixels alone are 192 bytes, noise and sequence 96 each.
+    """
 
     def peak(count: int) -> int:
         tracemalloc.start()
@@ -156,7 +159,7 @@ def test_stream_needs_constant_memory(pipe: Pipeline) -> None:
         return most
 
     peak(16)  # what is allocated once
-    assert peak(2000) < 1.2 * peak(100) + 8 * 2000  # the labels are eight bytes an image
+    assert peak(4000) - peak(100) < 100 * 3900
 
 
 def test_the_batch_size_follows_the_sizes(pipe: Pipeline) -> None:
