@@ -7,7 +7,7 @@ import gc
 import json
 import platform
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -18,7 +18,7 @@ from torch import nn
 from ddexport.families import family
 from ddexport.families._checkpoint import connect, load_part, random_part
 from ddexport.graph.spec import GraphSpec, graph_specs, image_size, sequence_size
-from ddexport.graph.to_onnx import DEFAULT_OPSET, check_onnx, onnx_from_module
+from ddexport.graph.to_onnx import DEFAULT_OPSET, check_onnx, check_opset, onnx_from_module
 from ddexport.graph.verify import Agreement, verify_graph
 from ddexport.model_card import model_card
 from ddexport.recipe import Recipe, Source, class_names, embedded_weights
@@ -86,12 +86,16 @@ def export_bundle(
     Raises:
         MissingWeightsError: a file is needed and was not given.
         CheckpointError: a file does not hold the recipe's model.
-        OutputError: `target` exists and `force` is false, or cannot be written.
+        ExportError: the opset is not supported.
+        RecipeError: the label list is not the recipe's.
+        OutputError: `target` exists and `force` is false, or is no bundle, or cannot be written.
         VerificationError: a graph differs from its module; nothing is written.
     """
+    check_opset(opset)
     sources = _sources(recipe, request)
     specs = graph_specs(recipe)
-    with staged_directory(target, force, _expected_bytes(recipe)) as folder:
+    labels = class_names(recipe)
+    with staged_directory(target, force, _expected_bytes(recipe), marker=FILE_NAME) as folder:
         with stage("loading weights"):
             parts = load_parts(recipe, request, sources)
             parts["student"].tabulate()  # type: ignore[operator]
@@ -99,7 +103,7 @@ def export_bundle(
         graphs = [
             _write_graph(parts[spec.part], spec, recipe, folder, opset, weights, stage) for spec in specs
         ]
-        (folder / "labels.json").write_text(json.dumps(class_names(recipe), ensure_ascii=False) + "\n")
+        (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         manifest = Manifest(
             name=recipe.name,
             title=recipe.title,
@@ -117,8 +121,8 @@ def export_bundle(
             recipe=recipe.to_dict(),
             tools=_tools(),
         )
-        (folder / FILE_NAME).write_text(manifest.to_json())
-        (folder / "README.md").write_text(model_card(recipe, manifest))
+        (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(recipe, manifest), encoding="utf-8")
         agreement = _verify(folder, parts, specs, recipe, stage)
     return Exported(target, manifest, agreement)
 
@@ -153,12 +157,15 @@ def _sources(recipe: Recipe, request: WeightRequest) -> dict[str, Path]:
             missing.append(source)
     if missing:
         raise MissingWeightsError(
-            f"{recipe.name} needs "
-            + " and ".join(f"{s.file} (from {s.repo} on the Hugging Face Hub, {s.path})" for s in missing),
+            f"{recipe.name} needs " + " and ".join(f"{s.file}{_published_at(s)}" for s in missing),
             f"download and give {' '.join(f'{s.option} {s.file}' for s in missing)};"
             " or try the pipeline without them: --random-weights 0",
         )
     return found
+
+
+def _published_at(source: Source) -> str:
+    return f" (from {source.repo} on the Hugging Face Hub, {source.path})" if source.repo else ""
 
 
 def _weights(recipe: Recipe, request: WeightRequest, sources: Mapping[str, Path]) -> Weights:
@@ -229,4 +236,8 @@ def _expected_bytes(recipe: Recipe) -> int:
 
 def _tools() -> dict[str, str]:
     packages = ("ddexport", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
-    return {**{name: metadata.version(name) for name in packages}, "python": platform.python_version()}
+    versions: dict[str, str] = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):  # onnxruntime-gpu brings onnxruntime under another name
+            versions[name] = metadata.version(name)
+    return {**versions, "python": platform.python_version()}

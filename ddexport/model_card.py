@@ -47,7 +47,7 @@ def _published(recipe: Recipe) -> list[str]:
         return []
     rows = [f"| {steps} | {fid} |" for steps, fid in recipe.published["fid"].items()]
     return [
-        f"## Published FID ({recipe.published['dataset']})",
+        f"## Published FID ({recipe.published.get('dataset', 'data set not stated')})",
         "",
         "| steps | FID |",
         "|---|---|",

@@ -12,12 +12,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import DDError
 
 SCHEMA = 1
+ROLES = ("student", "tokenizer", "teacher")
+TYPES: dict[str, Any] = {"int": int, "float": (int, float), "str": str}
 
 
 class RecipeError(DDError):
@@ -125,13 +128,13 @@ def load_recipe(name: str) -> Recipe:
             raise RecipeError(
                 f"no recipe file at {name}", "give a path to a YAML file, or a name of `ddexport models`"
             )
-        return _parse(path.read_text(), name)
+        return _parse(path.read_bytes(), name)
     names = recipe_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         guess = f"did you mean {near[0]}? " if near else ""
         raise RecipeError(f"there is no model called {name}", f"{guess}models: {', '.join(names)}")
-    return _parse((resources.files("recipes") / f"{name}.yaml").read_text(), f"{name}.yaml")
+    return _parse((resources.files("recipes") / f"{name}.yaml").read_bytes(), f"{name}.yaml")
 
 
 def class_names(recipe: Recipe) -> dict[str, Any]:
@@ -141,7 +144,7 @@ def class_names(recipe: Recipe) -> dict[str, Any]:
         raise RecipeError(
             f"recipe {recipe.name}: there is no label list {recipe.labels}", "see recipes/labels/"
         )
-    data: dict[str, Any] = json.loads(entry.read_text())
+    data: dict[str, Any] = json.loads(entry.read_text(encoding="utf-8"))
     if len(data["names"]) != recipe.classes:
         raise RecipeError(
             f"recipe {recipe.name}: the label list {recipe.labels} has {len(data['names'])} names,"
@@ -167,10 +170,11 @@ def recipe_from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
     if data.get("schema", SCHEMA) != SCHEMA:
         raise RecipeError(f"{where}: recipe schema {data['schema']} is not {SCHEMA}", "upgrade ddexport")
     fields = _checked(Recipe, data, where)
+    _check_types(Recipe, fields, where)
     fields["image"] = _build(Image, fields["image"], f"{where}: image")
     fields["sequence"] = _build(Sequence, fields["sequence"], f"{where}: sequence")
     fields["schedules"] = {
-        str(steps): Schedule(tuple(_checked(Schedule, value, f"{where}: schedules.{steps}")["known"]))
+        str(steps): _schedule(value, f"{where}: schedules.{steps}")
         for steps, value in fields["schedules"].items()
     }
     for section, cls in (("files", Source), ("parity", Limits)):
@@ -182,7 +186,7 @@ def recipe_from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
     return recipe
 
 
-def _parse(text: str, where: str) -> Recipe:
+def _parse(text: bytes, where: str) -> Recipe:
     try:
         import yaml
     except ImportError as error:
@@ -215,12 +219,26 @@ def _checked(cls: type, data: Any, where: str) -> dict[str, Any]:
 
 def _build(cls: type, data: Any, where: str) -> Any:
     values = _checked(cls, data, where)
-    for f in dataclasses.fields(cls):
-        wanted = {"int": int, "float": (int, float), "str": str}[str(f.type)]
-        value = values.get(f.name, f.default)
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise RecipeError(f"{where}.{f.name}: {value!r} is not of type {f.type}", "correct the value")
+    _check_types(cls, values, where)
     return cls(**values)
+
+
+def _check_types(cls: type, values: Mapping[str, Any], where: str) -> None:
+    """Numbers, texts and sections must be such; nested dataclasses check themselves when they are built."""
+    for f in dataclasses.fields(cls):
+        kind = str(f.type)
+        wanted = Mapping if kind.startswith("dict") else TYPES.get(kind)
+        value = values.get(f.name)
+        if f.name in values and wanted and (not isinstance(value, wanted) or isinstance(value, bool)):
+            what = "keys and values" if wanted is Mapping else kind
+            raise RecipeError(f"{where}: {f.name}: {value!r} is not of type {what}", "correct the value")
+
+
+def _schedule(data: Any, where: str) -> Schedule:
+    known = _checked(Schedule, data, where)["known"]
+    if not isinstance(known, list) or any(type(k) is not int for k in known):
+        raise RecipeError(f"{where}.known: {known!r} is not a list of positions", "correct the value")
+    return Schedule(tuple(known))
 
 
 def _check_consistency(recipe: Recipe, where: str) -> None:
@@ -229,13 +247,24 @@ def _check_consistency(recipe: Recipe, where: str) -> None:
         raise RecipeError(
             f"{where}: split {split} is not within the {length} positions", "correct sequence.split"
         )
+    if not recipe.schedules:
+        raise RecipeError(f"{where}: there are no schedules", 'give at least "1": {known: [0]}')
     for steps, schedule in recipe.schedules.items():
         known = schedule.known
-        if len(known) != int(steps) or known[0] != 0 or any(not 0 <= k < length for k in known):
+        rising = all(before < after for before, after in pairwise(known))
+        if str(len(known)) != steps or known[:1] != (0,) or not rising or known[-1] >= length:
             raise RecipeError(
                 f"{where}: schedule {steps} has known {list(known)}",
-                f"one number a step, the first 0, each below {length}",
+                f"one number a step, the first 0, rising, each below {length}",
             )
-    for role in ("student", "tokenizer"):
+    for role in ROLES[:2]:
         if role not in recipe.files:
             raise RecipeError(f"{where}: files.{role} is missing", "name where its weights come from")
+    for role, source in recipe.files.items():
+        if role not in ROLES:
+            raise RecipeError(f"{where}: files has an unknown part {role}", f"parts: {', '.join(ROLES)}")
+        if not source.embedded and not (source.option and source.file):
+            raise RecipeError(
+                f"{where}: files.{role} does not say where its weights come from",
+                "give option and file (and repo and path of a published one), or embedded",
+            )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,26 +36,26 @@ if os.path.isdir(backup):
 
 
 @contextmanager
-def staged_directory(target: Path, replace: bool = False, needed_bytes: int = 0) -> Iterator[Path]:
+def staged_directory(
+    target: Path, replace: bool = False, needed_bytes: int = 0, marker: str | None = None
+) -> Iterator[Path]:
     """Yields an empty directory that becomes `target` when the block ends without an error.
 
     Args:
         target: the directory to make; its parents are made too.
         replace: whether an existing `target` may be replaced. It stays whole until the new one is complete.
         needed_bytes: refuse at once where the disk has less room than this.
+        marker: replace only what holds a file of this name, or nothing: never somebody's other files.
 
     Raises:
-        OutputError: `target` exists and `replace` is false, or the place cannot be written, or the disk is
-            full.
+        OutputError: `target` exists and `replace` is false, or is something else than what is written here,
+            or the place cannot be written, or the disk is full.
     """
     target = target.resolve()
-    if target.exists() and not replace:
-        raise OutputError(f"{target} exists already", "use --force to replace it, or -o for another place")
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target} is a file, not a directory", "use -o for another place")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
+        _remove_leftovers(target)  # first: it may put a bundle back
+        _check_replaceable(target, replace, marker)
         name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         staging = target.with_name(f".{target.name}.partial-{name}")
         backup = target.with_name(f".{target.name}.replaced-{name}")
@@ -80,6 +81,7 @@ def staged_directory(target: Path, replace: bool = False, needed_bytes: int = 0)
                 "make room, or choose another place with -o",
             )
         yield staging
+        _check_replaceable(target, replace, marker)  # somebody may have made it in the meantime
         _swap(staging, backup, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -87,6 +89,19 @@ def staged_directory(target: Path, replace: bool = False, needed_bytes: int = 0)
         raise
     finally:
         janitor.communicate()
+
+
+def _check_replaceable(target: Path, replace: bool, marker: str | None) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise OutputError(f"{target} is a file, not a directory", "use -o for another place")
+    if not replace:
+        raise OutputError(f"{target} exists already", "use --force to replace it, or -o for another place")
+    if marker and not (target / marker).exists() and any(target.iterdir()):
+        raise OutputError(
+            f"{target} holds other files and no {marker}: it is not replaced", "use -o for another place"
+        )
 
 
 def _swap(staging: Path, backup: Path, target: Path) -> None:
@@ -98,14 +113,15 @@ def _swap(staging: Path, backup: Path, target: Path) -> None:
 def _remove_leftovers(target: Path) -> None:
     """What a run left behind when the machine went down: partial directories, and a replaced one to put
     back."""
-    for kind in ("partial", "replaced"):
-        for path in target.parent.glob(f".{target.name}.{kind}-*"):
-            if _is_running(int(path.name.rsplit("-", 2)[1])):
-                continue
-            if kind == "replaced" and not target.exists():
-                path.rename(target)
-            else:
-                shutil.rmtree(path, ignore_errors=True)
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(partial|replaced)-(\d+)-[0-9a-f]{{8}}")
+    for path in list(target.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if not match or _is_running(int(match[2])):
+            continue
+        if match[1] == "replaced" and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_running(pid: int) -> bool:

@@ -66,7 +66,7 @@ def command(
         recipe,
         output or Path("build") / recipe.name,
         WeightRequest(files, weights, random_weights),
-        opset=opset or DEFAULT_OPSET,
+        opset=DEFAULT_OPSET if opset is None else opset,
         force=force,
         stage=console.stage,
     )

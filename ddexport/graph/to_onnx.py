@@ -42,8 +42,7 @@ def onnx_from_module(
     Raises:
         ExportError: the opset is not supported.
     """
-    if opset not in OPSETS:
-        raise ExportError(f"opset {opset} is not supported", f"use {OPSETS.start} to {OPSETS.stop - 1}")
+    check_opset(opset)
     inputs = sample_inputs(spec, recipe, batch=2, seed=0)
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     with torch.no_grad(), _quiet():
@@ -65,6 +64,12 @@ def onnx_from_module(
     external = size > EXTERNAL_DATA_FROM
     program.save(str(path), external_data=external)
     return [path, path.with_name(path.name + ".data")] if external else [path]
+
+
+def check_opset(opset: int) -> None:
+    """Raises `ExportError` if graphs of this opset cannot be made."""
+    if opset not in OPSETS:
+        raise ExportError(f"opset {opset} is not supported", f"use {OPSETS.start} to {OPSETS.stop - 1}")
 
 
 def check_onnx(path: Path) -> None:
