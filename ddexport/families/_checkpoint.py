@@ -125,6 +125,8 @@ def _read(path: Path) -> object:
         return _read_safetensors(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         if "nsupported" in str(error) or "GLOBAL" in str(error):
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -134,7 +136,7 @@ def _read(path: Path) -> object:
                 "save the state dict alone, or convert the file to .safetensors",
             ) from error
         raise CheckpointError(f"{path} is not a checkpoint", "give a .pth or .safetensors file") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # the bytes are untrusted: a damaged pickle can make the reader raise anything
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint ({path.stat().st_size:,} bytes)",
             "download it again and compare its size with the Hub's",
@@ -143,8 +145,9 @@ def _read(path: Path) -> object:
 
 def _is_plain_zip(path: Path) -> bool:
     """Whether the file is in torch's zip format and can be mapped. Refuses one that unpacks to more."""
-    if not zipfile.is_zipfile(path):
-        return False
+    with path.open("rb") as stream:
+        if stream.read(4) != b"PK\3\4":
+            return False
     with zipfile.ZipFile(path) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
             raise CheckpointError(f"{path} is compressed; checkpoints are not", "save it with torch.save")
@@ -171,21 +174,31 @@ def _unwrapped(data: object, layout: Layout, weights: str, path: Path) -> Mappin
     place = layout.containers.get(weights, ())
     for key in place:
         if not isinstance(data, Mapping) or key not in data:
-            found = _named("", list(map(str, data))) if isinstance(data, Mapping) else type(data).__name__
             raise CheckpointError(
-                f"{path} has no {'.'.join(place)}; it holds {found}",
+                f"{path} has no {'.'.join(place)}; it holds {_content(data)}",
                 f"choose --weights {'|'.join(layout.containers)}, or give the published file",
             )
         data = data[key]
     if not _is_flat(data):
         raise CheckpointError(
-            f"{path} holds no weights where this part keeps them", "give the published file"
+            f"{path} holds no weights where this part keeps them, but {_content(data)}",
+            "give the published file of this part",
         )
     return data  # type: ignore[return-value]
 
 
 def _is_flat(data: object) -> bool:
-    return isinstance(data, Mapping) and bool(data) and all(isinstance(v, Tensor) for v in data.values())
+    return (
+        isinstance(data, Mapping)
+        and bool(data)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items())
+    )
+
+
+def _content(data: object) -> str:
+    if isinstance(data, Mapping):
+        return _named("", list(map(str, data))) or "nothing"
+    return f"a {type(data).__name__}"
 
 
 def _converted(
@@ -205,8 +218,11 @@ def _converted(
     if any(differences):
         raise CheckpointError(
             f"{path} does not hold the {role} of {recipe.name}: {'; '.join(filter(None, differences))}",
-            _guess(state) or "check the model's name and the file",
+            _guess(state, recipe) or "check the model's name and the file",
         )
+    for key in expected:
+        if not _is_sound(state[key]):
+            raise CheckpointError(f"{path}: {key} is not a dense array of finite numbers", "get another copy")
     for key in free:
         check = next(c for p, c in layout.recomputable.items() if re.fullmatch(p, key))
         if not _holds(check, state[key]):
@@ -228,6 +244,11 @@ def _published_shapes(module: nn.Module, layout: Layout) -> dict[str, tuple[int,
         for name, part in zip(names, value.chunk(len(names)), strict=True):
             shapes[name] = tuple(part.shape)
     return shapes
+
+
+def _is_sound(tensor: Tensor) -> bool:
+    dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_complex()
+    return dense and not tensor.is_quantized and bool(tensor.isfinite().all())
 
 
 def _holds(check: object, tensor: Tensor) -> bool:
@@ -253,13 +274,12 @@ def _named(what: str, keys: list[str]) -> str:
     return f"{what} {', '.join(keys[:NAMED_KEYS])}{more}".strip()
 
 
-def _guess(state: Mapping[str, Tensor]) -> str:
+def _guess(state: Mapping[str, Tensor], recipe: Recipe) -> str:
     """Which part of which model these tensors are, as a sentence; empty if none fits."""
     from ddexport.recipe import load_recipe, recipe_names
 
     shapes = {k: _squeezed(v.shape) for k, v in state.items()}
-    for name in recipe_names():
-        candidate = load_recipe(name)
+    for candidate in (recipe, *map(load_recipe, recipe_names())):
         for role in family(candidate.family).roles:
             try:
                 with torch.device("meta"):
