@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,15 +27,19 @@ class Layout:
 
     `published(key)` gives the published name of one of our state-dict keys; where the file stores several
     tensors for one of ours (query, key and value), all names, to be concatenated along dimension 0.
-    `containers` is the way from the top of the file to the state dict, per `--weights` choice; a flat file
-    is accepted too. `recomputable` are published buffers that carry no information, as regular expressions:
+    `containers` is the way from the top of the file to the state dict, per `--weights` choice;
+    `alternatives` are the ways to it in files that hold one copy only, tried afterwards; a flat file is
+    accepted too. `recomputable` are published buffers that carry no information, as regular expressions:
     they may be missing, and where present they must satisfy the check, or the file was made by different
-    code.
+    code. `rows(key)` is given where our tensor has the published one's rows in another order: for each of
+    our rows the index of the published row, else None.
     """
 
     published: Callable[[str], tuple[str, ...]]
     containers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    alternatives: tuple[tuple[str, ...], ...] = ()
     recomputable: Mapping[str, Callable[[Tensor], bool]] = field(default_factory=dict)
+    rows: Callable[[str], Tensor | None] = lambda key: None
 
 
 class Student(nn.Module):
@@ -67,6 +72,13 @@ class Family(ABC):
     @abstractmethod
     def layout(self, recipe: Recipe, role: str) -> Layout:
         """How published files spell the weights of `role`."""
+
+
+def renamed(key: str, rules: Iterable[tuple[str, str]]) -> str:
+    """`key` after each (regular expression, replacement) in turn."""
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 def compose(tokens: Tensor, logits: Tensor, embeddings: Tensor, codebook: Tensor, known: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ every shape must be the expected one.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import itertools
 import os
 import pickle
 import re
@@ -46,7 +48,7 @@ def load_part(recipe: Recipe, role: str, path: Path | str, weights: str = "ema")
     """
     path = Path(path)
     layout = family(recipe.family).layout(recipe, role)
-    state = _unwrapped(_read(path), layout, weights, path)
+    state = _unwrapped(_read(path), layout, recipe, weights, path)
     with torch.device("meta"):
         module = family(recipe.family).build(recipe, role)
     module.load_state_dict(_converted(state, module, layout, recipe, role, path), strict=True, assign=True)
@@ -95,14 +97,10 @@ def save_part(
     """
     from safetensors.torch import save_file
 
-    layout = family(recipe.family).layout(recipe, role)
-    state: dict[str, Tensor] = {}
-    for key, value in module.state_dict().items():
-        names = layout.published(key)
-        for name, part in zip(names, value.detach().chunk(len(names)), strict=True):
-            state[name] = part.to(dtype).contiguous()
-            if not state[name].isfinite().all():
-                raise CheckpointError(f"{role}: {name} overflows {dtype}", "store it in float32")
+    state = {k: v.to(dtype).contiguous() for k, v in published_state(module, recipe, role).items()}
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{role}: {name} overflows {dtype}", "store it in float32")
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -110,6 +108,17 @@ def save_part(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def published_state(module: nn.Module, recipe: Recipe, role: str) -> dict[str, Tensor]:
+    """The module's weights as the published files spell them: what `load_part` reads."""
+    layout = family(recipe.family).layout(recipe, role)
+    state: dict[str, Tensor] = {}
+    for key, value in module.state_dict().items():
+        names, rows = layout.published(key), layout.rows(key)
+        parts = (value if rows is None else value[rows.argsort()]).chunk(len(names))
+        state.update(zip(names, parts, strict=True))
+    return state
 
 
 def _ready(module: nn.Module) -> nn.Module:
@@ -124,7 +133,9 @@ def _read(path: Path) -> object:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
+        # LlamaGen's training code keeps its command line beside the weights: plain attributes, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -167,24 +178,34 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _unwrapped(data: object, layout: Layout, weights: str, path: Path) -> Mapping[str, Tensor]:
-    """The state dict inside the file: at the layout's place, or the file itself if it is flat."""
+def _unwrapped(
+    data: object, layout: Layout, recipe: Recipe, weights: str, path: Path
+) -> Mapping[str, Tensor]:
+    """The state dict inside the file: at one of the layout's places, or the file itself if it is flat."""
     if _is_flat(data):
         return data  # type: ignore[return-value]
     place = layout.containers.get(weights, ())
-    for key in place:
-        if not isinstance(data, Mapping) or key not in data:
-            raise CheckpointError(
-                f"{path} has no {'.'.join(place)}; it holds {_content(data)}",
-                f"choose --weights {'|'.join(layout.containers)}, or give the published file",
-            )
-        data = data[key]
-    if not _is_flat(data):
+    for way in (place, *layout.alternatives):
+        if _is_flat(inside := _inside(data, way)):
+            return inside  # type: ignore[return-value]
+    if place and _inside(data, place) is None:
+        parts = data.values() if isinstance(data, Mapping) else ()
+        guesses = (_guess(part, recipe) for part in parts if _is_flat(part))
+        advice = f"choose --weights {'|'.join(layout.containers)}, or give the published file"
         raise CheckpointError(
-            f"{path} holds no weights where this part keeps them, but {_content(data)}",
-            "give the published file of this part",
+            f"{path} has no {'.'.join(place)}; it holds {_content(data)}",
+            "; ".join([*itertools.islice(filter(None, guesses), 1), advice]),
         )
-    return data  # type: ignore[return-value]
+    raise CheckpointError(
+        f"{path} holds no weights where this part keeps them, but {_content(data)}",
+        "give the published file of this part",
+    )
+
+
+def _inside(data: object, way: tuple[str, ...]) -> object:
+    for key in way:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data
 
 
 def _is_flat(data: object) -> bool:
@@ -233,7 +254,9 @@ def _converted(
     converted = {}
     for key, parameter in module.state_dict().items():
         parts = [state[name].float() for name in layout.published(key)]
-        converted[key] = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(parameter.shape)
+        value = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(parameter.shape)
+        rows = layout.rows(key)
+        converted[key] = value if rows is None else value[rows]
     return converted
 
 

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ddexport.families._base import GeometryError
+
+if TYPE_CHECKING:
+    from ddexport.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,31 @@ class CodecGeometry:
     def downsampling(self) -> int:
         """Image side over latent side."""
         return 2 ** (len(self.multipliers) - 1)
+
+
+def codec_of_recipe(recipe: Recipe, latent_side: int, **sizes: int) -> CodecGeometry:
+    """The geometry that the recipe's `tokenizer` section gives, `sizes` being those its family knows from
+    elsewhere.
+
+    Raises:
+        GeometryError: a key is unknown, missing or given twice, or the decoder does not end at the image
+            size.
+    """
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in recipe.tokenizer.items()}
+    try:
+        options.setdefault("encoder_multipliers", options["multipliers"])
+        codec = CodecGeometry(image_channels=recipe.image.channels, **sizes, **options)
+    except (TypeError, KeyError) as error:
+        raise GeometryError(
+            f"recipe {recipe.name}: tokenizer: {error}", f"see a recipe of family {recipe.family} in recipes/"
+        ) from error
+    side = latent_side * codec.downsampling
+    if side != recipe.image.size:
+        raise GeometryError(
+            f"recipe {recipe.name}: the decoder makes images of side {side}, not {recipe.image.size}",
+            "latent side times 2^(levels - 1) is the image size",
+        )
+    return codec
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
