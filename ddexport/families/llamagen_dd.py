@@ -1,0 +1,302 @@
+"""LlamaGen and its distilled students (Distilled Decoding, arXiv 2412.17153; LlamaGen, arXiv 2406.06525).
+
+Shapes: B batch, L positions, C width, V codebook entries, Cv code width, S positions before the split.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddexport.families._base import Family, GeometryError, Layout, Student, compose, renamed
+from ddexport.families._llamagen_blocks import (
+    Block,
+    LayerCache,
+    RmsNorm,
+    causal_mask,
+    halves_from_pairs,
+    rotary_table,
+    rotation,
+)
+from ddexport.families._llamagen_tokenizer import RasterTokenizer
+from ddexport.families._vq_codec import CodecGeometry, codec_of_recipe
+
+if TYPE_CHECKING:
+    from ddexport.recipe import Recipe
+
+HIDDEN_MULTIPLE = 256
+
+
+@dataclass(frozen=True)
+class LlamaGenGeometry:
+    """Sizes of a LlamaGen transformer: `side` is that of the token map."""
+
+    depth: int
+    width: int
+    heads: int
+    side: int
+    classes: int
+    codebook: int
+    code_width: int
+    split: int
+
+    @property
+    def length(self) -> int:
+        return self.side * self.side
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Llama's rule: two thirds of 4C, rounded up to a multiple of 256."""
+        return -(-(8 * self.width // 3) // HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
+
+    def blocks(self) -> nn.ModuleList:
+        return nn.ModuleList(Block(self.width, self.heads, self.hidden) for _ in range(self.depth))
+
+
+class LlamaGenStudent(Student):
+    """From noise (or noise behind known data) to the whole token sequence in one pass.
+
+    A position reads its own vector and predicts its own token: unlike the teacher's, its output is not
+    shifted.
+    """
+
+    mask: Tensor
+    rotation: Tensor
+
+    def __init__(self, geometry: LlamaGenGeometry) -> None:
+        super().__init__()
+        C, L = geometry.width, geometry.length
+        self.geometry = geometry
+        self.class_embedding = nn.Embedding(geometry.classes + 1, C)  # the last row is unused: the null class
+        self.token_embedding = nn.Linear(geometry.code_width, C)
+        self.noise_or_data_embedding = nn.Embedding(2, C)
+        self.blocks = geometry.blocks()
+        self.norm = RmsNorm(C)
+        self.logits_head = nn.Linear(C, geometry.codebook, bias=False)
+        self.embedding_modulation = nn.Parameter(torch.zeros(2, C))  # shift, scale
+        self.embedding_head = nn.Linear(C, geometry.code_width)
+        self.register_buffer(
+            "codebook", torch.zeros(geometry.codebook, geometry.code_width), persistent=False
+        )
+        self.register_buffer("rotation", rotation(geometry.side, geometry.head_width), persistent=False)
+        self.register_buffer("mask", causal_mask(L + 1), persistent=False)
+
+    def forward(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens [B, L, Cv], label [B], known [B] -> sequence [B, L, Cv], logits [B, S, V]."""
+        S = self.geometry.split
+        hidden, embedding = self.trunk(tokens, label, known)
+        logits = self.logits(hidden[:, :S])
+        embeddings = self.embeddings(hidden[:, S:], embedding)
+        return compose(tokens, logits, embeddings, self.codebook, known), logits
+
+    def heads(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Both heads at every position: logits [B, L, V], embeddings [B, L, Cv]."""
+        hidden, embedding = self.trunk(tokens, label, known)
+        return self.logits(hidden), self.embeddings(hidden, embedding)
+
+    def trunk(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """What both heads start from [B, L, C], and the class embedding [B, C]."""
+        embedding = self.class_embedding(label)
+        noise, data = self.noise_or_data_embedding.weight.chunk(2)
+        # The class position is one more known position in front.
+        is_data = (torch.arange(tokens.shape[1] + 1, device=tokens.device) <= known[:, None])[:, :, None]
+        x = torch.cat([embedding[:, None], self.token_embedding(tokens)], dim=1)
+        x = x + torch.where(is_data, data, noise)
+        for block in self.blocks:
+            x = block(x, self.rotation, self.mask)
+        return x[:, 1:], embedding
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.logits_head(self.norm(hidden))
+
+    def embeddings(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        shift, scale = (self.embedding_modulation + embedding[:, None]).chunk(2, dim=1)
+        normal = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6)
+        return self.embedding_head(normal * (1 + scale) + shift)
+
+    def tabulate(self) -> None:
+        """Nothing to do: the label acts through one row of a table, noise-or-data through one of two rows."""
+
+
+class LlamaGenTeacher(nn.Module):
+    """The auto-regressive model: token by token in raster order, each from the tokens before it."""
+
+    mask: Tensor
+    rotation: Tensor
+
+    def __init__(self, geometry: LlamaGenGeometry) -> None:
+        super().__init__()
+        C, L = geometry.width, geometry.length
+        self.geometry = geometry
+        self.class_embedding = nn.Embedding(geometry.classes + 1, C)  # the last row is guidance's null class
+        self.token_embedding = nn.Embedding(geometry.codebook, C)
+        self.blocks = geometry.blocks()
+        self.norm = RmsNorm(C)
+        self.logits_head = nn.Linear(C, geometry.codebook, bias=False)
+        self.register_buffer("rotation", rotation(geometry.side, geometry.head_width), persistent=False)
+        self.register_buffer("mask", causal_mask(L + 1), persistent=False)
+
+    def forward(self, tokens: Tensor, label: Tensor) -> Tensor:
+        """All positions at once, for training: tokens [B, L] int64, label [B] -> logits [B, L, V].
+
+        The logits of a token come from the position before it; the last token is not read.
+        """
+        x = torch.cat([self.class_embedding(label)[:, None], self.token_embedding(tokens[:, :-1])], dim=1)
+        return self.logits_head(self.norm(self._run(x, 0, [None] * len(self.blocks))))
+
+    def step(self, tokens: Tensor, label: Tensor, cache: list[LayerCache]) -> Tensor:
+        """The logits [B, V] of the token that follows `tokens`.
+
+        Args:
+            tokens: [B, n] int64, those chosen since the last call with this cache: one, or at the first call
+                a prefix of any length, none included.
+            label: [B] int64, read at the first call; `classes` is the null class of guidance.
+            cache: from `new_cache`, for one batch and one sequence.
+        """
+        start = cache[0].length
+        x = self.token_embedding(tokens)
+        if start == 0:
+            x = torch.cat([self.class_embedding(label)[:, None], x], dim=1)
+        x = self._run(x, start, cache)
+        return self.logits_head(self.norm(x[:, -1]))
+
+    def new_cache(self) -> list[LayerCache]:
+        return [LayerCache(self.geometry.length) for _ in self.blocks]
+
+    def _run(self, x: Tensor, start: int, cache: list) -> Tensor:  # type: ignore[type-arg]
+        end = start + x.shape[1]
+        turn, mask = self.rotation[:, start:end], self.mask[start:end, :end]
+        for block, layer in zip(self.blocks, cache, strict=True):
+            x = block(x, turn, mask, layer)
+        return x
+
+
+def guided(logits: Tensor, strength: float) -> Tensor:
+    """Classifier-free guidance: [2B, ...], conditional rows before unconditional ones -> [B, ...].
+
+    Strength 1 is the conditional model, and so is the same at every position; VAR counts from 0.
+    """
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + strength * (conditional - unconditional)
+
+
+class LlamaGenFamily(Family):
+    """Reads recipes whose `model` has depth, width and heads."""
+
+    def geometry(self, recipe: Recipe) -> LlamaGenGeometry:
+        """Raises `GeometryError` if the keys are not these or do not fit each other."""
+        wrong = {"depth", "width", "heads"} ^ set(recipe.model)
+        if wrong:
+            raise GeometryError(
+                f"recipe {recipe.name}: model has wrong or missing keys: {', '.join(sorted(wrong))}",
+                "family llamagen_dd needs exactly depth, width and heads",
+            )
+        sequence, side = recipe.sequence, math.isqrt(recipe.sequence.length)
+        if side * side != sequence.length:
+            raise GeometryError(
+                f"recipe {recipe.name}: sequence.length {sequence.length} is not a square",
+                "the token map is square, and the length the square of its side",
+            )
+        geometry = LlamaGenGeometry(
+            side=side,
+            classes=recipe.classes,
+            codebook=sequence.codebook,
+            code_width=sequence.width,
+            split=sequence.split,
+            **recipe.model,
+        )
+        if geometry.width % (4 * geometry.heads):
+            raise GeometryError(
+                f"recipe {recipe.name}: {geometry.heads} heads do not fit a width of {geometry.width}",
+                "the width is heads times a multiple of four: rotary pairs for row and column",
+            )
+        return geometry
+
+    def codec(self, recipe: Recipe) -> CodecGeometry:
+        """Raises `GeometryError` if the keys are wrong or the decoder does not end at the image size."""
+        return codec_of_recipe(recipe, self.geometry(recipe).side)
+
+    def build(self, recipe: Recipe, role: str) -> nn.Module:
+        geometry = self.geometry(recipe)
+        if role == "student":
+            return LlamaGenStudent(geometry).eval()
+        if role == "teacher":
+            return LlamaGenTeacher(geometry).eval()
+        return RasterTokenizer(
+            self.codec(recipe), geometry.codebook, geometry.code_width, geometry.side
+        ).eval()
+
+    def layout(self, recipe: Recipe, role: str) -> Layout:
+        if role == "tokenizer":
+            return Layout(
+                published=_published_tokenizer_keys,
+                alternatives=(("model",), *TRAINER_PLACES),
+                recomputable={r"quantize\.codebook_used": lambda _: True},  # a training statistic
+            )
+        geometry = self.geometry(recipe)
+        order = halves_from_pairs(geometry.width, geometry.heads)
+        table = torch.from_numpy(rotary_table(geometry.side, geometry.head_width))
+        return Layout(
+            published=_published_transformer_keys,
+            containers={"ema": ("ema",), "model": ("model",)} if role == "student" else {},
+            alternatives=TRAINER_PLACES if role == "student" else (("model",), *TRAINER_PLACES),
+            # Teachers of older training code keep their rotary table, perhaps in half precision.
+            recomputable={r"freqs_cis": lambda t: t.shape == table.shape and near(t.float(), table)},
+            rows=lambda key: order if key.endswith(".qkv.weight") else None,
+        )
+
+
+FAMILY = LlamaGenFamily
+
+# Where other trainers' files keep the one copy of the weights that they hold.
+TRAINER_PLACES = (("module",), ("state_dict",))
+
+TRANSFORMER_KEYS = (
+    (r"^class_embedding\.", "cls_embedding.embedding_table."),
+    (r"^token_embedding\.", "tok_embeddings."),
+    (r"^noise_or_data_embedding\.", "n_d_embed."),
+    (r"^blocks\.", "layers."),
+    (r"\.attention\.qkv\.", ".attention.wqkv."),
+    (r"\.attention\.proj\.", ".attention.wo."),
+    (r"\.mlp_norm\.", ".ffn_norm."),
+    (r"\.mlp\.output\.", ".feed_forward.w2."),
+    (r"^logits_head\.", "output."),
+    (r"^embedding_modulation$", "final_layer_conti.scale_shift_table"),
+    (r"^embedding_head\.", "final_layer_conti.linear."),
+)
+
+TOKENIZER_KEYS = (
+    (r"^embedding\.", "quantize.embedding."),
+    (r"^(encoder|decoder)\.levels\.", r"\1.conv_blocks."),
+    (r"^(encoder\.conv_blocks\.\d+)\.resample\.", r"\1.downsample."),
+    (r"^(decoder\.conv_blocks\.\d+)\.resample\.", r"\1.upsample."),
+    (r"\.blocks\.", ".res."),
+    (r"\.attentions\.", ".attn."),
+    (r"\.shortcut\.", ".nin_shortcut."),
+    (r"\.proj\.", ".proj_out."),
+)
+
+
+def near(found: Tensor, wanted: Tensor) -> bool:
+    return bool((found - wanted).abs().max() < 1e-2)
+
+
+def _published_transformer_keys(key: str) -> tuple[str, ...]:
+    key = renamed(key, TRANSFORMER_KEYS)
+    parts = ("feed_forward.w1", "feed_forward.w3")
+    return tuple(key.replace("mlp.gate_and_value", part) for part in parts) if "gate_and" in key else (key,)
+
+
+def _published_tokenizer_keys(key: str) -> tuple[str, ...]:
+    key = renamed(key, TOKENIZER_KEYS)
+    return tuple(re.sub(r"\.qkv\.", f".{part}.", key) for part in "qkv") if ".qkv." in key else (key,)
