@@ -62,7 +62,7 @@ def staged_directory(
         staging.mkdir()
     except OSError as error:
         raise OutputError(
-            f"cannot write {target}: {error.strerror}", "choose another place with -o"
+            f"cannot write {target}: {error.filename}: {error.strerror}", "choose another place with -o"
         ) from error
     janitor = subprocess.Popen(
         [sys.executable, "-c", JANITOR, str(staging), str(backup), str(target)],
