@@ -33,9 +33,10 @@ def command(as_json: bool) -> None:
     click.echo(f"{'model':14} {'family':12} {'parameters':>10}  {'image':>7}  {'steps':6} published FID")
     for row in rows:
         fid = ", ".join(f"{value} ({steps})" for steps, value in row["published_fid"].items()) or "-"
+        size = f"{row['parameters'] / 1e6:.1f} M" if row["parameters"] else "-"
         click.echo(
-            f"{row['name']:14} {row['family']:12} {row['parameters'] / 1e6:8.1f} M"
-            f"  {row['image']:>7}  {', '.join(map(str, row['steps'])):6} {fid} "
+            f"{row['name']:14} {row['family']:12} {size:>10}"
+            f"  {row['image']:>7}  {', '.join(map(str, row['steps'])):6} {fid}"
         )
         for source in row["files"]:
             click.echo(f"    {source}")
@@ -46,8 +47,8 @@ def _row(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "title": recipe.title,
         "family": recipe.family,
-        "parameters": recipe.parameters["student"],
-        "tokenizer_parameters": recipe.parameters["tokenizer"],
+        "parameters": recipe.parameters.get("student"),
+        "tokenizer_parameters": recipe.parameters.get("tokenizer"),
         "image": f"{recipe.image.size}x{recipe.image.size}",
         "steps": sorted(map(int, recipe.schedules)),
         "published_fid": recipe.published.get("fid", {}),

@@ -139,14 +139,15 @@ def _read(path: Path) -> object:
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        if "nsupported" in str(error) or "GLOBAL" in str(error):
-            named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            what = f" ({named[1]})" if named else ""
+        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
-                f"{path} holds objects that are not weights{what}: loading them could run code",
+                f"{path} holds objects that are not weights ({named[1]}): loading them could run code",
                 "save the state dict alone, or convert the file to .safetensors",
             ) from error
-        raise CheckpointError(f"{path} is not a checkpoint", "give a .pth or .safetensors file") from error
+        raise CheckpointError(
+            f"{path} is not a checkpoint, or not one of weights alone",
+            "give a .pth file as torch.save writes it, or a .safetensors file",
+        ) from error
     except Exception as error:  # the bytes are untrusted: a damaged pickle can make the reader raise anything
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint ({path.stat().st_size:,} bytes)",

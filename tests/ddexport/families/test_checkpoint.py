@@ -274,10 +274,13 @@ class TestFile:
             torch.save({"trainer": {"ema_parameters": golden_state, "extra": Payload(trap)}}, path)
         else:
             torch.save(Payload(trap), path, _use_new_zipfile_serialization=how == "torch")
-        with pytest.raises(CheckpointError, match="could run code") as caught:
+        with pytest.raises(CheckpointError) as caught:
             load_part(golden_recipe, "student", path)
         assert not trap.exists()
-        assert "mkdir" in caught.value.message or how == "pickle"
+        if how == "pickle":  # of a protocol that torch.save does not use
+            assert "not one of weights alone" in caught.value.message
+        else:
+            assert re.search(r"\(\w+\.mkdir\): loading them could run code", caught.value.message)
         assert "safetensors" in caught.value.hint
         # the trap is armed: a loader that trusts the file falls into it
         if how == "pickle":
@@ -299,7 +302,7 @@ class TestFile:
         cut = data[: keep if isinstance(keep, int) else int(len(data) * keep)]
         path = tmp_path / f"cut-{name}"
         path.write_bytes(cut)
-        with pytest.raises(CheckpointError, match=r"is damaged or not a|is not a checkpoint") as caught:
+        with pytest.raises(CheckpointError, match=r"is damaged or not a|is not a checkpoint,") as caught:
             load_part(golden_recipe, "student", path)
         assert caught.value.hint
 

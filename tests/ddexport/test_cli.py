@@ -1,0 +1,288 @@
+"""The command line: results on stdout, messages in two lines on stderr, exit codes 0, 1, 2 and 3."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from ddexport.cli import main
+from ddexport.recipe import recipe_names
+from runtime.manifest import read_manifest
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., Result]
+
+
+def invoke(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments], prog_name="ddexport")
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def failure(result: Result, code: int = 1) -> str:
+    """What a user reads: exactly what went wrong and what to do, in two lines after the stages."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert lines[-2].startswith("error: ")
+    assert lines[-1].startswith("hint: ")
+    assert "Traceback" not in result.stderr
+    return "\n".join(lines[-2:])
+
+
+@pytest.fixture
+def onnx(golden_dir: Path, tmp_path: Path) -> Run:
+    """onnx(...): `ddexport onnx` of the golden recipe into tmp_path/out/b; later options win."""
+
+    def run(*arguments: object, student: Path | None = None) -> Result:
+        files = ("--checkpoint", student or golden_dir / "student.pth", "--vae", golden_dir / "vae.pth")
+        return invoke(
+            "onnx", "--model", golden_dir / "recipe.yaml", *files, "-o", tmp_path / "out" / "b", *arguments
+        )
+
+    return run
+
+
+class TestGroup:
+    def test_every_command_is_listed_and_has_help(self) -> None:
+        """In the order in which a user meets them, each with one line."""
+        result = invoke("--help")
+        assert result.exit_code == 0
+        names = [line.split()[0] for line in result.stdout.split("Commands:")[1].splitlines() if line.strip()]
+        names = names[: names.index("Examples:")] if "Examples:" in names else names
+        assert names[:4] == ["models", "onnx", "inspect", "sample"]
+        assert {"validate", "distill"} <= set(names)
+        for name in names:
+            assert invoke(name, "--help").exit_code == 0, name
+
+    def test_version(self) -> None:
+        result = invoke("--version")
+        assert result.exit_code == 0
+        assert result.stdout.startswith("ddexport, version ")
+
+    def test_an_unknown_command(self) -> None:
+        result = invoke("onxn")
+        assert result.exit_code == 2
+        assert "No such command" in result.stderr
+
+
+class TestModels:
+    def test_table(self) -> None:
+        """Family, parameters, image size, steps, published FID, and where the files come from."""
+        result = invoke("models")
+        assert result.exit_code == 0
+        for name in recipe_names():
+            assert f"\n{name} " in result.stdout
+        row = next(line for line in result.stdout.splitlines() if line.startswith("var-d16 "))
+        for text in ("var_dd", "328.2 M", "256x256", "1, 2", "9.94 (1), 7.82 (2)"):
+            assert text in row
+        source = "student: microsoft/distilled_decoding VAR-DD/var-d16.pth (--checkpoint var-d16.pth)"
+        assert source in result.stdout
+        assert "student: ships with ddexport" in result.stdout
+
+    def test_json(self) -> None:
+        rows = {row["name"]: row for row in json.loads(invoke("models", "--json").stdout)}
+        assert sorted(rows) == recipe_names()
+        assert rows["var-d24"]["parameters"] == 1_092_478_560
+        assert rows["var-d20"]["published_fid"] == {"1": 9.55, "2": 7.33}
+        assert rows["var-d16"]["steps"] == [1, 2]
+
+
+class TestInspect:
+    def test_text(self, golden_bundle: Path) -> None:
+        result = invoke("inspect", golden_bundle)
+        assert result.exit_code == 0
+        for text in (
+            "var-dd-small: Golden VAR-DD checkpoint",
+            "64x64, 10 classes",
+            "30 positions of width 8; the first 5 from a codebook of 64",
+            "2 steps    known 0, 5",
+            "student: student.pth (checkpoint, ema)",
+            "student.onnx",
+            "in  tokens    float32 [batch, 30, 8]",
+            "out image     float32 [batch, 3, 64, 64]",
+            "hashes     all match",
+        ):
+            assert text in result.stdout, text
+
+    def test_json_is_the_manifest(self, golden_bundle: Path) -> None:
+        result = invoke("inspect", golden_bundle, "--json")
+        assert json.loads(result.stdout) == json.loads(read_manifest(golden_bundle).to_json())
+
+    def test_random_weights_and_published_figures(self, tiny) -> None:
+        assert "random, seed 5: the images mean nothing" in invoke("inspect", tiny.bundle).stdout
+
+    def test_damage(self, golden_bundle: Path, tmp_path: Path) -> None:
+        """One bit of a graph; `--no-verify` says that it did not look."""
+        for path in golden_bundle.iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        data = bytearray((tmp_path / "student.onnx").read_bytes())
+        data[-1] ^= 1
+        (tmp_path / "student.onnx").write_bytes(data)
+        assert "SHA-256 of student.onnx" in failure(invoke("inspect", tmp_path))
+        assert "hashes     not checked" in invoke("inspect", tmp_path, "--no-verify").stdout
+
+    def test_no_bundle(self, tmp_path: Path) -> None:
+        assert "not a bundle" in failure(invoke("inspect", tmp_path))
+
+
+class TestOnnx:
+    def test_success(self, onnx: Run, replayed_trace: object, tmp_path: Path) -> None:
+        """A summary on stdout, the stages by name on stderr."""
+        result = onnx()
+        assert result.exit_code == 0
+        for text in ("student.onnx", "decoder.onnx", "MiB", "largest difference from PyTorch"):
+            assert text in result.stdout
+        for text in ("loading weights", "exporting student.onnx", "comparing decoder.onnx with PyTorch"):
+            assert text in result.stderr
+        assert read_manifest(tmp_path / "out" / "b").weights.kind == "checkpoint"
+
+    def test_json(self, onnx: Run, replayed_trace: object, tmp_path: Path) -> None:
+        data = json.loads(onnx("--json").stdout)
+        assert data["bundle"] == str(tmp_path / "out" / "b")
+        assert [g["role"] for g in data["graphs"]] == ["student", "decoder"]
+        assert all(a["error"] <= a["limit"] for a in data["agreement"])
+
+    def test_a_second_export(self, onnx: Run, replayed_trace: object) -> None:
+        assert onnx().exit_code == 0
+        assert "--force" in failure(onnx())
+        assert onnx("--force").exit_code == 0
+
+    def test_a_mismatch_is_exit_code_3(self, onnx: Run, replayed_trace: object, tmp_path: Path) -> None:
+        """The replayed graphs hold the other copy of the weights."""
+        assert "differs from the PyTorch module" in failure(onnx("--weights", "model"), code=3)
+        assert list((tmp_path / "out").iterdir()) == []
+
+    def test_random_weights_are_announced(
+        self, tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def replay(module, spec, recipe, path, opset, metadata):  # type: ignore[no-untyped-def]
+            path.write_bytes((tiny.bundle / path.name).read_bytes())
+            return [path]
+
+        monkeypatch.setattr("ddexport.bundle.onnx_from_module", replay)
+        recipe = tmp_path / "tiny.yaml"
+        recipe.write_text(json.dumps(tiny.recipe.to_dict()))  # JSON is YAML
+        result = invoke("onnx", "--model", recipe, "--random-weights", tiny.seed, "-o", tmp_path / "b")
+        assert result.exit_code == 0
+        assert f"random weights, seed {tiny.seed}: the images mean nothing" in result.stdout
+
+
+class TestMistakes:
+    """Each ends in two lines, with the right exit code, and leaves nothing."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_is_left(self, tmp_path: Path) -> object:
+        yield
+        assert not (tmp_path / "out" / "b").exists()
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+    def test_missing_weights(self, tmp_path: Path) -> None:
+        text = failure(invoke("onnx", "--model", "var-d16", "-o", tmp_path / "out" / "b"))
+        for part in ("var-d16.pth", "microsoft/distilled_decoding", "--checkpoint", "--vae"):
+            assert part in text
+
+    def test_unknown_model(self) -> None:
+        assert "did you mean var-d16?" in failure(invoke("onnx", "--model", "var-d61"))
+
+    def test_unknown_key_in_a_recipe(self, golden_dir: Path, tmp_path: Path) -> None:
+        path = tmp_path / "my.yaml"
+        path.write_text((golden_dir / "recipe.yaml").read_text().replace("classes:", "clases:"))
+        assert "unknown key clases" in failure(invoke("onnx", "--model", path, "--random-weights", 0))
+
+    def test_both_files_and_random_weights(self, onnx: Run) -> None:
+        result = onnx("--random-weights", 0)
+        assert result.exit_code == 2
+        assert "give one or the other" in result.stderr
+
+    @pytest.mark.parametrize("opset", [0, 17, 24])
+    def test_opset(self, onnx: Run, opset: int) -> None:
+        assert "use 18 to 23" in failure(onnx("--opset", opset))
+
+    def test_a_checkpoint_that_is_not_there(self, onnx: Run, tmp_path: Path) -> None:
+        assert "there is no file" in failure(onnx(student=tmp_path / "absent.pth"))
+
+    def test_a_truncated_checkpoint(self, onnx: Run, golden_dir: Path, tmp_path: Path) -> None:
+        path = tmp_path / "cut.pth"
+        path.write_bytes((golden_dir / "student.pth").read_bytes()[:50_000])
+        text = failure(onnx(student=path))
+        assert "damaged or not a checkpoint (50,000 bytes)" in text
+        assert "download it again" in text
+
+    def test_a_text_file(self, onnx: Run, tmp_path: Path) -> None:
+        path = tmp_path / "notes.pth"
+        path.write_text("dear diary\n" * 99)
+        assert "not a checkpoint" in failure(onnx(student=path))
+
+    def test_a_pickle_that_would_run_code(self, onnx: Run, tmp_path: Path) -> None:
+        class Payload:
+            def __reduce__(self) -> tuple[object, ...]:
+                return os.mkdir, (str(tmp_path / "trap"),)
+
+        path = tmp_path / "evil.pth"
+        torch.save({"trainer": {"ema_parameters": Payload()}}, path)
+        assert "could run code" in failure(onnx(student=path))
+        path.write_bytes(pickle.dumps(Payload(), protocol=2))
+        assert "could run code" in failure(onnx(student=path))
+        assert not (tmp_path / "trap").exists()
+
+    def test_another_part(self, onnx: Run, golden_dir: Path) -> None:
+        text = failure(onnx(student=golden_dir / "teacher.pth"))
+        assert "this looks like the teacher of var-dd-small" in text
+
+    def test_damaged_safetensors(self, onnx: Run, tmp_path: Path) -> None:
+        path = tmp_path / "weights.safetensors"
+        path.write_bytes(bytes(100))
+        assert "not a safetensors file" in failure(onnx(student=path))
+
+    def test_a_place_that_cannot_be_written(self, onnx: Run, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        assert "cannot write" in failure(onnx("-o", tmp_path / "file" / "b"))
+
+    def test_a_place_with_other_files(self, onnx: Run, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        assert "holds other files" in failure(onnx("-o", tmp_path, "--force"))
+        assert (tmp_path / "file").exists()
+
+
+class TestKilled:
+    """The real command as its own process, stopped while it traces."""
+
+    @pytest.mark.parametrize(
+        ("number", "code"),
+        [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)],
+        ids=["Ctrl-C", "kill -9"],
+    )
+    def test_while_tracing(self, golden_dir: Path, tmp_path: Path, number: int, code: int) -> None:
+        options = ["--model", golden_dir / "recipe.yaml", "--checkpoint", golden_dir / "student.pth",
+                   "--vae", golden_dir / "vae.pth", "-o", tmp_path / "b"]  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from ddexport.cli import main; main()", "onnx", *map(str, options)],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        try:
+            assert process.stderr is not None
+            while not process.stderr.readline().startswith("exporting"):
+                assert process.poll() is None
+            assert [p.name[:11] for p in tmp_path.iterdir()] == [".b.partial-"]
+            process.send_signal(number)
+            text = process.stderr.read()
+            assert process.wait(60) == code
+        finally:
+            process.kill()
+            process.communicate()
+        assert "Traceback" not in text
+        assert ("interrupted" in text) == (number == signal.SIGINT)
+        assert list(tmp_path.iterdir()) == []
