@@ -1,0 +1,129 @@
+"""The arrow between the packages, and what an import or a `--help` may cost."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import click
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {
+    "PIL", "matplotlib", "mlxtend", "numpy", "onnx", "onnxruntime", "onnxscript", "pandas", "safetensors",
+    "scipy", "sklearn", "torch", "yaml",
+}  # fmt: skip
+BUILD_TIME = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "yaml", "mlxtend", "scipy")
+
+
+def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True, text=True, cwd=ROOT, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def lint_imports(*arguments: object) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
+    assert program, "lint-imports is in the dev extra"
+    return subprocess.run(
+        [program, "--no-logo", "--no-cache", *map(str, arguments)],
+        capture_output=True, text=True, cwd=ROOT, timeout=120, check=False,
+    )  # fmt: skip
+
+
+class TestArrow:
+    def test_the_contracts_of_the_project_hold(self) -> None:
+        """`runtime` <- `ddexport` <- `validate`, and a runtime without torch."""
+        done = lint_imports()
+        assert done.returncode == 0, done.stdout
+        assert "2 kept, 0 broken" in done.stdout
+
+    def test_they_would_break(self, tmp_path: Path) -> None:
+        """The checker sees the project's imports: the arrow turned round is refused."""
+        config = tmp_path / "reversed.toml"
+        config.write_text(
+            '[tool.importlinter]\nroot_packages = ["runtime", "ddexport", "validate"]\n'
+            '[[tool.importlinter.contracts]]\nname = "reversed"\ntype = "layers"\n'
+            'layers = ["runtime", "ddexport", "validate"]\n'
+        )
+        done = lint_imports("--config", config)
+        assert done.returncode == 1
+        assert "reversed BROKEN" in done.stdout
+
+
+def command_modules() -> list[str]:
+    return sorted({point.value.partition(":")[0] for point in entry_points(group="ddexport.commands")})
+
+
+def command_lines() -> list[tuple[str, ...]]:
+    """Every command and sub-command, as words behind `ddexport`."""
+    from ddexport.cli import main
+
+    def walk(command: click.Command, words: tuple[str, ...]) -> list[tuple[str, ...]]:
+        if not isinstance(command, click.Group):
+            return [words]
+        context = click.Context(command)
+        names = command.list_commands(context)
+        found = [(name, command.get_command(context, name)) for name in names]
+        return [words, *(line for name, each in found if each for line in walk(each, (*words, name)))]
+
+    return walk(main, ())
+
+
+SHOW_HEAVY = "\nimport sys; print(sorted({name.partition('.')[0] for name in sys.modules}))"
+
+
+class TestImports:
+    @pytest.mark.parametrize(
+        "module", ["runtime", "ddexport", "validate", "ddexport.cli", *command_modules()]
+    )
+    def test_nothing_heavy(self, module: str) -> None:
+        done = python(f"import {module}{SHOW_HEAVY}")
+        assert done.returncode == 0, done.stderr
+        assert HEAVY & set(eval(done.stdout)) == set()
+
+    @pytest.mark.parametrize("words", command_lines(), ids=lambda words: " ".join(words) or "ddexport")
+    def test_nothing_heavy_for_help(self, words: tuple[str, ...]) -> None:
+        """What keeps `--help` under half a second: torch alone takes two."""
+        code = (
+            "import sys; from ddexport.cli import main\n"
+            "main(sys.argv[1:], prog_name='ddexport', standalone_mode=False)" + SHOW_HEAVY
+        )
+        done = python(code, *words, "--help")
+        assert done.returncode == 0, done.stderr
+        text, _, modules = done.stdout.rstrip().rpartition("\n")
+        assert text.startswith("Usage: ddexport")
+        assert HEAVY & set(eval(modules)) == set()
+
+
+WITHOUT = (
+    f"import sys; sys.modules.update(dict.fromkeys({BUILD_TIME!r}))\n"
+    "from ddexport.cli import main; main(sys.argv[1:], prog_name='ddexport')"
+)
+
+
+class TestBaseInstall:
+    """Without the extras, as `pip install ddexport` leaves it: bundles are drawn from, the rest says why not."""
+
+    @pytest.mark.parametrize("words", [["--help"], ["onnx", "--help"], ["--version"]])
+    def test_help_and_version(self, words: list[str]) -> None:
+        assert python(WITHOUT, *words).returncode == 0
+
+    def test_a_bundle_is_inspected_and_drawn_from(self, golden_bundle: Path, tmp_path: Path) -> None:
+        done = python(WITHOUT, "inspect", golden_bundle)
+        assert done.returncode == 0, done.stderr
+        done = python(WITHOUT, "sample", golden_bundle, "--label", "3", "-o", tmp_path / "out.png")
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "out.png").stat().st_size > 0
+
+    @pytest.mark.parametrize("words", [["onnx", "--model", "digits-var"], ["models"]], ids=" ".join)
+    def test_what_needs_the_extra_names_it(self, words: list[str]) -> None:
+        done = python(WITHOUT, *words)
+        assert done.returncode == 1
+        assert "needs" in done.stderr.splitlines()[-2]
+        assert 'pip install "ddexport[export]"' in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
