@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddexport.families._base import Family, GeometryError, Layout, Student, compose
+from ddexport.families._base import Family, GeometryError, Layout, Student, compose, renamed
 from ddexport.families._var_blocks import (
     Block,
     Conditioning,
@@ -24,7 +24,7 @@ from ddexport.families._var_blocks import (
     layer_norm,
 )
 from ddexport.families._var_tokenizer import MultiScaleTokenizer
-from ddexport.families._vq_codec import CodecGeometry
+from ddexport.families._vq_codec import codec_of_recipe
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
@@ -234,33 +234,14 @@ class VarFamily(Family):
                 )
         return geometry
 
-    def codec(self, recipe: Recipe) -> CodecGeometry:
-        """Raises `GeometryError` if the keys are wrong or the decoder does not end at the image size."""
-        try:
-            options = {key: tuple(v) if isinstance(v, list) else v for key, v in recipe.tokenizer.items()}
-            options.setdefault("encoder_multipliers", options["multipliers"])
-            codec = CodecGeometry(
-                latent_channels=recipe.sequence.width, image_channels=recipe.image.channels, **options
-            )
-        except (TypeError, KeyError) as error:
-            raise GeometryError(
-                f"recipe {recipe.name}: tokenizer: {error}", "see recipes/var-d16.yaml"
-            ) from error
-        side = recipe.model["scales"][-1] * codec.downsampling
-        if side != recipe.image.size:
-            raise GeometryError(
-                f"recipe {recipe.name}: the decoder makes images of side {side}, not {recipe.image.size}",
-                "latent side times 2^(levels - 1) is the image size",
-            )
-        return codec
-
     def build(self, recipe: Recipe, role: str) -> nn.Module:
         geometry = self.geometry(recipe)
         if role == "student":
             return VarStudent(geometry).eval()
         if role == "teacher":
             return VarTeacher(geometry).eval()
-        return MultiScaleTokenizer(self.codec(recipe), geometry.codebook, geometry.scales).eval()
+        codec = codec_of_recipe(recipe, geometry.scales[-1], latent_channels=geometry.code_width)
+        return MultiScaleTokenizer(codec, geometry.codebook, geometry.scales).eval()
 
     def layout(self, recipe: Recipe, role: str) -> Layout:
         if role == "tokenizer":
@@ -270,7 +251,7 @@ class VarFamily(Family):
                 recomputable={r"quantize\.ema_vocab_hit_SV": lambda _: True},  # a training statistic
             )
         return Layout(
-            published=lambda key: (_renamed(key, TRANSFORMER_KEYS),),
+            published=lambda key: (renamed(key, TRANSFORMER_KEYS),),
             containers={"ema": ("trainer", "ema_parameters"), "model": ("trainer", "var_wo_ddp")}
             if role == "student"
             else {},
@@ -321,18 +302,12 @@ TOKENIZER_KEYS = (
 )
 
 
-def _renamed(key: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
 def _published_tokenizer_key(key: str, coarsest: int) -> str:
     # Published decoders number their levels from the finest, ours in the order of computation.
     return re.sub(
         r"^decoder\.levels\.(\d+)\.",
         lambda m: f"decoder.up.{coarsest - int(m[1])}.",
-        _renamed(key, TOKENIZER_KEYS),
+        renamed(key, TOKENIZER_KEYS),
     )
 
 
