@@ -107,7 +107,7 @@ WITHOUT = (
 
 
 class TestBaseInstall:
-    """Without the extras, as `pip install ddexport` leaves it: bundles are drawn from, the rest says why not."""
+    """Without the extras, as `pip install ddexport` leaves it: bundles draw, the rest says what it needs."""
 
     @pytest.mark.parametrize("words", [["--help"], ["onnx", "--help"], ["--version"]])
     def test_help_and_version(self, words: list[str]) -> None:

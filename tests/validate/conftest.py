@@ -88,23 +88,6 @@ def four_images() -> Request:
 
 
 @pytest.fixture(scope="session")
-def golden_files() -> dict[str, Path]:
-    """The golden checkpoints by role."""
-    return {"student": GOLDEN / "student.pth", "tokenizer": GOLDEN / "vae.pth"}
-
-
-@pytest.fixture(scope="session")
-def golden_bundle(tmp_path_factory: pytest.TempPathFactory, golden_files: dict[str, Path]) -> Path:
-    """The golden checkpoint as a bundle. Do not write into it: `planted` makes copies."""
-    from ddexport.bundle import WeightRequest, export_bundle
-    from ddexport.recipe import load_recipe
-
-    target = tmp_path_factory.mktemp("bundles") / "golden"
-    export_bundle(load_recipe(str(GOLDEN / "recipe.yaml")), target, WeightRequest(golden_files))
-    return target
-
-
-@pytest.fixture(scope="session")
 def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A custom recipe that does not ship with the project, with random weights."""
     from ddexport.bundle import WeightRequest, export_bundle
