@@ -53,7 +53,7 @@ class ImageRow:
 
 
 def load_models(recipe: Recipe, folder: Path | None) -> Models:
-    """The recipe's parts from `folder`, or the embedded ones. Raises DDError when one is missing or damaged."""
+    """The recipe's parts from `folder`, or the embedded ones. Raises DDError for a missing or bad file."""
     parts = {}
     for role in ("tokenizer", "teacher", "student"):
         if role not in recipe.files or not recipe.files[role].embedded:

@@ -49,8 +49,8 @@ class ChiSquare:
 def chi_square(tokens: Tensor, probabilities: Tensor) -> tuple[float, int]:
     """Statistic and degrees of freedom of drawn tokens (N,) against probabilities (V,).
 
-    Codes expected fewer than 5 times are one bin, as the test's theory asks; a bin expected never but drawn
-    makes the statistic infinite.
+    Codes expected fewer than 5 times are one bin, as the test's theory asks; if that bin is still expected
+    fewer than 5 times, it joins the last of the others.
     """
     expected = probabilities.double() / probabilities.sum() * len(tokens)
     found = torch.bincount(tokens, minlength=len(expected)).double()

@@ -32,10 +32,10 @@ class Quality:
     """The figures of one row. Distances are explained in docs/distillation.md.
 
     accuracy: share read as the class asked for. frechet, pixel_frechet: Frechet distance to the real training
-    digits in the judge's features and in 64 principal components of the pixels. variance, pixel_variance:
-    within-class variance in the same two spaces. paired_error: mean squared error to the map's image of the
-    same noise (pixels in [0, 1]); paired_ratio: the same over that to another image of the class. None where
-    a row has no pairs.
+    digits in the judge's features (each scaled to unit variance over these) and in 64 principal components of
+    the pixels. variance, pixel_variance: within-class variance in the same two spaces. paired_error: mean
+    squared error to the map's image of the same noise (pixels in [0, 1]); paired_ratio: the same over that to
+    another image of the class. None where a row has no pairs.
     """
 
     accuracy: float
@@ -61,7 +61,11 @@ class Gauge:
         pixels = as_pixels(images)
         self.components: PixelComponents = PixelComponents(pixels)
         self.real_pixels: Float64Array = self.components(pixels)
-        self.real: Float64Array = judge.read(images * 2 - 1).features.numpy()
+        real = judge.read(images * 2 - 1).features.numpy()
+        # The size of a classifier's features is an accident of its training (weight decay, label smoothing);
+        # in units of their standard deviation over real digits the distances no longer depend on it.
+        self.scale: Float64Array = real.std(0)
+        self.real: Float64Array = real / self.scale
 
     def measure(self, row: ImageRow, target: ImageRow | None = None) -> Quality:
         """All figures of one row; `target` holds the map's images of the same noise."""
@@ -71,7 +75,8 @@ class Gauge:
         from validate.metrics.frechet import chunked_frechet, precision_recall, within_class_variance
 
         read = self.judge.read(row.images * 2 - 1)
-        features, pixels = read.features.numpy(), self.components(as_pixels(row.images))
+        features = read.features.numpy() / self.scale
+        pixels = self.components(as_pixels(row.images))
         labels = row.labels.numpy()
         order = np.random.default_rng(0).permutation(len(features))[:REFERENCE_CHUNK]
         precision, recall = precision_recall(features[order], self.real[:REFERENCE_CHUNK], NEIGHBOURS)
@@ -238,7 +243,8 @@ def command(
         console.emit_json(report)
         return
     click.echo(
-        f"{samples} images a row and seed, seeds {seeds}; judge: {report['judge_accuracy']:.1%} on held-out digits\n"
+        f"{samples} images a row and seed, seeds {seeds};"
+        f" judge: {report['judge_accuracy']:.1%} on held-out digits\n"
     )
     click.echo(table(report["rows"]))
     click.echo("\nchi-square of the map on the trained teacher")

@@ -1,4 +1,4 @@
-"""A picture of samples side by side: teacher, the map's target, one step and two steps from the same noise."""
+"""A picture of samples side by side: teacher, the map's target, one and two steps from the same noise."""
 
 from __future__ import annotations
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +45,26 @@ def compiled(function: Callable[..., Any], wanted: bool) -> Callable[..., Any]:
         log.warning("no C++ compiler found: training without torch.compile, about twice as slow")
         return function
     return torch.compile(function, dynamic=False)
+
+
+@contextmanager
+def private_compile_cache() -> Iterator[None]:
+    """Let torch.compile keep its files in a folder of this process alone.
+
+    A process that is killed while it compiles leaves half a library in the shared cache, and every later run
+    would then fail on it. Compiling anew costs about a minute a stage.
+    """
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory(prefix="ddexport-compile-", ignore_cleanup_errors=True) as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
 
 
 def bfloat16() -> AbstractContextManager[Any]:

@@ -37,7 +37,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class TokenizerSettings(Loop):
-    """Encoder, codebook, phis and decoder together; then the decoder alone for `decoder_iterations`.
+    """Encoder, codebook, phis and decoder together.
 
     The first `continuous` iterations do without the quantiser: codes that start among latents which say
     nothing yet would pull these together. `absolute` weighs |error| against squared error, `commitment` the
@@ -51,13 +51,11 @@ class TokenizerSettings(Loop):
     commitment: float = 0.25
     prefix: float = 0.5
     reseed: int = 50
-    decoder_iterations: int = 0
-    decoder_rate: float = 1e-3
 
 
 @dataclass(frozen=True)
 class TeacherSettings(Loop):
-    """`copies` augmented copies of the data are tokenised; `drop_label` of the labels become the null class."""
+    """`copies` augmented copies of the data are tokenised; the share `drop_label` of labels becomes null."""
 
     copies: int = 15
     drop_label: float = 0.1
@@ -90,6 +88,7 @@ class DistillSettings:
     data: str
     augment: Augmentation
     tokenizer: TokenizerSettings
+    decoder: Loop
     teacher: TeacherSettings
     pairs: PairSettings
     student: StudentSettings
@@ -98,6 +97,7 @@ class DistillSettings:
 _PARTS = {
     "augment": Augmentation,
     "tokenizer": TokenizerSettings,
+    "decoder": Loop,
     "teacher": TeacherSettings,
     "pairs": PairSettings,
     "student": StudentSettings,
@@ -105,7 +105,7 @@ _PARTS = {
 
 
 def distill_settings(recipe: Recipe) -> DistillSettings:
-    """The settings of `recipe`. Raises RecipeError when it has none, or has an unknown, missing or wrong key."""
+    """The settings of `recipe`. Raises RecipeError for none, or a wrong key."""
     where = f"{recipe.name}: distill"
     if not recipe.distill:
         raise RecipeError(
@@ -130,7 +130,8 @@ def quick(settings: DistillSettings) -> DistillSettings:
     short: dict[str, Any] = {"iterations": 3, "batch": 8, "warmup": 1}
     return dataclasses.replace(
         settings,
-        tokenizer=dataclasses.replace(settings.tokenizer, **short, continuous=1, decoder_iterations=2),
+        tokenizer=dataclasses.replace(settings.tokenizer, **short, continuous=1),
+        decoder=dataclasses.replace(settings.decoder, **short),
         teacher=dataclasses.replace(settings.teacher, **short, copies=1),
         pairs=dataclasses.replace(settings.pairs, count=64, steps=4),
         student=dataclasses.replace(settings.student, **short),

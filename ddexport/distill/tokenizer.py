@@ -10,8 +10,6 @@ parallel.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +17,7 @@ from ddexport.distill.augment import random_affine
 from ddexport.distill.data import ImageSet
 from ddexport.distill.loop import Run, fit
 from ddexport.distill.machine import bfloat16
-from ddexport.distill.settings import Augmentation, TokenizerSettings
+from ddexport.distill.settings import Augmentation, Loop, TokenizerSettings
 from ddexport.families._var_tokenizer import MultiScaleTokenizer
 from ddexport.families._vq_codec import ResidualBlock, SpatialAttention
 
@@ -123,7 +121,8 @@ def train_tokenizer(
 def train_decoder(
     tokenizer: MultiScaleTokenizer,
     images: ImageSet,
-    settings: TokenizerSettings,
+    loop: Loop,
+    absolute: float,
     augment: Augmentation,
     run: Run,
     key: str,
@@ -138,14 +137,11 @@ def train_decoder(
             latent = tokenizer.latent(tokenizer.embed(tokenizer.tokens(tokenizer.encode(batch))))
         with bfloat16():
             decoded = decoded_latent(tokenizer, latent)
-        return image_error(decoded, batch, settings.absolute)
+        return image_error(decoded, batch, absolute)
 
     def loss(i: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        return error(draw_images(images, settings.batch, generator, augment)), {}
+        return error(draw_images(images, loop.batch, generator, augment)), {}
 
-    loop = dataclasses.replace(
-        settings, iterations=settings.decoder_iterations, rate=settings.decoder_rate, ema=0.99
-    )
     fit("decoder", run, loop, tokenizer, loss, key)
     tokenizer.requires_grad_(True)
 
@@ -170,7 +166,7 @@ def quiet_residuals(tokenizer: MultiScaleTokenizer) -> None:
 
 
 def decoded_latent(tokenizer: MultiScaleTokenizer, latent: Tensor) -> Tensor:
-    """latent (B, Cv, h, w) -> images (B, 3, H, W) around [-1, 1], not clamped: a clamp would stop gradients."""
+    """latent (B, Cv, h, w) -> images (B, 3, H, W), not clamped: a clamp would stop gradients."""
     return tokenizer.decoder(tokenizer.post_quant_conv(latent))
 
 

@@ -6,12 +6,13 @@ changed.
 | tokenizer | images | tokenizer.safetensors |
 | decoder | images, tokenizer | the recipe's tokenizer file |
 | teacher | images, tokenizer | the recipe's teacher file |
-| pairs | tokenizer, teacher | pairs.safetensors |
-| student | pairs, teacher | the recipe's student file |
+| pairs | teacher, tokenizer | pairs.safetensors |
+| student | pairs, teacher, tokenizer | the recipe's student file |
 
 A result is float16 under the published key names, and every later stage starts from the stored file, so that
 what is trained on, measured and shipped are the same numbers. `stages.json` records the key of each finished
-stage: a hash of the settings, the seed, the geometry, the data and the key of the stage before.
+stage: a hash of the settings, the seed, the geometry, the data and the key of the stage that it follows. The
+decoder moves no code, so nothing but the images depends on it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from ddexport.distill.data import DataSet, load_data
 from ddexport.distill.loop import Run, finish
-from ddexport.distill.machine import keep_freed_memory
+from ddexport.distill.machine import keep_freed_memory, private_compile_cache
 from ddexport.distill.pairs import make_pairs
 from ddexport.distill.settings import DistillSettings
 from ddexport.distill.student import train_student
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from ddexport.recipe import Recipe
 
 STAGES = ("tokenizer", "decoder", "teacher", "pairs", "student")
+FOLLOWS = {"decoder": "tokenizer", "teacher": "tokenizer", "pairs": "teacher", "student": "pairs"}
 ROLES = {"decoder": "tokenizer", "teacher": "teacher", "student": "student"}  # stages whose results ship
 VERSION = 1  # raise it when a stage's code changes what it computes
 
@@ -84,14 +86,12 @@ class Training:
     def key(self, stage: str) -> str:
         """Names everything the result of `stage` depends on."""
         if stage not in self._keys:
-            i = STAGES.index(stage)
-            settings = self.settings.tokenizer if stage == "decoder" else getattr(self.settings, stage)
             values: dict[str, Any] = {
                 "version": VERSION,
                 "stage": stage,
                 "seed": self.run.seed,
-                "settings": dataclasses.asdict(settings),
-                "before": self.key(STAGES[i - 1]) if i else self._origin(),
+                "settings": dataclasses.asdict(getattr(self.settings, stage)),
+                "before": self.key(FOLLOWS[stage]) if stage in FOLLOWS else self._origin(),
             }
             self._keys[stage] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         return self._keys[stage]
@@ -127,25 +127,27 @@ class Training:
 
     def _decoder(self) -> None:
         tokenizer = self._load("tokenizer", "tokenizer")
-        settings, augment = self.settings.tokenizer, self.settings.augment
-        train_decoder(tokenizer, self.data.train, settings, augment, self.run, self.key("decoder"))
+        loop, absolute = self.settings.decoder, self.settings.tokenizer.absolute
+        train_decoder(
+            tokenizer, self.data.train, loop, absolute, self.settings.augment, self.run, self.key("decoder")
+        )
         self._save(tokenizer, "tokenizer", "decoder")
 
     def _teacher(self) -> None:
-        tokenizer, teacher = self._load("tokenizer", "decoder"), self._new("teacher")
+        tokenizer, teacher = self._load("tokenizer", "tokenizer"), self._new("teacher")
         settings, augment = self.settings.teacher, self.settings.augment
         tokens, labels = token_copies(tokenizer, self.data.train, settings.copies, augment, self.run)
         train_teacher(teacher, tokenizer, tokens, labels, settings, self.run, self.key("teacher"))
         self._save(teacher, "teacher", "teacher")
 
     def _pairs(self) -> None:
-        tokenizer, teacher = self._load("tokenizer", "decoder"), self._load("teacher", "teacher")
+        tokenizer, teacher = self._load("tokenizer", "tokenizer"), self._load("teacher", "teacher")
         write_tensors(make_pairs(teacher, tokenizer, self.settings.pairs, self.run), self.path("pairs"))
 
     def _student(self) -> None:
         from safetensors.torch import load_file
 
-        tokenizer, teacher = self._load("tokenizer", "decoder"), self._load("teacher", "teacher")
+        tokenizer, teacher = self._load("tokenizer", "tokenizer"), self._load("teacher", "teacher")
         student, pairs = self._new("student"), load_file(self.path("pairs"))
         codebook: Tensor = tokenizer.codebook
         train_student(student, teacher, codebook, pairs, self.settings.student, self.run, self.key("student"))
@@ -178,8 +180,10 @@ class Training:
         save_part(module, self.recipe, role, self.path(stage))
 
     def _need_stages_before(self, stage: str) -> None:
-        finished = self._finished()
-        for before in STAGES[: STAGES.index(stage)]:
+        finished, needed = self._finished(), []
+        while stage in FOLLOWS:
+            needed.insert(0, stage := FOLLOWS[stage])
+        for before in needed:
             if finished.get(before, {}).get("key") != self.key(before) or not self.path(before).is_file():
                 raise DDError(
                     f"the stage {stage} needs the result of {before}, which {self.run.folder} does not hold"
@@ -225,7 +229,8 @@ def train(
             f"cannot make the folder {folder}: {error.strerror}", "name another with --out"
         ) from error
     keep_freed_memory()
-    return Training(recipe, settings, Run(folder, seed, compile)).run_stages(stages)
+    with private_compile_cache():
+        return Training(recipe, settings, Run(folder, seed, compile)).run_stages(stages)
 
 
 def install(recipe: Recipe, folder: Path, target: Path) -> list[Path]:

@@ -94,7 +94,7 @@ def save_judge(judge: DigitJudge, path: Path) -> None:
 def train_judge(
     data: DataSet, epochs: int = EPOCHS, on_epoch: Callable[[int, float], None] | None = None
 ) -> DigitJudge:
-    """Train on `data.train`; held-out accuracy is for `on_epoch(epoch, accuracy)` alone and selects nothing."""
+    """Train on `data.train`; held-out accuracy goes to `on_epoch(epoch, accuracy)` and selects nothing."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
     judge = DigitJudge().to(memory_format=torch.channels_last)

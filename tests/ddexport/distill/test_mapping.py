@@ -1,0 +1,152 @@
+"""The flow-matching map: the tokens it draws follow the probabilities, and it is a map (same noise, same
+token).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddexport.distill.mapping import DEFAULT_STEPS, denoise, posterior, tokens_from_noise, velocity
+
+V, CV, DRAWS = 64, 8, 40_000
+REJECT, ACCEPT = 1e-4, 1e-3
+
+
+def problem(seed: int = 0, spread: float = 2.0) -> tuple[Tensor, Tensor]:
+    """A codebook of unit standard deviation and uneven probabilities, as a teacher gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    codebook = torch.randn(V, CV, generator=generator)
+    return codebook / codebook.std(), (torch.randn(V, generator=generator) * spread).log_softmax(0)
+
+
+def noise(count: int = DRAWS, seed: int = 1) -> Tensor:
+    return torch.randn(count, CV, generator=torch.Generator().manual_seed(seed))
+
+
+def chi_square_p(tokens: Tensor, probabilities: Tensor) -> float:
+    """Probability that tokens of these probabilities deviate as much; bins expected below 5 are merged."""
+    expected = probabilities.double() * len(tokens)
+    found = torch.bincount(tokens, minlength=V).double()
+    rare = expected < 5
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    found = torch.cat([found[~rare], found[rare].sum()[None]])
+    statistic = ((found - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2.0).double(), statistic / 2))
+
+
+def euler(x: Tensor, log_p: Tensor, codebook: Tensor, steps: int) -> Tensor:
+    """The plain solver on the velocity itself, to compare with and as a reference when the steps are many."""
+    x, rows, codes = x.double(), log_p.double().expand(len(x), -1), codebook.double()
+    for i in range(steps - 1):
+        x = x + velocity(x, i / steps, rows, codes) / steps
+    return posterior(x, (steps - 1) / steps, rows, codes).argmax(1)
+
+
+@pytest.mark.parametrize("spread", [0.5, 2.0, 4.0])
+def test_the_tokens_follow_the_probabilities(spread):
+    codebook, log_p = problem(spread=spread)
+    tokens = tokens_from_noise(noise(), log_p.expand(DRAWS, V), codebook)
+    assert chi_square_p(tokens, log_p.exp()) > ACCEPT
+
+
+def test_the_same_chi_square_rejects_a_map_that_is_wrong():
+    """Its power: too few steps, Euler's method, and probabilities that are off by a few percent must all
+    fail.
+    """
+    codebook, log_p = problem()
+    rows = log_p.expand(DRAWS, V)
+    assert chi_square_p(tokens_from_noise(noise(), rows, codebook, steps=4), log_p.exp()) < REJECT
+    assert chi_square_p(euler(noise(), log_p, codebook, 32), log_p.exp()) < REJECT
+    slightly_off = (log_p * 1.05).log_softmax(0)
+    tokens = tokens_from_noise(noise(), slightly_off.expand(DRAWS, V), codebook)
+    assert chi_square_p(tokens, log_p.exp()) < REJECT
+
+
+def test_the_default_number_of_steps_is_justified():
+    """On 160,000 draws half of the steps, or Euler's method at the same cost, can be told from p; 32 Heun
+    steps not.
+    """
+    codebook, log_p = problem(spread=1.0)
+    x = noise(160_000)
+    rows = log_p.expand(len(x), V)
+    assert chi_square_p(tokens_from_noise(x, rows, codebook), log_p.exp()) > ACCEPT
+    assert chi_square_p(tokens_from_noise(x, rows, codebook, DEFAULT_STEPS // 2), log_p.exp()) < REJECT
+    assert chi_square_p(euler(x, log_p, codebook, 2 * DEFAULT_STEPS), log_p.exp()) < REJECT
+
+
+def test_it_agrees_with_a_solver_of_many_steps():
+    codebook, log_p = problem()
+    reference = euler(noise(3000), log_p, codebook, 1500)
+    tokens = tokens_from_noise(noise(3000), log_p.expand(3000, V), codebook)
+    assert (tokens == reference).double().mean() > 0.985
+
+
+def test_same_noise_same_token_alone_or_in_any_batch():
+    codebook, log_p = problem()
+    x = noise(5000).view(50, 100, CV)
+    rows = log_p.expand(50, 100, V)
+    tokens = tokens_from_noise(x, rows, codebook)
+    assert tokens.shape == (50, 100) and tokens.dtype == torch.int64
+    torch.testing.assert_close(tokens_from_noise(x, rows, codebook), tokens)
+    torch.testing.assert_close(tokens_from_noise(x[7, 3:4], rows[7, 3:4], codebook), tokens[7, 3:4])
+
+
+def test_the_trajectory_ends_on_the_code_of_its_token():
+    """Just before t = 1 the denoiser, where the flow is headed, is that codebook entry."""
+    codebook, log_p = problem()
+    x, rows, codes = noise(500).double(), log_p.double().expand(500, V), codebook.double()
+    steps = 200
+    for i in range(steps - 1):
+        t, t_next = i / steps, (i + 1) / steps
+        x = x + (t_next - t) / (1 - t) * (denoise(x, t, rows, codes) - x)
+    end = denoise(x, (steps - 1) / steps, rows, codes)
+    distance = torch.cdist(end, codes).min(1).values
+    assert (distance < 1e-3).double().mean() > 0.99
+
+
+def test_renumbering_the_codes_renumbers_the_tokens():
+    codebook, log_p = problem()
+    order = torch.randperm(V, generator=torch.Generator().manual_seed(3))
+    tokens = tokens_from_noise(noise(2000), log_p.expand(2000, V), codebook)
+    renumbered = tokens_from_noise(noise(2000), log_p[order].expand(2000, V), codebook[order])
+    assert (order[renumbered] == tokens).double().mean() > 0.999  # sums in another order may tip a tie
+
+
+def test_codes_without_probability_are_never_drawn():
+    codebook, log_p = problem()
+    allowed = log_p.topk(5).indices
+    masked = torch.full_like(log_p, -torch.inf)
+    masked[allowed] = log_p[allowed]
+    tokens = tokens_from_noise(noise(5000), masked.expand(5000, V), codebook)
+    assert set(tokens.tolist()) <= set(allowed.tolist())
+
+
+def test_a_certain_code_is_drawn_from_all_noise():
+    codebook, log_p = problem()
+    certain = torch.full_like(log_p, -torch.inf)
+    certain[9] = 0.0
+    assert (tokens_from_noise(noise(100), certain.expand(100, V), codebook) == 9).all()
+
+
+def test_the_velocity_is_the_closed_form():
+    """v = sum_k w_k (c_k - x) / (1 - t), with w by Bayes' rule from the normal densities written out."""
+    codebook, log_p = problem()
+    x, codes, t = noise(20).double(), codebook.double(), 0.6
+    density = torch.exp(-((x[:, None] - t * codes) ** 2).sum(-1) / (2 * (1 - t) ** 2)) * log_p.exp().double()
+    weights = density / density.sum(1, keepdim=True)
+    expected = (weights[..., None] * (codes - x[:, None])).sum(1) / (1 - t)
+    found = velocity(x, t, log_p.double().expand(20, V), codes)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_shapes_that_do_not_fit_and_impossible_rows_are_refused():
+    codebook, log_p = problem()
+    with pytest.raises(ValueError, match="do not fit"):
+        tokens_from_noise(noise(4), log_p.expand(5, V), codebook)
+    with pytest.raises(ValueError, match="steps"):
+        tokens_from_noise(noise(4), log_p.expand(4, V), codebook, steps=0)
+    with pytest.raises(ValueError, match="no finite"):
+        tokens_from_noise(noise(4), torch.full((4, V), -torch.inf), codebook)
+    assert tokens_from_noise(noise(0), log_p.expand(0, V), codebook).shape == (0,)
