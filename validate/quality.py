@@ -140,7 +140,7 @@ def table(results: dict[str, list[Quality]]) -> str:
         "paired_error": ("paired", 1.0, 4),
         "paired_ratio": ("ratio", 1.0, 2),
     }
-    lines = [f"{'':24}" + "".join(f"{head[0]:>15}" for head in heads.values())]
+    lines = [f"{'':24}" + "".join(f"{head[0]:>17}" for head in heads.values())]
     for name, qualities in results.items():
         cells = []
         for field, (_, factor, digits) in heads.items():
@@ -151,7 +151,7 @@ def table(results: dict[str, list[Quality]]) -> str:
                 cells.append(f"{value[0] * factor:.{digits}f}")
             else:
                 cells.append(f"{value[0] * factor:.{digits}f} +-{value[1] * factor:.{digits}f}")
-        lines.append(f"{name:24}" + "".join(f"{cell:>15}" for cell in cells))
+        lines.append(f"{name:24}" + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join(lines)
 
 
