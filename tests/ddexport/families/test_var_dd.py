@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ddexport.families import family
-from ddexport.families._checkpoint import connect, load_part, save_part
+from ddexport.families._checkpoint import connect, load_part
 from ddexport.families._var_tokenizer import phi_of_scale
 from ddexport.families.var_dd import guided
 from ddexport.recipe import load_recipe, recipe_from_dict
@@ -236,13 +236,3 @@ def test_scales_that_are_no_list_are_a_clear_error(scales):
     data["model"]["scales"] = scales
     with pytest.raises(DDError, match="scales"):
         family("var_dd").build(recipe_from_dict(data), "student")
-
-
-def test_one_copy_of_the_weights_leaves_no_choice(tmp_path):
-    """A file with one copy must not be read under the name of another."""
-    recipe = load_recipe(str(GOLDEN / "recipe.yaml"))
-    path = tmp_path / "student.safetensors"
-    save_part(load_part(recipe, "student", GOLDEN / "student.pth"), recipe, "student", path)
-    load_part(recipe, "student", path)
-    with pytest.raises(DDError, match="one copy"):
-        load_part(recipe, "student", path, weights="model")
