@@ -241,9 +241,25 @@ def _schedule(data: Any, where: str) -> Schedule:
     return Schedule(tuple(known))
 
 
+def _check_sizes(recipe: Recipe, where: str) -> None:
+    """Sizes are whole numbers from 1 on, those of the family's sections too, or lists of such."""
+    sections = {
+        "image": vars(recipe.image),
+        "sequence": vars(recipe.sequence),
+        "model": recipe.model,
+        "tokenizer": recipe.tokenizer,
+    }
+    sizes = {f"{section}.{key}": v for section, values in sections.items() for key, v in values.items()}
+    for key, value in {"classes": recipe.classes, **sizes}.items():
+        numbers = value if isinstance(value, list) and value else [value]
+        if any(type(n) is not int or n < 1 for n in numbers):
+            raise RecipeError(f"{where}: {key}: {value!r} is no size", "give a whole number from 1 on")
+
+
 def _check_consistency(recipe: Recipe, where: str) -> None:
+    _check_sizes(recipe, where)
     length, split = recipe.sequence.length, recipe.sequence.split
-    if not 0 < split <= length:
+    if split > length:
         raise RecipeError(
             f"{where}: split {split} is not within the {length} positions", "correct sequence.split"
         )

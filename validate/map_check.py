@@ -15,7 +15,7 @@ from ddexport.distill.mapping import tokens_from_noise
 from ddexport.distill.teacher import draw
 from validate.image_sets import Models
 
-CONTEXTS, DRAWS, SEED = 8, 20_000, 77
+CONTEXTS, SEED = 8, 77
 LEVEL = 0.001  # a correct map fails one such test in a thousand
 
 
@@ -69,8 +69,8 @@ def p_value(statistic: float, degrees: int) -> float:
     return float(torch.special.gammaincc(half[0], half[1])) if degrees else 1.0
 
 
-def check_map(models: Models, draws: int = DRAWS, steps: int | None = None) -> list[ChiSquare]:
-    """Test every scale in `CONTEXTS` contexts: a label, the tokens of the scales before, and a position."""
+def check_map(models: Models, draws: int, steps: int | None = None) -> list[ChiSquare]:
+    """Test every scale in `CONTEXTS` contexts (label, tokens before it, position) of `draws` tokens each."""
     generator = torch.Generator().manual_seed(SEED)
     labels = torch.randint(models.recipe.classes, (CONTEXTS,), generator=generator)
     chosen: list[Tensor] = []

@@ -140,7 +140,7 @@ def table(results: dict[str, list[Quality]]) -> str:
         "paired_error": ("paired", 1.0, 4),
         "paired_ratio": ("ratio", 1.0, 2),
     }
-    lines = [f"{'':24}" + "".join(f"{head[0]:>15}" for head in heads.values())]
+    lines = [f"{'':24}" + "".join(f"{head[0]:>17}" for head in heads.values())]
     for name, qualities in results.items():
         cells = []
         for field, (_, factor, digits) in heads.items():
@@ -151,7 +151,7 @@ def table(results: dict[str, list[Quality]]) -> str:
                 cells.append(f"{value[0] * factor:.{digits}f}")
             else:
                 cells.append(f"{value[0] * factor:.{digits}f} +-{value[1] * factor:.{digits}f}")
-        lines.append(f"{name:24}" + "".join(f"{cell:>15}" for cell in cells))
+        lines.append(f"{name:24}" + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -183,7 +183,13 @@ def _seeds(context: click.Context, parameter: click.Parameter, value: str) -> li
 
 
 def _run(
-    recipe: Recipe, samples: int, seeds: list[int], weights: Path | None, grid: Path | None, retrain: bool
+    recipe: Recipe,
+    samples: int,
+    seeds: list[int],
+    draws: int,
+    weights: Path | None,
+    grid: Path | None,
+    retrain: bool,
 ) -> dict[str, Any]:
     from ddexport.distill.data import load_data
     from ddexport.distill.settings import distill_settings
@@ -201,7 +207,7 @@ def _run(
         write_grid(models, seeds[0], grid)
     results = measure_all(models, data, judge, seeds, samples)
     with console.stage("chi-square of the map"):
-        chi_squares = check_map(models)
+        chi_squares = check_map(models, draws)
     return {
         "judge_accuracy": held_out_accuracy(judge, data),
         "samples": samples,
@@ -218,6 +224,9 @@ def _run(
 )
 @click.option("--seeds", default="0,1,2", show_default=True, callback=_seeds, help="Seeds of the sampling.")
 @click.option(
+    "--draws", type=click.IntRange(100), default=20_000, show_default=True, help="Tokens a test of the map."
+)
+@click.option(
     "--weights", type=click.Path(path_type=Path, file_okay=False), help="A run's folder. [default: embedded]"
 )
 @click.option(
@@ -230,6 +239,7 @@ def command(
     model: str,
     samples: int,
     seeds: list[int],
+    draws: int,
     weights: Path | None,
     grid: Path | None,
     train_judge: bool,
@@ -238,7 +248,7 @@ def command(
     """Measure the images of MODEL, a recipe that was trained with `ddexport distill`."""
     from ddexport.recipe import load_recipe
 
-    report = _run(load_recipe(model), samples, seeds, weights, grid, train_judge)
+    report = _run(load_recipe(model), samples, seeds, draws, weights, grid, train_judge)
     if as_json:
         console.emit_json(report)
         return

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/MODEL]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of all random numbers.")
+@click.option("--student-seed", type=int, help="Seed of the student alone. [default: the same]")
 @click.option("--stages", help="Only these, as a list with commas: tokenizer,decoder,teacher,pairs,student.")
 @click.option("--quick", is_flag=True, help="A few iterations of everything: shows that it runs.")
 @click.option(
@@ -30,6 +31,7 @@ def command(
     model: str,
     out: Path | None,
     seed: int,
+    student_seed: int | None,
     stages: str | None,
     quick: bool,
     threads: int,
@@ -48,7 +50,7 @@ def command(
         raise click.UsageError("--quick trains nothing worth installing")
     recipe = load_recipe(model)
     folder = out or Path("runs") / (f"{recipe.name}-quick" if quick else recipe.name)
-    reports = run(model, folder, seed, stages, quick, threads, compile)
+    reports = run(model, folder, seed, stages, quick, threads, compile, student_seed)
     if install:
         _install(model, folder)
     if as_json:
@@ -63,7 +65,14 @@ def command(
 
 
 def run(
-    model: str, folder: Path, seed: int, stages: str | None, quick: bool, threads: int, compile: bool
+    model: str,
+    folder: Path,
+    seed: int,
+    stages: str | None,
+    quick: bool,
+    threads: int,
+    compile: bool,
+    student_seed: int | None = None,
 ) -> list[StageReport]:
     """Train the recipe `model` in `folder`. Raises DDError, click.BadParameter for an unknown stage."""
     import torch
@@ -85,7 +94,13 @@ def run(
     torch.set_num_threads(threads)
     try:
         return train(
-            recipe, quickened(settings) if quick else settings, folder, seed, chosen, compile and not quick
+            recipe,
+            quickened(settings) if quick else settings,
+            folder,
+            seed,
+            chosen,
+            compile and not quick,
+            student_seed,
         )
     finally:
         torch.set_num_threads(before)

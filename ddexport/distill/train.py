@@ -66,8 +66,11 @@ class StageReport:
 class Training:
     """One run of one recipe in one folder."""
 
-    def __init__(self, recipe: Recipe, settings: DistillSettings, run: Run) -> None:
+    def __init__(
+        self, recipe: Recipe, settings: DistillSettings, run: Run, student_seed: int | None = None
+    ) -> None:
         self.recipe, self.settings, self.run = recipe, settings, run
+        self._student_run = run if student_seed is None else dataclasses.replace(run, seed=student_seed)
         self._data: DataSet | None = None
         self._keys: dict[str, str] = {}
 
@@ -90,7 +93,7 @@ class Training:
             values: dict[str, Any] = {
                 "version": VERSION,
                 "stage": stage,
-                "seed": self.run.seed,
+                "seed": self._run_of(stage).seed,
                 "settings": dataclasses.asdict(getattr(self.settings, stage)),
                 "before": self.key(FOLLOWS[stage]) if stage in FOLLOWS else self._origin(),
             }
@@ -146,13 +149,17 @@ class Training:
         tokenizer, teacher = self._load("tokenizer", "tokenizer"), self._load("teacher", "teacher")
         write_tensors(make_pairs(teacher, tokenizer, self.settings.pairs, self.run), self.path("pairs"))
 
+    def _run_of(self, stage: str) -> Run:
+        return self._student_run if stage == "student" else self.run
+
     def _student(self) -> None:
         from safetensors.torch import load_file
 
         tokenizer, teacher = self._load("tokenizer", "tokenizer"), self._load("teacher", "teacher")
         student, pairs = self._new("student"), load_file(self.path("pairs"))
         codebook: Tensor = tokenizer.codebook
-        train_student(student, teacher, codebook, pairs, self.settings.student, self.run, self.key("student"))
+        settings, run = self.settings.student, self._run_of("student")
+        train_student(student, teacher, codebook, pairs, settings, run, self.key("student"))
         self._save(student, "student", "student")
 
     def _origin(self) -> dict[str, Any]:
@@ -219,8 +226,12 @@ def train(
     seed: int = 0,
     stages: tuple[str, ...] = STAGES,
     compile: bool = True,
+    student_seed: int | None = None,
 ) -> list[StageReport]:
     """Train `recipe` in `folder`, going on where an earlier run stopped.
+
+    `student_seed` is the student's seed where it is not that of the other stages, to see what it alone
+    changes.
 
     Raises OutputError when the folder cannot be made, DDError for data or earlier stages that are missing.
     """
@@ -232,7 +243,7 @@ def train(
         ) from error
     keep_freed_memory()
     with private_compile_cache():
-        return Training(recipe, settings, Run(folder, seed, compile)).run_stages(stages)
+        return Training(recipe, settings, Run(folder, seed, compile), student_seed).run_stages(stages)
 
 
 def install(recipe: Recipe, folder: Path, target: Path) -> list[Path]:

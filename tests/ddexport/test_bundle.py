@@ -118,6 +118,30 @@ class TestManifest:
             properties = {p.key: p.value for p in onnx.load(tiny.bundle / graph.file).metadata_props}
             assert properties["source"] == f"random weights, seed {tiny.seed}"
 
+    @pytest.mark.parametrize(
+        ("given", "kind"),
+        [({}, "embedded"), ({"student"}, "checkpoint"), ({"student", "tokenizer"}, "checkpoint")],
+    )
+    def test_embedded_weights(
+        self,
+        golden_recipe: Recipe,
+        golden_files: dict[str, Path],
+        golden_dir: Path,
+        replayed_trace: Replay,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        given: set[str],
+        kind: str,
+    ) -> None:
+        """A bundle of the project's own weights says so, unless files were given in their place."""
+        sources = {role: Source(embedded=path.name) for role, path in golden_files.items()}
+        monkeypatch.setattr("ddexport.bundle.embedded_weights", lambda source: golden_dir / source.embedded)
+        recipe = dataclasses.replace(golden_recipe, files=sources)
+        files = {role: golden_files[role] for role in given}
+        weights = export_bundle(recipe, tmp_path / "b", WeightRequest(files)).manifest.weights
+        assert weights.kind == kind
+        assert {w.role: w.sha256 for w in weights.files} == {r: sha256(p) for r, p in golden_files.items()}
+
     def test_the_card_shows_what_was_published(self, golden_export: Exported) -> None:
         """FID and licence, for those who find the directory alone."""
         from ddexport.model_card import model_card

@@ -255,6 +255,15 @@ class TestMistakes:
         assert (tmp_path / "file").exists()
 
 
+# A shell's background jobs ignore Ctrl-C, and so do their children unless told otherwise.
+COMMAND = """
+import signal
+from ddexport.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main()
+"""
+
+
 class TestKilled:
     """The real command as its own process, stopped while it traces."""
 
@@ -267,7 +276,7 @@ class TestKilled:
         options = ["--model", golden_dir / "recipe.yaml", "--checkpoint", golden_dir / "student.pth",
                    "--vae", golden_dir / "vae.pth", "-o", tmp_path / "b"]  # fmt: skip
         process = subprocess.Popen(
-            [sys.executable, "-c", "from ddexport.cli import main; main()", "onnx", *map(str, options)],
+            [sys.executable, "-c", COMMAND, "onnx", *map(str, options)],
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,

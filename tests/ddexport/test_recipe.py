@@ -61,7 +61,15 @@ MISTAKES: dict[str, tuple[Edit, str, str]] = {
     "list for a section": (lambda d: d.update(files=[]), "files: [] is not of type keys and values", ""),
     "newer schema": (lambda d: d.update(schema=2), "schema 2 is not 1", "upgrade"),
     "split past the end": (lambda d: d["sequence"].update(split=31), "split 31", "sequence.split"),
-    "split of nothing": (lambda d: d["sequence"].update(split=0), "split 0", "sequence.split"),
+    "split of nothing": (lambda d: d["sequence"].update(split=0), "sequence.split: 0 is no size", "1 on"),
+    "no classes": (lambda d: d.update(classes=0), "classes: 0 is no size", "from 1 on"),
+    "images of no size": (lambda d: d["image"].update(size=-64), "image.size: -64 is no size", "from 1 on"),
+    "text for a size": (lambda d: d["model"].update(depth="2"), "model.depth: '2' is no size", "from 1 on"),
+    "no heads": (lambda d: d["model"].update(heads=0), "model.heads: 0 is no size", "from 1 on"),
+    "no scales": (lambda d: d["model"].update(scales=[]), "model.scales: [] is no size", "from 1 on"),
+    "text among sizes": (
+        lambda d: d["tokenizer"].update(multipliers=[1, "2"]), "multipliers: [1, '2'] is no size", "1 on",
+    ),
     "no schedule": (lambda d: d.update(schedules={}), "no schedules", "known"),
     "another number of steps": (
         lambda d: d["schedules"].update({"3": {"known": [0, 5]}}), "schedule 3 has known [0, 5]", "one num",

@@ -180,9 +180,11 @@ class TestRefusals:
 
 
 WRITER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import ddexport.staging as staging
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
 
 target, stop = Path(sys.argv[1]), sys.argv[2]
 

@@ -85,7 +85,7 @@ def test_the_seeded_codebook_holds_vectors_of_every_scale(tokenizer):
     pools = residual_vectors(tokenizer, tokenizer.encode(images(64)))
     assert [len(pool) for pool in pools] == [64 * s * s for s in tokenizer.scales]
     first = tokenizer.codebook[: len(tokenizer.codebook) // len(tokenizer.scales)]
-    assert torch.cdist(first, pools[0]).min(1).values.max() < 1e-4
+    assert torch.cdist(first, pools[0]).min(1).values.max() < 2e-3
 
 
 def test_residual_blocks_start_as_the_identity(tokenizer):

@@ -72,6 +72,8 @@ def test_changed_settings_train_their_stage_and_those_after_it(finished, tmp_pat
     changed = dataclasses.replace(settings, student=dataclasses.replace(settings.student, regression=2.0))
     reports = {r.stage: r.outcome for r in train(recipe, changed, folder, stages=(), compile=False)}
     assert reports == dict.fromkeys(STAGES, "unchanged") | {"student": "left out"}
+    other_student = train(recipe, settings, folder, student_seed=1, stages=(), compile=False)
+    assert [r.outcome for r in other_student] == ["unchanged"] * 4 + ["left out"]
     another = {r.outcome for r in train(recipe, settings, folder, seed=1, stages=(), compile=False)}
     assert another == {"left out"}
 
