@@ -14,7 +14,7 @@ help:
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make format    apply ruff's formatting and fixes"
 	@echo "make parity    hold the embedded model's bundle against PyTorch"
-	@echo "make distill   train the embedded model again, from the digits to the student (about 20 minutes)"
+	@echo "make distill   train the embedded model again, from the digits to the student (under an hour)"
 	@echo "make docs      make the pictures of docs/ again"
 
 demo: $(VENV)/.export $(BUNDLE)/bundle.json
@@ -38,14 +38,14 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 parity: $(VENV)/.export $(BUNDLE)/bundle.json
-	$(BIN)/python -m validate parity $(BUNDLE)
+	$(BIN)/python -m validate parity $(BUNDLE) --images 100
 
 distill: $(VENV)/.dev
 	$(BIN)/ddexport distill digits-var --install
 	$(BIN)/python -m validate quality digits-var
 
 docs: $(VENV)/.dev $(BUNDLE)/bundle.json
-	$(BIN)/ddexport sample $(BUNDLE) --steps 1 -n 8 -o docs/images/digits-one-step.png
+	$(BIN)/ddexport sample $(BUNDLE) --steps 1 -n 16 -o docs/images/digits-one-step.png
 	$(BIN)/python -m validate quality digits-var --grid docs/images/digits-var-grid.png
 
 clean:

@@ -184,6 +184,10 @@ def _unwrapped(
 ) -> Mapping[str, Tensor]:
     """The state dict inside the file: at one of the layout's places, or the file itself if it is flat."""
     if _is_flat(data):
+        if layout.containers and weights != next(iter(layout.containers)):
+            raise CheckpointError(
+                f"{path} holds one copy of the weights, no choice of {weights}", "leave out --weights"
+            )
         return data  # type: ignore[return-value]
     place = layout.containers.get(weights, ())
     for way in (place, *layout.alternatives):

@@ -210,8 +210,13 @@ class VarFamily(Family):
                 f"recipe {recipe.name}: model has wrong or missing keys: {', '.join(sorted(missing))}",
                 "family var_dd needs exactly depth, width, heads and scales",
             )
-        sequence = recipe.sequence
-        scales = tuple(recipe.model["scales"])
+        sequence, scales = recipe.sequence, recipe.model["scales"]
+        if not isinstance(scales, list) or len(scales) < 2:
+            raise GeometryError(
+                f"recipe {recipe.name}: model.scales is {scales!r}, not a list of two side lengths or more",
+                "such as scales: [1, 2, 3, 4]",
+            )
+        scales = tuple(scales)
         geometry = VarGeometry(
             depth=recipe.model["depth"],
             width=recipe.model["width"],

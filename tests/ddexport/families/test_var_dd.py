@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from ddexport.families import family
-from ddexport.families._checkpoint import connect, load_part
+from ddexport.families._checkpoint import connect, load_part, save_part
 from ddexport.families._var_tokenizer import phi_of_scale
 from ddexport.families.var_dd import guided
 from ddexport.recipe import load_recipe, recipe_from_dict
+from runtime.errors import DDError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "var-dd-small"
 TOLERANCE = 2e-5
@@ -226,3 +227,22 @@ def test_real_sizes_have_the_published_number_of_parameters():
             counts["teacher"]
             == {"var-d16": 310_283_520, "var-d20": 600_917_136, "var-d24": 1_033_399_360}[name]
         )
+
+
+@pytest.mark.parametrize("scales", [4, "1234", [4], None])
+def test_scales_that_are_no_list_are_a_clear_error(scales):
+    """A recipe of one's own may get this wrong; it must not end in a traceback."""
+    data = load_recipe(str(GOLDEN / "recipe.yaml")).to_dict()
+    data["model"]["scales"] = scales
+    with pytest.raises(DDError, match="scales"):
+        family("var_dd").build(recipe_from_dict(data), "student")
+
+
+def test_one_copy_of_the_weights_leaves_no_choice(tmp_path):
+    """A file with one copy must not be read under the name of another."""
+    recipe = load_recipe(str(GOLDEN / "recipe.yaml"))
+    path = tmp_path / "student.safetensors"
+    save_part(load_part(recipe, "student", GOLDEN / "student.pth"), recipe, "student", path)
+    load_part(recipe, "student", path)
+    with pytest.raises(DDError, match="one copy"):
+        load_part(recipe, "student", path, weights="model")
