@@ -2,27 +2,32 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-BUNDLE := build/digits-var
+# The embedded models, one of each family.
+MODELS  := digits-var digits-llamagen
+BUNDLES := $(MODELS:%=build/%/bundle.json)
 # Small models run fastest on one thread a process; real ones choose for themselves.
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint format parity distill docs clean help
 
 help:
-	@echo "make demo      set up, export the embedded model, draw digits in one step, prove them equal to PyTorch"
+	@echo "make demo      set up, export the embedded models, draw digits in one step, prove them equal to PyTorch"
 	@echo "make test      set up and run the tests"
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make format    apply ruff's formatting and fixes"
-	@echo "make parity    hold the embedded model's bundle against PyTorch"
-	@echo "make distill   train the embedded model again, from the digits to the student (under an hour)"
+	@echo "make parity    hold the embedded models' bundles against PyTorch"
+	@echo "make distill   train the embedded models again, from the digits to the student (over an hour)"
 	@echo "make docs      make the pictures of docs/ again"
 
-demo: $(VENV)/.export $(BUNDLE)/bundle.json
-	$(BIN)/ddexport sample $(BUNDLE) --steps 1 -n 8 -o build/digits-one-step.png
-	$(BIN)/ddexport sample $(BUNDLE) --steps 2 -n 8 -o build/digits-two-steps.png
-	$(BIN)/ddexport validate parity $(BUNDLE)
+demo: $(VENV)/.export $(BUNDLES)
+	for model in $(MODELS); do \
+	    $(BIN)/ddexport sample build/$$model --steps 1 -n 8 -o build/$$model-one-step.png && \
+	    $(BIN)/ddexport sample build/$$model --steps 2 -n 8 -o build/$$model-two-steps.png && \
+	    $(BIN)/ddexport validate parity build/$$model || exit; \
+	done
 	@echo
-	@echo "Look at build/digits-one-step.png: each digit drawn in one step. The same noise in two: build/digits-two-steps.png"
+	@echo "Look at build/digits-*-one-step.png: each digit drawn in one step, by a student of VAR and by one of LlamaGen."
+	@echo "The same noise in two steps: build/digits-*-two-steps.png"
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
@@ -37,22 +42,25 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-parity: $(VENV)/.export $(BUNDLE)/bundle.json
-	$(BIN)/python -m validate parity $(BUNDLE) --images 100
+parity: $(VENV)/.export $(BUNDLES)
+	for model in $(MODELS); do $(BIN)/python -m validate parity build/$$model --images 100 || exit; done
 
 distill: $(VENV)/.dev
-	$(BIN)/ddexport distill digits-var --install
-	$(BIN)/python -m validate quality digits-var
+	for model in $(MODELS); do \
+	    $(BIN)/ddexport distill $$model --install && $(BIN)/python -m validate quality $$model || exit; \
+	done
 
-docs: $(VENV)/.dev $(BUNDLE)/bundle.json
-	$(BIN)/ddexport sample $(BUNDLE) --steps 1 -n 16 -o docs/images/digits-one-step.png
-	$(BIN)/python -m validate quality digits-var --grid docs/images/digits-var-grid.png
+docs: $(VENV)/.dev $(BUNDLES)
+	$(BIN)/ddexport sample build/digits-var --steps 1 -n 16 -o docs/images/digits-one-step.png
+	for model in $(MODELS); do \
+	    $(BIN)/python -m validate quality $$model --grid docs/images/$$model-grid.png || exit; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-$(BUNDLE)/bundle.json: $(VENV)/.export $(wildcard recipes/*digits-var* recipes/weights/digits-var*)
-	$(BIN)/ddexport onnx --model digits-var -o $(BUNDLE) --force
+$(BUNDLES): build/%/bundle.json: $(VENV)/.export $(wildcard recipes/digits-* recipes/weights/digits-*)
+	$(BIN)/ddexport onnx --model $* -o build/$* --force
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -160,7 +160,7 @@ def embedded_weights(source: Source) -> Path:
     if not path.is_file():
         raise RecipeError(
             f"the embedded weights {source.embedded} are missing",
-            "train them: ddexport distill digits-var --install",
+            f"train them: ddexport distill {source.embedded.rsplit('-', 1)[0]} --install",
         )
     return path
 

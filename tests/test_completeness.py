@@ -18,6 +18,7 @@ PACKAGES = (
     "validate.metrics",
     "validate.features",
     "ddexport.distill.data",
+    "ddexport.distill.trainers",
 )
 
 

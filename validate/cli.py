@@ -9,7 +9,7 @@ import click
 
 from runtime import console
 
-COMMANDS = {"parity": "validate.parity", "quality": "validate.quality"}
+COMMANDS = {"parity": "validate.parity", "quality": "validate.quality", "speed": "validate.speed"}
 
 
 class _LazyGroup(console.Group):

@@ -59,7 +59,7 @@ def load_models(recipe: Recipe, folder: Path | None) -> Models:
         if role not in recipe.files or not recipe.files[role].embedded:
             raise DDError(
                 f"the recipe {recipe.name} has no embedded {role}",
-                "only trained recipes can be measured: digits-var",
+                "only trained recipes can be measured: digits-var, digits-llamagen",
             )
         source = recipe.files[role]
         path = folder / source.embedded if folder else embedded_weights(source)

@@ -261,6 +261,6 @@ def command(
     for test in report["map"]:
         verdict = "accepted" if test["accepted"] else "REJECTED"
         click.echo(
-            f"  scale {test['scale']}: {test['statistic']:.0f} on {test['degrees']} degrees of freedom,"
+            f"  AR step {test['step']}: {test['statistic']:.0f} on {test['degrees']} degrees of freedom,"
             f" p = {test['p_value']:.3f}, {verdict}"
         )

@@ -8,9 +8,9 @@ from torch import Tensor
 from ddexport.distill.loop import Run
 from ddexport.distill.mapping import tokens_from_noise
 from ddexport.distill.settings import PairSettings
-from ddexport.distill.teacher import Choose, draw
-from ddexport.families._var_tokenizer import MultiScaleTokenizer
-from ddexport.families.var_dd import VarTeacher
+from ddexport.distill.teacher import draw
+from ddexport.distill.trainers import Choose, Tokenizer
+from ddexport.families._base import Teacher
 from runtime.console import progress
 
 CHUNK = 1000
@@ -26,16 +26,14 @@ def by_map(noise: Tensor, codebook: Tensor, steps: int) -> Choose:
 
 
 def mapped_tokens(
-    teacher: VarTeacher, tokenizer: MultiScaleTokenizer, noise: Tensor, labels: Tensor, settings: PairSettings
+    teacher: Teacher, tokenizer: Tokenizer, noise: Tensor, labels: Tensor, settings: PairSettings
 ) -> Tensor:
     """noise (B, L, Cv), labels (B,) -> the map's tokens (B, L) int64."""
     choose = by_map(noise, tokenizer.codebook, settings.steps)
     return draw(teacher, tokenizer, labels, choose, settings.guidance, settings.top_k)
 
 
-def make_pairs(
-    teacher: VarTeacher, tokenizer: MultiScaleTokenizer, settings: PairSettings, run: Run
-) -> dict[str, Tensor]:
+def make_pairs(teacher: Teacher, tokenizer: Tokenizer, settings: PairSettings, run: Run) -> dict[str, Tensor]:
     """All pairs: noise (N, L, Cv) float32, tokens (N, L) int16, labels (N,) int64 (uniform)."""
     length, width = teacher.geometry.length, teacher.geometry.code_width
     parts: list[dict[str, Tensor]] = []

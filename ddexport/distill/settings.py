@@ -7,6 +7,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from ddexport.families import family
 from ddexport.recipe import Recipe, RecipeError
 
 
@@ -37,13 +38,13 @@ class Loop:
 
 @dataclass(frozen=True)
 class TokenizerSettings(Loop):
-    """Encoder, codebook, phis and decoder together.
+    """Encoder, codebook and decoder together.
 
     The first `continuous` iterations do without the quantiser: codes that start among latents which say
     nothing yet would pull these together. `absolute` weighs |error| against squared error, `commitment` the
     pull of the encoder towards its codes, `prefix` is the share of images that are decoded from a random
-    number of leading scales; codes that nothing chose for `reseed` iterations restart from residuals, until
-    half of the run.
+    number of leading scales (where there are several); codes that nothing chose for `reseed` iterations
+    restart from residuals, until half of the run.
     """
 
     continuous: int = 200
@@ -63,8 +64,8 @@ class TeacherSettings(Loop):
 
 @dataclass(frozen=True)
 class PairSettings:
-    """`count` noise -> token pairs; guidance g * k / (K - 1) at scale k of K, and top-k (0: all), before the
-    map.
+    """`count` noise -> token pairs; guidance, which each family counts in its own way
+    (`ddexport/distill/trainers/`), and top-k (0: all) act on the probabilities before the map.
     """
 
     count: int
@@ -75,7 +76,7 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class StudentSettings(Loop):
-    """`timesteps`: the numbers of known scales to train from; `regression` weighs the embeddings' loss."""
+    """`timesteps`: the numbers of known AR steps to train from; `regression` weighs the embeddings' loss."""
 
     timesteps: tuple[int, ...] = (0,)
     regression: float = 1.0
@@ -116,11 +117,11 @@ def distill_settings(recipe: Recipe) -> DistillSettings:
     for part, cls in _PARTS.items():
         values[part] = _build(cls, values[part], f"{where}.{part}")
     settings = DistillSettings(**values)
-    scales = len(recipe.model["scales"])
-    if not settings.student.timesteps or any(not 0 <= t < scales for t in settings.student.timesteps):
+    steps = len(family(recipe.family).geometry(recipe).starts) - 1
+    if not settings.student.timesteps or any(not 0 <= t < steps for t in settings.student.timesteps):
         raise RecipeError(
-            f"{where}.student.timesteps: {list(settings.student.timesteps)} are not numbers of known scales",
-            f"each from 0 to {scales - 1}",
+            f"{where}.student.timesteps: {list(settings.student.timesteps)} are not numbers of AR steps",
+            f"each from 0 to {steps - 1}",
         )
     return settings
 

@@ -1,9 +1,9 @@
 """Stage 5: the few-step student, started from the teacher and trained on pairs.
 
-At timestep t the first t scales of the input hold the pair's codes, the rest its noise; the student predicts
-the whole sequence. Cross entropy on the logits and squared error on the embeddings are taken at every
-position that is not known, also where sampling would use the other head: each loss teaches the shared trunk
-the map.
+At timestep t the first t AR steps of the input hold the pair's codes, the rest its noise; the student
+predicts the whole sequence. Cross entropy on the logits and squared error on the embeddings are taken at
+every position that is not known, also where sampling would use the other head: each loss teaches the shared
+trunk the map.
 """
 
 from __future__ import annotations
@@ -15,31 +15,12 @@ from torch import Tensor
 from ddexport.distill.loop import Run, fit
 from ddexport.distill.machine import bfloat16, compiled
 from ddexport.distill.settings import StudentSettings
-from ddexport.families.var_dd import VarStudent, VarTeacher
-
-
-@torch.no_grad()
-def initialise_student(student: VarStudent, teacher: VarTeacher, generator: torch.Generator) -> None:
-    """Copy the teacher into the student; what the teacher lacks starts small.
-
-    The class position is new in front: the tables of positions and levels get one new leading row, and the
-    teacher's rows follow. The start vector stays at the class position. New are also the noise-or-data
-    embedding with its projections and the regression head.
-    """
-    theirs = teacher.state_dict()
-    for name, p in student.named_parameters():
-        if name not in theirs:
-            p.zero_() if name.endswith("bias") else p.normal_(0.0, 0.02, generator=generator)
-        elif p.shape == theirs[name].shape:
-            p.copy_(theirs[name])
-        else:
-            rows = p[0] if name == "positions" else p
-            rows[:1].normal_(0.0, 0.02, generator=generator)
-            rows[1:] = theirs[name].view(-1, rows.shape[-1])
+from ddexport.distill.trainers import trainer
+from ddexport.families._base import Student, Teacher
 
 
 def student_loss(
-    student: VarStudent, noise: Tensor, tokens: Tensor, labels: Tensor, known: Tensor, regression: float
+    student: Student, noise: Tensor, tokens: Tensor, labels: Tensor, known: Tensor, regression: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """noise (B, L, Cv), tokens (B, L), labels (B,), known (B,) -> the loss, and its two parts."""
     codes = student.codebook[tokens]
@@ -54,8 +35,8 @@ def student_loss(
 
 
 def train_student(
-    student: VarStudent,
-    teacher: VarTeacher,
+    student: Student,
+    teacher: Teacher,
     codebook: Tensor,
     pairs: dict[str, Tensor],
     settings: StudentSettings,
@@ -63,10 +44,9 @@ def train_student(
     key: str,
 ) -> None:
     """Train `student` in place."""
-    initialise_student(student, teacher, run.generator("student-init"))
     student.codebook.copy_(codebook.detach())
-    ends = torch.tensor([0, *torch.tensor([s * s for s in student.geometry.scales]).cumsum(0).tolist()])
-    starts = ends[list(settings.timesteps)]
+    trainer(teacher.family).initialise_student(student, teacher, run.generator("student-init"))
+    starts = torch.tensor(student.geometry.starts)[list(settings.timesteps)]
 
     def losses(noise: Tensor, tokens: Tensor, labels: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return student_loss(student, noise, tokens, labels, known, settings.regression)

@@ -1,11 +1,11 @@
-"""Stage 1 and 2: the multi-scale tokenizer, then its decoder alone on the final codes.
+"""Stage 1 and 2: the tokenizer, then its decoder alone on the final codes.
 
-Latent f = encode(image); scale k takes the residual's area-downsampled view, picks the nearest codes and adds
-their contribution to the partial sum f_k (VAR, arXiv 2404.02905, section 3.2). Losses: error of the decoded
-image, with the gradient passed straight through the quantiser; |f_k - sg(f)|^2, which moves codes and phis;
-and a commitment |sg(f_k) - f|^2. Some images are decoded from f_k of a random k < K (nested dropout): coarse
-scales then carry what they can, and little is left to the last scale, whose tokens the teacher draws in
-parallel.
+A tokenizer of K scales approximates the latent f = encode(image) by partial sums f_1 .. f_K, after each scale
+one (VAR, arXiv 2404.02905, section 3.2); one of a single scale is the case K = 1. Losses: error of the
+decoded image, with the gradient passed straight through the quantiser; |f_k - sg(f)|^2, which moves the
+codes; and a commitment |sg(f_k) - f|^2. Some images are decoded from f_k of a random k < K (nested dropout):
+coarse scales then carry what they can, and little is left to the last scale, whose tokens the teacher draws
+in parallel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ddexport.distill.data import ImageSet
 from ddexport.distill.loop import Run, fit
 from ddexport.distill.machine import bfloat16
 from ddexport.distill.settings import Augmentation, Loop, TokenizerSettings
-from ddexport.families._var_tokenizer import MultiScaleTokenizer
+from ddexport.distill.trainers import Tokenizer, Trainer
 from ddexport.families._vq_codec import ResidualBlock, SpatialAttention
 
 
@@ -27,27 +27,10 @@ class _Training(nn.Module):
 
     last_used: Tensor
 
-    def __init__(self, tokenizer: MultiScaleTokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.register_buffer("last_used", torch.zeros(len(tokenizer.codebook), dtype=torch.int64))
-
-
-def partial_latents(tokenizer: MultiScaleTokenizer, latent: Tensor) -> tuple[Tensor, Tensor]:
-    """Residual quantisation with all partial sums.
-
-    latent: (B, Cv, h, w). Returns f_1 .. f_K stacked (K, B, Cv, h, w), with gradients to codes and phis, and
-    the tokens (B, L) int64.
-    """
-    rest, total = latent.detach(), torch.zeros_like(latent)
-    sums, found = [], []
-    for k in range(len(tokenizer.scales)):
-        indices = tokenizer.nearest(tokenizer.next_features(rest, k))
-        added = tokenizer.contribution(tokenizer.embed(indices), k)
-        total, rest = total + added, rest - added.detach()
-        sums.append(total)
-        found.append(indices)
-    return torch.stack(sums), torch.cat(found, 1)
 
 
 def image_error(decoded: Tensor, images: Tensor, absolute: float) -> Tensor:
@@ -57,14 +40,15 @@ def image_error(decoded: Tensor, images: Tensor, absolute: float) -> Tensor:
 
 
 def train_tokenizer(
-    tokenizer: MultiScaleTokenizer,
+    tokenizer: Tokenizer,
+    trainer: Trainer,
     images: ImageSet,
     settings: TokenizerSettings,
     augment: Augmentation,
     run: Run,
     key: str,
 ) -> None:
-    """Train everything, in place, then scale the codebook to unit standard deviation."""
+    """Train everything, in place, in the way of the family's `trainer`."""
     quiet_residuals(tokenizer)
     training = _Training(tokenizer)
     scales = len(tokenizer.scales)
@@ -72,13 +56,15 @@ def train_tokenizer(
 
     def continuous(batch: Tensor) -> Tensor:
         with bfloat16():
-            return image_error(decoded_latent(tokenizer, tokenizer.encode(batch)), batch, settings.absolute)
+            return image_error(
+                decoded_latent(tokenizer, trainer.latent(tokenizer, batch)), batch, settings.absolute
+            )
 
     def quantised(batch: Tensor, choice: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with bfloat16():
-            latent = tokenizer.encode(batch)
+            latent = trainer.latent(tokenizer, batch)
         latent = latent.float()
-        sums, tokens = partial_latents(tokenizer, latent)
+        sums, tokens = trainer.partial_latents(tokenizer, latent)
         codes = (sums - latent.detach()).square().mean()
         commitment = (sums.detach() - latent).square().mean()
         chosen = sums.detach()[choice, torch.arange(len(batch))]
@@ -100,7 +86,7 @@ def train_tokenizer(
     def after_step(i: int) -> None:
         generator = run.generator("tokenizer-codes", i)
         if i + 1 == settings.continuous:
-            seed_codebook(tokenizer, draw_images(images, 256, generator, augment), generator)
+            seed_codebook(tokenizer, trainer, draw_images(images, 256, generator, augment), generator)
             training.last_used[:] = i
         if i < settings.continuous:
             return
@@ -109,17 +95,17 @@ def train_tokenizer(
             dead = (training.last_used <= i - settings.reseed).nonzero()[:, 0]
             with torch.no_grad():
                 batch = draw_images(images, settings.batch, generator, augment)
-                vectors = torch.cat(residual_vectors(tokenizer, tokenizer.encode(batch)))
+                vectors = torch.cat(trainer.residual_vectors(tokenizer, trainer.latent(tokenizer, batch)))
                 pick = torch.randint(len(vectors), (len(dead),), generator=generator)
                 tokenizer.embedding.weight[dead] = vectors[pick]
             training.last_used[dead] = i
 
     fit("tokenizer", run, settings, training, loss, key, after_step)
-    scale_codebook(tokenizer)
+    trainer.settle_codebook(tokenizer)
 
 
 def train_decoder(
-    tokenizer: MultiScaleTokenizer,
+    tokenizer: Tokenizer,
     images: ImageSet,
     loop: Loop,
     absolute: float,
@@ -154,7 +140,7 @@ def draw_images(images: ImageSet, count: int, generator: torch.Generator, augmen
 
 
 @torch.no_grad()
-def quiet_residuals(tokenizer: MultiScaleTokenizer) -> None:
+def quiet_residuals(tokenizer: Tokenizer) -> None:
     """Start every residual block and attention as the identity: at rates of 1e-3 and more, it trains only
     then.
     """
@@ -165,59 +151,34 @@ def quiet_residuals(tokenizer: MultiScaleTokenizer) -> None:
             module.proj.weight.zero_()
 
 
-def decoded_latent(tokenizer: MultiScaleTokenizer, latent: Tensor) -> Tensor:
+def decoded_latent(tokenizer: Tokenizer, latent: Tensor) -> Tensor:
     """latent (B, Cv, h, w) -> images (B, 3, H, W), not clamped: a clamp would stop gradients."""
     return tokenizer.decoder(tokenizer.post_quant_conv(latent))
 
 
 @torch.no_grad()
-def seed_codebook(tokenizer: MultiScaleTokenizer, images: Tensor, generator: torch.Generator) -> None:
+def seed_codebook(tokenizer: Tokenizer, trainer: Trainer, images: Tensor, generator: torch.Generator) -> None:
     """Start the codes from what each scale gets to quantise: an equal share of the codebook a scale.
 
     images: (B, 3, H, W) in [-1, 1]. A scale's residual depends on the codes of the scales before, so the
     shares are filled one after the other; shares not filled yet are kept out of reach.
     """
-    latent = tokenizer.encode(images)
+    latent = trainer.latent(tokenizer, images)
     codes = tokenizer.embedding.weight
     shares = torch.arange(len(codes)).chunk(len(tokenizer.scales))
     codes.fill_(1e3)
     for k, share in enumerate(shares):
-        vectors = residual_vectors(tokenizer, latent)[k]
+        vectors = trainer.residual_vectors(tokenizer, latent)[k]
         codes[share] = vectors[torch.randint(len(vectors), (len(share),), generator=generator)]
 
 
-def residual_vectors(tokenizer: MultiScaleTokenizer, latent: Tensor) -> list[Tensor]:
-    """The vectors that each scale gets to quantise for `latent` (B, Cv, h, w): K tensors (B * s*s, Cv)."""
-    sums, _ = partial_latents(tokenizer, latent)
-    before = [torch.zeros_like(latent), *sums[:-1]]
-    return [tokenizer.next_features(latent - total, k).flatten(0, 1) for k, total in enumerate(before)]
-
-
 @torch.no_grad()
-def scale_codebook(tokenizer: MultiScaleTokenizer) -> float:
-    """Divide the codes by their global standard deviation; every output stays what it was. Returns the
-    divisor.
-
-    The map and the student compare codes with N(0, I), so the two should be of one size. The latent is scaled
-    with the codes (`quant_conv`, the phis' biases), and scaled back by `post_quant_conv`.
-    """
-    divisor = tokenizer.codebook.std()
-    tokenizer.embedding.weight.div_(divisor)
-    tokenizer.quant_conv.weight.div_(divisor)
-    tokenizer.quant_conv.bias.div_(divisor)  # type: ignore[union-attr]
-    for phi in tokenizer.phis:
-        phi.conv.bias.div_(divisor)
-    tokenizer.post_quant_conv.weight.mul_(divisor)
-    return float(divisor)
-
-
-@torch.no_grad()
-def tokens_of_images(tokenizer: MultiScaleTokenizer, images: Tensor, batch: int = 500) -> Tensor:
+def tokens_of_images(tokenizer: Tokenizer, images: Tensor, batch: int = 500) -> Tensor:
     """images (N, 3, H, W) in [-1, 1] -> tokens (N, L) int64."""
     return torch.cat([tokenizer.tokens(tokenizer.encode(part)) for part in images.split(batch)])
 
 
 @torch.no_grad()
-def images_of_sequences(tokenizer: MultiScaleTokenizer, sequences: Tensor, batch: int = 500) -> Tensor:
+def images_of_sequences(tokenizer: Tokenizer, sequences: Tensor, batch: int = 500) -> Tensor:
     """sequences (N, L, Cv) -> images (N, 3, H, W) in [0, 1]."""
     return torch.cat([tokenizer(part) for part in sequences.split(batch)])

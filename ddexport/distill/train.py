@@ -37,6 +37,7 @@ from ddexport.distill.settings import DistillSettings
 from ddexport.distill.student import train_student
 from ddexport.distill.teacher import token_copies, train_teacher
 from ddexport.distill.tokenizer import train_decoder, train_tokenizer
+from ddexport.distill.trainers import trainer
 from ddexport.families import family
 from ddexport.families._checkpoint import load_part, save_part
 from runtime.console import stage as announce
@@ -125,7 +126,8 @@ class Training:
     def _tokenizer(self) -> None:
         tokenizer = self._new("tokenizer")
         settings, augment = self.settings.tokenizer, self.settings.augment
-        train_tokenizer(tokenizer, self.data.train, settings, augment, self.run, self.key("tokenizer"))
+        ways, key = trainer(self.recipe.family), self.key("tokenizer")
+        train_tokenizer(tokenizer, ways, self.data.train, settings, augment, self.run, key)
         self._save(tokenizer, "tokenizer", "tokenizer")
 
     def _decoder(self) -> None:

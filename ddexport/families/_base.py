@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +60,27 @@ class Student(nn.Module):
         raise NotImplementedError
 
 
+class Teacher(nn.Module):
+    """What every family's teacher has: an auto-regressive model of the token sequence.
+
+    Each AR step draws a group of positions; `geometry.starts` holds where the groups start, and L.
+    """
+
+    family: str  # its name: how it is trained and sampled is found by it
+
+    def forward(self, inputs: Tensor, label: Tensor) -> Tensor:
+        """All positions at once, for training: -> logits [B, L, V], each given the AR steps before."""
+        raise NotImplementedError
+
+
 class Family(ABC):
     """One model family. Stateless: a recipe goes in, modules and layouts come out."""
 
     roles: tuple[str, ...] = ("student", "tokenizer", "teacher")
+
+    @abstractmethod
+    def geometry(self, recipe: Recipe) -> Any:
+        """Sizes of the transformer, with `starts` as in `Teacher`. Raises `GeometryError`."""
 
     @abstractmethod
     def build(self, recipe: Recipe, role: str) -> nn.Module:

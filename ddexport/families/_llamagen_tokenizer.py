@@ -22,6 +22,8 @@ class RasterTokenizer(nn.Module):
     def __init__(self, geometry: CodecGeometry, codebook: int, width: int, side: int) -> None:
         super().__init__()
         self.side = side
+        self.scales = (side,)
+        self.starts = list(range(side * side + 1))  # raster order: one token at a time
         self.encoder = Encoder(geometry)
         self.quant_conv = nn.Conv2d(geometry.latent_channels, width, 1)
         self.embedding = nn.Embedding(codebook, width)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddexport.families._base import Family, GeometryError, Layout, Student, compose, renamed
+from ddexport.families._base import Family, GeometryError, Layout, Student, Teacher, compose, renamed
 from ddexport.families._llamagen_blocks import (
     Block,
     LayerCache,
@@ -49,6 +49,11 @@ class LlamaGenGeometry:
     @property
     def length(self) -> int:
         return self.side * self.side
+
+    @property
+    def starts(self) -> list[int]:
+        """Where the AR steps start, and the length: every token is a step."""
+        return list(range(self.length + 1))
 
     @property
     def head_width(self) -> int:
@@ -128,9 +133,10 @@ class LlamaGenStudent(Student):
         """Nothing to do: the label acts through one row of a table, noise-or-data through one of two rows."""
 
 
-class LlamaGenTeacher(nn.Module):
+class LlamaGenTeacher(Teacher):
     """The auto-regressive model: token by token in raster order, each from the tokens before it."""
 
+    family = "llamagen_dd"
     mask: Tensor
     rotation: Tensor
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddexport.families._base import Family, GeometryError, Layout, Student, compose, renamed
+from ddexport.families._base import Family, GeometryError, Layout, Student, Teacher, compose, renamed
 from ddexport.families._var_blocks import (
     Block,
     Conditioning,
@@ -45,8 +45,13 @@ class VarGeometry:
     split: int
 
     @property
+    def starts(self) -> list[int]:
+        """Where the scales start, and the length."""
+        return [0, *np.cumsum([s * s for s in self.scales]).tolist()]
+
+    @property
     def length(self) -> int:
-        return sum(s * s for s in self.scales)
+        return self.starts[-1]
 
 
 def levels_of(scales: tuple[int, ...]) -> np.ndarray:
@@ -134,9 +139,10 @@ class VarStudent(Student):
             self.noise_or_data = NoiseDataTable(self.noise_or_data)
 
 
-class VarTeacher(nn.Module):
+class VarTeacher(Teacher):
     """The auto-regressive model: scale by scale, each from the accumulated latent of the scales before."""
 
+    family = "var_dd"
     mask: Tensor
     levels: Tensor
 
@@ -221,7 +227,6 @@ class VarFamily(Family):
             code_width=sequence.width,
             split=sequence.split,
         )
-        ends = np.cumsum([s * s for s in scales]).tolist()
         if geometry.length != sequence.length or geometry.width % geometry.heads:
             raise GeometryError(
                 f"recipe {recipe.name}: scales {list(scales)} make {geometry.length} positions,"
@@ -232,10 +237,10 @@ class VarFamily(Family):
             ("known", k) for s in recipe.schedules.values() for k in s.known
         ]
         for what, position in borders:
-            if position not in (0, *ends):
+            if position not in geometry.starts:
                 raise GeometryError(
                     f"recipe {recipe.name}: {what} {position} is not the end of a scale",
-                    f"scales end at {ends}",
+                    f"scales end at {geometry.starts[1:]}",
                 )
         return geometry
 

@@ -38,7 +38,7 @@ def test_the_shipped_recipe_reads():
         (("teacher", "iterations"), "many", "distill.teacher.iterations"),
         (("teacher", "iterations"), 1.5, "distill.teacher.iterations"),
         (("pairs", "guidance"), -1, "distill.pairs.guidance"),
-        (("student", "timesteps"), [0, 9], "not numbers of known scales"),
+        (("student", "timesteps"), [0, 9], "not numbers of AR steps"),
         (("student", "timesteps"), 2, "not a list"),
         (("augment",), [1, 2], "expected keys and values"),
     ],

@@ -10,14 +10,16 @@ import torch
 from ddexport.distill.loop import Run
 from ddexport.distill.pairs import make_pairs, mapped_tokens
 from ddexport.distill.settings import PairSettings
-from ddexport.distill.student import initialise_student, student_loss
-from ddexport.distill.teacher import at_random, draw, initialise_transformer, log_probabilities
-from ddexport.distill.tokenizer import (
+from ddexport.distill.student import student_loss
+from ddexport.distill.teacher import at_random, draw, log_probabilities
+from ddexport.distill.tokenizer import quiet_residuals, seed_codebook
+from ddexport.distill.trainers import trainer
+from ddexport.distill.trainers.var_dd import (
+    initialise_student,
+    initialise_teacher,
     partial_latents,
-    quiet_residuals,
     residual_vectors,
-    scale_codebook,
-    seed_codebook,
+    settle_codebook,
 )
 from ddexport.families._checkpoint import connect, random_part
 from ddexport.recipe import load_recipe
@@ -72,7 +74,7 @@ def test_scaling_the_codebook_changes_no_token_and_no_image(tokenizer):
     tokenizer.embedding.weight.mul_(3.0)  # so that there is something to fold
     tokens = tokenizer.tokens(tokenizer.encode(images()))
     expected = tokenizer(tokenizer.embed(tokens))
-    divisor = scale_codebook(tokenizer)
+    divisor = settle_codebook(tokenizer)
     assert divisor > 2 and tokenizer.codebook.std().item() == pytest.approx(1.0, abs=1e-5)
     assert torch.equal(tokenizer.tokens(tokenizer.encode(images())), tokens)
     torch.testing.assert_close(tokenizer(tokenizer.embed(tokens)), expected, atol=2e-5, rtol=0)
@@ -80,7 +82,7 @@ def test_scaling_the_codebook_changes_no_token_and_no_image(tokenizer):
 
 
 def test_the_seeded_codebook_holds_vectors_of_every_scale(tokenizer):
-    seed_codebook(tokenizer, images(64), torch.Generator().manual_seed(0))
+    seed_codebook(tokenizer, trainer("var_dd"), images(64), torch.Generator().manual_seed(0))
     assert tokenizer.codebook.abs().max() < 900  # no placeholder is left
     pools = residual_vectors(tokenizer, tokenizer.encode(images(64)))
     assert [len(pool) for pool in pools] == [64 * s * s for s in tokenizer.scales]
@@ -178,7 +180,7 @@ def test_the_student_starts_as_the_teacher_row_by_row(student, teacher):
 
 def test_the_teachers_start_lets_a_tenth_through_each_gate(teacher, recipe):
     fresh = random_part(recipe, "teacher", 4)
-    initialise_transformer(fresh, torch.Generator().manual_seed(0))
+    initialise_teacher(fresh, torch.Generator().manual_seed(0))
     width = recipe.model["width"]
     for linear in fresh.conditioning.blocks:
         assert (linear.bias[: 2 * width] == 0.1).all() and not linear.bias[2 * width :].any()

@@ -1,0 +1,153 @@
+"""`validate speed`: how long an image takes with the teacher, in two steps and in one.
+
+PyTorch on the CPU, the reference modules as they are. What is compared runs in turn, round after round, so
+that a busy machine slows all of it alike; each figure is the median over the rounds.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import click
+
+from runtime import console
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ddexport.recipe import Recipe
+    from validate.image_sets import Models
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One way to draw: passes of its network for an image, and milliseconds an image by batch size.
+
+    `sequence` is the time of the network alone, `image` that with the decoder.
+    """
+
+    name: str
+    passes: int
+    sequence: dict[int, float]
+    image: dict[int, float]
+
+
+def few_steps(models: Models, known: tuple[int, ...], noise: Tensor, labels: Tensor) -> Tensor:
+    """The student's sequences (B, L, Cv) as a bundle computes them; `known` as in a recipe's schedule."""
+    import torch
+
+    tokens, position = noise, torch.arange(noise.shape[1])[:, None]
+    for count in known:
+        given = torch.where(position < count, tokens, noise)
+        tokens, _ = models.student(given, labels, torch.full_like(labels, count))
+    return tokens
+
+
+def measure_speed(models: Models, batches: list[int], rounds: int) -> list[Timing]:
+    """Teacher, and every schedule of the recipe from the longest on."""
+    import torch
+
+    from ddexport.distill.teacher import at_random, draw
+
+    sequence, pairs, tokenizer = models.recipe.sequence, models.pairs, models.tokenizer
+    choose = at_random(torch.Generator().manual_seed(0))
+    ways = {"teacher": len(tokenizer.starts) - 1}
+    known = {f"student, {steps}": schedule.known for steps, schedule in models.recipe.schedules.items()}
+    ways |= {name: len(known[name]) for name in sorted(known, reverse=True)}
+    models.student.tabulate()
+
+    def sequence_by(name: str, noise: Tensor, labels: Tensor) -> Tensor:
+        if name in known:
+            return few_steps(models, known[name], noise, labels)
+        drawn = draw(models.teacher, tokenizer, labels, choose, pairs.guidance, pairs.top_k)
+        embedded: Tensor = tokenizer.embed(drawn)
+        return embedded
+
+    network: dict[str, dict[int, float]] = {name: {} for name in ways}
+    image: dict[str, dict[int, float]] = {name: {} for name in ways}
+    with torch.inference_mode():
+        for batch in batches:
+            labels = torch.arange(batch) % models.recipe.classes
+            noise = torch.randn(batch, sequence.length, sequence.width)
+            spent: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+            for number in range(rounds + 1):
+                for name in ways:
+                    start = time.perf_counter()
+                    drawn = sequence_by(name, noise, labels)
+                    middle = time.perf_counter()
+                    tokenizer(drawn)
+                    if number:  # the first round warms up
+                        spent[name].append((middle - start, time.perf_counter() - start))
+            for name, times in spent.items():
+                network[name][batch] = median(t for t, _ in times) * 1000 / batch
+                image[name][batch] = median(t for _, t in times) * 1000 / batch
+    return [Timing(name, passes, network[name], image[name]) for name, passes in ways.items()]
+
+
+def table(timings: list[Timing]) -> str:
+    """Milliseconds an image, and how many times faster than the teacher that is."""
+    batches = list(timings[0].image)
+    lines = [f"{'':14}{'passes':>8}" + "".join(f"{f'image, batch {b}':>24}{'network':>18}" for b in batches)]
+    for timing in timings:
+        line = f"{timing.name:14}{timing.passes:8}"
+        for b in batches:
+            for value, first, width in (
+                (timing.image[b], timings[0].image[b], 24),
+                (timing.sequence[b], timings[0].sequence[b], 18),
+            ):
+                line += f"{f'{value:.2f} ms ({first / value:.1f}x)':>{width}}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _batches(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    if not all(part.isdigit() and int(part) for part in value.split(",")):
+        raise click.BadParameter(f"{value!r} is not a list of sizes like 1,64")
+    return [int(part) for part in value.split(",")]
+
+
+def run(recipe: Recipe, weights: Path | None, batches: list[int], rounds: int, threads: int) -> list[Timing]:
+    """Time the recipe's stored weights on `threads` threads. Raises DDError for a missing or bad file."""
+    import torch
+
+    from validate.image_sets import load_models
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return measure_speed(load_models(recipe, weights), batches, rounds)
+    finally:
+        torch.set_num_threads(before)
+
+
+@click.command("speed", cls=console.Command)
+@click.argument("model")
+@click.option("--batches", default="1,64", show_default=True, callback=_batches, help="Sizes of the batches.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=15, show_default=True, help="Rounds to take the median of."
+)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of torch.")
+@click.option(
+    "--weights", type=click.Path(path_type=Path, file_okay=False), help="A run's folder. [default: embedded]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print all figures as JSON.")
+@console.debug_option
+def command(
+    model: str, batches: list[int], rounds: int, threads: int, weights: Path | None, as_json: bool
+) -> None:
+    """Time MODEL's images: teacher against few steps.
+
+    MODEL is a recipe that was trained with `ddexport distill`.
+    """
+    from ddexport.recipe import load_recipe
+
+    timings = run(load_recipe(model), weights, batches, rounds, threads)
+    if as_json:
+        console.emit_json({"model": model, "threads": threads, "timings": [asdict(t) for t in timings]})
+        return
+    click.echo(f"PyTorch, {threads} thread{'s' * (threads > 1)}, median of {rounds} rounds in turn")
+    click.echo(table(timings))
