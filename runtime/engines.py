@@ -2,8 +2,8 @@
 docs/engines.md.
 
 An engine lies at `engines/<backend>-<version>-<target>/<role>_<precision>.plan`, with a sidecar of the same
-name and the suffix `.json` that says all the runtime must know before it loads the engine: an engine cannot be
-asked without a GPU, and a foreign one must not be loaded at all.
+name and the suffix `.json` that says all the runtime must know before it loads the engine: an engine cannot
+be asked without a GPU, and a foreign one must not be loaded at all.
 """
 
 from __future__ import annotations
