@@ -49,7 +49,7 @@ def decode(kind: type[T], data: Any, where: str = "", file: str = "bundle.json")
     """`data`, as parsed from JSON, as a dataclass `kind`: no key missing, none unknown, every type right.
 
     A field with a default may be missing. Annotations may be scalars, unions of scalars, `tuple[X, ...]`,
-    `Mapping[K, X]`, dataclasses and `Any`.
+    `Mapping[K, X]`, dataclasses, optional ones as well, and `Any`.
     Raises BundleError, which names `file` and the key, as in `graphs[0].inputs[1].name`.
     """
     if not isinstance(data, dict):
@@ -90,10 +90,16 @@ def _value(kind: Any, data: Any, where: str, file: str) -> Any:
             for key, item in data.items()
         }
     options = arguments if origin in (typing.Union, types.UnionType) else (kind,)
-    if type(data) in options:  # not isinstance: true is no number
-        return data
-    names = {tuple: "a list", Mapping: "an object"}.get(origin) or " or ".join(o.__name__ for o in options)
-    raise BundleError(f"{file}: {where} must be {names}, but is {_short(data)}", DAMAGED)
+    record = next((option for option in options if dataclasses.is_dataclass(option)), None)
+    if record is not None and data is not None:  # an optional one
+        return _value(record, data, where, file)
+    if type(data) is int and float in options and int not in options:
+        data = float(data)
+    if type(data) not in options:  # not isinstance: true is no number
+        names = {tuple: "a list", Mapping: "an object"}.get(origin)
+        names = names or " or ".join(option.__name__ for option in options)
+        raise BundleError(f"{file}: {where} must be {names}, but is {_short(data)}", DAMAGED)
+    return data
 
 
 def _key(kind: Any, key: str, where: str, file: str) -> Any:

@@ -215,7 +215,7 @@ def _report(
         output=request.output,
         images=collector.count,
         labels=labels,
-        steps=pipe.manifest.schedule(request.steps).steps,
+        steps=pipe.manifest.number_of_steps(pipe.manifest.schedule(request.steps)),
         seed=None if request.noise else request.seed,
         backend=pipe.backend.name,
         precision=pipe.precision,

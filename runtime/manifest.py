@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,35 +11,36 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from runtime._json import DAMAGED, decode, read_json
+from runtime.contract import TEACHER, FileInfo, ImageSize, SequenceSize, TensorSpec, contract
 from runtime.errors import BundleError, ScheduleError
+from runtime.schedules import Schedule, Span, Teacher, contradiction, number_of_steps, teacher_contradiction
+
+# What others take from here although it is defined elsewhere.
+__all__ = [
+    "TEACHER",
+    "FileInfo",
+    "ImageSize",
+    "Schedule",
+    "SequenceSize",
+    "Span",
+    "Teacher",
+    "TensorSpec",
+    "contract",
+]
 
 SCHEMA = 1
 FILE_NAME = "bundle.json"
 ROLES = ("student", "decoder")
+OPTIONAL = ("split", "teacher")  # keys that are left out where they say nothing
 WEIGHT_KINDS = ("checkpoint", "embedded", "random")
 
 
 @dataclass(frozen=True)
-class FileInfo:
-    """A file of the bundle: POSIX path relative to the bundle, SHA-256 in hex, size."""
-
-    file: str
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A named input or output of a graph; a dimension that is a name, such as `batch`, is dynamic."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-@dataclass(frozen=True)
 class Graph:
-    """One graph in one precision; `files` lists `file` itself and its external data."""
+    """One graph in one precision; `files` lists `file` itself and its external data.
+
+    split: of a student whose split is not the manifest's.
+    """
 
     role: str
     precision: str
@@ -48,34 +48,12 @@ class Graph:
     files: tuple[FileInfo, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True)
-class SequenceSize:
-    """L positions of width Cv; the first `split` are entries of a codebook of V."""
-
-    length: int
-    width: int
-    codebook: int
-    split: int
-
-
-@dataclass(frozen=True)
-class ImageSize:
-    height: int
-    width: int
-    channels: int
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """For each student step the number of leading positions that hold data."""
-
-    known: tuple[int, ...]
+    split: int | None = None
 
     @property
-    def steps(self) -> int:
-        return len(self.known)
+    def key(self) -> str:
+        """The role, and the split where it is not the manifest's: `student@255`. One graph a precision."""
+        return self.role if self.split is None else f"{self.role}@{self.split}"
 
 
 @dataclass(frozen=True)
@@ -117,86 +95,104 @@ class Manifest:
     licence: Mapping[str, Any]
     recipe: Mapping[str, Any]
     tools: Mapping[str, Any]
+    teacher: Teacher | None = None
     schema: int = SCHEMA  # a bundle that lacks it is refused by `_parse`
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """The precisions that have every role, in the manifest's order."""
+        """The precisions that have a student and a decoder, in the manifest's order."""
         found = dict.fromkeys(graph.precision for graph in self.graphs)
         return tuple(p for p in found if all((role, p) in self._index() for role in ROLES))
 
-    def graph(self, role: str, precision: str | None = None) -> Graph:
-        """The graph of a role; without a precision, that of the first one. BundleError if there is none."""
+    def graph(self, role: str, precision: str | None = None, split: int | None = None) -> Graph:
+        """The graph of a role, of the student with that split; without a precision, that of the first one.
+
+        BundleError if there is none.
+        """
+        own = split is None or role != "student" or split == self.sequence.split
+        key = role if own else f"{role}@{split}"
         wanted = precision or next(iter(self.precisions), "")
         try:
-            return self._index()[role, wanted]
+            return self._index()[key, wanted]
         except KeyError:
-            have = ", ".join(self.precisions) or "none"
+            have = ", ".join(dict.fromkeys(p for k, p in self._index() if k == key))
+            what = role if own else f"{role} of split {split}"
             raise BundleError(
-                f"bundle {self.name} has no {role} in precision {wanted}", f"It has: {have}."
+                f"bundle {self.name} has no {what} in precision {wanted}", f"It has: {have or 'none'}."
             ) from None
 
-    def schedule(self, steps: int | None = None) -> Schedule:
-        """The schedule of so many steps, the shortest without a number. ScheduleError if there is none."""
+    def schedule(self, steps: int | str | None = None) -> Schedule:
+        """The schedule of so many steps, the shortest without a number, all from the teacher for "teacher".
+
+        ScheduleError if there is none.
+        """
         if steps is None:
             return self.schedules[min(self.schedules)]
-        if isinstance(steps, bool) or steps not in self.schedules:
-            have = ", ".join(str(number) for number in sorted(self.schedules))
+        if steps == TEACHER and self.teacher is not None:
+            return Schedule((), None, Span(0, self.sequence.length))
+        if isinstance(steps, (bool, str)) or steps not in self.schedules:
+            have = ", ".join([str(n) for n in sorted(self.schedules)] + ([TEACHER] if self.teacher else []))
             raise ScheduleError(f"{self.name} has no schedule of {steps} steps", f"It can draw in: {have}.")
         return self.schedules[steps]
 
+    def number_of_steps(self, schedule: Schedule) -> int:
+        """Student steps and the teacher's AR steps together."""
+        return number_of_steps(schedule, self.teacher)
+
     def to_json(self) -> str:
         """The text of bundle.json."""
-        content = {"schema": self.schema, **dataclasses.asdict(self)}
+        content = {"schema": self.schema, **dataclasses.asdict(self, dict_factory=_without_empty)}
         return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def check(self) -> None:
         """Raises BundleError where the manifest contradicts itself."""
         _check_sizes(self)
+        _check_schedules(self)
         if len(self._index()) < len(self.graphs):
             raise _wrong("graphs", "lists one role and precision twice")
         if not self.precisions:
             raise _wrong("graphs", f"needs a {' and a '.join(ROLES)} in one precision")
         for number, graph in enumerate(self.graphs):
-            where = f"graphs[{number}]"
-            if graph.role not in ROLES:
-                raise _wrong(f"{where}.role", f"is {graph.role!r}, not one of {', '.join(ROLES)}")
-            if graph.file not in [info.file for info in graph.files]:
-                raise _wrong(f"{where}.files", f"does not list {graph.file}")
-            for side, have, want in zip(
-                ("inputs", "outputs"),
-                (graph.inputs, graph.outputs),
-                contract(graph.role, self.sequence, self.image),
-                strict=True,
-            ):
-                if have != want:
-                    raise _wrong(f"{where}.{side}", f"must be {_specs(want)}, but is {_specs(have)}")
+            self._check_graph(f"graphs[{number}]", graph)
+        self._check_teacher_graphs()
 
     def files(self) -> tuple[FileInfo, ...]:
         """Every file of the bundle that the runtime may open, each once."""
         listed = [self.labels, *(info for graph in self.graphs for info in graph.files)]
+        if self.teacher is not None:
+            listed.append(self.teacher.codebook)
         return tuple(dict.fromkeys(listed))
 
+    def _check_graph(self, where: str, graph: Graph) -> None:
+        roles = ROLES if self.teacher is None else (*ROLES, TEACHER)
+        if graph.role not in roles:
+            raise _wrong(f"{where}.role", f"is {graph.role!r}, not one of {', '.join(roles)}")
+        if graph.split is not None and (
+            graph.role != "student" or graph.split == self.sequence.split or graph.split < 1
+        ):
+            raise _wrong(f"{where}.split", "is for students whose split is not that of the sequence")
+        if graph.file not in [info.file for info in graph.files]:
+            raise _wrong(f"{where}.files", f"does not list {graph.file}")
+        promised = contract(graph.role, self.sequence, self.image, self.teacher, graph.split)
+        for side, have, want in zip(
+            ("inputs", "outputs"), (graph.inputs, graph.outputs), promised, strict=True
+        ):
+            if have != want:
+                raise _wrong(f"{where}.{side}", f"must be {_specs(want)}, but is {_specs(have)}")
+
+    def _check_teacher_graphs(self) -> None:
+        """The first precision can draw every schedule; others may lack what the teacher's schedules need."""
+        first = self.precisions[0]
+        needed = {f"student@{s.split}" for s in self.schedules.values() if self._other(s.split)}
+        for key in sorted(needed | ({TEACHER} if self.teacher else set())):
+            if (key, first) not in self._index():
+                raise _wrong("graphs", f"lacks the {key} in {first} that the schedules need")
+
+    def _other(self, split: int | None) -> bool:
+        return split is not None and split != self.sequence.split
+
     def _index(self) -> dict[tuple[str, str], Graph]:
-        return {(graph.role, graph.precision): graph for graph in self.graphs}
-
-
-def contract(
-    role: str, sequence: SequenceSize, image: ImageSize
-) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """The inputs and outputs that docs/bundle.md promises for a role; the same in every precision."""
-    latent = ("batch", sequence.length, sequence.width)
-    if role == "student":
-        return (
-            TensorSpec("tokens", "float32", latent),
-            TensorSpec("label", "int64", ("batch",)),
-            TensorSpec("known", "int64", ("batch",)),
-        ), (
-            TensorSpec("sequence", "float32", latent),
-            TensorSpec("logits", "float32", ("batch", sequence.split, sequence.codebook)),
-        )
-    picture = ("batch", image.channels, image.height, image.width)
-    return (TensorSpec("sequence", "float32", latent),), (TensorSpec("image", "float32", picture),)
+        return {(graph.key, graph.precision): graph for graph in self.graphs}
 
 
 def read_manifest(directory: str | Path, verify: bool = True) -> Manifest:
@@ -266,18 +262,23 @@ def _check_sizes(manifest: Manifest) -> None:
                 raise _wrong(f"{where}.{key}".lstrip("."), f"must be at least 1, but is {value}")
     if sequence.split > sequence.length:
         raise _wrong("sequence.split", f"is {sequence.split}, past the length {sequence.length}")
-    if not manifest.schedules:
-        raise _wrong("schedules", "is empty")
-    for steps, schedule in manifest.schedules.items():
-        known = schedule.known
-        rising = all(before < after for before, after in itertools.pairwise(known))
-        if len(known) != steps or known[:1] != (0,) or not rising or known[-1] >= sequence.length:
-            raise _wrong(
-                f"schedules.{steps}.known",
-                f"must be {steps} rising numbers from 0 to below {sequence.length}, but is {list(known)}",
-            )
     if manifest.weights.kind not in WEIGHT_KINDS:
         raise _wrong("weights.kind", f"is {manifest.weights.kind!r}, not one of {', '.join(WEIGHT_KINDS)}")
+
+
+def _check_schedules(manifest: Manifest) -> None:
+    length, teacher = manifest.sequence.length, manifest.teacher
+    if not manifest.schedules:
+        raise _wrong("schedules", "is empty")
+    if teacher is not None and (why := teacher_contradiction(teacher, length)):
+        raise BundleError(f"bundle.json: teacher{why}", DAMAGED)
+    for steps, schedule in manifest.schedules.items():
+        if why := contradiction(steps, schedule, length, teacher):
+            raise BundleError(f"bundle.json: schedules.{steps}{why}", DAMAGED)
+
+
+def _without_empty(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in pairs if value is not None or key not in OPTIONAL}
 
 
 def _parse(content: Any) -> Manifest:

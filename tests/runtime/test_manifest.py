@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from runtime.errors import BundleError, ScheduleError
-from runtime.manifest import FILE_NAME, SCHEMA, file_info, read_manifest
+from runtime.manifest import FILE_NAME, SCHEMA, Teacher, file_info, read_manifest
 
 Edit = Callable[[dict[str, Any]], object]
 EditManifest = Callable[[Edit], None]
@@ -38,10 +38,15 @@ def test_reading_and_writing_give_the_same_manifest(bundle: Path) -> None:
 
 
 def test_every_key_of_the_format_page_is_a_field_and_the_reverse(bundle: Path) -> None:
-    """docs/bundle.md is the format: its example has the keys that the runtime reads."""
-    page = (Path(__file__).parents[2] / "docs" / "bundle.md").read_text()
-    example = json.loads(page.split("```json\n")[1].split("```")[0])
+    """docs/bundle.md is the format: its example has the keys that the runtime reads, docs/teacher.md adds
+    those of a bundle with a teacher."""
+    example: dict[str, Any] = {}
+    for name in ("bundle.md", "teacher.md"):
+        page = (Path(__file__).parents[2] / "docs" / name).read_text()
+        example |= json.loads(page.split("```json\n")[1].split("```")[0])
     assert set(example) == {field.name for field in dataclasses.fields(read_manifest(bundle))}
+    keys = {field.name for field in dataclasses.fields(Teacher)}
+    assert set(example["teacher"]) == keys
 
 
 def test_a_directory_without_a_manifest(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_every_step_gets_kept_positions_then_original_noise(case: Any) -> None:
     before = noise.copy()
     steps = sample(student, noise, labels, schedule)
     np.testing.assert_array_equal(noise, before)  # the caller's noise is not written to
-    assert len(student.feeds) == len(steps) == schedule.steps
+    assert len(student.feeds) == len(steps) == len(schedule.known)
     for number, (known, feeds) in enumerate(zip(schedule.known, student.feeds, strict=True)):
         np.testing.assert_array_equal(feeds["label"], labels)
         assert feeds["known"].tolist() == [known] * len(labels)
