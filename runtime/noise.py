@@ -1,7 +1,8 @@
-"""Gaussian noise from a counter: image i of seed s is the same at every batch size, on every machine.
+"""Random numbers from a counter: image i of seed s is the same at every batch size, on every machine.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns the number of an
-image and a position in it into random bits, Box-Muller turns these into normal numbers. docs/noise.md has the
+image and a position in it into random bits. Box-Muller turns these into the normal numbers of the noise; a
+teacher draws its tokens by uniform numbers from another domain of the counter. docs/noise.md has the
 pseudo-code and test vectors for other languages.
 """
 
@@ -17,6 +18,7 @@ from runtime.errors import NoiseError
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
+GAUSSIAN_DOMAIN, UNIFORM_DOMAIN = 0, 1
 LOW_WORD = np.uint64(0xFFFFFFFF)
 WORD_BITS = np.uint64(32)
 
@@ -27,15 +29,31 @@ def gaussian_noise(seed: int, image_indices: Iterable[int], length: int, width: 
     seed and every image index are integers from 0 to 2**64 - 1. Returns float32 (N, length, width).
     Raises NoiseError for a seed or an index outside that range.
     """
+    words = _random_words(seed, image_indices, -(-length * width // 4), GAUSSIAN_DOMAIN)
+    values = _box_muller(words).reshape(words.shape[1], words.shape[2] * 4)
+    return values[:, : length * width].reshape(-1, length, width)
+
+
+def uniform_numbers(seed: int, image_indices: Iterable[int], length: int) -> NDArray[np.float64]:
+    """One number between 0 and 1 for each position of the images of a seed: what a teacher draws tokens by.
+
+    Independent of the Gaussian noise of the same seed. Returns float64 (N, L), no number 0 or 1. Raises
+    NoiseError for a seed or an index outside 0 to 2**64 - 1.
+    """
+    words = _random_words(seed, image_indices, -(-length // 4), UNIFORM_DOMAIN)
+    values = (np.moveaxis(words, 0, -1).astype(np.float64) + 0.5) * 2.0**-32
+    return values.reshape(words.shape[1], words.shape[2] * 4)[:, :length]
+
+
+def _random_words(seed: int, image_indices: Iterable[int], blocks: int, domain: int) -> NDArray[np.uint64]:
+    """uint64 (4, N, blocks) of 32-bit words."""
     images = np.array([_uint64(index, "image index") for index in image_indices], dtype=np.uint64)
-    blocks = -(-length * width // 4)
     counter = np.empty((4, len(images), blocks), dtype=np.uint64)
     counter[0] = np.arange(blocks, dtype=np.uint64)
-    counter[1] = 0
+    counter[1] = domain
     counter[2] = (images & LOW_WORD)[:, None]
     counter[3] = (images >> WORD_BITS)[:, None]
-    values = _box_muller(philox4x32(counter, _uint64(seed, "seed")))
-    return values.reshape(len(images), blocks * 4)[:, : length * width].reshape(-1, length, width)
+    return philox4x32(counter, _uint64(seed, "seed"))
 
 
 def philox4x32(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:

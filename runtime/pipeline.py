@@ -16,12 +16,15 @@ from PIL import Image
 
 from runtime.backends._base import Backend
 from runtime.errors import BackendError, DDError, NoiseError
+from runtime.graphs import Graphs, keys_of, student_key
 from runtime.images import to_pil, to_uint8
 from runtime.labels import Label, Labels, read_labels
 from runtime.manifest import Manifest, Schedule, read_manifest, resolve
-from runtime.noise import gaussian_noise
+from runtime.noise import gaussian_noise, uniform_numbers
 from runtime.registry import load_plugin, plugins
-from runtime.sampler import Step, sample
+from runtime.sampler import Step, TeacherRun, sample
+from runtime.schedules import moved
+from runtime.teacher import Choice, Sampling, check_uniforms, choice_of, read_codebook
 
 BACKENDS = "runtime.backends"
 AUTO = "auto"
@@ -37,13 +40,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds spent in the student (all steps) and in the decoder."""
+    """Seconds spent in the student (all steps), in the decoder and in the teacher (all AR steps)."""
 
     student: float
     decoder: float
+    teacher: float = 0.0
 
     def __add__(self, other: Timings) -> Timings:
-        return Timings(self.student + other.student, self.decoder + other.decoder)
+        return Timings(
+            self.student + other.student, self.decoder + other.decoder, self.teacher + other.teacher
+        )
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Result:
     """N images and how they came about.
 
     images: a list of PIL images, uint8 (N, H, W, C), or for output "sequence" float32 (N, L, Cv), undecoded.
-    labels: int64 (N,). noise: float32 (N, L, Cv). steps: one Step each, the last one is what was decoded.
+    labels: int64 (N,). noise: float32 (N, L, Cv). steps: one Step for each student step and one for all AR
+    steps of a teacher, the last one is what was decoded. uniforms: float64 (N, L), what a teacher drew by.
     """
 
     images: Images
@@ -59,6 +66,7 @@ class Result:
     noise: NDArray[np.float32]
     steps: list[Step]
     timings: Timings
+    uniforms: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,26 +75,37 @@ class Result:
 class Pipeline:
     """Draws images from an open bundle; a context manager. Made by `load`."""
 
-    def __init__(self, manifest: Manifest, labels: Labels, backend: Backend, precision: str) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        labels: Labels,
+        backend: Graphs,
+        precision: str,
+        codebook: NDArray[np.float32] | None = None,
+    ) -> None:
+        """codebook: (V, Cv), of a bundle with a teacher."""
         self.manifest, self.labels, self.backend, self.precision = manifest, labels, backend, precision
+        self.codebook = codebook
 
     def __call__(
         self,
         labels: Label | Iterable[Label],
-        steps: int | None = None,
+        steps: int | str | None = None,
         *,
         seed: int = 0,
         num_images: int = 1,
         noise: NDArray[np.float32] | None = None,
         output: Output = "pil",
         batch_size: int | None = None,
+        **sampling: Any,
     ) -> Result:
         """Draws `num_images` images of each label, in the order of the labels, and returns all at once.
 
         labels: a class number, a name, or several. steps: of one of the manifest's schedules, the shortest if
-        None. seed: 0 to 2**64 - 1; image i of the request gets noise i of the seed. noise: float32 (N, L, Cv)
-        to use in place of the seed's. output: "pil", "numpy" (uint8 N, H, W, C) or "sequence" (not decoded).
-        batch_size: how many images the engine gets at once, chosen by their size if None.
+        None, "teacher" for the whole auto-regressive model. seed: 0 to 2**64 - 1; image i of the request gets
+        noise i of the seed. noise: float32 (N, L, Cv) to use in place of the seed's. output: "pil", "numpy"
+        (uint8 N, H, W, C) or "sequence" (not decoded). batch_size: how many images the engine gets at once,
+        chosen by their size if None. sampling: the fields of `Sampling`, for steps that involve a teacher.
         Raises LabelError, ScheduleError, NoiseError, BackendError.
         """
         parts = self.stream(
@@ -97,31 +116,37 @@ class Pipeline:
             batch_size=batch_size,
             output=output,
             noise=noise,
+            **sampling,
         )
         return joined(list(parts))
 
     def stream(
         self,
         labels: Label | Iterable[Label],
-        steps: int | None = None,
+        steps: int | str | None = None,
         *,
         seed: int = 0,
         num_images: int = 1,
         batch_size: int | None = None,
         output: Output = "pil",
         noise: NDArray[np.float32] | None = None,
+        on_pass: Callable[[int], None] | None = None,
+        **sampling: Any,
     ) -> Iterator[Result]:
         """As a call, but yields the result batch by batch and keeps none of it, for any number of images.
 
-        The request is checked at once, not when the first batch is asked for.
+        on_pass: told the number of images after each pass through student or teacher. The request is checked
+        at once, not when the first batch is asked for.
         """
         if output not in OUTPUTS:
             raise DDError(f"unknown output {output!r}", f"There is: {', '.join(OUTPUTS)}.")
         _at_least_one("num_images", num_images)
+        given = Sampling(**sampling)
+        schedule = self.schedule(steps, given.teacher_start)
+        choice = choice_of(schedule, self.manifest.teacher, given)
         if batch_size is None:
-            batch_size = default_batch_size(self.manifest)
+            batch_size = default_batch_size(self.manifest, schedule)
         _at_least_one("batch_size", batch_size)
-        schedule = self.manifest.schedule(steps)
         each = np.repeat(self.labels.indices(labels), num_images)
         if noise is None:
             noise_of = partial(self._seeded, seed)
@@ -129,7 +154,17 @@ class Pipeline:
         else:
             check_noise(noise, len(each), self.manifest)
             noise_of = partial(_rows, noise)
-        return self._batches(each, schedule, noise_of, batch_size, output)
+        uniforms_of = partial(uniform_numbers, seed, length=self.manifest.sequence.length)
+        if given.uniforms is not None:
+            check_uniforms(given.uniforms, len(each), self.manifest.sequence.length)
+            uniforms_of = partial(_rows, given.uniforms)
+        draw = partial(self._batch, schedule=schedule, choice=choice, output=output, on_pass=on_pass)
+        return _batches(each, noise_of, uniforms_of if choice else None, batch_size, draw)
+
+    def schedule(self, steps: int | str | None = None, teacher_start: int | None = None) -> Schedule:
+        """The schedule that a request gets. Raises ScheduleError."""
+        schedule = self.manifest.schedule(steps)
+        return schedule if teacher_start is None else moved(schedule, self.manifest.teacher, teacher_start)
 
     def close(self) -> None:
         """Frees the engine. The pipeline cannot be used afterwards."""
@@ -141,30 +176,35 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _batches(
+    def _batch(
         self,
         labels: NDArray[np.int64],
+        noise: NDArray[np.float32],
+        uniforms: NDArray[np.float64] | None,
         schedule: Schedule,
-        noise_of: Callable[[range], NDArray[np.float32]],
-        batch_size: int,
+        choice: Choice | None,
         output: Output,
-    ) -> Iterator[Result]:
-        for start in range(0, len(labels), batch_size):
-            batch = labels[start : start + batch_size]
-            yield self._batch(batch, noise_of(range(start, start + len(batch))), schedule, output)
-
-    def _batch(
-        self, labels: NDArray[np.int64], noise: NDArray[np.float32], schedule: Schedule, output: Output
+        on_pass: Callable[[int], None] | None,
     ) -> Result:
-        start = time.perf_counter()
-        steps = sample(partial(self.backend.run, "student"), noise, labels, schedule)
-        drawn = time.perf_counter()
+        manifest, teacher = self.manifest, None
+        if choice is not None:
+            assert manifest.teacher is not None  # or there would be no choice
+            assert self.codebook is not None
+            run = partial(self.backend.run, "teacher")
+            teacher = TeacherRun(run, manifest.teacher, self.codebook, choice)
+        student = partial(self.backend.run, student_key(manifest, schedule))
+        steps = sample(student, noise, labels, schedule, teacher, uniforms, on_pass)
+        by_teacher = sum(step.seconds for step in steps if step.role == "teacher")
+        by_student = sum(step.seconds for step in steps) - by_teacher
         if output == "sequence":
-            return Result(steps[-1].sequence, labels, noise, steps, Timings(drawn - start, 0.0))
+            timings = Timings(by_student, 0.0, by_teacher)
+            return Result(steps[-1].sequence, labels, noise, steps, timings, uniforms)
+        drawn = time.perf_counter()
         image = self.backend.run("decoder", {"sequence": steps[-1].sequence})["image"]
-        timings = Timings(drawn - start, time.perf_counter() - drawn)
+        timings = Timings(by_student, time.perf_counter() - drawn, by_teacher)
         pixels = to_uint8(image)
-        return Result(to_pil(pixels) if output == "pil" else pixels, labels, noise, steps, timings)
+        images = to_pil(pixels) if output == "pil" else pixels
+        return Result(images, labels, noise, steps, timings, uniforms)
 
     def _seeded(self, seed: int, indices: range) -> NDArray[np.float32]:
         return gaussian_noise(seed, indices, self.manifest.sequence.length, self.manifest.sequence.width)
@@ -176,37 +216,46 @@ def load(
     threads: int | None = None,
     precision: str | None = None,
     verify: bool = True,
+    steps: int | str | None = None,
 ) -> Pipeline:
     """Opens a bundle directory.
 
     backend: the name of a file in runtime/backends, or "auto" for the best one installed. threads: for the
     engine, its own choice if None. precision: the manifest's first if None. verify: compare every SHA-256.
-    Raises BundleError, BackendError.
+    steps: those whose graphs are opened now, as for a call; other graphs are opened when they are first run.
+    Raises BundleError, BackendError, ScheduleError.
     """
     root = Path(path)
     manifest = read_manifest(root, verify)
     labels = read_labels(resolve(root, manifest.labels.file), manifest.classes)
-    graphs = {role: manifest.graph(role, precision) for role in ("student", "decoder")}
-    engine = _backend_class(backend)(root, graphs, threads)
-    engine.open()
+    precision = manifest.graph("student", precision).precision
+    found = {graph.key: graph for graph in manifest.graphs if graph.precision == precision}
+    engine = _backend_class(backend)
+    graphs = Graphs(found, lambda some: engine(root, some, threads))
+    graphs.open(keys_of(manifest, manifest.schedule(steps)))
+    codebook = None if manifest.teacher is None else read_codebook(root, manifest)
     if manifest.weights.kind == "random":
         logger.warning(
             "%s holds random weights (seed %s): its images show nothing", manifest.name, manifest.weights.seed
         )
-    return Pipeline(manifest, labels, engine, graphs["student"].precision)
+    return Pipeline(manifest, labels, graphs, precision, codebook)
 
 
-def default_batch_size(manifest: Manifest) -> int:
+def default_batch_size(manifest: Manifest, schedule: Schedule | None = None) -> int:
     """How many images fit the memory target, by a rough count of the float32 arrays alive at once.
 
     The student holds attention scores for some 16 heads twice, and the logits twice; the decoder about three
     maps of some 160 channels at full resolution; engines keep about as much again in free blocks. For 680
-    positions and 256 x 256 pixels that is 370 MB an image, and 400 MB were measured with ONNX Runtime.
+    positions and 256 x 256 pixels that is 370 MB an image, and 400 MB were measured with ONNX Runtime. A
+    teacher's caches come on top: keys and values of both halves of guidance.
     """
-    sequence, image = manifest.sequence, manifest.image
+    sequence, image, teacher = manifest.sequence, manifest.image, manifest.teacher
     student = 2 * 16 * sequence.length**2 + 2 * sequence.split * sequence.codebook
     decoder = 3 * 160 * image.height * image.width
-    return max(1, min(MAX_BATCH, MEMORY_TARGET // (2 * 4 * (student + decoder))))
+    caches = 0
+    if schedule is not None and schedule.teacher is not None and teacher is not None:
+        caches = 4 * teacher.layers * teacher.heads * teacher.head_width * schedule.teacher.end
+    return max(1, min(MAX_BATCH, MEMORY_TARGET // (4 * (2 * (student + decoder) + caches))))
 
 
 def check_noise(noise: Any, count: int, manifest: Manifest) -> None:
@@ -224,8 +273,21 @@ def check_noise(noise: Any, count: int, manifest: Manifest) -> None:
         raise NoiseError(f"the noise is not finite: {noise[place]} at {place}")
 
 
-def _rows(noise: NDArray[np.float32], indices: range) -> NDArray[np.float32]:
-    return noise[indices.start : indices.stop]
+def _batches(
+    labels: NDArray[np.int64],
+    noise_of: Callable[[range], NDArray[np.float32]],
+    uniforms_of: Callable[[range], NDArray[np.float64]] | None,
+    batch_size: int,
+    draw: Callable[..., Result],
+) -> Iterator[Result]:
+    for start in range(0, len(labels), batch_size):
+        batch = labels[start : start + batch_size]
+        indices = range(start, start + len(batch))
+        yield draw(batch, noise_of(indices), uniforms_of(indices) if uniforms_of else None)
+
+
+def _rows(numbers: NDArray[Any], indices: range) -> NDArray[Any]:
+    return numbers[indices.start : indices.stop]
 
 
 def _backend_class(name: str) -> type[Backend]:
@@ -264,8 +326,14 @@ def joined(parts: list[Result]) -> Result:
         np.concatenate([part.labels for part in parts]),
         np.concatenate([part.noise for part in parts]),
         [
-            Step(np.concatenate([s.tokens for s in same]), np.concatenate([s.sequence for s in same]))
+            Step(
+                np.concatenate([s.tokens for s in same]),
+                np.concatenate([s.sequence for s in same]),
+                same[0].role,
+                sum(s.seconds for s in same),
+            )
             for same in zip(*(part.steps for part in parts), strict=True)
         ],
         sum((part.timings for part in parts), Timings(0.0, 0.0)),
+        None if parts[0].uniforms is None else np.concatenate([part.uniforms for part in parts]),  # type: ignore[misc]
     )

@@ -6,8 +6,10 @@ import itertools
 from dataclasses import dataclass
 
 from runtime.contract import FileInfo
+from runtime.errors import ScheduleError
 
 GUIDANCES = ("rising", "constant")
+SHOWN_STARTS = 20
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,19 @@ class Teacher:
         if self.guidance == "constant":
             return max(cfg - 1.0, 0.0)
         return cfg * self.starts.index(start) / max(len(self.starts) - 2, 1)
+
+
+def moved(schedule: Schedule, teacher: Teacher | None, start: int) -> Schedule:
+    """The schedule with a teacher that starts at another position. Raises ScheduleError if it cannot."""
+    span = schedule.teacher
+    if span is None or teacher is None:
+        raise ScheduleError("teacher_start is for schedules that involve the teacher", "Choose other steps.")
+    starts = [number for number in teacher.starts if number < span.end]
+    if start not in starts:
+        have = ", ".join(map(str, starts)) if len(starts) <= SHOWN_STARTS else f"0 to {starts[-1]}"
+        raise ScheduleError(f"the teacher cannot start at position {start}", f"It can start at: {have}.")
+    before = (0,) if start else ()
+    return Schedule(before + schedule.after, schedule.split, Span(start, span.end))
 
 
 def number_of_steps(schedule: Schedule, teacher: Teacher | None) -> int:

@@ -1,0 +1,216 @@
+"""Draws tokens from the auto-regressive teacher: one loop for every family, with the caches held here.
+
+Shapes: N batch, L positions, V codebook, n positions of one pass. docs/teacher.md has the rules in words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime._json import DAMAGED
+from runtime.errors import BackendError, BundleError, NoiseError, ScheduleError
+from runtime.manifest import Manifest, Schedule, Span, Teacher, resolve
+
+Arrays = Mapping[str, NDArray[Any]]
+Run = Callable[[Arrays], Arrays]
+CHUNK = 1 << 21  # logits whose tokens are chosen at once: the float64 copies stay below 100 MB
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a request may change about the teacher's steps; None leaves the schedule's or the manifest's own.
+
+    teacher_start: the position at which the teacher starts. cfg: guidance. top_k: the number of tokens that
+    can be drawn, 1 is greedy. top_p: their mass. temperature: divides the logits. uniforms: float64 (N, L) in
+    place of the seed's.
+    """
+
+    teacher_start: int | None = None
+    cfg: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    temperature: float | None = None
+    uniforms: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How tokens are chosen from logits: guidance, and which of them can be drawn.
+
+    Raises ScheduleError for a value out of range.
+    """
+
+    cfg: float
+    top_k: int
+    top_p: float
+    temperature: float
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.top_k, (int, np.integer)) and not isinstance(self.top_k, bool)
+        rules = (
+            ("cfg", 0.0 <= self.cfg < np.inf, "a finite number of at least 0"),
+            ("top_k", whole and self.top_k >= 1, "an integer of at least 1"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
+            ("temperature", 0.0 < self.temperature < np.inf, "a finite number above 0"),
+        )
+        for name, holds, rule in rules:
+            if not holds:
+                raise ScheduleError(f"{name} must be {rule}, but is {getattr(self, name)}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.top_k == 1
+
+
+def choice_of(schedule: Schedule, teacher: Teacher | None, sampling: Sampling) -> Choice | None:
+    """How a schedule's teacher chooses, the bundle's own way where `sampling` says nothing; None without one.
+
+    Raises ScheduleError for a value out of range, and for one that would have no effect.
+    """
+    given = {key: value for key, value in vars(sampling).items() if value is not None}
+    if teacher is None or schedule.teacher is None:
+        if given:
+            raise ScheduleError(
+                f"{', '.join(given)} can only be given for steps that involve a teacher",
+                "Choose such steps, or leave it out.",
+            )
+        return None
+    keys = ("cfg", "top_k", "top_p", "temperature")
+    return Choice(**{key: given.get(key, getattr(teacher, key)) for key in keys})
+
+
+def draw(
+    run: Run,
+    teacher: Teacher,
+    span: Span,
+    prefix: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    uniforms: NDArray[np.float64],
+    choice: Choice,
+    on_pass: Callable[[int], None] | None = None,
+) -> NDArray[np.int64]:
+    """The tokens (N, end) of a span behind a prefix.
+
+    run: the graph, with the inputs and outputs that `runtime.contract` has for the teacher. prefix: int64
+    (N, start). labels: int64 (N,). uniforms: float64 (N, L), one number a position. on_pass: told N after
+    each pass. Raises BackendError for logits that are not finite.
+
+    The first pass also carries the prefix. The graph gives back the new rows of its caches only, and they are
+    written into buffers that are fed as they are: nothing is copied but what is new.
+    """
+    count, length = len(labels), teacher.starts[-1]
+    tokens = np.zeros((count, length), np.int64)
+    tokens[:, : span.start] = prefix
+    shape = (2, count, teacher.heads, span.end, teacher.head_width)
+    names = [f"{what}_{layer}" for layer in range(teacher.layers) for what in ("key", "value")]
+    caches = {name: np.zeros(shape, np.float32) for name in names}
+    filled = 0
+    for start, end in teacher.steps(span):
+        outputs = run(
+            {
+                "tokens": tokens,
+                "label": labels,
+                "positions": np.arange(filled, end),
+                "guidance": np.full(count, teacher.strength(start, choice.cfg), np.float32),
+                "filled": np.array([filled]),
+                **caches,
+            }
+        )
+        for name, cache in caches.items():
+            cache[:, :, :, filled:end] = outputs[f"new_{name}"]
+        filled = end
+        logits = outputs["logits"][:, start - end :]
+        tokens[:, start:end] = choose(logits, uniforms[:, start:end], choice)
+        if on_pass is not None:
+            on_pass(count)
+    return tokens[:, : span.end]
+
+
+def choose(logits: NDArray[np.float32], uniforms: NDArray[np.float64], choice: Choice) -> NDArray[np.int64]:
+    """One token a position: logits (..., V) and uniform numbers (...) between 0 and 1 -> int64 (...).
+
+    Greedy takes the largest logit, the first of equal ones. Otherwise the cumulated weights of `weights` are
+    inverted in index order. Raises BackendError for logits that are not finite.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    if not np.isfinite(rows.max(axis=-1)).all():
+        raise BackendError("the teacher's logits are not finite", "Try another precision of the bundle.")
+    if choice.greedy:
+        return np.asarray(logits.argmax(axis=-1), dtype=np.int64)
+    numbers, size = uniforms.reshape(-1), max(1, CHUNK // rows.shape[1])
+    chosen = [
+        _inverted(weights(rows[i : i + size], choice), numbers[i : i + size])
+        for i in range(0, len(rows), size)
+    ]
+    return np.concatenate(chosen).reshape(uniforms.shape)
+
+
+def weights(logits: NDArray[np.float32], choice: Choice) -> NDArray[np.float64]:
+    """What `choose` draws from: logits (R, V) -> float64 (R, V), proportional to the filtered probabilities.
+
+    The largest is 1, those filtered out are 0. Top-k keeps what is at least the k-th largest logit; of that,
+    top-p keeps what has less than p of the mass strictly above it. Both are one threshold a row, so equal
+    logits share their fate and no order among them is needed.
+    """
+    scaled = logits.astype(np.float64) / choice.temperature
+    scaled -= scaled.max(axis=-1, keepdims=True)
+    if choice.top_k < scaled.shape[-1]:
+        kth = np.partition(scaled, -choice.top_k, axis=-1)[:, -choice.top_k, None]
+        scaled[scaled < kth] = -np.inf
+    found = np.exp(scaled)
+    if choice.top_p < 1.0:
+        falling = np.sort(found, axis=-1)[:, ::-1]
+        above = np.zeros_like(falling)
+        np.cumsum(falling[:, :-1], axis=-1, out=above[:, 1:])
+        last = (above < choice.top_p * falling.sum(axis=-1, keepdims=True)).sum(axis=-1) - 1
+        found[found < np.take_along_axis(falling, last[:, None], axis=-1)] = 0.0
+    return found
+
+
+def _inverted(mass: NDArray[np.float64], numbers: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The first index at which the cumulated mass (R, V) exceeds the share `numbers` (R,) of the whole."""
+    cumulated = np.cumsum(mass, axis=-1)
+    target = numbers[:, None] * cumulated[:, -1:]
+    return np.asarray((cumulated > target).argmax(axis=-1), dtype=np.int64)
+
+
+def check_uniforms(uniforms: Any, count: int, length: int) -> None:
+    """Raises NoiseError unless `uniforms` is float64 (count, L), every number from 0 to below 1."""
+    want = (count, length)
+    if not isinstance(uniforms, np.ndarray) or uniforms.dtype != np.float64 or uniforms.shape != want:
+        found = f"{uniforms.dtype} {uniforms.shape}" if isinstance(uniforms, np.ndarray) else type(uniforms)
+        raise NoiseError(f"the uniform numbers must be a float64 array of shape {want}, but are {found}")
+    if not ((uniforms >= 0) & (uniforms < 1)).all():
+        raise NoiseError("the uniform numbers must be from 0 to below 1")
+
+
+def read_codebook(root: Path, manifest: Manifest) -> NDArray[np.float32]:
+    """The codebook (V, Cv) of a bundle with a teacher. Raises BundleError if it is another array."""
+    teacher, size = manifest.teacher, manifest.sequence
+    assert teacher is not None
+    try:
+        codebook: Any = np.load(resolve(root, teacher.codebook.file), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise BundleError(f"{teacher.codebook.file} is not an npy file: {error}", DAMAGED) from error
+    want = (size.codebook, size.width)
+    if not isinstance(codebook, np.ndarray) or codebook.dtype != np.float32 or codebook.shape != want:
+        raise BundleError(f"{teacher.codebook.file} is not float32 of shape {want}", DAMAGED)
+    return codebook
+
+
+def nearest_codes(vectors: NDArray[np.float32], codebook: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The index of the nearest codebook entry: vectors (N, P, Cv), codebook (V, Cv) -> int64 (N, P).
+
+    By squared distance without its first term, which is the same for every entry; the first of equal ones.
+    """
+    squares = 0.5 * np.square(codebook).sum(axis=1)
+    flat = vectors.reshape(-1, vectors.shape[-1])
+    size = max(1, CHUNK // len(codebook))
+    found = [(squares - flat[i : i + size] @ codebook.T).argmin(axis=-1) for i in range(0, len(flat), size)]
+    return np.concatenate([np.empty(0, np.int64), *found]).reshape(vectors.shape[:-1])
