@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from runtime.errors import DDError
 
 if TYPE_CHECKING:
+    from ddexport.families._explicit_cache import ExplicitCache
     from ddexport.recipe import Recipe
 
 
@@ -46,6 +49,7 @@ class Student(nn.Module):
     """The contract every family's student keeps."""
 
     codebook: Tensor  # [V, Cv], the tokenizer's
+    geometry: Any  # the family's, with `split`
 
     def forward(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [B, L, Cv], label [B], known [B] -> sequence [B, L, Cv], logits [B, S, V]."""
@@ -59,6 +63,12 @@ class Student(nn.Module):
         """Replaces, in place, what depends on a small index alone by tables. Outputs stay equal."""
         raise NotImplementedError
 
+    def at_split(self, split: int) -> Student:
+        """The same student with another split position; it shares every weight with this one."""
+        twin = copy.copy(self)
+        twin.geometry = dataclasses.replace(self.geometry, split=split)
+        return twin
+
 
 class Teacher(nn.Module):
     """What every family's teacher has: an auto-regressive model of the token sequence.
@@ -67,9 +77,35 @@ class Teacher(nn.Module):
     """
 
     family: str  # its name: how it is trained and sampled is found by it
+    guidance: str  # how its guidance goes with the AR steps, in the manifest's words (runtime/schedules.py)
+    geometry: Any  # the family's, with `starts`, `depth`, `heads`, `head_width` and `classes`
 
     def forward(self, inputs: Tensor, label: Tensor) -> Tensor:
         """All positions at once, for training: -> logits [B, L, V], each given the AR steps before."""
+        raise NotImplementedError
+
+    def reader(self, tokenizer: nn.Module) -> nn.Module:
+        """A module from tokens [B, L] int64 and positions [n] int64 to the inputs [B, n, ...] of `extend`.
+
+        It reads the tokens of earlier AR steps only, and holds those weights of the tokenizer that it needs.
+        """
+        raise NotImplementedError
+
+    def extend(
+        self, inputs: Tensor, label: Tensor, positions: Tensor, past: Sequence[ExplicitCache]
+    ) -> Tensor:
+        """The consecutive positions [n] behind what `past` holds: -> logits [2B, n, V], of these positions.
+
+        Args:
+            inputs: [2B, n, ...] of `reader`, conditional rows before unconditional ones.
+            label: [2B] int64; `geometry.classes` is the null class of guidance.
+            positions: [n] int64.
+            past: one for each block, with as many valid positions as come before; takes the new rows.
+        """
+        raise NotImplementedError
+
+    def tabulate(self) -> None:
+        """Replaces, in place, what depends on a small index alone by tables. Outputs stay equal."""
         raise NotImplementedError
 
 

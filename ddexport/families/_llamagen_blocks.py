@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddexport.families._explicit_cache import ExplicitCache
+
 ROTARY_BASE = 10000.0
 RMS_EPSILON = 1e-5
 
@@ -92,16 +94,21 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, turn: Tensor, mask: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, turn: Tensor, mask: Tensor, cache: LayerCache | ExplicitCache | None = None
+    ) -> Tensor:
         # x [B, N, C]; turn [2, N, D]; mask [N, n] additive, n the positions seen, cached ones included
         B, N, C = x.shape
         H = self.heads
         qk, v = self.qkv(x).view(B, N, 3 * H, -1).transpose(1, 2).split([2 * H, H], dim=1)
         first, second = qk.chunk(2, dim=-1)
         q, k = (qk * turn[0] + torch.cat([second, first], dim=-1) * turn[1]).chunk(2, dim=1)
-        if cache is not None:
+        if isinstance(cache, LayerCache):
             k, v = cache.extend(k, v)
-        x = (q @ k.transpose(-2, -1) + mask).softmax(-1) @ v
+        if isinstance(cache, ExplicitCache):
+            x = cache.attend(q, k, v, mask)
+        else:
+            x = (q @ k.transpose(-2, -1) + mask).softmax(-1) @ v
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
@@ -140,6 +147,8 @@ class Block(nn.Module):
         self.mlp_norm = RmsNorm(width)
         self.mlp = SwiGlu(width, hidden)
 
-    def forward(self, x: Tensor, turn: Tensor, mask: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, turn: Tensor, mask: Tensor, cache: LayerCache | ExplicitCache | None = None
+    ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), turn, mask, cache)  # [B, N, C]
         return x + self.mlp(self.mlp_norm(x))

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddexport.families._explicit_cache import ExplicitCache
+
 MAX_LOG_SCALE = math.log(100)
 
 
@@ -48,7 +50,9 @@ class Attention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(4.0)))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, cache: LayerCache | ExplicitCache | None = None
+    ) -> Tensor:
         # x [B, N, C]; mask [N, N] additive, or None to see every position
         B, N, C = x.shape
         bias = torch.cat([self.q_bias, self.no_bias, self.v_bias])
@@ -57,9 +61,11 @@ class Attention(nn.Module):
         )
         scale = self.log_scale.clamp(max=MAX_LOG_SCALE).exp().view(-1, 1, 1)
         q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
-        if cache is not None:
+        if isinstance(cache, LayerCache):
             k, v = cache.extend(k, v)
-        if mask is None:
+        if isinstance(cache, ExplicitCache):
+            x = cache.attend(q, k, v, mask)
+        elif mask is None:
             x = F.scaled_dot_product_attention(q, k, v, scale=1.0)
         else:  # with a mask the fused kernel is the slower one on a CPU
             x = (q @ k.transpose(-2, -1) + mask).softmax(-1) @ v
@@ -92,7 +98,7 @@ class Block(nn.Module):
         modulation: Tensor,  # [B, 6, C]
         mask: Tensor | None = None,  # [N, N]
         rows: Tensor | None = None,  # [B, N, C], added to the residual stream
-        cache: LayerCache | None = None,
+        cache: LayerCache | ExplicitCache | None = None,
     ) -> Tensor:
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation.chunk(6, dim=1)  # each [B, 1, C]
         x = x + self.attention(layer_norm(x) * (1 + scale1) + shift1, mask, cache) * gate1

@@ -3,6 +3,7 @@ section 3.2)."""
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import numpy as np
@@ -118,6 +119,13 @@ class MultiScaleTokenizer(nn.Module):
         side = self.scales[scale]
         view = F.interpolate(f_hat, size=(side, side), mode="area") if side != self.scales[-1] else f_hat
         return view.flatten(2).transpose(1, 2)
+
+    def without_codec(self) -> MultiScaleTokenizer:
+        """This tokenizer with its codes and phis alone, shared: enough for `embed`, `latent` and what the
+        teacher reads."""
+        bare = copy.copy(self)
+        bare._modules = {name: self._modules[name] for name in ("embedding", "phis")}
+        return bare
 
     def teacher_features(self, sequence: Tensor) -> Tensor:
         """The teacher's inputs for all scales at once (teacher forcing): [B, L, Cv]; scale 0 has none, zeros

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddexport.families._base import Family, GeometryError, Layout, Student, Teacher, compose, renamed
+from ddexport.families._explicit_cache import ExplicitCache, causal
 from ddexport.families._llamagen_blocks import (
     Block,
     LayerCache,
@@ -133,10 +135,18 @@ class LlamaGenStudent(Student):
         """Nothing to do: the label acts through one row of a table, noise-or-data through one of two rows."""
 
 
+class TokensBefore(nn.Module):
+    """What the LlamaGen teacher reads at a position: the token before it. Position 0 gets one to ignore."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:  # [B, L], [n] -> [B, n]
+        return tokens.index_select(1, (positions - 1).clamp(min=0))
+
+
 class LlamaGenTeacher(Teacher):
     """The auto-regressive model: token by token in raster order, each from the tokens before it."""
 
     family = "llamagen_dd"
+    guidance = "constant"
     mask: Tensor
     rotation: Tensor
 
@@ -176,10 +186,28 @@ class LlamaGenTeacher(Teacher):
         x = self._run(x, start, cache)
         return self.logits_head(self.norm(x[:, -1]))
 
+    def reader(self, tokenizer: nn.Module) -> TokensBefore:
+        """The tokenizer is not needed: this teacher has a table of its own."""
+        return TokensBefore()
+
+    def extend(
+        self, inputs: Tensor, label: Tensor, positions: Tensor, past: Sequence[ExplicitCache]
+    ) -> Tensor:
+        """The new positions see each other causally."""
+        is_first = (positions == 0)[:, None]
+        x = torch.where(is_first, self.class_embedding(label)[:, None], self.token_embedding(inputs))
+        turn, mask = self.rotation.index_select(1, positions), causal(positions)
+        for block, layer in zip(self.blocks, past, strict=True):
+            x = block(x, turn, mask, layer)
+        return self.logits_head(self.norm(x))
+
+    def tabulate(self) -> None:
+        """Nothing to do: the label acts through one row of a table."""
+
     def new_cache(self) -> list[LayerCache]:
         return [LayerCache(self.geometry.length) for _ in self.blocks]
 
-    def _run(self, x: Tensor, start: int, cache: list) -> Tensor:  # type: ignore[type-arg]
+    def _run(self, x: Tensor, start: int, cache: Sequence[LayerCache | None]) -> Tensor:
         end = start + x.shape[1]
         turn, mask = self.rotation[:, start:end], self.mask[start:end, :end]
         for block, layer in zip(self.blocks, cache, strict=True):

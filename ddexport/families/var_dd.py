@@ -6,6 +6,7 @@ Shapes: B batch, L positions, C width, V codebook entries, Cv code width, S posi
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ddexport.families._base import Family, GeometryError, Layout, Student, Teacher, compose, renamed
+from ddexport.families._explicit_cache import ExplicitCache
 from ddexport.families._var_blocks import (
     Block,
     Conditioning,
@@ -43,6 +45,10 @@ class VarGeometry:
     codebook: int
     code_width: int
     split: int
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
 
     @property
     def starts(self) -> list[int]:
@@ -139,10 +145,25 @@ class VarStudent(Student):
             self.noise_or_data = NoiseDataTable(self.noise_or_data)
 
 
+class FeatureReader(nn.Module):
+    """What the VAR teacher reads at positions: the latent of all earlier scales, downsampled to theirs.
+
+    The features of every scale are computed, whichever are asked for: a hundredth of the transformer's work.
+    """
+
+    def __init__(self, tokenizer: MultiScaleTokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer.without_codec()
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:  # [B, L], [n] -> [B, n, Cv]
+        return self.tokenizer.teacher_features(self.tokenizer.embed(tokens)).index_select(1, positions)
+
+
 class VarTeacher(Teacher):
     """The auto-regressive model: scale by scale, each from the accumulated latent of the scales before."""
 
     family = "var_dd"
+    guidance = "rising"
     mask: Tensor
     levels: Tensor
 
@@ -154,7 +175,7 @@ class VarTeacher(Teacher):
         self.start = nn.Parameter(torch.zeros(1, 1, C))
         self.positions = nn.Parameter(torch.zeros(1, geometry.length, C))
         self.level_embedding = nn.Embedding(len(geometry.scales), C)
-        self.conditioning = Conditioning(geometry.classes, C, depth)
+        self.conditioning: nn.Module = Conditioning(geometry.classes, C, depth)
         self.blocks = nn.ModuleList(Block(C, geometry.heads) for _ in range(depth))
         self.logits_head = nn.Linear(C, geometry.codebook)
         levels = levels_of(geometry.scales)
@@ -166,7 +187,8 @@ class VarTeacher(Teacher):
 
         `features` is `MultiScaleTokenizer.teacher_features`; its first position is not read.
         """
-        return self._run(features, label, 0, self.mask, [None] * len(self.blocks))
+        every = torch.arange(features.shape[1], device=features.device)
+        return self._run(features, label, every, self.mask, [None] * len(self.blocks))
 
     def step(self, features: Tensor, label: Tensor, start: int, cache: list[LayerCache]) -> Tensor:
         """The n positions from `start` on, behind what `cache` holds: features [B, n, Cv] -> logits [B, n,
@@ -175,18 +197,38 @@ class VarTeacher(Teacher):
         All n positions see each other, as the published sampler has it; give one scale at a time for the
         trained model.
         """
-        return self._run(features, label, start, None, cache)
+        positions = torch.arange(start, start + features.shape[1], device=features.device)
+        return self._run(features, label, positions, None, cache)
+
+    def reader(self, tokenizer: nn.Module) -> FeatureReader:
+        assert isinstance(tokenizer, MultiScaleTokenizer)
+        return FeatureReader(tokenizer)
+
+    def extend(
+        self, inputs: Tensor, label: Tensor, positions: Tensor, past: Sequence[ExplicitCache]
+    ) -> Tensor:
+        """All new positions see each other, as in `step`."""
+        return self._run(inputs, label, positions, None, past)
+
+    def tabulate(self) -> None:
+        if isinstance(self.conditioning, Conditioning):
+            self.conditioning = ConditioningTable(self.conditioning)
 
     def new_cache(self) -> list[LayerCache]:
         return [LayerCache() for _ in self.blocks]
 
-    def _run(self, features: Tensor, label: Tensor, start: int, mask: Tensor | None, cache: list) -> Tensor:  # type: ignore[type-arg]
+    def _run(
+        self,
+        features: Tensor,
+        label: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        cache: Sequence[LayerCache | ExplicitCache | None],
+    ) -> Tensor:
         embedding, modulations, head = self.conditioning(label)
-        place = slice(start, start + features.shape[1])
-        x = self.token_embedding(features)
-        if start == 0:
-            x = torch.cat([embedding[:, None] + self.start, x[:, 1:]], dim=1)
-        x = x + self.level_embedding(self.levels[place]) + self.positions[:, place]
+        is_first = (positions == 0)[:, None]
+        x = torch.where(is_first, embedding[:, None] + self.start, self.token_embedding(features))
+        x = x + (self.level_embedding(self.levels) + self.positions).index_select(1, positions)
         for block, modulation, layer in zip(self.blocks, modulations, cache, strict=True):
             x = block(x, modulation, mask, None, layer)
         scale, shift = head.chunk(2, dim=1)

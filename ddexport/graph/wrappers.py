@@ -1,0 +1,55 @@
+"""Modules that exist for their graphs: a part in the form that its graph has, where its own is another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ddexport.families._base import Teacher
+from ddexport.families._explicit_cache import ExplicitCache
+
+
+class TeacherGraph(nn.Module):
+    """One pass of an auto-regressive model with guidance inside and its cache outside: `teacher.onnx`.
+
+    The weights are shared with the teacher and the tokenizer.
+
+    Args:
+        teacher: of either family.
+        tokenizer: the one that it was trained with.
+    """
+
+    def __init__(self, teacher: Teacher, tokenizer: nn.Module) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.reader = teacher.reader(tokenizer)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        label: Tensor,
+        positions: Tensor,
+        guidance: Tensor,
+        filled: Tensor,
+        *cache: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """The distributions of n consecutive positions, given the tokens before them.
+
+        Args:
+            tokens: [B, L] int64; those of the positions not yet drawn are not read, but must be valid.
+            label: [B] int64.
+            positions: [n] int64, behind the `filled` ones.
+            guidance: [B] float32, the strength g of logits c + g (c - u).
+            filled: [1] int64, how many positions of the cache are valid.
+            cache: key_0, value_0, key_1, ...: [2, B, heads, capacity, D] float32 each, finite everywhere.
+
+        Returns:
+            logits [B, n, V] float32, then new_key_0, new_value_0, ...: [2, B, heads, n, D] float32 each.
+        """
+        inputs = self.reader(tokens, positions)
+        pair = torch.cat([label, torch.full_like(label, self.teacher.geometry.classes)])
+        past = [ExplicitCache(k, v, filled) for k, v in zip(cache[::2], cache[1::2], strict=True)]
+        logits = self.teacher.extend(torch.cat([inputs, inputs]), pair, positions, past)
+        conditional, unconditional = logits.unflatten(0, (2, -1)).unbind()
+        mixed = conditional + guidance[:, None, None] * (conditional - unconditional)
+        return (mixed, *(rows for layer in past for rows in layer.new or ()))
