@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -20,8 +20,10 @@ from runtime.errors import NoiseError, OutputError
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_NOISE_BYTES = 4 << 30
 WHAT_NOISE_IS = (
-    "It must be an npz with `noise` float32 (N, L, Cv) and optionally `labels` (N,) of class numbers."
+    "It must be an npz with `noise` float32 (N, L, Cv), optionally `labels` (N,) of class numbers, and for a"
+    " teacher `uniforms` float64 (N, L)."
 )
+NOISE_ARRAYS = {"noise": ("float32", 3), "labels": ("integers", 1), "uniforms": ("float64", 2)}
 
 
 @contextmanager
@@ -76,8 +78,16 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
-def read_noise(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
-    """Reads `noise` float32 (N, L, Cv) and, if there are any, `labels` int64 (N,) of an npz.
+class Replay(NamedTuple):
+    """What a noise file holds: noise float32 (N, L, Cv), labels int64 (N,), uniforms float64 (N, L)."""
+
+    noise: NDArray[np.float32]
+    labels: NDArray[np.int64] | None
+    uniforms: NDArray[np.float64] | None
+
+
+def read_noise(path: Path) -> Replay:
+    """Reads `noise` and, if there are any, `labels` and `uniforms` of an npz.
 
     Headers are read before the data, so that a file cannot ask for more memory than the limit, and pickled
     objects are refused. Raises NoiseError.
@@ -89,18 +99,19 @@ def read_noise(path: Path) -> tuple[NDArray[np.float32], NDArray[np.int64] | Non
                 raise NoiseError(
                     f"{path} has no array `noise`, but: {', '.join(names) or 'none'}", WHAT_NOISE_IS
                 )
-            for name in {"noise", "labels"} & set(names):
+            for name in set(NOISE_ARRAYS) & set(names):
                 _check_header(path, archive, name)
         with np.load(path, allow_pickle=False) as arrays:
             noise = arrays["noise"]
             labels = arrays["labels"].astype(np.int64) if "labels" in names else None
+            uniforms = arrays["uniforms"] if "uniforms" in names else None
     except FileNotFoundError as error:
         raise NoiseError(f"the noise file {path} does not exist", "Check the path.") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise NoiseError(f"{path} cannot be read as an npz: {error}", WHAT_NOISE_IS) from error
     if labels is not None and len(labels) != len(noise):
         raise NoiseError(f"{path} has {len(noise)} noises but {len(labels)} labels", WHAT_NOISE_IS)
-    return noise, labels
+    return Replay(noise, labels, uniforms)
 
 
 def _check_header(path: Path, archive: zipfile.ZipFile, name: str) -> None:
@@ -108,8 +119,8 @@ def _check_header(path: Path, archive: zipfile.ZipFile, name: str) -> None:
         version = npy.read_magic(stream)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = read(stream)
-    kind, dimensions = ("float32", 3) if name == "noise" else ("integers", 1)
-    fits = dtype == np.float32 if name == "noise" else dtype.kind in "iu"
+    kind, dimensions = NOISE_ARRAYS[name]
+    fits = dtype.kind in "iu" if kind == "integers" else dtype == np.dtype(kind)
     if not fits or len(shape) != dimensions:
         raise NoiseError(
             f"{path}: `{name}` must be {kind} of {dimensions} dimensions, but is {dtype} {shape}",

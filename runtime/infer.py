@@ -11,6 +11,7 @@ if __name__ == "__main__" and not __package__:
     sys.path[:] = [_entry for _entry in sys.path if os.path.abspath(_entry) != _here]  # noqa: PTH100
     sys.path.insert(0, os.path.dirname(_here))  # noqa: PTH120
 
+import itertools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,12 @@ class Request:
 
     bundle: Path
     labels: tuple[str, ...] = ()
-    steps: int | None = None
+    steps: int | str | None = None
+    teacher_start: int | None = None
+    cfg: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    temperature: float | None = None
     seed: int = 0
     num_images: int = 1
     backend: str = "auto"
@@ -48,6 +54,11 @@ class Request:
     output: str = "out.png"
     batch_size: int | None = None
     verify: bool = True
+
+    def sampling(self) -> dict[str, Any]:
+        """What is asked for of a teacher's steps."""
+        names = ("teacher_start", "cfg", "top_k", "top_p", "temperature")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def into_directory(self) -> bool:
@@ -72,8 +83,9 @@ class Report:
 
     def line(self) -> str:
         """The report for people, in one line."""
-        times = ", ".join(f"{what} {console.duration(self.seconds[what])}" for what in ("student", "decoder"))
-        each = console.duration((self.seconds["student"] + self.seconds["decoder"]) / self.images)
+        parts = {what: spent for what, spent in self.seconds.items() if what != "load"}
+        times = ", ".join(f"{what} {console.duration(spent)}" for what, spent in parts.items())
+        each = console.duration(sum(parts.values()) / self.images)
         return (
             f"{self.output}: {_count(self.images, 'image')} in {_count(self.steps, 'step')}; "
             f"{times}, {each} an image; {self.backend}, {self.precision}"
@@ -120,14 +132,20 @@ class _Collector:
 
 
 def dump_arrays(results: list[Result]) -> dict[str, NDArray[Any]]:
-    """The arrays of a dump: labels, noise, step{k}_tokens and step{k}_sequence from k = 1, images."""
+    """The arrays of a dump: labels, noise, step{k}_tokens and step{k}_sequence of the student's steps from
+    k = 1, in between those of a teacher with its uniform numbers, images.
+    """
     from runtime.pipeline import joined
 
     whole = joined(results)
     arrays: dict[str, NDArray[Any]] = {"labels": whole.labels, "noise": whole.noise}
-    for number, step in enumerate(whole.steps, 1):
-        arrays[f"step{number}_tokens"] = step.tokens
-        arrays[f"step{number}_sequence"] = step.sequence
+    if whole.uniforms is not None:
+        arrays["uniforms"] = whole.uniforms
+    numbers = itertools.count(1)
+    for step in whole.steps:
+        name = "teacher" if step.role == "teacher" else f"step{next(numbers)}"
+        arrays[f"{name}_tokens"] = step.tokens
+        arrays[f"{name}_sequence"] = step.sequence
     arrays["images"] = whole.images  # type: ignore[assignment]
     return arrays
 
@@ -138,7 +156,7 @@ def draw(request: Request) -> Report:
     from runtime.pipeline import load
 
     _check_outputs(request)
-    noise, own_labels = read_noise(request.noise) if request.noise else (None, None)
+    noise, own_labels, uniforms = read_noise(request.noise) if request.noise else (None, None, None)
     if own_labels is not None and (request.labels or request.num_images != 1):
         raise LabelError(
             f"{request.noise} brings its own labels, so neither --label nor -n can be given with it",
@@ -146,26 +164,38 @@ def draw(request: Request) -> Report:
         )
     start = time.perf_counter()
     with console.stage(f"loading {request.bundle}", keep=False):
-        pipe = load(request.bundle, request.backend, request.threads, request.precision, request.verify)
+        pipe = load(
+            request.bundle,
+            request.backend,
+            request.threads,
+            request.precision,
+            request.verify,
+            steps=request.steps,
+        )
     with pipe:
         loaded = time.perf_counter() - start
         labels = pipe.labels.indices(_chosen(request, own_labels, pipe))
-        results = pipe.stream(
-            labels.tolist(),
-            request.steps,
-            seed=request.seed,
-            num_images=request.num_images,
-            batch_size=request.batch_size,
-            output="numpy",
-            noise=noise,
-        )
+        sampling = request.sampling()
+        schedule = pipe.schedule(request.steps, request.teacher_start)
+        passes = pipe.manifest.number_of_steps(schedule)
         collector = _Collector(request)
-        with console.progress(len(labels) * request.num_images, "drawing") as bar:
+        with console.progress(len(labels) * request.num_images * passes, "drawing, in passes") as bar:
+            results = pipe.stream(
+                labels.tolist(),
+                request.steps,
+                seed=request.seed,
+                num_images=request.num_images,
+                batch_size=request.batch_size,
+                output="numpy",
+                noise=noise,
+                on_pass=bar.advance,
+                **sampling,
+                **({} if uniforms is None or schedule.teacher is None else {"uniforms": uniforms}),
+            )
             for result in results:
                 collector.add(result)
-                bar.advance(len(result))
         collector.finish(len(labels), request.num_images)
-        return _report(request, pipe, labels.tolist(), collector, loaded)
+        return _report(request, pipe, labels.tolist(), collector, loaded, passes)
 
 
 def print_labels(bundle: Path, as_json: bool) -> None:
@@ -206,7 +236,12 @@ def _chosen(request: Request, own: NDArray[np.int64] | None, pipe: Pipeline) -> 
 
 
 def _report(
-    request: Request, pipe: Pipeline, labels: list[int], collector: _Collector, loaded: float
+    request: Request,
+    pipe: Pipeline,
+    labels: list[int],
+    collector: _Collector,
+    loaded: float,
+    steps: int,
 ) -> Report:
     spent = collector.seconds
     assert spent is not None  # a request has at least one image
@@ -215,12 +250,12 @@ def _report(
         output=request.output,
         images=collector.count,
         labels=labels,
-        steps=pipe.manifest.number_of_steps(pipe.manifest.schedule(request.steps)),
+        steps=steps,
         seed=None if request.noise else request.seed,
         backend=pipe.backend.name,
         precision=pipe.precision,
         random_weights=pipe.manifest.weights.kind == "random",
-        seconds={"load": loaded, "student": spent.student, "decoder": spent.decoder},
+        seconds={"load": loaded, **spent.by_part()},
     )
 
 
@@ -233,12 +268,45 @@ _POSITIVE = click.IntRange(min=1)
 _SEED = click.IntRange(0, 2**64 - 1)
 
 
-@click.command(name="sample", cls=console.Command)
+EPILOG = """
+\b
+Examples:
+  ddexport sample build/var-d16 --label 207 --label "ice bear" --steps 2 -n 4
+  ddexport sample build/digits-var --steps 3 --cfg 1.5 --top-p 0.9
+  ddexport sample build/digits-var --steps teacher --top-k 1 --dump teacher.npz
+"""
+
+
+def _steps(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
+    """A number of steps, or "teacher"."""
+    if value is None or value == "teacher":
+        return value
+    return int(_POSITIVE.convert(value, param, ctx))
+
+
+@click.command(name="sample", cls=console.Command, epilog=EPILOG)
 @click.argument("bundle", type=_PATH)
 @click.option(
     "--label", "labels", multiple=True, metavar="CLASS", help="A class by number or name; repeatable."
 )
-@click.option("--steps", type=_POSITIVE, metavar="N", help="Student steps.  [default: the model's fewest]")
+@click.option(
+    "--steps",
+    callback=_steps,
+    metavar="N|teacher",
+    help="One of the bundle's schedules, or the whole teacher.  [default: the fewest]",
+)
+@click.option(
+    "--teacher-start",
+    type=click.IntRange(min=0),
+    metavar="P",
+    help="The position at which the teacher starts.  [default: the schedule's]",
+)
+@click.option("--cfg", type=float, metavar="X", help="The teacher's guidance.  [default: the bundle's]")
+@click.option(
+    "--top-k", type=_POSITIVE, metavar="N", help="Tokens it can draw; 1 is greedy.  [default: the bundle's]"
+)
+@click.option("--top-p", type=float, metavar="P", help="Their mass.  [default: the bundle's]")
+@click.option("--temperature", type=float, metavar="T", help="Of its logits.  [default: the bundle's]")
 @click.option("--seed", type=_SEED, metavar="N", default=0, help="The seed of the noise.  [default: 0]")
 @click.option(
     "-n", "--num-images", type=_POSITIVE, metavar="N", default=1, help="Images a label.  [default: 1]"

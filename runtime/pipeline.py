@@ -51,6 +51,10 @@ class Timings:
             self.student + other.student, self.decoder + other.decoder, self.teacher + other.teacher
         )
 
+    def by_part(self) -> dict[str, float]:
+        """The times by name, of the parts that took part."""
+        return {part: spent for part, spent in vars(self).items() if spent or part != "teacher"}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -335,5 +339,5 @@ def joined(parts: list[Result]) -> Result:
             for same in zip(*(part.steps for part in parts), strict=True)
         ],
         sum((part.timings for part in parts), Timings(0.0, 0.0)),
-        None if parts[0].uniforms is None else np.concatenate([part.uniforms for part in parts]),  # type: ignore[misc]
+        None if parts[0].uniforms is None else np.concatenate([part.uniforms for part in parts]),
     )
