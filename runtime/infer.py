@@ -277,11 +277,9 @@ Examples:
 """
 
 
-def _steps(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
+def _steps(ctx: click.Context, param: click.Parameter, value: Any) -> int | str | None:
     """A number of steps, or "teacher"."""
-    if value is None or value == "teacher":
-        return value
-    return int(_POSITIVE.convert(value, param, ctx))
+    return value if value in (None, "teacher") else int(_POSITIVE.convert(value, param, ctx))
 
 
 @click.command(name="sample", cls=console.Command, epilog=EPILOG)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import NoiseError
-from runtime.noise import _box_muller, gaussian_noise, philox4x32
+from runtime.noise import _box_muller, gaussian_noise, philox4x32, uniform_numbers
 
 PAGE = (Path(__file__).parents[2] / "docs" / "noise.md").read_text()
 
@@ -30,6 +30,14 @@ NOISE = [
     (0, 1, "3f88a6cb bed9c6b5 c0178cdf be6d0d85 3ecf57cf bf0d6118"),
     (42, 0, "bf785e5c 3e46ace8 bf9e28d2 3ff6433b bd95e030 3e0e7a0f"),
     (2**64 - 1, 2**32 + 5, "3e90542f bfbc48f3 3f08534c bf806e9d 3e8173f6 3f03c703"),
+]
+
+# Golden: seed, image, the words of its first six uniform numbers.
+UNIFORMS = [
+    (0, 0, "6ad0c5ec ea236249 73a459f5 074944b3 6da11836 e4c29d23"),
+    (0, 1, "79d48e11 5bbd079a 6603bb32 e0597c97 8de34a00 f3d0f339"),
+    (42, 0, "42e0b8b3 7dbf5de8 2fe739d4 6aaf03eb 220383a8 6880ffbe"),
+    (2**64 - 1, 2**32 + 5, "c4c847ac acaf5119 666bf647 ab5e953d c6f77907 109f1a5f"),
 ]
 
 seeds = st.integers(0, 2**64 - 1)
@@ -81,6 +89,42 @@ def test_the_code_of_the_page_gives_the_same_noise(seed: int, image: int, count:
     np.testing.assert_allclose(
         gaussian_noise(seed, [image], count, 1).ravel(), printed, rtol=3e-7, atol=1e-15
     )
+
+
+@pytest.mark.parametrize(("seed", "image", "expected"), UNIFORMS)
+def test_golden_uniform_numbers(seed: int, image: int, expected: str) -> None:
+    """Exact: a change here changes every token a teacher has drawn. The page has the same rows."""
+    numbers = (words(expected).astype(np.float64) + 0.5) / 2**32
+    np.testing.assert_array_equal(uniform_numbers(seed, [image], 6)[0], numbers)
+    row = re.search(rf"^\| {seed} \| {image} \| `{expected}` \| `(.*)` \|$", PAGE, re.MULTILINE)
+    assert row
+    np.testing.assert_allclose([float(text) for text in row.group(1).split()], numbers, atol=1e-10)
+
+
+@given(seed=seeds, images=st.lists(seeds, max_size=4), length=st.integers(1, 23))
+def test_the_code_of_the_page_gives_the_same_uniform_numbers(
+    seed: int, images: list[int], length: int
+) -> None:
+    """Whatever the batch; a longer image starts with the same numbers."""
+    numbers = uniform_numbers(seed, images, length)
+    assert (numbers.shape, numbers.dtype) == ((len(images), length), np.float64)
+    for image, row in zip(images, numbers, strict=True):
+        np.testing.assert_array_equal(row, page_code()["image_uniforms"](seed, image, length))
+        np.testing.assert_array_equal(row, uniform_numbers(seed, [image], length + 5)[0, :length])
+
+
+def test_uniform_numbers_are_uniform_and_not_those_of_the_noise() -> None:
+    """A chi-square over 1,000 cells of a million numbers lies within five standard deviations; no number
+    correlates with its neighbour or with the Gaussian number of its place."""
+    numbers = uniform_numbers(3, range(1000), 1000)
+    assert 0 < numbers.min() < numbers.max() < 1
+    counts = np.bincount((numbers * 1000).astype(int).ravel(), minlength=1000)
+    assert abs(((counts - 1000) ** 2 / 1000).sum() - 999) < 5 * np.sqrt(2 * 999)
+    standard = (numbers.ravel() - 0.5) * np.sqrt(12)
+    for lag in (1, 4, 1000):
+        assert abs((standard[lag:] * standard[:-lag]).mean()) < 5 / np.sqrt(len(standard))
+    noise = gaussian_noise(3, range(1000), 1000, 1).ravel()
+    assert abs((standard * noise).mean()) < 5 / np.sqrt(len(standard))
 
 
 @given(seed=seeds, images=st.lists(st.integers(0, 2**64 - 1), max_size=9))
