@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import DDError
+from runtime.schedules import Schedule, Span
 
 SCHEMA = 1
 ROLES = ("student", "tokenizer", "teacher")
@@ -49,10 +50,13 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """For each step, how many leading positions hold data (`known`), 0 for the first."""
+class Sampling:
+    """How the teacher draws unless a request says otherwise: guidance, and which tokens can be drawn."""
 
-    known: tuple[int, ...]
+    cfg: float
+    top_k: int
+    top_p: float
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Recipe:
     tokenizer: dict[str, Any]
     files: dict[str, Source]
     parity: dict[str, Limits]
+    teacher: Sampling | None = None
     parameters: dict[str, int] = field(default_factory=dict)
     licence: dict[str, str] = field(default_factory=dict)
     published: dict[str, Any] = field(default_factory=dict)
@@ -181,6 +186,8 @@ def recipe_from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
         fields[section] = {
             key: _build(cls, value, f"{where}: {section}.{key}") for key, value in fields[section].items()
         }
+    if fields.get("teacher") is not None:
+        fields["teacher"] = _build(Sampling, fields["teacher"], f"{where}: teacher")
     recipe = Recipe(**fields)
     _check_consistency(recipe, where)
     return recipe
@@ -235,10 +242,15 @@ def _check_types(cls: type, values: Mapping[str, Any], where: str) -> None:
 
 
 def _schedule(data: Any, where: str) -> Schedule:
-    known = _checked(Schedule, data, where)["known"]
+    values = _checked(Schedule, data, where)
+    known, split, span = values["known"], values.get("split"), values.get("teacher")
     if not isinstance(known, list) or any(type(k) is not int for k in known):
         raise RecipeError(f"{where}.known: {known!r} is not a list of positions", "correct the value")
-    return Schedule(tuple(known))
+    if split is not None and type(split) is not int:
+        raise RecipeError(f"{where}.split: {split!r} is not a position", "correct the value")
+    if span is not None:
+        span = _build(Span, span, f"{where}.teacher")
+    return Schedule(tuple(known), split, span)
 
 
 def _check_sizes(recipe: Recipe, where: str) -> None:
@@ -256,6 +268,53 @@ def _check_sizes(recipe: Recipe, where: str) -> None:
             raise RecipeError(f"{where}: {key}: {value!r} is no size", "give a whole number from 1 on")
 
 
+def _check_schedule(steps: str, schedule: Schedule, recipe: Recipe, where: str) -> None:
+    """All but what only the family knows: where the teacher's AR steps start, and so how many there are."""
+    known, span, length = schedule.known, schedule.teacher, recipe.sequence.length
+    if schedule.split is not None and not 1 <= schedule.split <= length:
+        raise RecipeError(
+            f"{where}: schedule {steps} has split {schedule.split}", f"a position from 1 to {length}"
+        )
+    if span is None:
+        rising = all(before < after for before, after in pairwise(known))
+        if str(len(known)) != steps or known[:1] != (0,) or not rising or known[-1] >= length:
+            raise RecipeError(
+                f"{where}: schedule {steps} has known {list(known)}",
+                f"one number a step, the first 0, rising, each below {length}",
+            )
+        return
+    if not 0 <= span.start < span.end <= length:
+        raise RecipeError(
+            f"{where}: schedule {steps} has a teacher from {span.start} to {span.end}",
+            f"two rising positions within the {length}",
+        )
+    wanted = ([0] if span.start else []) + ([span.end] if span.end < length else [])
+    if list(known) != wanted or not steps.isdecimal():
+        raise RecipeError(
+            f"{where}: schedule {steps} has known {list(known)} around the teacher's"
+            f" positions {span.start} to {span.end}",
+            f"known: {wanted}, a student step before the teacher's first position and one after its last",
+        )
+    if recipe.teacher is None or "teacher" not in recipe.files:
+        raise RecipeError(
+            f"{where}: schedule {steps} involves a teacher",
+            "say where its weights come from, files.teacher, and how it draws,"
+            " teacher: {cfg, top_k, top_p, temperature}",
+        )
+
+
+def _check_sampling(sampling: Sampling, where: str) -> None:
+    rules = (
+        ("cfg", sampling.cfg >= 0, "at least 0"),
+        ("top_k", sampling.top_k >= 1, "at least 1"),
+        ("top_p", 0 < sampling.top_p <= 1, "above 0 and at most 1"),
+        ("temperature", sampling.temperature > 0, "above 0"),
+    )
+    for key, holds, rule in rules:
+        if not holds:
+            raise RecipeError(f"{where}: teacher.{key} is {getattr(sampling, key)}", f"it is {rule}")
+
+
 def _check_consistency(recipe: Recipe, where: str) -> None:
     _check_sizes(recipe, where)
     length, split = recipe.sequence.length, recipe.sequence.split
@@ -266,13 +325,9 @@ def _check_consistency(recipe: Recipe, where: str) -> None:
     if not recipe.schedules:
         raise RecipeError(f"{where}: there are no schedules", 'give at least "1": {known: [0]}')
     for steps, schedule in recipe.schedules.items():
-        known = schedule.known
-        rising = all(before < after for before, after in pairwise(known))
-        if str(len(known)) != steps or known[:1] != (0,) or not rising or known[-1] >= length:
-            raise RecipeError(
-                f"{where}: schedule {steps} has known {list(known)}",
-                f"one number a step, the first 0, rising, each below {length}",
-            )
+        _check_schedule(steps, schedule, recipe, where)
+    if recipe.teacher is not None:
+        _check_sampling(recipe.teacher, where)
     for role in ROLES[:2]:
         if role not in recipe.files:
             raise RecipeError(f"{where}: files.{role} is missing", "name where its weights come from")

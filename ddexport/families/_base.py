@@ -127,6 +127,25 @@ class Family(ABC):
         """How published files spell the weights of `role`."""
 
 
+def check_steps(recipe: Recipe, starts: Sequence[int]) -> None:
+    """Raises `GeometryError` unless schedules with a teacher are named by their number of steps, those of the
+    student and the AR steps together, and their spans begin and end where AR steps do."""
+    for steps, schedule in recipe.schedules.items():
+        span = schedule.teacher
+        if span is None:
+            continue
+        if not {span.start, span.end} <= set(starts):
+            raise GeometryError(
+                f"recipe {recipe.name}: schedule {steps} has a teacher from {span.start} to {span.end}",
+                f"its AR steps start at {', '.join(map(str, starts))}",
+            )
+        count = len(schedule.known) + starts.index(span.end) - starts.index(span.start)
+        if str(count) != steps:
+            raise GeometryError(
+                f"recipe {recipe.name}: schedule {steps} has {count} steps", f"call it {count}"
+            )
+
+
 def renamed(key: str, rules: Iterable[tuple[str, str]]) -> str:
     """`key` after each (regular expression, replacement) in turn."""
     for pattern, replacement in rules:

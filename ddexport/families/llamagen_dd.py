@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddexport.families._base import Family, GeometryError, Layout, Student, Teacher, compose, renamed
+from ddexport.families._base import (
+    Family,
+    GeometryError,
+    Layout,
+    Student,
+    Teacher,
+    check_steps,
+    compose,
+    renamed,
+)
 from ddexport.families._explicit_cache import ExplicitCache, causal
 from ddexport.families._llamagen_blocks import (
     Block,
@@ -254,6 +263,7 @@ class LlamaGenFamily(Family):
                 f"recipe {recipe.name}: {geometry.heads} heads do not fit a width of {geometry.width}",
                 "the width is heads times a multiple of four: rotary pairs for row and column",
             )
+        check_steps(recipe, geometry.starts)
         return geometry
 
     def codec(self, recipe: Recipe) -> CodecGeometry:

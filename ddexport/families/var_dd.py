@@ -14,7 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddexport.families._base import Family, GeometryError, Layout, Student, Teacher, compose, renamed
+from ddexport.families._base import (
+    Family,
+    GeometryError,
+    Layout,
+    Student,
+    Teacher,
+    check_steps,
+    compose,
+    renamed,
+)
 from ddexport.families._explicit_cache import ExplicitCache
 from ddexport.families._var_blocks import (
     Block,
@@ -275,8 +284,10 @@ class VarFamily(Family):
                 f" sequence.length is {sequence.length}; width {geometry.width}, heads {geometry.heads}",
                 "the squares of the scales sum to the length, and the heads divide the width",
             )
-        borders = [("split", sequence.split)] + [
-            ("known", k) for s in recipe.schedules.values() for k in s.known
+        schedules = recipe.schedules.values()
+        borders = [
+            *(("split", split) for split in (sequence.split, *(s.split for s in schedules)) if split),
+            *(("known", k) for s in schedules for k in s.known),
         ]
         for what, position in borders:
             if position not in geometry.starts:
@@ -284,6 +295,7 @@ class VarFamily(Family):
                     f"recipe {recipe.name}: {what} {position} is not the end of a scale",
                     f"scales end at {geometry.starts[1:]}",
                 )
+        check_steps(recipe, geometry.starts)
         return geometry
 
     def build(self, recipe: Recipe, role: str) -> nn.Module:
