@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -84,7 +85,7 @@ def student_ways(models: Models) -> list[Way]:
     models.student.tabulate()
     known = {f"student, {steps}": schedule.known for steps, schedule in models.recipe.schedules.items()}
     return [
-        Way(name, len(known[name]), lambda noise, labels, n=name: few_steps(models, known[n], noise, labels))
+        Way(name, len(known[name]), partial(few_steps, models, known[name]))
         for name in sorted(known, reverse=True)
     ]
 
