@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import datetime
 import gc
+import itertools
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +19,11 @@ from torch import nn
 from ddexport.families import family
 from ddexport.families._checkpoint import connect, load_part, random_part
 from ddexport.graph.spec import GraphSpec, graph_specs, image_size, sequence_size
-from ddexport.graph.to_onnx import DEFAULT_OPSET, check_onnx, check_opset, onnx_from_module
+from ddexport.graph.to_onnx import check_onnx, check_opset, default_opset, onnx_from_module
 from ddexport.graph.verify import Agreement, verify_graph
 from ddexport.model_card import model_card
+from ddexport.precision.cast import PrecisionError, check_patterns, in_precision
+from ddexport.precision.policy import FLOAT32, PRECISIONS
 from ddexport.recipe import Recipe, Source, class_names, embedded_weights
 from ddexport.staging import staged_directory
 from runtime.errors import DDError
@@ -39,7 +42,6 @@ from runtime.manifest import Source as WeightFile
 from runtime.registry import load_plugin
 
 Stage = Callable[[str], AbstractContextManager[None]]
-PRECISION = "fp32"
 EXPORTED = ("student", "tokenizer")
 VERIFIED_WITH = "onnxruntime"
 
@@ -77,21 +79,37 @@ def export_bundle(
     recipe: Recipe,
     target: Path,
     request: WeightRequest,
-    opset: int = DEFAULT_OPSET,
+    precisions: Sequence[str] = (FLOAT32,),
+    keep_fp32: Sequence[str] = (),
+    opset: int | None = None,
     force: bool = False,
     stage: Stage = lambda name: nullcontext(),
 ) -> Exported:
     """Writes the bundle of `recipe` to the directory `target`, whole and verified, or not at all.
 
+    Args:
+        recipe: the model.
+        target: the directory to make.
+        request: where its weights come from.
+        precisions: of "fp32", "fp16" and "bf16", each once; the bundle has them in this order.
+        keep_fp32: patterns of module paths that stay float32 in the half graphs.
+        opset: of the graphs; by default 20, and 22 in bf16.
+        force: replace an existing bundle.
+        stage: a context manager that shows what is going on.
+
     Raises:
+        PrecisionError: a precision is unknown, a pattern matches nothing, or a weight does not fit.
         MissingWeightsError: a file is needed and was not given.
         CheckpointError: a file does not hold the recipe's model.
-        ExportError: the opset is not supported.
+        ExportError: the opset is not supported, or has not the operators of a precision.
         RecipeError: the label list is not the recipe's.
         OutputError: `target` exists and `force` is false, or is no bundle, or cannot be written.
         VerificationError: a graph differs from its module; nothing is written.
     """
-    check_opset(opset)
+    check_precisions(precisions)
+    if opset is not None:
+        check_opset(opset, precisions)
+    precisions = sorted(precisions, key=PRECISIONS.index)
     sources = _sources(recipe, request)
     specs = graph_specs(recipe)
     labels = class_names(recipe)
@@ -99,10 +117,14 @@ def export_bundle(
         with stage("loading weights"):
             parts = load_parts(recipe, request, sources)
             parts["student"].tabulate()  # type: ignore[operator]
+            check_patterns(parts.values(), keep_fp32)
             weights = _weights(recipe, request, sources)
-        graphs = [
-            _write_graph(parts[spec.part], spec, recipe, folder, opset, weights, stage) for spec in specs
-        ]
+        graphs = []
+        for precision, spec in itertools.product(precisions, specs):
+            part = in_precision(parts[spec.part], precision, keep_fp32, spec.part)
+            version = opset or default_opset(precision)
+            graphs.append(_write_graph(part, spec, precision, recipe, folder, version, weights, stage))
+            del part  # one cast copy at a time beside the float32 parts
         (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         manifest = Manifest(
             name=recipe.name,
@@ -123,8 +145,20 @@ def export_bundle(
         )
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         (folder / "README.md").write_text(model_card(recipe, manifest), encoding="utf-8")
-        agreement = _verify(folder, parts, specs, recipe, stage)
+        agreement = _verify(folder, parts, specs, recipe, stage) if FLOAT32 in precisions else ()
     return Exported(target, manifest, agreement)
+
+
+def check_precisions(precisions: Sequence[str]) -> None:
+    """Raises `PrecisionError` unless the names are known and each is there once."""
+    known = ", ".join(PRECISIONS)
+    for precision in precisions:
+        if precision not in PRECISIONS:
+            raise PrecisionError(f"there is no precision {precision!r}", f"there is: {known}")
+        if list(precisions).count(precision) > 1:
+            raise PrecisionError(f"the precision {precision} is named twice", "name each once")
+    if not precisions:
+        raise PrecisionError("no precision is named", f"there is: {known}")
 
 
 def load_parts(
@@ -187,13 +221,20 @@ def _weights(recipe: Recipe, request: WeightRequest, sources: Mapping[str, Path]
 
 
 def _write_graph(
-    part: nn.Module, spec: GraphSpec, recipe: Recipe, folder: Path, opset: int, weights: Weights, stage: Stage
+    part: nn.Module,
+    spec: GraphSpec,
+    precision: str,
+    recipe: Recipe,
+    folder: Path,
+    opset: int,
+    weights: Weights,
+    stage: Stage,
 ) -> Graph:
-    path = folder / f"{spec.role}.onnx"
+    path = folder / f"{spec.role}{'' if precision == FLOAT32 else f'_{precision}'}.onnx"
     properties = {
         "model": recipe.name,
         "role": spec.role,
-        "precision": PRECISION,
+        "precision": precision,
         "schema": str(SCHEMA),
         "source": f"random weights, seed {weights.seed}"
         if weights.kind == "random"
@@ -205,7 +246,7 @@ def _write_graph(
     with stage(f"checking {path.name}"):
         check_onnx(path)
         infos = tuple(file_info(file, folder) for file in files)
-    return Graph(spec.role, PRECISION, path.name, infos, spec.inputs, spec.outputs)
+    return Graph(spec.role, precision, path.name, infos, spec.inputs, spec.outputs)
 
 
 def _verify(
@@ -218,7 +259,7 @@ def _verify(
     for spec in specs:
         with (
             stage(f"comparing {spec.role}.onnx with PyTorch"),
-            engine(folder, {spec.role: manifest.graph(spec.role, PRECISION)}) as backend,
+            engine(folder, {spec.role: manifest.graph(spec.role, FLOAT32)}) as backend,
         ):
             found += verify_graph(partial(backend.run, spec.role), parts[spec.part], spec, recipe)
     return tuple(found)

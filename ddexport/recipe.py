@@ -21,6 +21,7 @@ from runtime.schedules import Schedule, Span
 
 SCHEMA = 1
 ROLES = ("student", "tokenizer", "teacher")
+FID = "fid"  # the entry of `parity` that is no precision
 TYPES: dict[str, Any] = {"int": int, "float": (int, float), "str": str}
 
 
@@ -84,6 +85,33 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class FidLimits:
+    """What `validate fid` allows in one precision (docs/image-quality.md).
+
+    `difference`: of the two Frechet distances to the reference set. `distance`: paired feature distance over
+    that of unrelated images. `changed`: share of images that differ visibly. None: shown, but not held.
+    """
+
+    difference: float
+    distance: float | None = None
+    changed: float | None = None
+
+
+@dataclass(frozen=True)
+class FidGate:
+    """How `validate fid` measures a model unless told otherwise: `parity.fid` of a recipe.
+
+    `reference` is `data`, the model's own data set, or empty where the user has to name one. The limits hold
+    for so many `images`, one set for each precision.
+    """
+
+    features: str
+    images: int
+    limits: dict[str, FidLimits]
+    reference: str = ""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One model. `model`, `tokenizer` and `distill` belong to the family and the trainer, who check them.
 
@@ -102,7 +130,7 @@ class Recipe:
     model: dict[str, Any]
     tokenizer: dict[str, Any]
     files: dict[str, Source]
-    parity: dict[str, Limits]
+    parity: dict[str, Any]  # a precision -> Limits, and `fid` -> FidGate
     teacher: Sampling | None = None
     parameters: dict[str, int] = field(default_factory=dict)
     licence: dict[str, str] = field(default_factory=dict)
@@ -182,10 +210,15 @@ def recipe_from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
         str(steps): _schedule(value, f"{where}: schedules.{steps}")
         for steps, value in fields["schedules"].items()
     }
-    for section, cls in (("files", Source), ("parity", Limits)):
-        fields[section] = {
-            key: _build(cls, value, f"{where}: {section}.{key}") for key, value in fields[section].items()
-        }
+    fields["files"] = {
+        role: _build(Source, value, f"{where}: files.{role}") for role, value in fields["files"].items()
+    }
+    fields["parity"] = {
+        key: _fid_gate(value, f"{where}: parity.fid")
+        if key == FID
+        else _build(Limits, value, f"{where}: parity.{key}")
+        for key, value in fields["parity"].items()
+    }
     if fields.get("teacher") is not None:
         fields["teacher"] = _build(Sampling, fields["teacher"], f"{where}: teacher")
     recipe = Recipe(**fields)
@@ -239,6 +272,27 @@ def _check_types(cls: type, values: Mapping[str, Any], where: str) -> None:
         if f.name in values and wanted and (not isinstance(value, wanted) or isinstance(value, bool)):
             what = "keys and values" if wanted is Mapping else kind
             raise RecipeError(f"{where}: {f.name}: {value!r} is not of type {what}", "correct the value")
+
+
+def _fid_gate(data: Any, where: str) -> FidGate:
+    values = _checked(FidGate, data, where)
+    _check_types(FidGate, values, where)
+    limits = {
+        precision: _build(FidLimits, value, f"{where}.limits.{precision}")
+        for precision, value in values["limits"].items()
+    }
+    for precision, limit in limits.items():
+        for key, value in vars(limit).items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and value >= 0):
+                raise RecipeError(
+                    f"{where}.limits.{precision}: {key}: {value!r} is no limit", "give a number from 0 on"
+                )
+    if values["images"] < 1:
+        raise RecipeError(
+            f"{where}: images: {values['images']!r} is no size", "give a whole number from 1 on"
+        )
+    return FidGate(**{**values, "limits": limits})
 
 
 def _schedule(data: Any, where: str) -> Schedule:

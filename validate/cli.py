@@ -9,7 +9,12 @@ import click
 
 from runtime import console
 
-COMMANDS = {"parity": "validate.parity", "quality": "validate.quality", "speed": "validate.speed"}
+COMMANDS = {
+    "parity": "validate.parity",
+    "quality": "validate.quality",
+    "speed": "validate.speed",
+    "comparison": "validate.comparison",
+}
 
 
 class _LazyGroup(console.Group):

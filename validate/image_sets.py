@@ -92,7 +92,7 @@ def drawn_rows(models: Models, seed: int, count: int) -> list[ImageRow]:
     noise = torch.from_numpy(gaussian_noise(seed, range(count), sequence.length, sequence.width))
     generator = torch.Generator().manual_seed(seed)
     choose = at_random(generator)
-    teacher = _by_chunks(
+    teacher = by_chunks(
         lambda rows: draw(
             models.teacher,
             models.tokenizer,
@@ -103,7 +103,7 @@ def drawn_rows(models: Models, seed: int, count: int) -> list[ImageRow]:
         ),
         count,
     )
-    mapped = _by_chunks(
+    mapped = by_chunks(
         lambda rows: mapped_tokens(models.teacher, models.tokenizer, noise[rows], labels[rows], models.pairs),
         count,
     )
@@ -179,5 +179,6 @@ def _decode_tokens(models: Models, tokens: Tensor) -> Tensor:
     return images_of_sequences(models.tokenizer, models.tokenizer.embed(tokens))
 
 
-def _by_chunks(work: Callable[[slice], Tensor], count: int) -> Tensor:
+def by_chunks(work: Callable[[slice], Tensor], count: int) -> Tensor:
+    """`work` on rows 0 to `count` in slices of `CHUNK`, its results one after the other."""
     return torch.cat([work(slice(start, min(start + CHUNK, count))) for start in range(0, count, CHUNK)])

@@ -28,7 +28,7 @@ class AREA:
 
 def worst_images(comparison: Comparison) -> Image.Image:
     """The images that differ most: bundle, reference and their difference, one row each."""
-    shown = _ranked([pair for pair in comparison.images if not pair.itself])
+    shown = ranked([pair for pair in comparison.images if not pair.itself])
     height = LINE + len(shown) * (TILE + LINE + GAP) + GAP
     sheet = Image.new("RGB", (3 * TILE + 4 * GAP, height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -36,7 +36,7 @@ def worst_images(comparison: Comparison) -> Image.Image:
         draw.text((GAP + column * (TILE + GAP), 4), title, fill=INK, font=_font(14))
     for row, (pair, index, size) in enumerate(shown):
         top = LINE + GAP + row * (TILE + LINE + GAP)
-        factor = _amplification(size)
+        factor = amplification(size)
         difference = np.abs(pair.got[index] - pair.expected[index]) * factor
         for column, image in enumerate((pair.got[index], pair.expected[index], difference)):
             sheet.paste(_tile(image), (GAP + column * (TILE + GAP), top))
@@ -104,7 +104,7 @@ def _mark(draw: ImageDraw.ImageDraw, value: float, text: str, colour: tuple[int,
     draw.text((x + 5, y - 4), text, fill=colour, font=_font(12))
 
 
-def _ranked(pairs: Sequence[ImagePair]) -> list[tuple[ImagePair, int, float]]:
+def ranked(pairs: Sequence[ImagePair]) -> list[tuple[ImagePair, int, float]]:
     """The images with the largest difference, each once, where it is worst: pair, index, difference."""
     worst: dict[int, tuple[ImagePair, int, float]] = {}
     for pair in pairs:
@@ -115,7 +115,7 @@ def _ranked(pairs: Sequence[ImagePair]) -> list[tuple[ImagePair, int, float]]:
     return sorted(worst.values(), key=lambda one: -one[2])[:SHOWN_IMAGES]
 
 
-def _amplification(size: float) -> float:
+def amplification(size: float) -> float:
     """The factor, of one digit, that makes a difference of `size` nearly white and keeps it below one."""
     if not math.isfinite(size) or size <= 0.0:
         return 1.0

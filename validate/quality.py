@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ddexport.recipe import Recipe
     from validate.features.digits import DigitJudge
     from validate.image_sets import ImageRow, Models
-    from validate.metrics.frechet import Float64Array, PixelComponents
+    from validate.quality_measures import Float64Array, PixelComponents
 
 REFERENCE_CHUNK = 1000  # images a chunk for the Frechet distance, and a side for precision and recall
 NEIGHBOURS = 3
@@ -54,7 +54,7 @@ class Gauge:
 
     def __init__(self, judge: DigitJudge, data: DataSet) -> None:
         from validate.image_sets import as_pixels
-        from validate.metrics.frechet import PixelComponents
+        from validate.quality_measures import PixelComponents
 
         self.judge = judge
         images = (data.train.images() + 1) / 2
@@ -72,7 +72,8 @@ class Gauge:
         import numpy as np
 
         from validate.image_sets import as_pixels
-        from validate.metrics.frechet import chunked_frechet, precision_recall, within_class_variance
+        from validate.metrics.precision_recall import precision_recall
+        from validate.quality_measures import chunked_frechet, within_class_variance
 
         read = self.judge.read(row.images * 2 - 1)
         features = read.features.numpy() / self.scale
@@ -155,21 +156,19 @@ def table(results: dict[str, list[Quality]]) -> str:
     return "\n".join(lines)
 
 
-def judge_path() -> Path:
-    """Where the judge's weights ship."""
-    from importlib import resources
-
-    from validate.features.digits import FILE
-
-    return Path(str(resources.files("recipes") / "weights" / FILE))
-
-
 def _train_judge(data: DataSet) -> None:
-    from validate.features.digits import EPOCHS, held_out_accuracy, save_judge, train_judge
+    from validate.features.digits import (
+        EPOCHS,
+        feature_scale,
+        held_out_accuracy,
+        judge_path,
+        save_judge,
+        train_judge,
+    )
 
     with console.stage("training the judge"), console.progress(EPOCHS, "epochs") as bar:
         judge = train_judge(data, on_epoch=lambda epoch, accuracy: bar.advance())
-    save_judge(judge, judge_path())
+    save_judge(judge, judge_path(), feature_scale(judge, data))
     click.echo(
         f"{judge_path()}: {held_out_accuracy(judge, data):.1%} of the held-out digits read right", err=True
     )
@@ -193,7 +192,7 @@ def _run(
 ) -> dict[str, Any]:
     from ddexport.distill.data import load_data
     from ddexport.distill.settings import distill_settings
-    from validate.features.digits import held_out_accuracy, load_judge
+    from validate.features.digits import held_out_accuracy, judge_path, load_judge
     from validate.image_sets import load_models
     from validate.map_check import check_map
     from validate.quality_grid import write_grid

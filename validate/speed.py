@@ -7,7 +7,9 @@ that a busy machine slows all of it alike; each figure is the median over the ro
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -36,6 +38,15 @@ class Timing:
     image: dict[int, float]
 
 
+@dataclass(frozen=True)
+class Way:
+    """A way to draw: its passes of a network, and noise (B, L, Cv), labels (B,) -> sequences (B, L, Cv)."""
+
+    name: str
+    passes: int
+    sequences: Callable[[Tensor, Tensor], Tensor]
+
+
 def few_steps(models: Models, known: tuple[int, ...], noise: Tensor, labels: Tensor) -> Tensor:
     """The student's sequences (B, L, Cv) as a bundle computes them; `known` as in a recipe's schedule."""
     import torch
@@ -49,43 +60,60 @@ def few_steps(models: Models, known: tuple[int, ...], noise: Tensor, labels: Ten
 
 def measure_speed(models: Models, batches: list[int], rounds: int) -> list[Timing]:
     """Teacher, and every schedule of the recipe from the longest on."""
+    return time_ways(models, [teacher_way(models), *student_ways(models)], batches, rounds)
+
+
+def teacher_way(models: Models) -> Way:
+    """The teacher, AR step by AR step, as its pairs were drawn."""
     import torch
 
     from ddexport.distill.teacher import at_random, draw
 
-    sequence, pairs, tokenizer = models.recipe.sequence, models.pairs, models.tokenizer
+    pairs, tokenizer = models.pairs, models.tokenizer
     choose = at_random(torch.Generator().manual_seed(0))
-    ways = {"teacher": len(tokenizer.starts) - 1}
-    known = {f"student, {steps}": schedule.known for steps, schedule in models.recipe.schedules.items()}
-    ways |= {name: len(known[name]) for name in sorted(known, reverse=True)}
-    models.student.tabulate()
 
-    def sequence_by(name: str, noise: Tensor, labels: Tensor) -> Tensor:
-        if name in known:
-            return few_steps(models, known[name], noise, labels)
+    def sequences(noise: Tensor, labels: Tensor) -> Tensor:
         drawn = draw(models.teacher, tokenizer, labels, choose, pairs.guidance, pairs.top_k)
         embedded: Tensor = tokenizer.embed(drawn)
         return embedded
 
-    network: dict[str, dict[int, float]] = {name: {} for name in ways}
-    image: dict[str, dict[int, float]] = {name: {} for name in ways}
+    return Way("teacher", len(tokenizer.starts) - 1, sequences)
+
+
+def student_ways(models: Models) -> list[Way]:
+    """The student in every schedule, the longest first, with the tables that a bundle has."""
+    models.student.tabulate()
+    known = {f"student, {steps}": schedule.known for steps, schedule in models.recipe.schedules.items()}
+    return [
+        Way(name, len(known[name]), partial(few_steps, models, known[name]))
+        for name in sorted(known, reverse=True)
+    ]
+
+
+def time_ways(models: Models, ways: list[Way], batches: list[int], rounds: int) -> list[Timing]:
+    """Times all ways in turn, round after round, each with the decoder behind it."""
+    import torch
+
+    sequence = models.recipe.sequence
+    network: dict[str, dict[int, float]] = {way.name: {} for way in ways}
+    image: dict[str, dict[int, float]] = {way.name: {} for way in ways}
     with torch.inference_mode():
         for batch in batches:
             labels = torch.arange(batch) % models.recipe.classes
             noise = torch.randn(batch, sequence.length, sequence.width)
-            spent: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+            spent: dict[str, list[tuple[float, float]]] = {way.name: [] for way in ways}
             for number in range(rounds + 1):
-                for name in ways:
+                for way in ways:
                     start = time.perf_counter()
-                    drawn = sequence_by(name, noise, labels)
+                    drawn = way.sequences(noise, labels)
                     middle = time.perf_counter()
-                    tokenizer(drawn)
+                    models.tokenizer(drawn)
                     if number:  # the first round warms up
-                        spent[name].append((middle - start, time.perf_counter() - start))
+                        spent[way.name].append((middle - start, time.perf_counter() - start))
             for name, times in spent.items():
                 network[name][batch] = median(t for t, _ in times) * 1000 / batch
                 image[name][batch] = median(t for _, t in times) * 1000 / batch
-    return [Timing(name, passes, network[name], image[name]) for name, passes in ways.items()]
+    return [Timing(way.name, way.passes, network[way.name], image[way.name]) for way in ways]
 
 
 def table(timings: list[Timing]) -> str:

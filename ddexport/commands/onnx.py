@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ddexport.precision.policy import FLOAT32, PRECISIONS
 from runtime import console
 
 EPILOG = """
@@ -14,9 +15,21 @@ Examples:
   ddexport onnx --model digits-var
   ddexport onnx --model var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
   ddexport onnx --model var-d16 --random-weights 0 -o build/var-d16-random
+  ddexport onnx --model digits-var --precision fp32,fp16,bf16
+  ddexport onnx --model digits-var --precision fp16 --keep-fp32 'blocks.3.*' -o build/mixed
 """
 
 existing = click.Path(path_type=Path)
+
+
+def _named_precisions(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in value.split(","))
+    for name in names:
+        if name not in PRECISIONS:
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(PRECISIONS)}.")
+        if names.count(name) > 1:
+            raise click.BadParameter(f"{name} is named twice.")
+    return names
 
 
 @click.command("onnx", cls=console.Command, epilog=EPILOG)
@@ -31,7 +44,11 @@ existing = click.Path(path_type=Path)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The bundle directory. [default: build/NAME]"
 )
-@click.option("--opset", type=int, help="ONNX opset. [default: 20]")
+@click.option("--precision", "precisions", default=FLOAT32, show_default=True, metavar="NAME,...",
+              callback=_named_precisions, help=f"One or several of {', '.join(PRECISIONS)}.")  # fmt: skip
+@click.option("--keep-fp32", multiple=True, metavar="PATTERN",
+              help="Modules that stay float32 in half graphs, as 'blocks.3.*'. Repeatable.")  # fmt: skip
+@click.option("--opset", type=int, help="ONNX opset. [default: 20; bf16: 22]")
 @click.option("--force", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @console.debug_option
@@ -42,6 +59,8 @@ def command(
     weights: str,
     random_weights: int | None,
     output: Path | None,
+    precisions: tuple[str, ...],
+    keep_fp32: tuple[str, ...],
     opset: int | None,
     force: bool,
     as_json: bool,
@@ -52,13 +71,16 @@ def command(
     bundle.
     """
     files = {role: path for role, path in (("student", checkpoint), ("tokenizer", vae)) if path is not None}
+    if keep_fp32 and precisions == (FLOAT32,):
+        raise click.UsageError(
+            "--keep-fp32 keeps modules of fp16 and bf16 graphs: ask for one with --precision"
+        )
     if files and random_weights is not None:
         raise click.UsageError(
             "--random-weights takes the place of --checkpoint and --vae: give one or the other"
         )
     _require_export_extra()
     from ddexport.bundle import WeightRequest, export_bundle
-    from ddexport.graph.to_onnx import DEFAULT_OPSET
     from ddexport.recipe import load_recipe
 
     recipe = load_recipe(model)
@@ -66,7 +88,9 @@ def command(
         recipe,
         output or Path("build") / recipe.name,
         WeightRequest(files, weights, random_weights),
-        opset=DEFAULT_OPSET if opset is None else opset,
+        precisions=precisions,
+        keep_fp32=keep_fp32,
+        opset=opset,
         force=force,
         stage=console.stage,
     )
@@ -83,7 +107,7 @@ def command(
     worst = max(exported.agreement, key=lambda a: a.error / a.limit)
     click.echo(f"{exported.path}: {recipe.title}")
     for graph in exported.manifest.graphs:
-        click.echo(f"  {graph.file:14} {sum(f.bytes for f in graph.files) / 2**20:9.1f} MiB")
+        click.echo(f"  {graph.file:18} {sum(f.bytes for f in graph.files) / 2**20:9.1f} MiB")
     click.echo(f"  largest difference from PyTorch {worst.error:.1e} ({worst.role} {worst.output}, relative)")
     if exported.manifest.weights.kind == "random":
         click.echo(f"  random weights, seed {exported.manifest.weights.seed}: the images mean nothing")

@@ -102,13 +102,15 @@ class Attention(nn.Module):
         H = self.heads
         qk, v = self.qkv(x).view(B, N, 3 * H, -1).transpose(1, 2).split([2 * H, H], dim=1)
         first, second = qk.chunk(2, dim=-1)
-        q, k = (qk * turn[0] + torch.cat([second, first], dim=-1) * turn[1]).chunk(2, dim=1)
+        # The rotation is an island: its float32 table is rounded once, with the result.
+        qk = (qk * turn[0] + torch.cat([second, first], dim=-1) * turn[1]).to(v.dtype)
+        q, k = qk.chunk(2, dim=1)
         if isinstance(cache, LayerCache):
             k, v = cache.extend(k, v)
         if isinstance(cache, ExplicitCache):
             x = cache.attend(q, k, v, mask)
         else:
-            x = (q @ k.transpose(-2, -1) + mask).softmax(-1) @ v
+            x = (q @ k.transpose(-2, -1) + mask.to(q.dtype)).softmax(-1) @ v
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 

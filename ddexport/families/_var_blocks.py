@@ -55,12 +55,14 @@ class Attention(nn.Module):
     ) -> Tensor:
         # x [B, N, C]; mask [N, N] additive, or None to see every position
         B, N, C = x.shape
-        bias = torch.cat([self.q_bias, self.no_bias, self.v_bias])
-        q, k, v = (
-            F.linear(x, self.qkv.weight, bias).view(B, N, 3 * self.heads, -1).transpose(1, 2).chunk(3, dim=1)
-        )
+        weight = self.qkv.weight
+        bias = torch.cat([self.q_bias, self.no_bias, self.v_bias]).to(weight.dtype)
+        qkv = F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+        q, k, v = qkv.view(B, N, 3 * self.heads, -1).transpose(1, 2).chunk(3, dim=1)
         scale = self.log_scale.clamp(max=MAX_LOG_SCALE).exp().view(-1, 1, 1)
-        q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
+        # Unit length is an island: a sum of squares in half overflows, and its root scales every score.
+        q, k = F.normalize(q.float(), dim=-1) * scale, F.normalize(k.float(), dim=-1)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if isinstance(cache, LayerCache):
             k, v = cache.extend(k, v)
         if isinstance(cache, ExplicitCache):
@@ -68,7 +70,7 @@ class Attention(nn.Module):
         elif mask is None:
             x = F.scaled_dot_product_attention(q, k, v, scale=1.0)
         else:  # with a mask the fused kernel is the slower one on a CPU
-            x = (q @ k.transpose(-2, -1) + mask).softmax(-1) @ v
+            x = (q @ k.transpose(-2, -1) + mask.to(q.dtype)).softmax(-1) @ v
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 

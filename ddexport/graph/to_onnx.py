@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from runtime.errors import DDError
 
 DEFAULT_OPSET = 20
 OPSETS = range(18, 24)
+FIRST_OPSETS = {"bf16": 22}  # the first whose Conv takes bfloat16
 EXTERNAL_DATA_FROM = 1 << 30  # bytes; one protobuf message holds at most 2 GiB
 LARGEST_BATCH = 1 << 16
 
@@ -66,10 +67,19 @@ def onnx_from_module(
     return [path, path.with_name(path.name + ".data")] if external else [path]
 
 
-def check_opset(opset: int) -> None:
-    """Raises `ExportError` if graphs of this opset cannot be made."""
+def check_opset(opset: int, precisions: Iterable[str] = ()) -> None:
+    """Raises `ExportError` if graphs of this opset cannot be made, or not in one of the precisions."""
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported", f"use {OPSETS.start} to {OPSETS.stop - 1}")
+    for precision in precisions:
+        first = FIRST_OPSETS.get(precision, opset)
+        if opset < first:
+            raise ExportError(f"opset {opset} has no convolution in {precision}", f"use {first} or later")
+
+
+def default_opset(precision: str) -> int:
+    """The opset of a graph where none is asked for."""
+    return max(DEFAULT_OPSET, FIRST_OPSETS.get(precision, DEFAULT_OPSET))
 
 
 def check_onnx(path: Path) -> None:

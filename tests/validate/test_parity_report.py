@@ -99,7 +99,7 @@ def test_worst_images_come_first_each_once(toy, run):
     damaged = end.got.copy()
     damaged[2] = 1.0 - damaged[2]
     changed = Comparison(comparison.students, [dataclasses.replace(end, got=damaged), *comparison.images[2:]])
-    ranked = pictures._ranked([pair for pair in changed.images if not pair.itself])
+    ranked = pictures.ranked([pair for pair in changed.images if not pair.itself])
     assert ranked[0][1] == 2
     assert sorted(index for _, index, _ in ranked) == [0, 1, 2, 3]
 
@@ -128,6 +128,6 @@ def test_the_margin_plot_marks_differing_tokens(toy, run, limits):
 
 @pytest.mark.parametrize("size", [0.0, 1e-9, 0.3, 1.0, np.inf])
 def test_the_amplification_keeps_the_difference_in_range(size):
-    factor = pictures._amplification(size)
+    factor = pictures.amplification(size)
     assert factor >= 1
     assert not np.isfinite(size) or size * factor <= 1

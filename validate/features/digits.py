@@ -1,26 +1,34 @@
 """The judge of the embedded digit model: a small convolutional classifier of real 32 x 32 digits.
 
 It is trained on the real training digits alone and has seen neither generated images nor the held-out digits.
-Its 64 features before the last layer are what the Frechet distance and precision and recall of `validate
-quality` measure. The weights ship as `recipes/weights/digits-classifier.safetensors`; `python -m validate
-quality digits-var --train-judge` trains them again.
+Its 64 features before the last layer, each in units of its standard deviation over the real training digits,
+are what the Frechet distance and precision and recall measure: the size of a classifier's features is an
+accident of its training, and without that unit the distances would depend on it. The weights ship as
+`recipes/weights/digits-classifier.safetensors`, with the units in its metadata; `python -m validate quality
+digits-var --train-judge` trains them again.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ddexport.distill.augment import random_affine
 from ddexport.distill.data import DataSet
 from runtime.errors import DDError
+from validate.features._base import ByteImages, Extractor, FeatureError, Readings, digest_of_arrays
 
 FILE = "digits-classifier.safetensors"
+SIDE, FEATURES, CLASSES = 32, 64, 10
+TRAIN_IT = "train it: python -m validate quality digits-var --train-judge"
 WIDTHS = (32, 32, 64, 64, 128, 64)
 STRIDES = (1, 2, 1, 2, 1, 2)
 EPOCHS, BATCH, RATE, SEED = 30, 64, 3e-3, 2024
@@ -63,6 +71,67 @@ class DigitJudge(nn.Module):
             return Reading(self.head(features).argmax(1), features.double())
 
 
+class DigitFeatures(Extractor):
+    """The judge as a feature extractor: 64 features in units of their spread over real digits, 10 classes."""
+
+    name = "digits"
+    width = FEATURES
+    classes = CLASSES
+
+    def __init__(self, judge: DigitJudge, scale: Tensor) -> None:
+        """judge in eval mode; scale (64,) float64, the unit of each feature."""
+        self.judge = judge
+        self.scale = scale
+        state = {key: value.numpy() for key, value in judge.state_dict().items() if "num_batches" not in key}
+        self.identity = f"digits:{digest_of_arrays({**state, 'scale': scale.numpy()}.items())}"
+
+    @classmethod
+    def load(cls, weights: Path | None) -> DigitFeatures:
+        """From a file that `--train-judge` wrote, or the one that ships."""
+        path = weights or judge_path()
+        return cls(load_judge(path), load_scale(path))
+
+    def _read(self, images: ByteImages) -> Readings:
+        if images.shape[1:3] != (SIDE, SIDE):
+            raise FeatureError(
+                f"the features 'digits' are of images of {SIDE} x {SIDE}, but these are of"
+                f" {images.shape[2]} x {images.shape[1]}",
+                "Choose other features: --features inception --features-weights FILE.",
+            )
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        with torch.no_grad():
+            features = self.judge.features(pixels.mean(1, keepdim=True))
+            probabilities = self.judge.head(features).softmax(1)
+        return Readings((features.double() / self.scale).float().numpy(), probabilities.numpy())
+
+
+EXTRACTOR = DigitFeatures
+
+
+def judge_path() -> Path:
+    """Where the judge's weights ship."""
+    return Path(str(resources.files("recipes") / "weights" / FILE))
+
+
+def feature_scale(judge: DigitJudge, data: DataSet) -> Tensor:
+    """The standard deviation of each feature over the real training digits: (64,) float64."""
+    return judge.read(data.train.images()).features.std(0, correction=0)
+
+
+def load_scale(path: Path) -> Tensor:
+    """The units of the features: (64,) float64. Raises DDError if the file does not state them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            scale = torch.tensor(json.loads((file.metadata() or {})["scale"]), dtype=torch.float64)
+        if scale.shape != (FEATURES,) or not (scale.isfinite() & (scale > 0)).all():
+            raise ValueError("no positive number for each feature")
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DDError(f"{path} does not state the units of the judge's features", TRAIN_IT) from error
+    return scale
+
+
 def load_judge(path: Path) -> DigitJudge:
     """The trained judge, in eval mode. Raises DDError when the file is missing or not a judge's."""
     from safetensors import SafetensorError
@@ -73,21 +142,20 @@ def load_judge(path: Path) -> DigitJudge:
         state = load_file(path)
         judge.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
     except (FileNotFoundError, SafetensorError, RuntimeError) as error:
-        raise DDError(
-            f"{path} does not hold the digit classifier",
-            "train it: python -m validate quality digits-var --train-judge",
-        ) from error
+        raise DDError(f"{path} does not hold the digit classifier", TRAIN_IT) from error
     judge.eval()
     return judge
 
 
-def save_judge(judge: DigitJudge, path: Path) -> None:
-    """Write the weights as float16. `judge` should hold float16-exact values, see `round_to_half`."""
+def save_judge(judge: DigitJudge, path: Path, scale: Tensor) -> None:
+    """Write the weights as float16, and `scale` (64,) float64 exactly. `judge` should hold float16-exact
+    values, see `round_to_half`.
+    """
     from safetensors.torch import save_file
 
     state = {k: v.half().contiguous() for k, v in judge.state_dict().items() if "num_batches" not in k}
     partial = path.with_name(path.name + ".partial")
-    save_file(state, partial)
+    save_file(state, partial, {"scale": json.dumps(scale.tolist())})
     partial.replace(path)
 
 

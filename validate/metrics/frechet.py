@@ -1,108 +1,167 @@
-"""Distances between two sets of images in some feature space: Frechet, within-class spread, precision and
-recall.
+"""Frechet distance of Gaussian fits to two sets of features: FID, where these are Inception's.
 
-Used by `validate quality`; a bundle's parity does not involve them.
+Source: Heusel et al., arXiv 1706.08500. The published scripts take the square root of an unsymmetric matrix,
+which may fail, or return complex numbers; here are only eigenvalues of symmetric matrices.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from runtime.errors import DDError
+from validate.bootstrap import LEVEL, RESAMPLES, Figure, figure
+from validate.statistics import Gaussian, GaussianFit, GroupedMoments, TooFewSamples
+
 Float64Array: TypeAlias = npt.NDArray[np.float64]
-IntArray: TypeAlias = npt.NDArray[np.int64]
 
 
-class Moments(NamedTuple):
-    """Mean (D,) and covariance (D, D) of a set of features, float64."""
-
-    mean: Float64Array
-    covariance: Float64Array
-
-
-def moments(features: Float64Array) -> Moments:
-    """Of features (N, D), N >= 2; the covariance is the unbiased one."""
-    features = np.asarray(features, dtype=np.float64)
-    return Moments(features.mean(0), np.atleast_2d(np.cov(features, rowvar=False)))
+def gaussian_fit(features: npt.NDArray[np.floating[Any]]) -> Gaussian:
+    """Mean and unbiased covariance of features (N, D), N >= 2, in float64."""
+    rows = np.asarray(features, dtype=np.float64)
+    return Gaussian(rows.mean(0), np.atleast_2d(np.cov(rows, rowvar=False)), len(rows))
 
 
-def frechet_distance(a: Moments, b: Moments) -> float:
+def require_samples(fit: GaussianFit, allow_few: bool = False) -> None:
+    """Raises TooFewSamples if the covariance cannot have full rank: N <= D. Below two it never is allowed."""
+    width = len(fit.mean)
+    if fit.count is not None and fit.count <= (1 if allow_few else width):
+        raise TooFewSamples(
+            f"{fit.count} images do not determine a Frechet distance in {width} features",
+            f"Draw {2 if allow_few else width + 1} at least; the published figures are for 50,000."
+            + ("" if allow_few else " --allow-few measures all the same: such figures compare with nothing."),
+        )
+
+
+def frechet_distance(a: GaussianFit, b: GaussianFit, *, allow_few: bool = False) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)): squared 2-Wasserstein distance of two Gaussians.
 
-    tr (A B)^(1/2) is the sum of the square roots of the eigenvalues of A^(1/2) B A^(1/2), which is symmetric:
-    no square root of an unsymmetric matrix is needed, and no complex parts have to be thrown away.
-    Eigenvalues that rounding made negative count as 0. Source: Heusel et al., arXiv 1706.08500.
+    Args:
+        a, b: mean (D,), covariance (D, D), float64.
+        allow_few: take covariances of D images or fewer, which have no full rank.
+
+    Raises:
+        TooFewSamples: N <= D for one of the sets, without `allow_few`.
+        DDError: numbers that are not finite.
     """
-    values, vectors = np.linalg.eigh(a.covariance)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    inner = root @ b.covariance @ root
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh((inner + inner.T) / 2), 0, None)).sum()
-    shift = a.mean - b.mean
-    return float(shift @ shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+    require_samples(a, allow_few)
+    return FrechetTo(b, allow_few=allow_few).distance(a)
 
 
-def chunked_frechet(features: Float64Array, real: Float64Array, chunk: int = 1000) -> float:
-    """Mean Frechet distance to `real` of random chunks of `features` (N, D).
+class FrechetTo:
+    """The distance to one reference, whose share of the work is done once.
 
-    The distance is biased upwards in small sets, so that sets of different size cannot be compared: every
-    figure here is for chunks of one size. The rows are permuted first (always in the same way), or a set
-    ordered by class would be cut into chunks of few classes. Rows that do not fill a chunk are left out; a
-    set smaller than one chunk is one.
+    With A = F F^T and B = G G^T, tr (A B)^(1/2) is the sum of the square roots of the eigenvalues of the
+    symmetric (F^T G)(F^T G)^T. The factors leave out the eigenvalues that are rounding errors of the zeros of
+    a covariance without full rank. Rounded zeros are the one danger here: 1e-16 is nothing, its root 1e-8.
     """
-    order = np.random.default_rng(0).permutation(len(features))
-    chunk = min(chunk, len(features))
-    reference = moments(real)
-    starts = range(0, len(features) - chunk + 1, chunk)
-    return float(
-        np.mean([frechet_distance(moments(features[order[i : i + chunk]]), reference) for i in starts])
-    )
+
+    def __init__(self, reference: GaussianFit, *, allow_few: bool = False) -> None:
+        """Raises as `frechet_distance` does."""
+        require_samples(reference, allow_few)
+        self.mean = reference.mean
+        self.covariance = reference.covariance
+        _check_finite(self.mean, self.covariance)
+
+    @cached_property
+    def _factor(self) -> Float64Array:
+        return _symmetric_factor(self.covariance)
+
+    def distance(self, other: GaussianFit) -> float:
+        """To the reference; the check for too few images is the caller's."""
+        covariance = other.covariance
+        _check_finite(other.mean, covariance)
+        product = _symmetric_factor(covariance).T @ self._factor
+        gram = product @ product.T if product.shape[0] <= product.shape[1] else product.T @ product
+        return self._sum(other.mean, covariance, gram)
+
+    def rough_distance(self, other: GaussianFit) -> float:
+        """The same with one decomposition in place of two: without full rank right to about 1e-5 of the
+        traces only, which is enough for the width of an interval.
+        """
+        covariance = other.covariance
+        return self._sum(other.mean, covariance, self._factor.T @ covariance @ self._factor)
+
+    def _sum(self, mean: Float64Array, covariance: Float64Array, gram: Float64Array) -> float:
+        values = np.linalg.eigvalsh((gram + gram.T) / 2) if gram.size else np.zeros(1)
+        cross = np.sqrt(np.clip(values, 0, None)).sum()
+        shift = mean - self.mean
+        total = float(shift @ shift + np.trace(covariance) + np.trace(self.covariance) - 2 * cross)
+        return max(total, 0.0)  # of equal sets: rounding
 
 
-class PixelComponents:
-    """Principal components of real images: a feature space that no classifier has shaped."""
+def frechet_figure(
+    groups: GroupedMoments,
+    reference: GaussianFit,
+    *,
+    allow_few: bool = False,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> Figure:
+    """The distance of all groups together to `reference`, with its bootstrap interval over the groups.
 
-    def __init__(self, pixels: Float64Array, count: int = 64) -> None:
-        """Fit to pixels (N, P) with N > count."""
-        self.mean, covariance = moments(pixels)
-        self.basis = np.linalg.eigh(covariance)[1][:, ::-1][:, :count]
-
-    def __call__(self, pixels: Float64Array) -> Float64Array:
-        """pixels (N, P) -> coordinates (N, count)."""
-        return np.asarray((pixels - self.mean) @ self.basis, dtype=np.float64)
-
-
-def within_class_variance(features: Float64Array, labels: IntArray) -> float:
-    """Mean over the classes of the total variance (summed over D) inside the class; features (N, D), labels
-    (N,).
+    The interval is that of the distance at this number of images, with the reference held fixed. Raises as
+    `frechet_distance`, and TooFewSamples for fewer than two groups with images.
     """
-    spreads = [
-        features[labels == c].var(0, ddof=1).sum() for c in np.unique(labels) if (labels == c).sum() > 1
-    ]
-    return float(np.mean(spreads))
+    total = groups.total()
+    require_samples(total, allow_few)
+    if sum(group.count > 0 for group in groups.groups) < 2:
+        raise TooFewSamples("a bootstrap interval needs two groups of images at least", "Draw more images.")
+    to_reference = FrechetTo(reference, allow_few=allow_few)
+    rng = np.random.default_rng(seed)
+    drawn = [to_reference.rough_distance(groups.resample(rng)) for _ in range(resamples)]
+    value = to_reference.distance(total)
+    centred = np.asarray(drawn) - to_reference.rough_distance(total) + value
+    return figure(value, centred, level)
 
 
-def precision_recall(generated: Float64Array, real: Float64Array, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991) of features (N, D), (M, D).
+def frechet_difference(
+    a: GroupedMoments,
+    b: GroupedMoments,
+    reference: GaussianFit,
+    *,
+    allow_few: bool = False,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
+) -> Figure:
+    """Distance of `a` to the reference minus that of `b`, for sets of the same labels and noise.
 
-    A set's manifold is the union of the balls around its points that reach to their k-th neighbour. Precision
-    is the share of generated points in the real manifold, recall that of real points in the generated one.
-    Both sets should be of similar size: a larger one has smaller balls.
+    Both are resampled in step, so that what they have in common does not widen the interval: it is far
+    narrower than the intervals of the two distances. Raises as `frechet_figure`, and ValueError if the groups
+    do not hold the same images.
     """
-    across = squared_distances(generated, real)
-    precision = (across <= _radii(real, k)[None, :]).any(1).mean()
-    recall = (across <= _radii(generated, k)[:, None]).any(0).mean()
-    return float(precision), float(recall)
+    if [group.count for group in a.groups] != [group.count for group in b.groups]:
+        raise ValueError("the two sets are not of the same images")
+    totals = a.total(), b.total()
+    require_samples(totals[0], allow_few)
+    to_reference = FrechetTo(reference, allow_few=allow_few)
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(resamples):
+        times = a.multiplicities(rng)
+        drawn.append(
+            to_reference.rough_distance(a.weighted(times)) - to_reference.rough_distance(b.weighted(times))
+        )
+    value = to_reference.distance(totals[0]) - to_reference.distance(totals[1])
+    rough = to_reference.rough_distance(totals[0]) - to_reference.rough_distance(totals[1])
+    return figure(value, np.asarray(drawn) - rough + value, level)
 
 
-def squared_distances(a: Float64Array, b: Float64Array) -> Float64Array:
-    """(N, D), (M, D) -> (N, M)."""
-    return np.asarray(np.clip((a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T, 0, None))
+def _symmetric_factor(covariance: Float64Array) -> Float64Array:
+    """F (D, r) with F F^T = covariance, r its numerical rank."""
+    values, vectors = np.linalg.eigh(covariance)
+    kept = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
+    return np.asarray(vectors[:, kept] * np.sqrt(values[kept]))
 
 
-def _radii(points: Float64Array, k: int) -> Float64Array:
-    """Squared distance of each point to its k-th neighbour, itself not counted."""
-    distances = squared_distances(points, points)
-    np.fill_diagonal(distances, -1.0)  # first in the order, whatever rounding says
-    return np.asarray(np.partition(distances, k, axis=1)[:, k], dtype=np.float64)
+def _check_finite(*arrays: Float64Array) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise DDError(
+            "a mean or covariance is not finite, so there is no Frechet distance",
+            "The statistics file or the images are damaged.",
+        )

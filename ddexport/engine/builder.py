@@ -1,0 +1,220 @@
+"""One graph in, one plan out: the same code for TensorRT 10 and 11 and TensorRT-RTX."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddexport.engine.callbacks import Log, Tracker, logger_to, monitor_to
+from ddexport.engine.checks import check_targets, wanted_flags
+from ddexport.engine.module import TensorRT
+from ddexport.engine.network import (
+    by_type,
+    check_contract,
+    check_precision,
+    layers_of_network,
+    layers_of_onnx,
+)
+from ddexport.engine.options import BuildOptions
+from runtime.engines import DEFAULT_TARGET, Profile
+from runtime.errors import DDError
+from runtime.manifest import Graph
+
+Stage = Callable[[str], AbstractContextManager[None]]
+Report = Callable[[float], None]
+"""Told the share of a build that is done, from 0 to 1."""
+
+CHUNK = 1 << 24
+_HINTS = (
+    ("workspace", "give the builder more scratch memory: leave --workspace out, or --workspace 4GB"),
+    ("CUDA_SUCCESS", "this build needs a GPU with its driver: build on the target machine"),
+    ("cudaError 35", "this build needs a GPU with its driver: build on the target machine"),
+    ("out of memory", "the GPU is out of memory: use a smaller --batch or --workspace, or free the GPU"),
+)
+
+
+class BuildError(DDError):
+    """TensorRT could not build an engine, or logged an error while it did."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan on disk: its hash and size, the layers that compute by type, and the seconds it took."""
+
+    sha256: str
+    bytes: int
+    layers: Mapping[str, int]
+    seconds: float
+
+
+def build_plan(
+    trt: TensorRT,
+    root: Path,
+    graph: Graph,
+    options: BuildOptions,
+    targets: tuple[str, ...],
+    destination: Path,
+    stage: Stage,
+    progress: Callable[[str], AbstractContextManager[Report]],
+) -> Plan:
+    """Builds the engine of a graph of the bundle `root` and writes its plan to `destination`.
+
+    `options` and `targets` must have passed `check_options`. Ctrl-C stops the build and raises
+    KeyboardInterrupt; nothing useful is at `destination` then.
+
+    Raises:
+        VerificationError: the network has other types than asked for, or not the contract's tensors.
+        OptionError: a target cannot run the graph.
+        BuildError: TensorRT failed, or logged an error.
+    """
+    start = time.perf_counter()
+    module, record = trt.module, Log()
+    logger = logger_to(module, record)
+    builder = module.Builder(logger)
+    with stage(f"parsing {graph.file}"):
+        flags = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = builder.create_network(flags)
+        parser = module.OnnxParser(network, logger)  # owns weights: must outlive the build
+        _parse(parser, root / graph.file, record)
+        in_graph, in_network = layers_of_onnx(root / graph.file), layers_of_network(network)
+        check_precision(graph, in_graph, in_network)
+        check_contract(graph, network)
+        check_targets(targets, in_network)
+    config = builder.create_builder_config()
+    _configure(module, config, options, targets)
+    for profile in options.profiles:
+        _add_profile(builder, config, graph, profile)
+    cache = _timing_cache(config, options)
+    _require_clean(record, graph)
+    name = f"{graph.role} {graph.precision} with {trt}"
+    with stage(f"building {name}"), progress(name) as report:
+        serialized = _run(module, builder, network, config, report)
+        if serialized is None or not serialized.nbytes:
+            _require_clean(record, graph)
+            raise BuildError(f"TensorRT built no engine of {graph.file}, and did not say why", "try --debug")
+    _require_clean(record, graph)
+    del network, parser  # gigabytes
+    with stage(f"writing {destination.name.lstrip('.').split('.partial')[0]}"):
+        sha256 = _write(memoryview(serialized), destination)
+    if cache is not None and options.timing_cache is not None:
+        _save_timing_cache(config, options.timing_cache)
+    return Plan(sha256, serialized.nbytes, by_type(in_network), time.perf_counter() - start)
+
+
+def _parse(parser: Any, path: Path, record: Log) -> None:
+    if parser.parse_from_file(str(path)) and not record.errors:
+        return
+    errors = [parser.get_error(index).desc() for index in range(parser.num_errors)] or record.errors
+    raise BuildError(
+        f"TensorRT cannot read {path.name}: {_short(errors[0]) if errors else 'no reason given'}",
+        "the graph may use an operator that this TensorRT lacks: try --debug, or a newer TensorRT",
+    )
+
+
+def _configure(module: Any, config: Any, options: BuildOptions, targets: tuple[str, ...]) -> None:
+    config.clear_flag(module.BuilderFlag.TF32)  # on by default
+    for flag in wanted_flags(options):
+        config.set_flag(getattr(module.BuilderFlag, flag))
+    if options.workspace is not None:
+        config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.hardware is not None:
+        level = options.hardware.replace("+", "_plus").replace("-", "_").upper()
+        config.hardware_compatibility_level = getattr(module.HardwareCompatibilityLevel, level)
+    if hasattr(config, "set_compute_capability") and targets != (DEFAULT_TARGET,):
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            capability = getattr(module.ComputeCapability, target.upper())
+            if not config.set_compute_capability(capability, index):
+                raise BuildError(f"TensorRT refused the target {target}", "leave it out")
+
+
+def _add_profile(builder: Any, config: Any, graph: Graph, profile: Profile) -> None:
+    shapes = builder.create_optimization_profile()
+    for spec in graph.inputs:
+        fixed = tuple(spec.shape[1:])
+        sizes = (profile.minimum, profile.optimum, profile.maximum)
+        shapes.set_shape(spec.name, *((size, *fixed) for size in sizes))
+    if config.add_optimization_profile(shapes) < 0:
+        raise BuildError(f"TensorRT refused the batch sizes {profile}", "try others with --batch")
+
+
+def _run(module: Any, builder: Any, network: Any, config: Any, report: Report) -> Any:
+    """Builds in a thread, so that Ctrl-C arrives here while TensorRT is busy, and can be passed on to it."""
+    tracker = Tracker(report)
+    config.progress_monitor = monitor_to(module, tracker)
+    result: list[Any] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            result.append(builder.build_serialized_network(network, config))
+        except BaseException as error:  # carried over to the caller's thread
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="tensorrt-build")
+    thread.start()
+    while thread.is_alive():
+        try:
+            thread.join(0.2)
+        except KeyboardInterrupt:
+            tracker.cancelled = True  # TensorRT asks at its next step
+    if tracker.cancelled:
+        raise KeyboardInterrupt
+    if failure:
+        raise failure[0]
+    return result[0]
+
+
+def _require_clean(record: Log, graph: Graph) -> None:
+    if not record.errors:
+        return
+    first, more = record.errors[0], len(record.errors) - 1
+    hints = [hint for word, hint in _HINTS if any(word in message for message in record.errors)]
+    raise BuildError(
+        f"TensorRT could not build {graph.file}: {_short(first)}" + (f" (and {more} more)" if more else ""),
+        hints[0] if hints else "all of TensorRT's messages: --debug",
+    )
+
+
+def _short(message: str) -> str:
+    """A TensorRT message without the places in NVIDIA's sources."""
+    text = re.sub(r"\s*In \w+ at \S*/_src/[^)]*", "", " ".join(message.split()))
+    return text if len(text) <= 400 else text[:397] + "..."
+
+
+def _timing_cache(config: Any, options: BuildOptions) -> Any:
+    if options.timing_cache is None:
+        return None
+    old = options.timing_cache.read_bytes() if options.timing_cache.exists() else b""
+    cache = config.create_timing_cache(old)
+    if not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise BuildError(
+            f"{options.timing_cache} is a timing cache of another GPU or version", "use a file for each"
+        )
+    return cache
+
+
+def _save_timing_cache(config: Any, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(bytes(memoryview(config.get_timing_cache().serialize())))
+    partial.replace(path)
+
+
+def _write(content: memoryview, path: Path) -> str:
+    digest = hashlib.sha256()
+    flat = content.cast("B")
+    with path.open("wb") as stream:
+        for start in range(0, len(flat), CHUNK):
+            chunk = flat[start : start + CHUNK]
+            digest.update(chunk)
+            stream.write(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,147 @@
+"""What a network must have: the types that were asked for, and the contract's inputs and outputs.
+
+TensorRT 11 and TensorRT-RTX compute in the types that the graph states, and TensorRT 10 is told to. So an
+engine has the precision that its graph has, whatever its name says. Hence three readings are compared before
+the build: the precision asked for, the ONNX graph, and the network that TensorRT made of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import VerificationError
+from runtime.manifest import Graph, TensorSpec
+
+TYPE_OF_PRECISION: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+LEAST_SHARE = 0.5
+"""Of the layers that compute, how many must do so in a half precision. The policy of the exporter keeps a few
+matrix products in float32, among them the heads, and never as many as half."""
+
+Layers = Mapping[tuple[str, str], int]
+"""(kind, type) -> number of layers; a kind is `product` or `convolution`."""
+
+_ONNX_KINDS = {
+    "MatMul": "product",
+    "Gemm": "product",
+    "Einsum": "product",
+    "Conv": "convolution",
+    "ConvTranspose": "convolution",
+}
+_NETWORK_KINDS = {
+    "MATRIX_MULTIPLY": "product",
+    "EINSUM": "product",
+    "CONVOLUTION": "convolution",
+    "DECONVOLUTION": "convolution",
+}
+_NETWORK_TYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+}
+_BIG = 1 << 12  # bytes; smaller constants may be shapes, which type inference wants to see
+
+
+def layers_of_onnx(path: Path) -> Layers:
+    """Counts the nodes of a graph that compute, by the type of what they give. Reads no external data."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    for tensor in model.graph.initializer:
+        if len(tensor.raw_data) > _BIG:
+            tensor.raw_data = b""  # inference copies the model, weights and all
+    model = onnx.shape_inference.infer_shapes(model)
+    graph = model.graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+    counts: Counter[tuple[str, str]] = Counter()
+    for node in graph.node:
+        kind = _ONNX_KINDS.get(node.op_type)
+        if kind and node.domain in ("", "ai.onnx"):
+            name = onnx.TensorProto.DataType.Name(types.get(node.output[0], 0)).lower()
+            counts[kind, {"float": "float32"}.get(name, name)] += 1
+    return counts
+
+
+def layers_of_network(network: Any) -> Layers:
+    """Counts the layers of a TensorRT network definition that compute, by type.
+
+    A layer whose operand has another type than its result counts under both names, as `float16/float32`.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        kind = _NETWORK_KINDS.get(layer.type.name)
+        if kind:
+            names = (_type_name(layer.get_input(0).dtype), _type_name(layer.get_output(0).dtype))
+            counts[kind, "/".join(dict.fromkeys(names))] += 1
+    return counts
+
+
+def by_type(layers: Layers) -> dict[str, int]:
+    """The number of layers in each type, whatever their kind, the most frequent first."""
+    total: Counter[str] = Counter()
+    for (_, name), count in layers.items():
+        total[name] += count
+    return dict(total.most_common())
+
+
+def check_precision(graph: Graph, onnx_layers: Layers, network_layers: Layers) -> None:
+    """Raises `VerificationError` unless graph and network compute alike, and in the precision asked for."""
+    asked = TYPE_OF_PRECISION[graph.precision]
+    _check_types(graph, f"the graph {graph.file}", onnx_layers, asked)
+    _check_types(graph, f"TensorRT's network of {graph.file}", network_layers, asked)
+    if onnx_layers != network_layers:
+        raise VerificationError(
+            f"TensorRT did not take over the types of {graph.file}: the graph has {_text(onnx_layers)},"
+            f" the network {_text(network_layers)}",
+            "no engine was built; please report this with the versions that `ddexport doctor` prints",
+        )
+
+
+def _check_types(graph: Graph, where: str, layers: Layers, asked: str) -> None:
+    counts = by_type(layers)
+    allowed = {asked, "float32"}
+    share = counts.get(asked, 0) / max(sum(counts.values()), 1)
+    if not counts or set(counts) - allowed or share < (1.0 if asked == "float32" else LEAST_SHARE):
+        raise VerificationError(
+            f"{graph.precision} was asked for, but {where} computes in {_text(layers)}",
+            f"export that precision again: ddexport onnx --model NAME --precision {graph.precision} --force",
+        )
+
+
+def check_contract(graph: Graph, network: Any) -> None:
+    """Raises `VerificationError` unless names, types and shapes are those of the manifest, int64 included."""
+    sides = (
+        ("input", graph.inputs, (network.get_input(i) for i in range(network.num_inputs))),
+        ("output", graph.outputs, (network.get_output(i) for i in range(network.num_outputs))),
+    )
+    for side, want, tensors in sides:
+        have = [(tensor.name, _type_name(tensor.dtype), tuple(tensor.shape)) for tensor in tensors]
+        expected = [(spec.name, spec.dtype, _shape(spec)) for spec in want]
+        if sorted(have) != sorted(expected):
+            raise VerificationError(
+                f"TensorRT's network of {graph.file} has the {side}s {_tensors(have)},"
+                f" but the contract says {_tensors(expected)}",
+                "the graph is not what the manifest says: export it again",
+            )
+
+
+def _shape(spec: TensorSpec) -> tuple[int, ...]:
+    return tuple(size if isinstance(size, int) else -1 for size in spec.shape)
+
+
+def _type_name(dtype: Any) -> str:
+    return _NETWORK_TYPES.get(dtype.name, str(dtype.name).lower())
+
+
+def _text(layers: Layers) -> str:
+    parts = [f"{count} {kind}s in {name}" for (kind, name), count in sorted(layers.items())]
+    return ", ".join(parts) or "nothing"
+
+
+def _tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> str:
+    return ", ".join(f"{name} {dtype}{list(shape)}" for name, dtype, shape in tensors)
