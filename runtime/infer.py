@@ -20,6 +20,7 @@ import click
 
 from runtime import console
 from runtime.errors import LabelError
+from runtime.options import PROVIDERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +44,8 @@ class Request:
     backend: str = "auto"
     threads: int | None = None
     precision: str | None = None
+    provider: str | None = None
+    device: int | None = None
     noise: Path | None = None
     dump: Path | None = None
     output: str = "out.png"
@@ -66,6 +69,7 @@ class Report:
     steps: int
     seed: int | None
     backend: str
+    provider: str | None
     precision: str
     random_weights: bool
     seconds: dict[str, float]
@@ -73,10 +77,11 @@ class Report:
     def line(self) -> str:
         """The report for people, in one line."""
         times = ", ".join(f"{what} {console.duration(self.seconds[what])}" for what in ("student", "decoder"))
+        engine = ", ".join(part for part in (self.backend, self.provider, self.precision) if part)
         each = console.duration((self.seconds["student"] + self.seconds["decoder"]) / self.images)
         return (
             f"{self.output}: {_count(self.images, 'image')} in {_count(self.steps, 'step')}; "
-            f"{times}, {each} an image; {self.backend}, {self.precision}"
+            f"{times}, {each} an image; {engine}"
         )
 
 
@@ -146,7 +151,15 @@ def draw(request: Request) -> Report:
         )
     start = time.perf_counter()
     with console.stage(f"loading {request.bundle}", keep=False):
-        pipe = load(request.bundle, request.backend, request.threads, request.precision, request.verify)
+        pipe = load(
+            request.bundle,
+            request.backend,
+            request.threads,
+            request.precision,
+            request.verify,
+            provider=request.provider,
+            device=request.device,
+        )
     with pipe:
         loaded = time.perf_counter() - start
         labels = pipe.labels.indices(_chosen(request, own_labels, pipe))
@@ -218,6 +231,7 @@ def _report(
         steps=pipe.manifest.schedule(request.steps).steps,
         seed=None if request.noise else request.seed,
         backend=pipe.backend.name,
+        provider=pipe.backend.provider,
         precision=pipe.precision,
         random_weights=pipe.manifest.weights.kind == "random",
         seconds={"load": loaded, "student": spent.student, "decoder": spent.decoder},
@@ -243,9 +257,13 @@ _SEED = click.IntRange(0, 2**64 - 1)
 @click.option(
     "-n", "--num-images", type=_POSITIVE, metavar="N", default=1, help="Images a label.  [default: 1]"
 )
-@click.option("--backend", metavar="NAME", default="auto", help="The engine.  [default: the best installed]")
-@click.option("--threads", type=_POSITIVE, metavar="N", help="Of the engine.  [default: its own choice]")
-@click.option("--precision", metavar="NAME", help="Which graphs of the bundle.  [default: its first]")
+@click.option("--backend", metavar="NAME", default="auto", help="The engine.  [default: the best that fits]")
+@click.option("--provider", type=click.Choice(PROVIDERS), help="Of ONNX Runtime.  [default: the best]")
+@click.option("--device", type=click.IntRange(min=0), metavar="N", help="Which GPU.  [default: 0]")
+@click.option("--threads", type=_POSITIVE, metavar="N", help="Of the CPU.  [default: the engine's choice]")
+@click.option(
+    "--precision", metavar="NAME", help="Of the graphs.  [default: the best engine's, else the first]"
+)
 @click.option("--batch-size", type=_POSITIVE, metavar="N", help="Images at once.  [default: by their size]")
 @click.option("--noise", type=_PATH, metavar="NPZ", help="Replay `noise`, and `labels` if it has them.")
 @click.option("--dump", type=_PATH, metavar="NPZ", help="Write labels, noise, tokens, sequences and images.")

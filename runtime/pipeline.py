@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.backends._base import Backend
-from runtime.errors import BackendError, DDError, NoiseError
+from runtime.errors import DDError, NoiseError
 from runtime.images import to_pil, to_uint8
 from runtime.labels import Label, Labels, read_labels
-from runtime.manifest import Manifest, Schedule, read_manifest, resolve
+from runtime.machine import Machine
+from runtime.manifest import ROLES, Manifest, Schedule, read_manifest, resolve
 from runtime.noise import gaussian_noise
-from runtime.registry import load_plugin, plugins
+from runtime.options import Options
 from runtime.sampler import Step, sample
+from runtime.selection import AUTO, backend_class, candidates, choose, nothing_fits
 
-BACKENDS = "runtime.backends"
-AUTO = "auto"
 OUTPUTS = ("pil", "numpy", "sequence")
 MEMORY_TARGET = 2 << 30  # bytes; a CPU is no faster with more images at once
 MAX_BATCH = 64
@@ -119,7 +119,7 @@ class Pipeline:
             raise DDError(f"unknown output {output!r}", f"There is: {', '.join(OUTPUTS)}.")
         _at_least_one("num_images", num_images)
         if batch_size is None:
-            batch_size = default_batch_size(self.manifest)
+            batch_size = self.backend.batch_size or default_batch_size(self.manifest)
         _at_least_one("batch_size", batch_size)
         schedule = self.manifest.schedule(steps)
         each = np.repeat(self.labels.indices(labels), num_images)
@@ -176,24 +176,43 @@ def load(
     threads: int | None = None,
     precision: str | None = None,
     verify: bool = True,
+    *,
+    provider: str | None = None,
+    device: int | None = None,
+    cuda_graphs: bool | None = None,
 ) -> Pipeline:
     """Opens a bundle directory.
 
-    backend: the name of a file in runtime/backends, or "auto" for the best one installed. threads: for the
-    engine, its own choice if None. precision: the manifest's first if None. verify: compare every SHA-256.
-    Raises BundleError, BackendError.
+    backend: the name of a file in runtime/backends, or "auto": a TensorRT engine that fits this machine, then
+    ONNX Runtime on a GPU, then on the CPU. precision: the best that was built for TensorRT, else the
+    manifest's first if None. verify: compare every SHA-256. threads, provider, device, cuda_graphs: as in
+    `runtime.options.Options`. Raises BundleError, BackendError.
     """
     root = Path(path)
+    options = Options(threads, provider, device, cuda_graphs)
     manifest = read_manifest(root, verify)
     labels = read_labels(resolve(root, manifest.labels.file), manifest.classes)
-    graphs = {role: manifest.graph(role, precision) for role in ("student", "decoder")}
-    engine = _backend_class(backend)(root, graphs, threads)
-    engine.open()
+    if precision is not None:
+        manifest.graph("student", precision)  # to complain now
+    engine = _open_engine(root, manifest, Machine(), backend, precision, options)
     if manifest.weights.kind == "random":
         logger.warning(
             "%s holds random weights (seed %s): its images show nothing", manifest.name, manifest.weights.seed
         )
-    return Pipeline(manifest, labels, engine, graphs["student"].precision)
+    return Pipeline(manifest, labels, engine, next(iter(engine.graphs.values())).precision)
+
+
+def _open_engine(
+    root: Path, manifest: Manifest, machine: Machine, backend: str, precision: str | None, options: Options
+) -> Backend:
+    found = candidates(root, manifest, machine, backend=backend, precision=precision, options=options)
+    chosen = choose(found, explicit=backend != AUTO)
+    if chosen is None:
+        raise nothing_fits(found, backend, manifest)
+    graphs = {role: manifest.graph(role, chosen.precision) for role in ROLES}
+    engine = backend_class(chosen.backend)(root, graphs, chosen.options, machine)
+    engine.open()
+    return engine
 
 
 def default_batch_size(manifest: Manifest) -> int:
@@ -226,23 +245,6 @@ def check_noise(noise: Any, count: int, manifest: Manifest) -> None:
 
 def _rows(noise: NDArray[np.float32], indices: range) -> NDArray[np.float32]:
     return noise[indices.start : indices.stop]
-
-
-def _backend_class(name: str) -> type[Backend]:
-    if name != AUTO:
-        return _engine(name)
-    engines = sorted((_engine(each) for each in plugins(BACKENDS)), key=lambda engine: -engine.priority)
-    reasons = [engine.available() for engine in engines]
-    for engine, why_not in zip(engines, reasons, strict=True):
-        if why_not is None:
-            return engine
-    raise BackendError("no inference engine is installed", "; ".join(str(reason) for reason in reasons))
-
-
-def _engine(name: str) -> type[Backend]:
-    module = load_plugin(BACKENDS, name, kind="backend", error=BackendError)
-    engine: type[Backend] = module.ENGINE
-    return engine
 
 
 def _at_least_one(what: str, value: int) -> None:
