@@ -26,6 +26,7 @@ from runtime.manifest import Graph, TensorSpec, resolve
 SCHEMA = 1
 FOLDER = "engines"
 BACKENDS = ("tensorrt", "tensorrt-rtx")
+MAX_SIDECARS = 512
 DEFAULT_TARGET = "default"
 """TensorRT-RTX's own choice of GPUs: Ampere, Ada, consumer Blackwell and later."""
 
@@ -131,3 +132,38 @@ def _contradiction(engine: Engine) -> str | None:
     if not engine.targets:
         return "targets is empty"
     return None
+
+
+@dataclass(frozen=True)
+class Found:
+    """An engine of a bundle and the place of its sidecar."""
+
+    sidecar: Path
+    engine: Engine
+
+    @property
+    def plan(self) -> Path:
+        return self.sidecar.parent / self.engine.file
+
+    @property
+    def folder(self) -> str:
+        return self.sidecar.parent.name
+
+
+def find_engines(root: Path) -> tuple[list[Found], list[BundleError]]:
+    """The engines of the bundle `root`, in the order of their names, and what is wrong with the others.
+
+    Nothing outside the bundle is read: a link that leads there is one of the errors.
+    """
+    found: list[Found] = []
+    errors: list[BundleError] = []
+    paths = sorted((root / FOLDER).glob("*/*.json"))
+    if len(paths) > MAX_SIDECARS:
+        return [], [BundleError(f"{FOLDER}/ has {len(paths)} sidecars, more than {MAX_SIDECARS}", DAMAGED)]
+    for path in paths:
+        try:
+            resolve(root, path.relative_to(root).as_posix())
+            found.append(Found(path, read_engine(root, path)))
+        except BundleError as error:
+            errors.append(error)
+    return found, errors

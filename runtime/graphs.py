@@ -30,6 +30,21 @@ class Graphs:
         """The engine's registered name."""
         return self._backends[0].name
 
+    @property
+    def provider(self) -> str | None:
+        """Which part of the engine computes, where it has several."""
+        return self._backends[0].provider
+
+    @property
+    def batch_size(self) -> int | None:
+        """How many images the open engines like to get at once; None if they do not care."""
+        sizes = [backend.batch_size for backend in self._backends]
+        return min((size for size in sizes if size is not None), default=None)
+
+    @property
+    def precision(self) -> str:
+        return next(iter(self.graphs.values())).precision
+
     def open(self, keys: Iterable[str]) -> None:
         """Opens what is not open yet. Raises BackendError."""
         wanted = [key for key in dict.fromkeys(keys) if self._opened(key) is None]

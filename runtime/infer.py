@@ -21,6 +21,7 @@ import click
 
 from runtime import console
 from runtime.errors import LabelError
+from runtime.options import PROVIDERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,6 +50,8 @@ class Request:
     backend: str = "auto"
     threads: int | None = None
     precision: str | None = None
+    provider: str | None = None
+    device: int | None = None
     noise: Path | None = None
     dump: Path | None = None
     output: str = "out.png"
@@ -77,6 +80,7 @@ class Report:
     steps: int
     seed: int | None
     backend: str
+    provider: str | None
     precision: str
     random_weights: bool
     seconds: dict[str, float]
@@ -85,10 +89,11 @@ class Report:
         """The report for people, in one line."""
         parts = {what: spent for what, spent in self.seconds.items() if what != "load"}
         times = ", ".join(f"{what} {console.duration(spent)}" for what, spent in parts.items())
+        engine = ", ".join(part for part in (self.backend, self.provider, self.precision) if part)
         each = console.duration(sum(parts.values()) / self.images)
         return (
             f"{self.output}: {_count(self.images, 'image')} in {_count(self.steps, 'step')}; "
-            f"{times}, {each} an image; {self.backend}, {self.precision}"
+            f"{times}, {each} an image; {engine}"
         )
 
 
@@ -171,6 +176,8 @@ def draw(request: Request) -> Report:
             request.precision,
             request.verify,
             steps=request.steps,
+            provider=request.provider,
+            device=request.device,
         )
     with pipe:
         loaded = time.perf_counter() - start
@@ -253,6 +260,7 @@ def _report(
         steps=steps,
         seed=None if request.noise else request.seed,
         backend=pipe.backend.name,
+        provider=pipe.backend.provider,
         precision=pipe.precision,
         random_weights=pipe.manifest.weights.kind == "random",
         seconds={"load": loaded, **spent.by_part()},
@@ -309,9 +317,13 @@ def _steps(ctx: click.Context, param: click.Parameter, value: Any) -> int | str 
 @click.option(
     "-n", "--num-images", type=_POSITIVE, metavar="N", default=1, help="Images a label.  [default: 1]"
 )
-@click.option("--backend", metavar="NAME", default="auto", help="The engine.  [default: the best installed]")
-@click.option("--threads", type=_POSITIVE, metavar="N", help="Of the engine.  [default: its own choice]")
-@click.option("--precision", metavar="NAME", help="Which graphs of the bundle.  [default: its first]")
+@click.option("--backend", metavar="NAME", default="auto", help="The engine.  [default: the best that fits]")
+@click.option("--provider", type=click.Choice(PROVIDERS), help="Of ONNX Runtime.  [default: the best]")
+@click.option("--device", type=click.IntRange(min=0), metavar="N", help="Which GPU.  [default: 0]")
+@click.option("--threads", type=_POSITIVE, metavar="N", help="Of the CPU.  [default: the engine's choice]")
+@click.option(
+    "--precision", metavar="NAME", help="Of the graphs.  [default: the best engine's, else the first]"
+)
 @click.option("--batch-size", type=_POSITIVE, metavar="N", help="Images at once.  [default: by their size]")
 @click.option("--noise", type=_PATH, metavar="NPZ", help="Replay `noise`, and `labels` if it has them.")
 @click.option("--dump", type=_PATH, metavar="NPZ", help="Write labels, noise, tokens, sequences and images.")

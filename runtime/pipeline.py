@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,19 +15,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.backends._base import Backend
-from runtime.errors import BackendError, DDError, NoiseError
+from runtime.errors import DDError, NoiseError
 from runtime.graphs import Graphs, keys_of, student_key
 from runtime.images import to_pil, to_uint8
 from runtime.labels import Label, Labels, read_labels
-from runtime.manifest import Manifest, Schedule, read_manifest, resolve
+from runtime.machine import Machine
+from runtime.manifest import Graph, Manifest, Schedule, read_manifest, resolve
 from runtime.noise import gaussian_noise, uniform_numbers
-from runtime.registry import load_plugin, plugins
+from runtime.options import Options
 from runtime.sampler import Step, TeacherRun, sample
 from runtime.schedules import moved
+from runtime.selection import AUTO, backend_class, candidates, choose, nothing_fits
 from runtime.teacher import Choice, Sampling, check_uniforms, choice_of, read_codebook
 
-BACKENDS = "runtime.backends"
-AUTO = "auto"
 OUTPUTS = ("pil", "numpy", "sequence")
 MEMORY_TARGET = 2 << 30  # bytes; a CPU is no faster with more images at once
 MAX_BATCH = 64
@@ -149,7 +149,7 @@ class Pipeline:
         schedule = self.schedule(steps, given.teacher_start)
         choice = choice_of(schedule, self.manifest.teacher, given)
         if batch_size is None:
-            batch_size = default_batch_size(self.manifest, schedule)
+            batch_size = self.backend.batch_size or default_batch_size(self.manifest, schedule)
         _at_least_one("batch_size", batch_size)
         each = np.repeat(self.labels.indices(labels), num_images)
         if noise is None:
@@ -220,29 +220,48 @@ def load(
     threads: int | None = None,
     precision: str | None = None,
     verify: bool = True,
+    *,
     steps: int | str | None = None,
+    provider: str | None = None,
+    device: int | None = None,
+    cuda_graphs: bool | None = None,
 ) -> Pipeline:
     """Opens a bundle directory.
 
-    backend: the name of a file in runtime/backends, or "auto" for the best one installed. threads: for the
-    engine, its own choice if None. precision: the manifest's first if None. verify: compare every SHA-256.
-    steps: those whose graphs are opened now, as for a call; other graphs are opened when they are first run.
-    Raises BundleError, BackendError, ScheduleError.
+    backend: the name of a file in runtime/backends, or "auto": a TensorRT engine that fits this machine, then
+    ONNX Runtime on a GPU, then on the CPU. precision: the best that was built for TensorRT, else the
+    manifest's first if None. verify: compare every SHA-256. steps: those whose graphs are opened now, as for
+    a call; others are opened when they are first run. threads, provider, device, cuda_graphs: as in
+    `runtime.options.Options`. Raises BundleError, BackendError, ScheduleError.
     """
     root = Path(path)
+    options = Options(threads, provider, device, cuda_graphs)
     manifest = read_manifest(root, verify)
     labels = read_labels(resolve(root, manifest.labels.file), manifest.classes)
-    precision = manifest.graph("student", precision).precision
-    found = {graph.key: graph for graph in manifest.graphs if graph.precision == precision}
-    engine = _backend_class(backend)
-    graphs = Graphs(found, lambda some: engine(root, some, threads))
+    if precision is not None:
+        manifest.graph("student", precision)  # to complain now
+    graphs = _graphs(root, manifest, backend, precision, options)
     graphs.open(keys_of(manifest, manifest.schedule(steps)))
     codebook = None if manifest.teacher is None else read_codebook(root, manifest)
     if manifest.weights.kind == "random":
         logger.warning(
             "%s holds random weights (seed %s): its images show nothing", manifest.name, manifest.weights.seed
         )
-    return Pipeline(manifest, labels, graphs, precision, codebook)
+    return Pipeline(manifest, labels, graphs, graphs.precision, codebook)
+
+
+def _graphs(root: Path, manifest: Manifest, backend: str, precision: str | None, options: Options) -> Graphs:
+    machine = Machine()
+    found = candidates(root, manifest, machine, backend=backend, precision=precision, options=options)
+    chosen = choose(found, explicit=backend != AUTO)
+    if chosen is None:
+        raise nothing_fits(found, backend, manifest)
+
+    def engine(some: Mapping[str, Graph]) -> Backend:
+        return backend_class(chosen.backend)(root, some, chosen.options, machine)
+
+    graphs = {graph.key: graph for graph in manifest.graphs if graph.precision == chosen.precision}
+    return Graphs(graphs, engine)
 
 
 def default_batch_size(manifest: Manifest, schedule: Schedule | None = None) -> int:
@@ -292,23 +311,6 @@ def _batches(
 
 def _rows(numbers: NDArray[Any], indices: range) -> NDArray[Any]:
     return numbers[indices.start : indices.stop]
-
-
-def _backend_class(name: str) -> type[Backend]:
-    if name != AUTO:
-        return _engine(name)
-    engines = sorted((_engine(each) for each in plugins(BACKENDS)), key=lambda engine: -engine.priority)
-    reasons = [engine.available() for engine in engines]
-    for engine, why_not in zip(engines, reasons, strict=True):
-        if why_not is None:
-            return engine
-    raise BackendError("no inference engine is installed", "; ".join(str(reason) for reason in reasons))
-
-
-def _engine(name: str) -> type[Backend]:
-    module = load_plugin(BACKENDS, name, kind="backend", error=BackendError)
-    engine: type[Backend] = module.ENGINE
-    return engine
 
 
 def _at_least_one(what: str, value: int) -> None:

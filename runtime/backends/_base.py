@@ -11,7 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import BackendError
-from runtime.manifest import Graph, TensorSpec
+from runtime.machine import Machine
+from runtime.manifest import Graph, Manifest, TensorSpec
+from runtime.options import Options
+from runtime.selection import Candidate
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -23,20 +26,53 @@ class Backend(ABC):
     `ENGINE`. `run` is public and checks; `_run_impl` computes.
     """
 
-    priority: ClassVar[int] = 0
-    """Of the engines that are available, `auto` takes the one with the highest number."""
+    accepts: ClassVar[frozenset[str]] = frozenset()
+    """The fields of `Options` that this engine follows; any other one that is given is refused."""
 
-    def __init__(self, root: Path, graphs: Mapping[str, Graph], threads: int | None = None) -> None:
-        """root: the bundle directory; graphs: one for each role; threads: None lets the engine choose."""
-        if threads is not None and threads < 1:
-            raise BackendError(f"the number of threads must be at least 1, but is {threads}")
-        self.root, self.graphs, self.threads = root, dict(graphs), threads
+    def __init__(
+        self,
+        root: Path,
+        graphs: Mapping[str, Graph],
+        options: Options | None = None,
+        machine: Machine | None = None,
+    ) -> None:
+        """root: the bundle directory. graphs: one for each role, in one precision. options: the engine's own
+        choices if None. machine: what is known of this machine, looked up if None. Raises BackendError."""
+        self.root, self.graphs = root, dict(graphs)
+        self.options, self.machine = options or Options(), machine or Machine()
+        if refused := self.refused(self.options):
+            raise BackendError(f"backend {self.name} has no option {', '.join(refused)}", self.option_list())
         self._is_open = False
 
     @classmethod
     @abstractmethod
     def available(cls) -> str | None:
         """None if the engine can be used here, else why not and what to install, in one sentence."""
+
+    @classmethod
+    @abstractmethod
+    def candidates(
+        cls, root: Path, manifest: Manifest, machine: Machine, options: Options, precision: str | None
+    ) -> list[Candidate]:
+        """The ways in which this engine could run the bundle on a machine, and what stands in their way.
+
+        options: only such as the engine accepts. precision: the one asked for, None for any. At least one
+        candidate, so that `doctor` has something to explain. Nothing is opened.
+        """
+
+    @classmethod
+    def refused(cls, options: Options) -> list[str]:
+        """The names of the given options that this engine does not follow."""
+        return [name for name in options.given() if name not in cls.accepts]
+
+    @classmethod
+    def option_list(cls) -> str:
+        return f"It has: {', '.join(sorted(cls.accepts)) or 'none'}."
+
+    @property
+    def batch_size(self) -> int | None:
+        """How many images the open engine likes to get at once; None if it does not care."""
+        return None
 
     @abstractmethod
     def _open_impl(self) -> None: ...
@@ -51,6 +87,11 @@ class Backend(ABC):
     def name(self) -> str:
         """The registered name, which is the module's file name."""
         return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def provider(self) -> str | None:
+        """Which part of the engine computes, where it has several."""
+        return None
 
     def open(self) -> None:
         """Loads the graphs. Raises BackendError if the engine is not installed or cannot read one."""

@@ -1,20 +1,37 @@
-"""ONNX Runtime on the CPU: https://onnxruntime.ai, in the base install."""
+"""ONNX Runtime, on the CPU (in the base install) and on NVIDIA GPUs: https://onnxruntime.ai."""
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from runtime.backends._base import Arrays, Backend
+from runtime.backends._providers import RECORD_NODES, BoundSession, check_used, provider_list, why_not
 from runtime.errors import BackendError
-from runtime.manifest import Graph, TensorSpec
+from runtime.machine import Machine
+from runtime.manifest import Graph, Manifest, TensorSpec
+from runtime.options import Options
+from runtime.selection import Candidate
 
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 ERRORS_ONLY = 3
+SPEEDS = {"cuda": 50, "cpu": 0}
+"""What is tried when no provider is named. ONNX Runtime's own TensorRT provider builds engines for minutes
+when it is first run, so that it has to be asked for."""
 
 
 class OnnxRuntime(Backend):
-    """Keeps one session a role."""
+    """Keeps one session a role. Without a provider in the options it runs on the CPU."""
+
+    accepts = frozenset({"threads", "provider", "device"})
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        if self.provider == "cpu" and self.options.device is not None:
+            raise BackendError("the CPU has no --device", "Name a provider of a GPU: --provider cuda.")
 
     @classmethod
     def available(cls) -> str | None:
@@ -24,15 +41,48 @@ class OnnxRuntime(Backend):
             )
         return None
 
+    @classmethod
+    def candidates(
+        cls, root: Path, manifest: Manifest, machine: Machine, options: Options, precision: str | None
+    ) -> list[Candidate]:
+        found = []
+        chosen = precision or manifest.precisions[0]
+        for provider in [options.provider] if options.provider else SPEEDS:
+            reasons, remedy = why_not(provider, chosen, machine, options.device or 0)
+            if provider == "cpu" and options.device is not None:
+                reasons = (*reasons, "the CPU has no --device")
+            asked = replace(options, provider=provider)
+            speed = SPEEDS.get(provider, 0)
+            found.append(Candidate("onnxruntime", chosen, asked, speed, reasons, (), remedy))
+        return found
+
+    @property
+    def provider(self) -> str:
+        return self.options.provider or "cpu"
+
     def _open_impl(self) -> None:
+        precision = next(iter(self.graphs.values())).precision
+        reasons, remedy = why_not(self.provider, precision, self.machine, self.options.device or 0)
+        if reasons:
+            raise BackendError(f"onnxruntime cannot run {precision} here: {'; '.join(reasons)}", remedy)
+        self._lock = threading.Lock()
         self._sessions = {role: self._session(graph) for role, graph in self.graphs.items()}
+        if self.provider != "cpu":
+            self._bound = {
+                role: BoundSession(session, self.graphs[role], "cuda", self.options.device or 0)
+                for role, session in self._sessions.items()
+            }
 
     def _close_impl(self) -> None:
+        self._bound = {}
         self._sessions.clear()
 
     def _run_impl(self, role: str, feeds: Arrays) -> Arrays:
         names = [spec.name for spec in self.graphs[role].outputs]
         try:
+            if self.provider != "cpu":
+                with self._lock:  # the bound arrays are shared
+                    return self._bound[role].run(feeds)
             outputs = self._sessions[role].run(names, dict(feeds))
         except Exception as error:  # the engine's own exception types share no base class
             raise BackendError(
@@ -46,17 +96,22 @@ class OnnxRuntime(Backend):
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = ERRORS_ONLY
-        if self.threads is not None:
-            options.intra_op_num_threads = self.threads
+        if self.options.threads is not None:
+            options.intra_op_num_threads = self.options.threads
+        if self.provider != "cpu":
+            options.add_session_config_entry(RECORD_NODES, "1")
+            if hasattr(onnxruntime, "preload_dlls"):
+                onnxruntime.preload_dlls()  # CUDA and cuDNN out of their Python packages
+        providers = provider_list(self.provider, graph.precision, self.options.device or 0)
         try:
-            session = onnxruntime.InferenceSession(
-                self.root / graph.file, options, providers=["CPUExecutionProvider"]
-            )
+            session = onnxruntime.InferenceSession(self.root / graph.file, options, providers=providers)
         except Exception as error:
             raise BackendError(
                 f"onnxruntime cannot load {graph.file}: {_first_line(error)}",
                 "The graph is damaged, or needs a newer onnxruntime.",
             ) from error
+        session.disable_fallback()  # else a failing run starts again on the CPU
+        check_used(session, self.provider, graph)
         for side, have, want in (
             ("inputs", session.get_inputs(), graph.inputs),
             ("outputs", session.get_outputs(), graph.outputs),

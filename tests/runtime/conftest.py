@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from runtime.engines import Engine, Profile, engine_folder, graph_digest, this_platform
+from runtime.machine import Machine
 from runtime.manifest import (
     FILE_NAME,
     FileInfo,
@@ -25,8 +30,14 @@ from runtime.manifest import (
     Weights,
     contract,
     file_info,
+    read_manifest,
     sha256_of,
 )
+
+_spec = importlib.util.spec_from_file_location("fake_gpu", Path(__file__).with_name("fake_gpu.py"))
+assert _spec and _spec.loader
+fake_gpu = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(fake_gpu)
 
 SEQUENCE = SequenceSize(length=6, width=4, codebook=5, split=2)
 IMAGE = ImageSize(height=8, width=8, channels=3)
@@ -186,3 +197,112 @@ def edit_manifest(bundle: Path) -> Callable[[Edit], None]:
 def replace_file(bundle: Path) -> Callable[[str, bytes], None]:
     """Gives a file of the copy another content, which the manifest then agrees with."""
     return partial(put_file, bundle)
+
+
+VERSIONS = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
+
+
+def write_engines(
+    root: Path,
+    backend: str = "tensorrt-rtx",
+    precision: str = "fp32",
+    profiles: tuple[tuple[int, int, int], ...] = ((1, 4, 8),),
+    roles: tuple[str, ...] = ("student", "decoder"),
+    **changes: Any,
+) -> Path:
+    """Puts engines for the fake packages into a bundle; `changes` are fields of their sidecars."""
+    targets = changes.get("targets", ("default",) if backend == "tensorrt-rtx" else ("sm89",))
+    version = changes.get("version", VERSIONS[backend])
+    folder = root / engine_folder(backend, version, targets)
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = read_manifest(root, verify=False)
+    for role in roles:
+        graph = manifest.graph(role, precision)
+        plan = folder / f"{role}_{precision}.plan"
+        plan.write_bytes(fake_gpu.plan_of(root / graph.file, profiles))
+        engine = Engine(
+            role=role,
+            precision=precision,
+            file=plan.name,
+            sha256=sha256_of(plan),
+            bytes=plan.stat().st_size,
+            source=graph_digest(graph),
+            backend=backend,
+            version=version,
+            platform=this_platform(),
+            targets=targets,
+            hardware=None,
+            version_compatible=False,
+            profiles=tuple(Profile(*profile) for profile in profiles),
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            layers={"float32": 3},
+            options={"strip_plan": False},
+            key="0" * 64,
+            made_with={},
+            seconds=1.0,
+        )
+        plan.with_suffix(".json").write_text(replace(engine, **changes).to_json())
+    return folder
+
+
+def add_precision(root: Path, precision: str, first: bool = False) -> None:
+    """Gives the bundle graphs of another precision: in truth the same ones."""
+
+    def edit(content: dict[str, Any]) -> None:
+        more = []
+        for graph in [graph for graph in content["graphs"] if graph["precision"] == "fp32"]:
+            file = f"{graph['role']}_{precision}.onnx"
+            shutil.copyfile(root / graph["file"], root / file)
+            files = [vars(file_info(root / file, root))]
+            more.append(graph | {"precision": precision, "file": file, "files": files})
+        content["graphs"] = [*more, *content["graphs"]] if first else [*content["graphs"], *more]
+
+    change_manifest(root, edit)
+
+
+@pytest.fixture
+def build(bundle: Path) -> Callable[..., Path]:
+    """Puts engines into the copy of the toy bundle: see `write_engines`."""
+    return partial(write_engines, bundle)
+
+
+@pytest.fixture
+def add_graphs(bundle: Path) -> Callable[..., None]:
+    """Gives the copy of the toy bundle graphs of another precision."""
+    return partial(add_precision, bundle)
+
+
+@dataclass
+class FakeGpu:
+    """The fake device and packages that a test has in place of the real ones."""
+
+    cuda: Any
+    full: Any
+    rtx: Any
+
+    def package(self, backend: str) -> Any:
+        return self.full if backend == "tensorrt" else self.rtx
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
+    """One fake GPU of capability 8.9, with both TensorRT packages for CUDA 13."""
+    cuda = fake_gpu.FakeCuda()
+    fakes = FakeGpu(
+        cuda,
+        fake_gpu.FakeTensorRt("tensorrt", VERSIONS["tensorrt"], cuda),
+        fake_gpu.FakeTensorRt("tensorrt_rtx", VERSIONS["tensorrt-rtx"], cuda),
+    )
+    for module in (cuda, fakes.full, fakes.rtx):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    distributions = {"tensorrt-cu13": "11.4", "tensorrt-rtx-cu13": "1.7", "cuda-bindings": "13.5.0"}
+    monkeypatch.setattr("runtime.machine.installed", lambda: distributions)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return fakes
+
+
+@pytest.fixture
+def machine(gpu: FakeGpu) -> Machine:
+    """The machine with the fake GPU."""
+    return Machine()

@@ -13,11 +13,13 @@ import numpy as np
 import onnx
 import pytest
 
-from runtime import pipeline
+import runtime
 from runtime.backends._base import Arrays, Backend
 from runtime.backends.onnxruntime import OnnxRuntime
 from runtime.errors import BackendError
 from runtime.manifest import read_manifest
+from runtime.options import Options
+from runtime.selection import Candidate
 
 
 class Echo(Backend):
@@ -29,6 +31,10 @@ class Echo(Backend):
     @classmethod
     def available(cls) -> str | None:
         return None
+
+    @classmethod
+    def candidates(cls, *arguments: Any) -> list[Candidate]:
+        return []
 
     def _open_impl(self) -> None:
         self.opened += 1
@@ -108,7 +114,7 @@ def test_it_opens_and_closes_once(echo: Echo) -> None:
 
 def test_threads_must_be_positive(shared_bundle: Path) -> None:
     with pytest.raises(BackendError, match="threads must be at least 1"):
-        OnnxRuntime(shared_bundle, graphs(shared_bundle), threads=0)
+        runtime.load(shared_bundle, threads=0)
 
 
 def test_an_engine_that_is_not_installed_says_what_to_install(
@@ -123,30 +129,9 @@ def test_an_engine_that_is_not_installed_says_what_to_install(
     assert "pip install onnxruntime" in caught.value.hint
 
 
-def make_engine(name: str, priority: int, why_not: str | None) -> type[Backend]:
-    body = {"priority": priority, "available": classmethod(lambda cls: why_not)}
-    return type(name, (Echo,), body)
-
-
-def test_auto_takes_the_best_engine_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    engines = {
-        "best": make_engine("Best", 9, "best is not installed"),
-        "good": make_engine("Good", 5, None),
-        "plain": make_engine("Plain", 0, None),
-    }
-    monkeypatch.setattr(pipeline, "plugins", lambda package: list(engines))
-    monkeypatch.setattr(pipeline, "_engine", engines.__getitem__)
-    assert pipeline._backend_class("auto") is engines["good"]
-    assert pipeline._backend_class("plain") is engines["plain"]
-    del engines["good"], engines["plain"]
-    with pytest.raises(BackendError, match="no inference engine is installed") as caught:
-        pipeline._backend_class("auto")
-    assert caught.value.hint == "best is not installed"
-
-
 def test_an_unknown_engine_lists_those_there_are(shared_bundle: Path) -> None:
     with pytest.raises(BackendError, match="no backend called 'onnxruntme'") as caught:
-        pipeline.load(shared_bundle, backend="onnxruntme")
+        runtime.load(shared_bundle, backend="onnxruntme")
     assert "Did you mean onnxruntime?" in caught.value.hint
 
 
@@ -182,7 +167,7 @@ def test_a_graph_that_is_not_the_one_in_the_manifest(
 
 def test_a_failure_of_the_engine_is_a_short_message(shared_bundle: Path) -> None:
     """A label that the table of the graph lacks: the engine refuses it while it runs."""
-    with OnnxRuntime(shared_bundle, graphs(shared_bundle), threads=1) as backend:
+    with OnnxRuntime(shared_bundle, graphs(shared_bundle), Options(threads=1)) as backend:
         with pytest.raises(BackendError, match=r"onnxruntime failed on student\.onnx") as caught:
             backend.run("student", feeds() | {"label": np.array([0, 99])})
         assert "\n" not in caught.value.message

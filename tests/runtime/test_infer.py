@@ -17,9 +17,9 @@ from PIL import Image
 
 import runtime
 from runtime import files, infer
-from runtime.backends.onnxruntime import OnnxRuntime
 from runtime.errors import OutputError
 from runtime.infer import command
+from runtime.machine import Package
 
 
 def sample(*arguments: object) -> Result:
@@ -104,6 +104,7 @@ def test_json_reports_everything(random_bundle: Path) -> None:
         "steps": 1,
         "seed": 0,
         "backend": "onnxruntime",
+        "provider": "cpu",
         "precision": "fp32",
         "random_weights": True,
     }
@@ -284,9 +285,12 @@ def test_a_bundle_that_is_none(folder: Path) -> None:
 
 def test_an_engine_that_is_not_installed(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for by name or not, the message says what to install."""
-    why_not = classmethod(lambda cls: "it is not installed: pip install onnxruntime")
-    monkeypatch.setattr(OnnxRuntime, "available", why_not)
-    for backend, message in (("auto", "no inference engine"), ("onnxruntime", "onnxruntime cannot be used")):
+
+    def missing(name: str, module: str) -> Package:
+        return Package(name, None, f"{name} is not installed: pip install {name}")
+
+    monkeypatch.setattr("runtime.machine.package", missing)
+    for backend, message in (("auto", "no engine here can run toy"), ("onnxruntime", "cannot run toy")):
         text = failed(sample(shared_bundle, "--backend", backend))
         assert message in text
         assert "pip install onnxruntime" in text

@@ -1,0 +1,40 @@
+"""What a user may ask of an engine, beside the bundle and its precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from runtime.errors import BackendError
+
+PROVIDERS = ("cpu", "cuda", "tensorrt")
+
+
+@dataclass(frozen=True)
+class Options:
+    """None leaves a choice to the engine. An engine that cannot follow an option that is given refuses it.
+
+    threads: of the CPU. provider: of ONNX Runtime, one of `PROVIDERS`. device: the number of the GPU.
+    cuda_graphs: whether to record the work of a batch once and replay it.
+    Raises BackendError for a value out of range.
+    """
+
+    threads: int | None = None
+    provider: str | None = None
+    device: int | None = None
+    cuda_graphs: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise BackendError(f"the number of threads must be at least 1, but is {self.threads}")
+        if self.device is not None and self.device < 0:
+            raise BackendError(f"the number of the device must be at least 0, but is {self.device}")
+        if self.provider is not None and self.provider not in PROVIDERS:
+            raise BackendError(
+                f"there is no provider called {self.provider!r}", f"There is: {', '.join(PROVIDERS)}."
+            )
+
+    def given(self) -> dict[str, Any]:
+        """The options that are not None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,80 @@
+"""Improved precision and recall: extremes, an independent implementation, blocks, intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from prdc import compute_prdc
+
+from validate.metrics.precision_recall import coverage, precision_recall, squared_distances
+from validate.statistics import TooFewSamples
+
+
+def gaussian(count, width=5, seed=0):
+    return np.random.default_rng(seed).standard_normal((count, width))
+
+
+def test_precision_and_recall_of_the_extremes():
+    real = gaussian(300, 4)
+    assert precision_recall(real, real) == (1.0, 1.0)
+    assert precision_recall(real + 100, real) == (0.0, 0.0)
+    few = np.tile(real[:1], (300, 1)) + gaussian(300, 4, seed=2) * 1e-6
+    precision, recall = precision_recall(few, real)
+    assert precision == 1.0 and recall < 0.05  # all good, all the same
+
+
+def test_precision_falls_with_wrong_images_and_recall_with_missing_ones():
+    real = gaussian(400, 4)
+    wrong = np.concatenate([gaussian(200, 4, seed=1), gaussian(200, 4, seed=2) + 100])
+    half = real[real[:, 0] > 0]
+    assert precision_recall(wrong, real)[0] == pytest.approx(0.5, abs=0.1)
+    assert precision_recall(half, real)[1] < 0.8
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_agrees_with_the_package_prdc(k):
+    real, generated = gaussian(300, 8), gaussian(250, 8, seed=1) * 1.1 + 0.3
+    theirs = compute_prdc(real_features=real, fake_features=generated, nearest_k=k)
+    ours = precision_recall(generated, real, k)
+    assert ours == (theirs["precision"], theirs["recall"])
+    assert min(ours) > 0.3 and max(ours) < 1  # a case that could go wrong
+
+
+def test_blocks_of_any_size_give_the_same():
+    real, generated = gaussian(130, 3), gaussian(90, 3, seed=1) * 2
+    whole = coverage(generated, real, block=10_000)
+    for block in (1, 7, 64):
+        part = coverage(generated, real, block=block)
+        assert (part.inside == whole.inside).all() and (part.covered == whole.covered).all()
+
+
+def test_equal_points_are_at_distance_zero_however_large_they_are():
+    """Differences of large squares are rounding; a collapsed set must still be equal to itself."""
+    points = np.repeat(gaussian(10, 64) * 1e3, 5, axis=0)
+    distances = squared_distances(points, points)
+    assert (distances.reshape(10, 5, 10, 5)[np.arange(10), :, np.arange(10)] == 0).all()
+    assert precision_recall(points, points) == (1.0, 1.0)
+
+
+def test_float32_features_are_measured_in_double():
+    real, generated = gaussian(200), gaussian(200, seed=1)
+    assert precision_recall(generated.astype(np.float32), real.astype(np.float32)) == pytest.approx(
+        precision_recall(generated, real), abs=0.011
+    )
+
+
+def test_sets_without_neighbours_are_refused():
+    with pytest.raises(TooFewSamples, match="3 images"):
+        coverage(gaussian(3), gaussian(50))
+    with pytest.raises(TooFewSamples):
+        coverage(gaussian(50), gaussian(3))
+
+
+def test_the_intervals_are_those_of_a_share():
+    found = coverage(gaussian(400, seed=1) * 1.5, gaussian(500))
+    precision, recall = found.figures(resamples=400)
+    for figure, count in ((precision, 400), (recall, 500)):
+        error = 1.96 * np.sqrt(figure.value * (1 - figure.value) / count)
+        assert figure.high - figure.value == pytest.approx(error, rel=0.3)
+        assert figure.low < figure.value < figure.high
+    assert (precision.value, recall.value) == (found.precision, found.recall)
