@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import gc
 import itertools
@@ -14,56 +15,38 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from ddexport.families import family
-from ddexport.families._checkpoint import connect, load_part, random_part
+from ddexport.families._base import Teacher as TeacherModule
+from ddexport.graph.external import SharedWeights
 from ddexport.graph.spec import GraphSpec, graph_specs, image_size, sequence_size
 from ddexport.graph.to_onnx import check_onnx, check_opset, default_opset, onnx_from_module
 from ddexport.graph.verify import Agreement, verify_graph
+from ddexport.graph.wrappers import graph_module
 from ddexport.model_card import model_card
 from ddexport.precision.cast import PrecisionError, check_patterns, in_precision
 from ddexport.precision.policy import FLOAT32, PRECISIONS
-from ddexport.recipe import Recipe, Source, class_names, embedded_weights
+from ddexport.recipe import Recipe, class_names
+from ddexport.sources import WeightRequest, load_parts, provenance, roles_of, sources_of
 from ddexport.staging import staged_directory
-from runtime.errors import DDError
 from runtime.manifest import (
     FILE_NAME,
     SCHEMA,
+    TEACHER,
     Graph,
     Manifest,
-    Schedule,
+    Teacher,
     Weights,
     file_info,
     read_manifest,
-    sha256_of,
 )
-from runtime.manifest import Source as WeightFile
 from runtime.registry import load_plugin
 
 Stage = Callable[[str], AbstractContextManager[None]]
-EXPORTED = ("student", "tokenizer")
+CODEBOOK = "codebook.npy"
 VERIFIED_WITH = "onnxruntime"
-
-
-class MissingWeightsError(DDError):
-    """Weights that were not given, and how to get them."""
-
-
-@dataclass(frozen=True)
-class WeightRequest:
-    """Which weights a bundle is made of.
-
-    Attributes:
-        files: a file for each role; roles left out take the weights that ship with the project, if there are
-            any.
-        weights: which copy a file's training state holds: "ema" or "model".
-        random_seed: random weights with this seed in place of all files.
-    """
-
-    files: Mapping[str, Path]
-    weights: str = "ema"
-    random_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,21 +93,31 @@ def export_bundle(
     if opset is not None:
         check_opset(opset, precisions)
     precisions = sorted(precisions, key=PRECISIONS.index)
-    sources = _sources(recipe, request)
-    specs = graph_specs(recipe)
+    sources = sources_of(recipe, request)
+    roles = roles_of(recipe, request)
     labels = class_names(recipe)
-    with staged_directory(target, force, _expected_bytes(recipe), marker=FILE_NAME) as folder:
+    with staged_directory(target, force, _expected_bytes(recipe, roles), marker=FILE_NAME) as folder:
         with stage("loading weights"):
             parts = load_parts(recipe, request, sources)
-            parts["student"].tabulate()  # type: ignore[operator]
+            for role in roles:
+                if role != "tokenizer":
+                    parts[role].tabulate()  # type: ignore[operator]
             check_patterns(parts.values(), keep_fp32)
-            weights = _weights(recipe, request, sources)
-        graphs = []
-        for precision, spec in itertools.product(precisions, specs):
-            part = in_precision(parts[spec.part], precision, keep_fp32, spec.part)
-            version = opset or default_opset(precision)
-            graphs.append(_write_graph(part, spec, precision, recipe, folder, version, weights, stage))
-            del part  # one cast copy at a time beside the float32 parts
+            weights = provenance(recipe, request, sources)
+        teacher = _teacher(parts, recipe, folder) if TEACHER in parts else None
+        specs = graph_specs(recipe, teacher)
+        graphs: list[Graph] = []
+        for precision, role in itertools.product(precisions, roles):
+            part = in_precision(parts[role], precision, keep_fp32, role)
+            some = [spec for spec in specs if spec.part == role]
+            shared = _shared_weights(some, precision, folder)
+            for spec in some:
+                module = graph_module(spec, part, parts["tokenizer"])
+                version = opset or default_opset(precision)
+                graphs.append(
+                    _write_graph(module, spec, precision, recipe, folder, version, weights, stage, shared)
+                )
+            del part, module  # one cast copy at a time beside the float32 parts
         (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         manifest = Manifest(
             name=recipe.name,
@@ -134,7 +127,11 @@ def export_bundle(
             image=image_size(recipe),
             classes=recipe.classes,
             labels=file_info(folder / "labels.json", folder),
-            schedules={int(steps): Schedule(schedule.known) for steps, schedule in recipe.schedules.items()},
+            schedules={
+                int(steps): schedule
+                for steps, schedule in recipe.schedules.items()
+                if teacher is not None or schedule.teacher is None
+            },
             graphs=tuple(graphs),
             weights=weights,
             parity=recipe.to_dict()["parity"],
@@ -142,6 +139,7 @@ def export_bundle(
             licence=recipe.licence,
             recipe=recipe.to_dict(),
             tools=_tools(),
+            teacher=teacher,
         )
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         (folder / "README.md").write_text(model_card(recipe, manifest), encoding="utf-8")
@@ -161,65 +159,6 @@ def check_precisions(precisions: Sequence[str]) -> None:
         raise PrecisionError("no precision is named", f"there is: {known}")
 
 
-def load_parts(
-    recipe: Recipe, request: WeightRequest, sources: Mapping[str, Path] | None = None
-) -> dict[str, nn.Module]:
-    """Student and tokenizer of a bundle, connected, as torch modules. Raises as `export_bundle` does."""
-    if request.random_seed is not None:
-        parts = {role: random_part(recipe, role, request.random_seed) for role in EXPORTED}
-    else:
-        sources = sources or _sources(recipe, request)
-        parts = {role: load_part(recipe, role, sources[role], request.weights) for role in EXPORTED}
-    connect(parts["student"], parts["tokenizer"])
-    return parts
-
-
-def _sources(recipe: Recipe, request: WeightRequest) -> dict[str, Path]:
-    """The file of each role. Raises `MissingWeightsError` that names file, Hub repository and option of all
-    missing."""
-    if request.random_seed is not None:
-        return {}
-    found: dict[str, Path] = {}
-    missing: list[Source] = []
-    for role in EXPORTED:
-        source = recipe.files[role]
-        if role in request.files:
-            found[role] = request.files[role]
-        elif source.embedded:
-            found[role] = embedded_weights(source)
-        else:
-            missing.append(source)
-    if missing:
-        raise MissingWeightsError(
-            f"{recipe.name} needs " + " and ".join(f"{s.file}{_published_at(s)}" for s in missing),
-            f"download and give {' '.join(f'{s.option} {s.file}' for s in missing)};"
-            " or try the pipeline without them: --random-weights 0",
-        )
-    return found
-
-
-def _published_at(source: Source) -> str:
-    return f" (from {source.repo} on the Hugging Face Hub, {source.path})" if source.repo else ""
-
-
-def _weights(recipe: Recipe, request: WeightRequest, sources: Mapping[str, Path]) -> Weights:
-    if request.random_seed is not None:
-        return Weights("random", request.random_seed, ())
-    embedded = recipe.embedded and not request.files
-    layouts = {role: family(recipe.family).layout(recipe, role) for role in sources}
-    files = tuple(
-        WeightFile(
-            role,
-            path.name,
-            sha256_of(path),
-            path.stat().st_size,
-            request.weights if layouts[role].containers else None,
-        )
-        for role, path in sources.items()
-    )
-    return Weights("embedded" if embedded else "checkpoint", None, files)
-
-
 def _write_graph(
     part: nn.Module,
     spec: GraphSpec,
@@ -229,8 +168,9 @@ def _write_graph(
     opset: int,
     weights: Weights,
     stage: Stage,
+    shared: SharedWeights | None,
 ) -> Graph:
-    path = folder / f"{spec.role}{'' if precision == FLOAT32 else f'_{precision}'}.onnx"
+    path = folder / f"{spec.stem}{_suffix(precision)}.onnx"
     properties = {
         "model": recipe.name,
         "role": spec.role,
@@ -241,12 +181,42 @@ def _write_graph(
         else next(f"sha256:{file.sha256}" for file in weights.files if file.role == spec.part),
     }
     with stage(f"exporting {path.name}"):
-        files = onnx_from_module(part, spec, recipe, path, opset, properties)
+        files = onnx_from_module(part, spec, recipe, path, opset, properties, shared)
         gc.collect()  # the tracer's program is full of cycles that hold gigabytes
     with stage(f"checking {path.name}"):
         check_onnx(path)
         infos = tuple(file_info(file, folder) for file in files)
-    return Graph(spec.role, precision, path.name, infos, spec.inputs, spec.outputs)
+    return Graph(spec.role, precision, path.name, infos, spec.inputs, spec.outputs, spec.split)
+
+
+def _suffix(precision: str) -> str:
+    return "" if precision == FLOAT32 else f"_{precision}"
+
+
+def _shared_weights(specs: Sequence[GraphSpec], precision: str, folder: Path) -> SharedWeights | None:
+    """The file for the weights of several graphs of one part."""
+    if len(specs) < 2:
+        return None
+    return SharedWeights(folder / f"{specs[0].role}{_suffix(precision)}.onnx.data")
+
+
+def _teacher(parts: Mapping[str, nn.Module], recipe: Recipe, folder: Path) -> Teacher:
+    """What the manifest says of the teacher. Writes the codebook, with which the runtime reads the student's
+    sequence and embeds the teacher's tokens."""
+    module, drawn = parts[TEACHER], recipe.teacher
+    assert isinstance(module, TeacherModule) and drawn is not None  # `roles_of` has seen to it
+    codebook = parts["tokenizer"].codebook.detach().numpy()  # type: ignore[operator,union-attr]
+    np.save(folder / CODEBOOK, np.ascontiguousarray(codebook, dtype=np.float32))
+    geometry = module.geometry
+    return Teacher(
+        starts=tuple(geometry.starts),
+        layers=geometry.depth,
+        heads=geometry.heads,
+        head_width=geometry.head_width,
+        guidance=module.guidance,
+        codebook=file_info(folder / CODEBOOK, folder),
+        **dataclasses.asdict(drawn),
+    )
 
 
 def _verify(
@@ -257,21 +227,23 @@ def _verify(
     engine = load_plugin("runtime.backends", VERIFIED_WITH).ENGINE
     found: list[Agreement] = []
     for spec in specs:
+        graph = manifest.graph(spec.role, FLOAT32, spec.split)
         with (
-            stage(f"comparing {spec.role}.onnx with PyTorch"),
-            engine(folder, {spec.role: manifest.graph(spec.role, FLOAT32)}) as backend,
+            stage(f"comparing {graph.file} with PyTorch"),
+            engine(folder, {spec.role: graph}) as backend,
         ):
-            found += verify_graph(partial(backend.run, spec.role), parts[spec.part], spec, recipe)
+            module = graph_module(spec, parts[spec.part], parts["tokenizer"])
+            found += verify_graph(partial(backend.run, spec.role), module, spec, recipe)
     return tuple(found)
 
 
-def _expected_bytes(recipe: Recipe) -> int:
+def _expected_bytes(recipe: Recipe, roles: Sequence[str]) -> int:
     """About how large the bundle will be: the weights, float32; per-class tables replace matrices of their
     size."""
     import torch
 
     with torch.device("meta"):
-        parts = [family(recipe.family).build(recipe, role) for role in EXPORTED]
+        parts = [family(recipe.family).build(recipe, role) for role in roles]
     return sum(4 * value.numel() for part in parts for value in part.state_dict().values())
 
 

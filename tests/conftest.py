@@ -61,7 +61,7 @@ def replayed_trace(monkeypatch: pytest.MonkeyPatch, golden_bundle: Path) -> Call
     """
 
     def replay(after: Callable[[Path], Any]) -> None:
-        def onnx_from_module(module, spec, recipe, path, opset, metadata):  # type: ignore[no-untyped-def]
+        def onnx_from_module(module, spec, recipe, path, opset, metadata, weights=None):  # type: ignore[no-untyped-def]
             shutil.copyfile(golden_bundle / path.name, path)
             after(path)
             return [path]

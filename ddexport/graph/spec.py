@@ -1,16 +1,19 @@
-"""What is exported, as data: one `GraphSpec` a role. `to_onnx` and `verify` read it; neither knows a role by
+"""What is exported, as data: one `GraphSpec` a graph. `to_onnx` and `verify` read it; neither knows a role by
 name."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from ddexport.recipe import Recipe
-from runtime.manifest import ImageSize, SequenceSize, TensorSpec, contract
+from runtime.contract import TEACHER
+from runtime.manifest import ImageSize, SequenceSize, Teacher, TensorSpec, contract
 
 BATCHES = (1, 2, 3)
+LARGEST = 1 << 16  # of any dynamic dimension
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,9 @@ class GraphSpec:
     """One graph: `part` is the module it is traced from, `tolerance` how far its outputs may be from the
     module's.
 
-    The tolerance is relative to the largest value of the output, float32 with float32.
+    The tolerance is relative to the largest value of the output, float32 with float32. split: of a student
+    whose split is not the recipe's. sizes: the dynamic dimensions other than the batch, and `filled`, in
+    trials; the first ones are traced with.
     """
 
     role: str
@@ -26,6 +31,13 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     tolerance: float
+    split: int | None = None
+    sizes: tuple[Mapping[str, int], ...] = ({},)
+
+    @property
+    def stem(self) -> str:
+        """The name of its file, without precision and suffix."""
+        return self.role if self.split is None else f"{self.role}_split{self.split}"
 
 
 def image_size(recipe: Recipe) -> ImageSize:
@@ -37,27 +49,76 @@ def sequence_size(recipe: Recipe) -> SequenceSize:
     return SequenceSize(length=s.length, width=s.width, codebook=s.codebook, split=s.split)
 
 
-def graph_specs(recipe: Recipe) -> tuple[GraphSpec, ...]:
-    """The graphs of a bundle."""
-    parts = (("student", "student", 1e-4), ("decoder", "tokenizer", 1e-4))
-    return tuple(
-        GraphSpec(role, part, *contract(role, sequence_size(recipe), image_size(recipe)), tolerance)
-        for role, part, tolerance in parts
+def graph_specs(recipe: Recipe, teacher: Teacher | None = None) -> tuple[GraphSpec, ...]:
+    """The graphs of a bundle: student, decoder, and with a teacher its own and the students of other splits.
+
+    Schedules that involve a teacher are left out where there is none.
+    """
+    sequence, image = sequence_size(recipe), image_size(recipe)
+    possible = [s for s in recipe.schedules.values() if teacher is not None or s.teacher is None]
+    splits = sorted({s.split for s in possible if s.split is not None} - {sequence.split})
+    found = [
+        GraphSpec("student", "student", *contract("student", sequence, image), tolerance=1e-4),
+        GraphSpec("decoder", "tokenizer", *contract("decoder", sequence, image), tolerance=1e-4),
+    ]
+    for split in splits:
+        tensors = contract("student", sequence, image, split=split)
+        found.append(GraphSpec("student", "student", *tensors, tolerance=1e-4, split=split))
+    if teacher is not None:
+        tensors = contract(TEACHER, sequence, image, teacher)
+        found.append(GraphSpec(TEACHER, TEACHER, *tensors, tolerance=1e-4, sizes=_passes(teacher)))
+    return tuple(found)
+
+
+def _passes(teacher: Teacher) -> tuple[dict[str, int], ...]:
+    """Three passes of a teacher: behind cached positions, with a prefix in front, and all that is left."""
+    length, half = teacher.starts[-1], teacher.starts[len(teacher.starts) // 2]
+    return (
+        {"new": min(3, length - half), "capacity": length, "filled": half},
+        {"new": half, "capacity": half + 1, "filled": 0},
+        {"new": 1, "capacity": half, "filled": half - 1},
     )
 
 
-def sample_inputs(spec: GraphSpec, recipe: Recipe, batch: int, seed: int) -> dict[str, np.ndarray]:
+def sample_inputs(
+    spec: GraphSpec, recipe: Recipe, batch: int, seed: int, sizes: Mapping[str, int] | None = None
+) -> dict[str, np.ndarray]:
     """Random inputs of a graph: Gaussian sequences, labels over all classes, `known` mixed over the
-    schedules' steps."""
+    schedules' steps; tokens over the codebook, and a cache of which `filled` positions count.
+
+    sizes: one of the graph's, the first by default.
+    """
     rng = np.random.default_rng(seed)
+    sizes = {**(spec.sizes[0] if sizes is None else sizes), "batch": batch}
     steps = sorted({k for schedule in recipe.schedules.values() for k in schedule.known})
-    integers = {
-        "label": rng.integers(0, recipe.classes, batch),
-        "known": np.resize(np.array(steps[::-1]), batch),
-    }
+    known = np.resize(np.array(steps[::-1]), batch)
     inputs: dict[str, np.ndarray] = {}
     for tensor in spec.inputs:
-        shape = [batch if size == "batch" else int(size) for size in tensor.shape]
-        value = integers[tensor.name] if tensor.dtype == "int64" else rng.standard_normal(shape)
+        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+        if tensor.dtype == "float32":
+            value = rng.standard_normal(shape)
+        elif tensor.name == "tokens":
+            value = rng.integers(0, recipe.sequence.codebook, shape)
+        elif tensor.name == "label":
+            value = rng.integers(0, recipe.classes, shape)
+        else:
+            value = {
+                "known": known,
+                "positions": np.arange(sizes.get("new", 0)) + sizes.get("filled", 0),
+                "filled": np.array([sizes.get("filled", 0)]),
+            }[tensor.name]
         inputs[tensor.name] = value.astype(tensor.dtype)
     return inputs
+
+
+def rows(
+    arrays: Mapping[str, np.ndarray], tensors: tuple[TensorSpec, ...], count: int
+) -> dict[str, np.ndarray]:
+    """The first `count` rows of a batch: what has no batch stays whole."""
+    batched = {t.name: t.shape.index("batch") for t in tensors if "batch" in t.shape}
+    return {
+        name: np.ascontiguousarray(value.take(np.arange(count), axis=batched[name]))
+        if name in batched
+        else value
+        for name, value in arrays.items()
+    }

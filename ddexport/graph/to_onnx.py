@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
 from torch import nn
 
+from ddexport.graph.external import SharedWeights
 from ddexport.graph.passes import strip_trace
-from ddexport.graph.spec import GraphSpec, sample_inputs
+from ddexport.graph.spec import LARGEST, GraphSpec, sample_inputs
 from ddexport.recipe import Recipe
 from runtime.errors import DDError
 
@@ -21,7 +24,6 @@ DEFAULT_OPSET = 20
 OPSETS = range(18, 24)
 FIRST_OPSETS = {"bf16": 22}  # the first whose Conv takes bfloat16
 EXTERNAL_DATA_FROM = 1 << 30  # bytes; one protobuf message holds at most 2 GiB
-LARGEST_BATCH = 1 << 16
 
 
 class ExportError(DDError):
@@ -35,17 +37,20 @@ def onnx_from_module(
     path: Path,
     opset: int = DEFAULT_OPSET,
     metadata: Mapping[str, str] | None = None,
+    weights: SharedWeights | None = None,
 ) -> list[Path]:
     """Traces `module` and writes it to `path`, with its weights in `path` + ".data" where they pass 1 GiB.
 
-    The trace is made with batch 2 and a dynamic batch. Returns the files written, the graph first.
+    The trace is made with batch 2; every dimension with a name in the spec is dynamic. With `weights`, the
+    weights go into that file whatever their size, each once. Returns the files of the graph, itself first.
 
     Raises:
         ExportError: the opset is not supported.
     """
+    import onnx_ir as ir
+
     check_opset(opset)
     inputs = sample_inputs(spec, recipe, batch=2, seed=0)
-    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             module.eval(),
@@ -54,7 +59,7 @@ def onnx_from_module(
             opset_version=opset,
             input_names=[t.name for t in spec.inputs],
             output_names=[t.name for t in spec.outputs],
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            dynamic_shapes=_dynamic_shapes(module, spec),
             verbose=False,
         )
     if program is None:
@@ -62,9 +67,28 @@ def onnx_from_module(
     strip_trace(program.model)
     program.model.metadata_props.update(metadata or {})
     size = sum(value.numel() * value.element_size() for value in module.state_dict().values())
-    external = size > EXTERNAL_DATA_FROM
-    program.save(str(path), external_data=external)
-    return [path, path.with_name(path.name + ".data")] if external else [path]
+    if weights is None and size > EXTERNAL_DATA_FROM:
+        weights = SharedWeights(path.with_name(path.name + ".data"))
+    if weights is not None:
+        weights.take_from(program.model)
+    ir.save(program.model, path)
+    return [path] if weights is None else [path, weights.path]
+
+
+def _dynamic_shapes(module: nn.Module, spec: GraphSpec) -> tuple[Any, ...]:
+    """For each input the axes that have a name, by that name; those of a `*` parameter of `forward` together,
+    as the tracer wants them."""
+    names = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
+    dimensions = {name: torch.export.Dim(name, min=1, max=LARGEST) for name in names}
+    shapes = [
+        {axis: dimensions[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
+        for tensor in spec.inputs
+    ]
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(shapes)
+    plain = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*shapes[:plain], tuple(shapes[plain:]))
 
 
 def check_opset(opset: int, precisions: Iterable[str] = ()) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ddexport.graph.spec import BATCHES, GraphSpec, sample_inputs
+from ddexport.graph.spec import BATCHES, GraphSpec, rows, sample_inputs
 from ddexport.recipe import Recipe
 from runtime.errors import VerificationError
 
@@ -42,15 +42,16 @@ def verify_graph(
     Raises:
         VerificationError: an output differs by more than the limit, is not finite, or is constant.
     """
-    inputs = sample_inputs(spec, recipe, max(BATCHES), seed=1)
-    with torch.no_grad():
-        outputs = module(*(torch.from_numpy(value) for value in inputs.values()))
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    wanted = {t.name: value.numpy() for t, value in zip(spec.outputs, outputs, strict=True)}
     found = []
-    for batch in BATCHES:
-        got = run({name: value[:batch] for name, value in inputs.items()})
-        found += compare(got, {name: value[:batch] for name, value in wanted.items()}, spec, batch)
+    for sizes in spec.sizes:
+        inputs = sample_inputs(spec, recipe, max(BATCHES), seed=1, sizes=sizes)
+        with torch.no_grad():
+            outputs = module(*(torch.from_numpy(value) for value in inputs.values()))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        wanted = {t.name: value.numpy() for t, value in zip(spec.outputs, outputs, strict=True)}
+        for batch in BATCHES:
+            got = run(rows(inputs, spec.inputs, batch))
+            found += compare(got, rows(wanted, spec.outputs, batch), spec, batch)
     failed = [a for a in found if not a.passed]
     if failed:
         worst = max(failed, key=lambda a: np.nan_to_num(a.error, nan=np.inf))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ddexport.families._base import Teacher
+from ddexport.families._base import Student, Teacher
 from ddexport.families._explicit_cache import ExplicitCache
+from ddexport.graph.spec import GraphSpec
 
 
 class TeacherGraph(nn.Module):
@@ -53,3 +54,12 @@ class TeacherGraph(nn.Module):
         conditional, unconditional = logits.unflatten(0, (2, -1)).unbind()
         mixed = conditional + guidance[:, None, None] * (conditional - unconditional)
         return (mixed, *(rows for layer in past for rows in layer.new or ()))
+
+
+def graph_module(spec: GraphSpec, part: nn.Module, tokenizer: nn.Module) -> nn.Module:
+    """The module that a graph is traced from and compared with; it shares the weights of `part`."""
+    if isinstance(part, Teacher):
+        return TeacherGraph(part, tokenizer).eval()
+    if isinstance(part, Student) and spec.split is not None:
+        return part.at_split(spec.split)
+    return part

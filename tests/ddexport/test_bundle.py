@@ -21,8 +21,9 @@ from onnx import numpy_helper
 
 import ddexport.bundle
 import ddexport.staging
-from ddexport.bundle import Exported, MissingWeightsError, WeightRequest, export_bundle, load_parts
+from ddexport.bundle import Exported, WeightRequest, export_bundle, load_parts
 from ddexport.graph.spec import graph_specs, sample_inputs
+from ddexport.sources import MissingWeightsError
 from ddexport.graph.to_onnx import OPSETS, ExportError
 from ddexport.recipe import Recipe, RecipeError, Source, load_recipe, recipe_from_dict
 from runtime.errors import OutputError, VerificationError
@@ -135,7 +136,7 @@ class TestManifest:
     ) -> None:
         """A bundle of the project's own weights says so, unless files were given in their place."""
         sources = {role: Source(embedded=path.name) for role, path in golden_files.items()}
-        monkeypatch.setattr("ddexport.bundle.embedded_weights", lambda source: golden_dir / source.embedded)
+        monkeypatch.setattr("ddexport.sources.embedded_weights", lambda source: golden_dir / source.embedded)
         recipe = dataclasses.replace(golden_recipe, files=sources)
         files = {role: golden_files[role] for role in given}
         weights = export_bundle(recipe, tmp_path / "b", WeightRequest(files)).manifest.weights

@@ -1,0 +1,57 @@
+"""Weights beside a graph: one file for one graph, or for several that share most of their weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+SMALL = 1024  # bytes; below that a tensor stays in the graph, where engines look for shapes and indices
+ALIGNMENT = 1 << 12  # a page: engines map the file into memory
+
+
+class SharedWeights:
+    """A file of weights that holds each array once, however many graphs name it.
+
+    Arrays are told apart by their bytes, so graphs need not agree on names, shapes or order: a second graph
+    of the same module adds only what it alone has.
+
+    Args:
+        path: the file; it must lie beside its graphs, as engines read no other place. Replaced if it exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._places: dict[bytes, tuple[int, int]] = {}
+        path.write_bytes(b"")
+
+    def take_from(self, model: ir.Model) -> None:
+        """Moves the weights of the model into the file; the model then points at them."""
+        import onnx_ir as ir
+
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < SMALL:
+                continue
+            offset, length = self._place(tensor.tobytes())
+            value.const_value = ir.ExternalTensor(
+                self.path.name,
+                offset,
+                length,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=tensor.name or value.name or "",
+                base_dir=self.path.parent,
+            )
+
+    def _place(self, content: bytes) -> tuple[int, int]:
+        key = hashlib.sha256(content).digest()
+        if key not in self._places:
+            with self.path.open("ab") as stream:
+                stream.write(bytes(-stream.tell() % ALIGNMENT))
+                self._places[key] = stream.tell(), len(content)
+                stream.write(content)
+        return self._places[key]
