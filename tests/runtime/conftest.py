@@ -39,6 +39,13 @@ assert _spec and _spec.loader
 fake_gpu = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(fake_gpu)
 
+_teacher_spec = importlib.util.spec_from_file_location(
+    "toy_teacher", Path(__file__).with_name("toy_teacher.py")
+)
+assert _teacher_spec and _teacher_spec.loader
+toy_teacher_module = importlib.util.module_from_spec(_teacher_spec)
+_teacher_spec.loader.exec_module(toy_teacher_module)
+
 SEQUENCE = SequenceSize(length=6, width=4, codebook=5, split=2)
 IMAGE = ImageSize(height=8, width=8, channels=3)
 NAMES = ("zero", "one", "two")
@@ -179,6 +186,25 @@ def shared_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(shared_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the toy bundle to tell lies with."""
     return Path(shutil.copytree(shared_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def toy_teacher() -> Any:
+    """The module `toy_teacher.py`."""
+    return toy_teacher_module
+
+
+@pytest.fixture(scope="session")
+def shared_teacher_bundle(shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy bundle with a teacher, not to be changed."""
+    copied = shutil.copytree(shared_bundle, tmp_path_factory.mktemp("teacher") / "bundle")
+    return Path(toy_teacher_module.add_teacher(Path(copied)))
+
+
+@pytest.fixture
+def teacher_bundle(shared_teacher_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the toy bundle with a teacher."""
+    return Path(shutil.copytree(shared_teacher_bundle, tmp_path / "teacher"))
 
 
 @pytest.fixture

@@ -1,0 +1,311 @@
+"""Tokens from a teacher: what can be drawn, what is drawn, and a loop with a cache that changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+
+from runtime.contract import FileInfo
+from runtime.errors import BackendError, BundleError, ScheduleError
+from runtime.manifest import Schedule, Span, read_manifest
+from runtime.noise import uniform_numbers
+from runtime.teacher import (
+    Choice,
+    Sampling,
+    choice_of,
+    choose,
+    draw,
+    nearest_codes,
+    read_codebook,
+    weights,
+)
+
+GREEDY = Choice(cfg=2.0, top_k=1, top_p=1.0, temperature=1.0)
+
+
+def literal_weights(logits: np.ndarray, choice: Choice) -> np.ndarray:
+    """One row, the way the published samplers filter it: sorted, cumulated, cut off."""
+    scaled = logits.astype(np.float64) / choice.temperature
+    order = np.argsort(-scaled, kind="stable")
+    kept = [i for i in order if scaled[i] >= scaled[order[min(choice.top_k, len(order)) - 1]]]
+    mass = {i: np.exp(scaled[i] - scaled.max()) for i in kept}
+    total, result = sum(mass.values()), np.zeros(len(logits))
+    for i in kept:
+        above = sum(mass[j] for j in kept if scaled[j] > scaled[i])
+        if choice.top_p == 1.0 or above < choice.top_p * total:
+            result[i] = mass[i]
+    return result
+
+
+def literal_token(mass: np.ndarray, number: float) -> int:
+    running, target = 0.0, number * np.cumsum(mass)[-1]
+    for index, one in enumerate(mass):
+        running += one
+        if running > target:
+            return index
+    raise AssertionError("the number was below 1")
+
+
+@st.composite
+def cases(draw: DrawFn) -> tuple[np.ndarray, np.ndarray, Choice]:
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    shape = (draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(2, 12)))
+    logits = (3 * rng.standard_normal(shape)).astype(np.float32)
+    if draw(st.booleans()):
+        logits = np.rint(logits)  # with ties
+    choice = Choice(
+        cfg=1.0,
+        top_k=draw(st.integers(2, 15)),
+        # Not a mass that a set of ties could have to the last bit.
+        top_p=draw(st.sampled_from([1.0, 0.951, 0.803, 0.4999, 0.0101])),
+        temperature=draw(st.sampled_from([1.0, 0.5, 1.7])),
+    )
+    return logits, rng.random(shape[:2]), choice
+
+
+@given(cases())
+def test_the_filter_is_the_published_one(case: Any) -> None:
+    """Against a literal reading, ties included; the largest weight is 1."""
+    logits, _, choice = case
+    rows = logits.reshape(-1, logits.shape[-1])
+    found = weights(rows, choice)
+    for row, mass in zip(rows, found, strict=True):
+        np.testing.assert_allclose(mass, literal_weights(row, choice), rtol=1e-12)
+        assert mass.max() == 1.0
+
+
+@given(cases())
+def test_the_token_is_where_the_cumulated_mass_passes_the_number(case: Any) -> None:
+    logits, numbers, choice = case
+    tokens = choose(logits, numbers, choice)
+    assert (tokens.shape, tokens.dtype) == (numbers.shape, np.int64)
+    for place in np.ndindex(*numbers.shape):
+        mass = weights(logits[place][None], choice)[0]
+        assert tokens[place] == literal_token(mass, numbers[place])
+        assert mass[tokens[place]] > 0
+
+
+@given(cases(), st.integers(0, 100))
+def test_no_position_sees_another(case: Any, seed: int) -> None:
+    """Permuted rows give permuted tokens, and one row alone gives its token."""
+    logits, numbers, choice = case
+    order = np.random.default_rng(seed).permutation(len(logits))
+    whole = choose(logits, numbers, choice)
+    np.testing.assert_array_equal(choose(logits[order], numbers[order], choice), whole[order])
+    np.testing.assert_array_equal(choose(logits[:1, :1], numbers[:1, :1], choice), whole[:1, :1])
+
+
+@given(cases())
+def test_one_candidate_is_the_largest_logit(case: Any) -> None:
+    """Top-k 1 takes it whatever the number; so does a top-p below its probability."""
+    logits, numbers, _ = case
+    np.testing.assert_array_equal(choose(logits, numbers, GREEDY), logits.argmax(-1))
+    sure = logits + 50 * (np.arange(logits.shape[-1]) == 1)
+    alone = Choice(cfg=1.0, top_k=100, top_p=0.5, temperature=1.0)
+    assert (choose(sure.astype(np.float32), numbers, alone) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "temperature"), [(100, 1.0, 1.0), (100, 0.9, 1.0), (12, 1.0, 1.5), (12, 0.8, 0.7)]
+)
+def test_tokens_follow_the_filtered_distribution(top_k: int, top_p: float, temperature: float) -> None:
+    """A chi-square over 40,000 draws by the stream lies within five standard deviations; what is filtered out
+    never comes."""
+    choice = Choice(cfg=1.0, top_k=top_k, top_p=top_p, temperature=temperature)
+    logits = (1.5 * np.random.default_rng(1).standard_normal(40)).astype(np.float32)
+    numbers = uniform_numbers(9, range(400), 100)
+    tokens = choose(np.broadcast_to(logits, (400, 100, 40)), numbers, choice)
+    mass = weights(logits[None], choice)[0]
+    expected = mass / mass.sum() * tokens.size
+    counts = np.bincount(tokens.ravel(), minlength=40)
+    assert (counts[mass == 0] == 0).all()
+    kept = mass > 0
+    chi = ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum()
+    freedom = kept.sum() - 1
+    assert abs(chi - freedom) < 5 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
+    logits = np.zeros((1, 2, 4), np.float32)
+    logits[0, 1, 2] = bad
+    with pytest.raises(BackendError, match="logits are not finite"):
+        choose(logits, np.zeros((1, 2)), GREEDY)
+
+
+class Spy:
+    """The toy graph in ONNX Runtime; remembers what it was fed."""
+
+    def __init__(self, path: Path) -> None:
+        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        self.names = [value.name for value in self.session.get_outputs()]
+        self.feeds: list[dict[str, Any]] = []
+        self.addresses: list[int] = []
+
+    def __call__(self, feeds: Any) -> dict[str, np.ndarray]:
+        self.feeds.append({name: array.copy() for name, array in feeds.items()})
+        self.addresses.append(feeds["key_0"].ctypes.data)
+        assert all(array.flags.c_contiguous for array in feeds.values())
+        return dict(zip(self.names, self.session.run(self.names, dict(feeds)), strict=True))
+
+
+@pytest.fixture(scope="module")
+def teacher(shared_teacher_bundle: Path) -> Any:
+    return read_manifest(shared_teacher_bundle).teacher
+
+
+def literal_draw(
+    toy: Any, teacher: Any, span: Span, prefix: np.ndarray, labels: np.ndarray, u: np.ndarray, choice: Choice
+) -> np.ndarray:
+    """The loop without a cache: everything is computed again in every AR step."""
+    tokens = np.zeros((len(labels), 6), np.int64)
+    tokens[:, : span.start] = prefix
+    passes: list[tuple[int, int]] = []
+    for start, end in teacher.steps(span):
+        passes.append((passes[-1][1] if passes else 0, end))
+        g = teacher.strength(start, choice.cfg)
+        logits = toy.without_cache(tokens, labels, g, passes)[:, start:end]
+        tokens[:, start:end] = choose(logits, u[:, start:end], choice)
+    return tokens[:, : span.end]
+
+
+@pytest.mark.parametrize("span", [Span(0, 6), Span(0, 2), Span(1, 4), Span(2, 4), Span(4, 6), Span(2, 6)])
+@pytest.mark.parametrize("choice", [GREEDY, Choice(cfg=1.5, top_k=4, top_p=0.9, temperature=1.2)])
+def test_the_cache_changes_nothing(
+    span: Span, choice: Choice, toy_teacher: Any, teacher: Any, shared_teacher_bundle: Path
+) -> None:
+    """The graph with its cache draws what a computation without one draws, from any start to any end."""
+    rng = np.random.default_rng(0)
+    labels, prefix = np.array([0, 1, 2, 1]), rng.integers(0, 5, (4, span.start))
+    numbers = rng.random((4, 6))
+    spy, counts = Spy(shared_teacher_bundle / "teacher.onnx"), []
+    tokens = draw(spy, teacher, span, prefix, labels, numbers, choice, counts.append)
+    np.testing.assert_array_equal(
+        tokens, literal_draw(toy_teacher, teacher, span, prefix, labels, numbers, choice)
+    )
+    np.testing.assert_array_equal(tokens[:, : span.start], prefix)
+    assert counts == [4] * len(teacher.steps(span))
+
+
+def test_what_the_graph_is_fed(teacher: Any, shared_teacher_bundle: Path) -> None:
+    """The first pass carries the prefix, guidance rises, and the same buffers are fed every time."""
+    spy = Spy(shared_teacher_bundle / "teacher.onnx")
+    prefix = np.array([[3], [4]])
+    draw(spy, teacher, Span(1, 6), prefix, np.array([2, 0]), np.full((2, 6), 0.5), GREEDY)
+    assert [feeds["positions"].tolist() for feeds in spy.feeds] == [[0, 1], [2, 3], [4, 5]]
+    assert [feeds["filled"].tolist() for feeds in spy.feeds] == [[0], [2], [4]]
+    assert [feeds["guidance"].tolist() for feeds in spy.feeds] == [
+        [np.float32(2 * k / 3)] * 2 for k in (1, 2, 3)
+    ]
+    assert spy.feeds[0]["tokens"].tolist() == [[3, 0, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0]]
+    assert spy.feeds[0]["key_0"].shape == (2, 2, 1, 6, 2)
+    assert len(set(spy.addresses)) == 1
+    assert all(np.isfinite(feeds["value_0"]).all() for feeds in spy.feeds)
+
+
+def test_the_cache_is_as_large_as_the_span(teacher: Any, shared_teacher_bundle: Path) -> None:
+    spy = Spy(shared_teacher_bundle / "teacher.onnx")
+    draw(spy, teacher, Span(0, 2), np.zeros((1, 0), int), np.array([0]), np.zeros((1, 6)), GREEDY)
+    assert spy.feeds[0]["key_0"].shape == (2, 1, 1, 2, 2)
+
+
+def test_an_image_does_not_depend_on_its_batch(teacher: Any, shared_teacher_bundle: Path) -> None:
+    """Drawn by the stream: image 5 is the same alone and among others."""
+    spy = Spy(shared_teacher_bundle / "teacher.onnx")
+    choice = Choice(cfg=2.0, top_k=5, top_p=1.0, temperature=3.0)
+    labels, none = np.arange(9) % 3, np.zeros((9, 0), int)
+    whole = draw(spy, teacher, Span(0, 6), none, labels, uniform_numbers(1, range(9), 6), choice)
+    one = draw(spy, teacher, Span(0, 6), none[5:6], labels[5:6], uniform_numbers(1, [5], 6), choice)
+    np.testing.assert_array_equal(one, whole[5:6])
+    assert len(np.unique(whole, axis=0)) > 3  # the draws differ, so that the equality above says something
+
+
+# What a request may ask for
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cfg": -0.1}, "cfg must be a finite number of at least 0"),
+        ({"cfg": float("nan")}, "cfg must be"),
+        ({"top_k": 0}, "top_k must be an integer of at least 1, but is 0"),
+        ({"top_k": 2.5}, "top_k must be an integer"),
+        ({"top_k": True}, "top_k must be an integer"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1"),
+        ({"temperature": 0.0}, "temperature must be a finite number above 0"),
+        ({"temperature": float("inf")}, "temperature must be"),
+    ],
+)
+def test_a_value_out_of_range_says_so(change: dict[str, Any], message: str, teacher: Any) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        choice_of(Schedule((4,), None, Span(0, 4)), teacher, Sampling(**change))
+
+
+def test_the_bundle_has_the_last_word_only_where_the_request_has_none(teacher: Any) -> None:
+    schedule = Schedule((4,), None, Span(0, 4))
+    assert choice_of(schedule, teacher, Sampling()) == Choice(2.0, 4, 0.9, 1.0)
+    assert choice_of(schedule, teacher, Sampling(cfg=0, top_k=7)) == Choice(0, 7, 0.9, 1.0)
+
+
+def test_an_option_without_effect_is_refused(teacher: Any) -> None:
+    for steps, one in ((Schedule((0,)), teacher), (Schedule((0,)), None)):
+        assert choice_of(steps, one, Sampling()) is None
+        with pytest.raises(ScheduleError, match="cfg, top_k can only be given for steps that involve"):
+            choice_of(steps, one, Sampling(cfg=1.0, top_k=2))
+
+
+# Nearest codes and the codebook
+
+
+@given(st.integers(0, 1000), st.integers(1, 30), st.integers(1, 6))
+def test_nearest_codes(seed: int, codes: int, width: int) -> None:
+    """By the distance itself; an entry is nearest to itself."""
+    rng = np.random.default_rng(seed)
+    codebook = rng.standard_normal((codes, width)).astype(np.float32)
+    vectors = rng.standard_normal((2, 3, width)).astype(np.float32)
+    distances = ((vectors[:, :, None].astype(np.float64) - codebook) ** 2).sum(-1)
+    chosen = np.take_along_axis(distances, nearest_codes(vectors, codebook)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(chosen, distances.min(-1), rtol=1e-4, atol=1e-5)
+    assert nearest_codes(codebook[None], codebook).tolist() == [list(range(codes))]
+    assert nearest_codes(vectors[:, :0], codebook).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((5, 4)), "is not float32 of shape"),
+        (np.zeros((4, 4), np.float32), "is not float32 of shape"),
+        (np.array([None]), "is not an npy file"),
+    ],
+)
+def test_a_codebook_that_is_another_array(array: np.ndarray, message: str, teacher_bundle: Path) -> None:
+    np.save(teacher_bundle / "codebook.npy", array, allow_pickle=True)
+    with pytest.raises(BundleError, match=message):
+        read_codebook(teacher_bundle, read_manifest_unchecked(teacher_bundle))
+
+
+def read_manifest_unchecked(root: Path) -> Any:
+    """The manifest with the size that the codebook has now."""
+    path = root / "bundle.json"
+    content = json.loads(path.read_text())
+    content["teacher"]["codebook"]["bytes"] = (root / "codebook.npy").stat().st_size
+    path.write_text(json.dumps(content))
+    return read_manifest(root, verify=False)
+
+
+def test_strengths_of_the_families(teacher: Any) -> None:
+    """VAR: from 0 in the first scale to cfg in the last. LlamaGen: cfg - 1 everywhere, and never below 0."""
+    assert [teacher.strength(start, 3.0) for start in (0, 1, 2, 4)] == [0, 1, 2, 3]
+    constant = dataclasses.replace(teacher, guidance="constant", codebook=FileInfo("a", "b", 1))
+    assert [constant.strength(start, 3.0) for start in (0, 4)] == [2, 2]
+    assert constant.strength(0, 0.5) == 0
