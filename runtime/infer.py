@@ -87,7 +87,7 @@ class Report:
 
     def line(self) -> str:
         """The report for people, in one line."""
-        parts = {what: spent for what, spent in self.seconds.items() if what != "load"}
+        parts = {what: spent for what, spent in self.seconds.items() if what != "load" and spent}
         times = ", ".join(f"{what} {console.duration(spent)}" for what, spent in parts.items())
         engine = ", ".join(part for part in (self.backend, self.provider, self.precision) if part)
         each = console.duration(sum(parts.values()) / self.images)
