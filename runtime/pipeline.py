@@ -26,7 +26,7 @@ from runtime.options import Options
 from runtime.sampler import Step, TeacherRun, sample
 from runtime.schedules import moved
 from runtime.selection import AUTO, backend_class, candidates, choose, nothing_fits
-from runtime.teacher import Choice, Sampling, check_uniforms, choice_of, read_codebook
+from runtime.teacher import Choice, Sampling, by_stream, check_uniforms, choice_of, read_codebook
 
 OUTPUTS = ("pil", "numpy", "sequence")
 MEMORY_TARGET = 2 << 30  # bytes; a CPU is no faster with more images at once
@@ -195,10 +195,11 @@ class Pipeline:
         if choice is not None:
             assert manifest.teacher is not None  # or there would be no choice
             assert self.codebook is not None
-            run = partial(self.backend.run, "teacher")
-            teacher = TeacherRun(run, manifest.teacher, self.codebook, choice)
+            assert uniforms is not None
+            run, pick = partial(self.backend.run, "teacher"), by_stream(uniforms, choice)
+            teacher = TeacherRun(run, manifest.teacher, self.codebook, choice.cfg, pick)
         student = partial(self.backend.run, student_key(manifest, schedule))
-        steps = sample(student, noise, labels, schedule, teacher, uniforms, on_pass)
+        steps = sample(student, noise, labels, schedule, teacher, on_pass)
         by_teacher = sum(step.seconds for step in steps if step.role == "teacher")
         by_student = sum(step.seconds for step in steps) - by_teacher
         if output == "sequence":

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.manifest import Schedule, Span, Teacher
-from runtime.teacher import Choice, draw, nearest_codes
+from runtime.teacher import Pick, draw, nearest_codes
 
 Arrays = Mapping[str, NDArray[Any]]
 Run = Callable[[Arrays], Arrays]
@@ -33,12 +33,13 @@ class Step:
 
 @dataclass(frozen=True)
 class TeacherRun:
-    """What the steps of a teacher need: its graph, its codebook (V, Cv), and how tokens are chosen."""
+    """What the steps of a teacher need: its graph, codebook (V, Cv), guidance, and who chooses the tokens."""
 
     run: Run
     teacher: Teacher
     codebook: NDArray[np.float32]
-    choice: Choice
+    cfg: float
+    pick: Pick
 
 
 def sample(
@@ -47,14 +48,13 @@ def sample(
     labels: NDArray[np.int64],
     schedule: Schedule,
     teacher: TeacherRun | None = None,
-    uniforms: NDArray[np.float64] | None = None,
     on_pass: Callable[[int], None] | None = None,
 ) -> list[Step]:
     """Runs the student once for each `known` of the schedule, and the teacher where the schedule has a span.
 
     student: arrays tokens (N, L, Cv), label (N,), known (N,) -> arrays sequence (N, L, Cv), logits (N, S, V).
-    noise: float32 (N, L, Cv). labels: int64 (N,). teacher, uniforms (float64 (N, L)): for schedules with a
-    span. on_pass: told N after each pass of either. Returns the steps in order, the last one is the result.
+    noise: float32 (N, L, Cv). labels: int64 (N,). teacher: for schedules with a span. on_pass: told N after
+    each pass of either. Returns the steps in order, the last one is the result.
 
     A step after the first keeps the first `known` positions of the step before and has the *original* noise
     in the rest. A kept position was decided before: its token is the one reported then, as in the published
@@ -65,21 +65,7 @@ def sample(
         steps.append(_student_step(student, noise, labels, known, steps, on_pass))
     if schedule.teacher is not None:
         assert teacher is not None  # the caller has one wherever the manifest has such a schedule
-        assert uniforms is not None
-        began = time.perf_counter()
-        prefix = _prefix(steps, len(labels), schedule.teacher, teacher.codebook)
-        tokens = draw(
-            teacher.run,
-            teacher.teacher,
-            schedule.teacher,
-            prefix,
-            labels,
-            uniforms,
-            teacher.choice,
-            on_pass,
-        )
-        sequence = np.concatenate([teacher.codebook[tokens], noise[:, tokens.shape[1] :]], axis=1)
-        steps.append(Step(tokens, sequence, "teacher", time.perf_counter() - began))
+        steps.append(_teacher_step(teacher, noise, labels, schedule.teacher, steps, on_pass))
     for known in schedule.after:
         steps.append(_student_step(student, noise, labels, known, steps, on_pass))
     return steps
@@ -106,6 +92,21 @@ def _student_step(
     if on_pass is not None:
         on_pass(len(labels))
     return Step(codes, outputs["sequence"], seconds=time.perf_counter() - began)
+
+
+def _teacher_step(
+    teacher: TeacherRun,
+    noise: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    span: Span,
+    steps: list[Step],
+    on_pass: Callable[[int], None] | None,
+) -> Step:
+    began = time.perf_counter()
+    prefix = _prefix(steps, len(labels), span, teacher.codebook)
+    tokens = draw(teacher.run, teacher.teacher, span, prefix, labels, teacher.cfg, teacher.pick, on_pass)
+    sequence = np.concatenate([teacher.codebook[tokens], noise[:, tokens.shape[1] :]], axis=1)
+    return Step(tokens, sequence, "teacher", time.perf_counter() - began)
 
 
 def _prefix(steps: list[Step], count: int, span: Span, codebook: NDArray[np.float32]) -> NDArray[np.int64]:

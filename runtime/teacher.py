@@ -19,6 +19,8 @@ from runtime.manifest import Manifest, Schedule, Span, Teacher, resolve
 
 Arrays = Mapping[str, NDArray[Any]]
 Run = Callable[[Arrays], Arrays]
+# Guided logits (N, n, V) of an AR step and its positions -> their tokens (N, n).
+Pick = Callable[[NDArray[np.float32], slice], NDArray[np.int64]]
 CHUNK = 1 << 21  # logits whose tokens are chosen at once: the float64 copies stay below 100 MB
 
 
@@ -91,15 +93,15 @@ def draw(
     span: Span,
     prefix: NDArray[np.int64],
     labels: NDArray[np.int64],
-    uniforms: NDArray[np.float64],
-    choice: Choice,
+    cfg: float,
+    pick: Pick,
     on_pass: Callable[[int], None] | None = None,
 ) -> NDArray[np.int64]:
     """The tokens (N, end) of a span behind a prefix.
 
     run: the graph, with the inputs and outputs that `runtime.contract` has for the teacher. prefix: int64
-    (N, start). labels: int64 (N,). uniforms: float64 (N, L), one number a position. on_pass: told N after
-    each pass. Raises BackendError for logits that are not finite.
+    (N, start). labels: int64 (N,). cfg: guidance. pick: chooses the tokens of an AR step, as `by_stream`
+    does. on_pass: told N after each pass.
 
     The first pass also carries the prefix. The graph gives back the new rows of its caches only, and they are
     written into buffers that are fed as they are: nothing is copied but what is new.
@@ -117,7 +119,7 @@ def draw(
                 "tokens": tokens,
                 "label": labels,
                 "positions": np.arange(filled, end),
-                "guidance": np.full(count, teacher.strength(start, choice.cfg), np.float32),
+                "guidance": np.full(count, teacher.strength(start, cfg), np.float32),
                 "filled": np.array([filled]),
                 **caches,
             }
@@ -125,11 +127,15 @@ def draw(
         for name, cache in caches.items():
             cache[:, :, :, filled:end] = outputs[f"new_{name}"]
         filled = end
-        logits = outputs["logits"][:, start - end :]
-        tokens[:, start:end] = choose(logits, uniforms[:, start:end], choice)
+        tokens[:, start:end] = pick(outputs["logits"][:, start - end :], slice(start, end))
         if on_pass is not None:
             on_pass(count)
     return tokens[:, : span.end]
+
+
+def by_stream(uniforms: NDArray[np.float64], choice: Choice) -> Pick:
+    """Chooses by the numbers (N, L) of the positions; see `choose`."""
+    return lambda logits, positions: choose(logits, uniforms[:, positions], choice)
 
 
 def choose(logits: NDArray[np.float32], uniforms: NDArray[np.float64], choice: Choice) -> NDArray[np.int64]:

@@ -21,6 +21,7 @@ from runtime.noise import uniform_numbers
 from runtime.teacher import (
     Choice,
     Sampling,
+    by_stream,
     choice_of,
     choose,
     draw,
@@ -30,6 +31,7 @@ from runtime.teacher import (
 )
 
 GREEDY = Choice(cfg=2.0, top_k=1, top_p=1.0, temperature=1.0)
+LARGEST = by_stream(np.zeros((9, 6)), GREEDY)
 
 
 def literal_weights(logits: np.ndarray, choice: Choice) -> np.ndarray:
@@ -188,7 +190,7 @@ def test_the_cache_changes_nothing(
     labels, prefix = np.array([0, 1, 2, 1]), rng.integers(0, 5, (4, span.start))
     numbers = rng.random((4, 6))
     spy, counts = Spy(shared_teacher_bundle / "teacher.onnx"), []
-    tokens = draw(spy, teacher, span, prefix, labels, numbers, choice, counts.append)
+    tokens = draw(spy, teacher, span, prefix, labels, choice.cfg, by_stream(numbers, choice), counts.append)
     np.testing.assert_array_equal(
         tokens, literal_draw(toy_teacher, teacher, span, prefix, labels, numbers, choice)
     )
@@ -200,7 +202,7 @@ def test_what_the_graph_is_fed(teacher: Any, shared_teacher_bundle: Path) -> Non
     """The first pass carries the prefix, guidance rises, and the same buffers are fed every time."""
     spy = Spy(shared_teacher_bundle / "teacher.onnx")
     prefix = np.array([[3], [4]])
-    draw(spy, teacher, Span(1, 6), prefix, np.array([2, 0]), np.full((2, 6), 0.5), GREEDY)
+    draw(spy, teacher, Span(1, 6), prefix, np.array([2, 0]), 2.0, LARGEST)
     assert [feeds["positions"].tolist() for feeds in spy.feeds] == [[0, 1], [2, 3], [4, 5]]
     assert [feeds["filled"].tolist() for feeds in spy.feeds] == [[0], [2], [4]]
     assert [feeds["guidance"].tolist() for feeds in spy.feeds] == [
@@ -214,7 +216,7 @@ def test_what_the_graph_is_fed(teacher: Any, shared_teacher_bundle: Path) -> Non
 
 def test_the_cache_is_as_large_as_the_span(teacher: Any, shared_teacher_bundle: Path) -> None:
     spy = Spy(shared_teacher_bundle / "teacher.onnx")
-    draw(spy, teacher, Span(0, 2), np.zeros((1, 0), int), np.array([0]), np.zeros((1, 6)), GREEDY)
+    draw(spy, teacher, Span(0, 2), np.zeros((1, 0), int), np.array([0]), 2.0, LARGEST)
     assert spy.feeds[0]["key_0"].shape == (2, 1, 1, 2, 2)
 
 
@@ -223,8 +225,12 @@ def test_an_image_does_not_depend_on_its_batch(teacher: Any, shared_teacher_bund
     spy = Spy(shared_teacher_bundle / "teacher.onnx")
     choice = Choice(cfg=2.0, top_k=5, top_p=1.0, temperature=3.0)
     labels, none = np.arange(9) % 3, np.zeros((9, 0), int)
-    whole = draw(spy, teacher, Span(0, 6), none, labels, uniform_numbers(1, range(9), 6), choice)
-    one = draw(spy, teacher, Span(0, 6), none[5:6], labels[5:6], uniform_numbers(1, [5], 6), choice)
+    whole = draw(
+        spy, teacher, Span(0, 6), none, labels, 2.0, by_stream(uniform_numbers(1, range(9), 6), choice)
+    )
+    one = draw(
+        spy, teacher, Span(0, 6), none[5:6], labels[5:6], 2.0, by_stream(uniform_numbers(1, [5], 6), choice)
+    )
     np.testing.assert_array_equal(one, whole[5:6])
     assert len(np.unique(whole, axis=0)) > 3  # the draws differ, so that the equality above says something
 
