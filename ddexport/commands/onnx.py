@@ -14,7 +14,8 @@ EPILOG = """
 Examples:
   ddexport onnx --model digits-var
   ddexport onnx --model var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
-  ddexport onnx --model var-d16 --random-weights 0 -o build/var-d16-random
+  ddexport onnx --model var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth --teacher var_d16.pth
+  ddexport onnx --model var-d16 --random-weights 0 --teacher random -o build/var-d16-random
   ddexport onnx --model digits-var --precision fp32,fp16,bf16
   ddexport onnx --model digits-var --precision fp16 --keep-fp32 'blocks.3.*' -o build/mixed
 """
@@ -38,6 +39,9 @@ def _named_precisions(context: click.Context, parameter: click.Parameter, value:
 )
 @click.option("--checkpoint", type=existing, help="The student's weights, .pth or .safetensors.")
 @click.option("--vae", type=existing, help="The tokenizer's weights, .pth or .safetensors.")
+@click.option("--teacher", metavar="FILE|random|none",
+              help="The teacher's weights, for steps that involve it; random beside --random-weights."
+              " [default: those that ship with the project, if any]")  # fmt: skip
 @click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True,
               help="Which copy of the student's weights the file holds to take.")  # fmt: skip
 @click.option("--random-weights", type=int, metavar="SEED", help="Random weights in place of the files.")
@@ -56,6 +60,7 @@ def command(
     model: str,
     checkpoint: Path | None,
     vae: Path | None,
+    teacher: str | None,
     weights: str,
     random_weights: int | None,
     output: Path | None,
@@ -70,14 +75,16 @@ def command(
     The graphs are checked against PyTorch before the bundle appears; a mismatch ends with exit code 3 and no
     bundle.
     """
-    files = {role: path for role, path in (("student", checkpoint), ("tokenizer", vae)) if path is not None}
+    named = (("student", checkpoint), ("tokenizer", vae), ("teacher", _teacher_file(teacher, random_weights)))
+    files = {role: path for role, path in named if path is not None}
     if keep_fp32 and precisions == (FLOAT32,):
         raise click.UsageError(
             "--keep-fp32 keeps modules of fp16 and bf16 graphs: ask for one with --precision"
         )
     if files and random_weights is not None:
         raise click.UsageError(
-            "--random-weights takes the place of --checkpoint and --vae: give one or the other"
+            "--random-weights takes the place of --checkpoint, --vae and a --teacher file:"
+            " give one or the other"
         )
     _require_export_extra()
     from ddexport.bundle import WeightRequest, export_bundle
@@ -87,7 +94,7 @@ def command(
     exported = export_bundle(
         recipe,
         output or Path("build") / recipe.name,
-        WeightRequest(files, weights, random_weights),
+        WeightRequest(files, weights, random_weights, None if teacher is None else teacher != "none"),
         precisions=precisions,
         keep_fp32=keep_fp32,
         opset=opset,
@@ -106,11 +113,17 @@ def command(
         return
     worst = max(exported.agreement, key=lambda a: a.error / a.limit)
     click.echo(f"{exported.path}: {recipe.title}")
-    for graph in exported.manifest.graphs:
-        click.echo(f"  {graph.file:18} {sum(f.bytes for f in graph.files) / 2**20:9.1f} MiB")
+    for file in dict.fromkeys(file for graph in exported.manifest.graphs for file in graph.files):
+        click.echo(f"  {file.file:24} {file.bytes / 2**20:9.1f} MiB")
     click.echo(f"  largest difference from PyTorch {worst.error:.1e} ({worst.role} {worst.output}, relative)")
     if exported.manifest.weights.kind == "random":
         click.echo(f"  random weights, seed {exported.manifest.weights.seed}: the images mean nothing")
+
+
+def _teacher_file(teacher: str | None, random_weights: int | None) -> Path | None:
+    if teacher == "random" and random_weights is None:
+        raise click.UsageError("--teacher random goes with --random-weights SEED")
+    return None if teacher in (None, "random", "none") else Path(str(teacher))
 
 
 def _require_export_extra() -> None:

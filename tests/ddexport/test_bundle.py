@@ -23,9 +23,9 @@ import ddexport.bundle
 import ddexport.staging
 from ddexport.bundle import Exported, WeightRequest, export_bundle, load_parts
 from ddexport.graph.spec import graph_specs, sample_inputs
-from ddexport.sources import MissingWeightsError
 from ddexport.graph.to_onnx import OPSETS, ExportError
 from ddexport.recipe import Recipe, RecipeError, Source, load_recipe, recipe_from_dict
+from ddexport.sources import MissingWeightsError
 from runtime.errors import OutputError, VerificationError
 from runtime.manifest import read_manifest
 

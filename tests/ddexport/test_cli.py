@@ -166,7 +166,7 @@ class TestOnnx:
     def test_random_weights_are_announced(
         self, tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        def replay(module, spec, recipe, path, opset, metadata):  # type: ignore[no-untyped-def]
+        def replay(module, spec, recipe, path, opset, metadata, weights=None):  # type: ignore[no-untyped-def]
             path.write_bytes((tiny.bundle / path.name).read_bytes())
             return [path]
 

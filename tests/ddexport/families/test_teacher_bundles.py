@@ -1,0 +1,228 @@
+"""Bundles with a teacher, through ONNX Runtime and the public pipeline: the golden teacher-involved cases,
+and how their files share weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+import runtime
+from ddexport.bundle import Exported, WeightRequest, export_bundle
+from ddexport.families._checkpoint import load_part
+from ddexport.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict
+from ddexport.sources import MissingWeightsError, roles_of, sources_of
+from runtime.manifest import read_manifest
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+TOLERANCE = 2e-5
+SAMPLING = {"cfg": 2.0, "top_k": 1, "top_p": 1.0, "temperature": 1.0}
+
+
+class Family(NamedTuple):
+    golden: str
+    tokenizer: str
+    schedules: dict
+
+
+VAR = Family(
+    "var-dd-small",
+    "vae.pth",
+    {
+        "3": {"known": [0, 14], "teacher": {"start": 5, "end": 14}},
+        "4": {"known": [14], "split": 14, "teacher": {"start": 0, "end": 14}},
+    },
+)
+LLAMAGEN = Family(
+    "llamagen-dd-small",
+    "vq.pth",
+    {
+        "4": {"known": [0, 5], "split": 11, "teacher": {"start": 3, "end": 5}},
+        "6": {"known": [5], "teacher": {"start": 0, "end": 5}},
+    },
+)
+# Golden case, steps, and where the teacher starts if not where the schedule says.
+CASES = [
+    (VAR, "teach_start0", 4, None),
+    (VAR, "teach_start1", 4, 1),
+    (VAR, "teach_start2_split2", 3, None),
+    (LLAMAGEN, "teach_start0", 6, None),
+    (LLAMAGEN, "teach_start3", 6, 3),
+    (LLAMAGEN, "teach_start3_split11", 4, None),
+]
+
+
+def recipe_of(family: Family) -> Recipe:
+    data = load_recipe(str(GOLDEN / family.golden / "recipe.yaml")).to_dict()
+    return recipe_from_dict(data | {"schedules": data["schedules"] | family.schedules, "teacher": SAMPLING})
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[Family | str, Exported]:
+    made: dict = {}
+    for family in (VAR, LLAMAGEN):
+        folder = GOLDEN / family.golden
+        files = {"student": folder / "student.pth", "tokenizer": folder / family.tokenizer}
+        request = WeightRequest(files | {"teacher": folder / "teacher.pth"})
+        target = tmp_path_factory.mktemp(family.golden) / "bundle"
+        made[family.golden] = export_bundle(recipe_of(family), target, request)
+    return made
+
+
+def expected_of(family: Family) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / family.golden / "expected.npz") as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+def close(got: np.ndarray, wanted: np.ndarray) -> None:
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("family", "case", "steps", "start"), CASES)
+def test_teacher_involved_steps_are_the_published_ones(
+    family: Family, case: str, steps: int, start: int | None, bundles: dict[str, Exported]
+) -> None:
+    """First sequence, teacher's tokens, final sequence and image of every golden case, with the very graphs
+    that are deployed."""
+    expected = expected_of(family)
+    with runtime.load(bundles[family.golden].path) as pipe:
+        labels = expected["labels"].tolist()
+        given = {} if start is None else {"teacher_start": start}
+        result = pipe(labels, steps, noise=expected["noise"], output="sequence", **given)
+        image = pipe.backend.run("decoder", {"sequence": result.images})["image"]
+    *before, teacher, last = result.steps
+    if before:
+        close(before[0].sequence, expected[f"{case}_first_sequence"])
+    end = teacher.tokens.shape[1]
+    if family is VAR:
+        close(teacher.sequence[:, :end], expected[f"{case}_teacher_sequence"])
+        drawn = np.concatenate(
+            [v for k, v in sorted(expected.items()) if k.startswith(f"{case}_teacher_tokens_scale")], axis=1
+        )
+        assert np.array_equal(teacher.tokens[:, -drawn.shape[1] :], drawn)
+    else:
+        assert np.array_equal(teacher.tokens, expected[f"{case}_teacher_tokens"])
+    assert np.array_equal(teacher.sequence[:, end:], expected["noise"][:, end:])
+    close(last.sequence, expected[f"{case}_sequence"])
+    close(image, expected[f"{case}_image"].clip(0, 1))
+
+
+@pytest.mark.parametrize(("family", "cfg"), [(VAR, 1.5), (LLAMAGEN, 2.0)])
+def test_the_teacher_alone_draws_the_published_image(
+    family: Family, cfg: float, bundles: dict[str, Exported]
+) -> None:
+    """`--steps teacher`: the auto-regressive model from the bundle, no student involved."""
+    expected = expected_of(family)
+    with runtime.load(bundles[family.golden].path) as pipe:
+        result = pipe(expected["labels"].tolist(), "teacher", cfg=cfg, output="sequence")
+        image = pipe.backend.run("decoder", {"sequence": result.images})["image"]
+    if family is VAR:
+        wanted = np.concatenate([expected[f"teacher_ar_tokens_scale{k}"] for k in range(4)], axis=1)
+    else:
+        wanted = expected["teacher_ar_tokens"]
+    assert np.array_equal(result.steps[-1].tokens, wanted)
+    close(image, expected["teacher_ar_image"].clip(0, 1))
+
+
+@pytest.mark.parametrize("family", [VAR, LLAMAGEN])
+class TestFiles:
+    def test_students_of_all_splits_share_their_weights(
+        self, family: Family, bundles: dict[str, Exported]
+    ) -> None:
+        """One file of weights, listed with one hash by every student; nothing in it is there twice."""
+        exported = bundles[family.golden]
+        students = [graph for graph in exported.manifest.graphs if graph.role == "student"]
+        assert len(students) == 2
+        assert {graph.files[1] for graph in students} == {students[0].files[1]}
+        assert students[0].files[1].file == "student.onnx.data"
+        assert len(exported.manifest.files()) == len({info.file for info in exported.manifest.files()})
+        used = [set(places(exported.path / graph.file)) for graph in students]
+        small = [p for p in exported.path.iterdir() if p.suffix == ".onnx" and p.stem.startswith("student")]
+        assert len(used[0] & used[1]) == len(used[0]) == len(used[1])
+        assert sum(length for _, length in used[0]) > 0.9 * students[0].files[1].bytes
+        assert all(path.stat().st_size < students[0].files[1].bytes for path in small)
+
+    def test_each_graph_opens_alone(
+        self, family: Family, bundles: dict[str, Exported], tmp_path: Path
+    ) -> None:
+        """With the files that the manifest lists for it, and no others."""
+        exported = bundles[family.golden]
+        for graph in exported.manifest.graphs:
+            folder = tmp_path / graph.file
+            folder.mkdir()
+            for info in graph.files:
+                shutil.copyfile(exported.path / info.file, folder / info.file)
+            session = ort.InferenceSession(folder / graph.file, providers=["CPUExecutionProvider"])
+            assert [value.name for value in session.get_inputs()] == [spec.name for spec in graph.inputs]
+
+    def test_the_codebook_is_the_tokenizers(self, family: Family, bundles: dict[str, Exported]) -> None:
+        """As it is used: LlamaGen's codes have unit length, whatever the file holds."""
+        exported, recipe = bundles[family.golden], recipe_of(family)
+        tokenizer = load_part(recipe, "tokenizer", GOLDEN / family.golden / family.tokenizer)
+        stored = np.load(exported.path / "codebook.npy")
+        assert stored.dtype == np.float32
+        assert np.array_equal(stored, tokenizer.codebook.numpy())
+
+    def test_manifest(self, family: Family, bundles: dict[str, Exported]) -> None:
+        """All schedules, the teacher's file and its sizes; read back as written."""
+        exported = bundles[family.golden]
+        manifest = read_manifest(exported.path)
+        assert manifest == exported.manifest
+        assert {str(n) for n in manifest.schedules} == {"1", "2", *family.schedules}
+        assert {file.role for file in manifest.weights.files} == {"student", "tokenizer", "teacher"}
+        assert manifest.teacher is not None
+        assert manifest.teacher.guidance == ("rising" if family is VAR else "constant")
+
+
+def places(graph: Path) -> list[tuple[int, int]]:
+    """Offset and length of every tensor outside the graph."""
+    model = onnx.load(graph, load_external_data=False)
+    entries = [{e.key: e.value for e in w.external_data} for w in model.graph.initializer if w.external_data]
+    return [(int(entry["offset"]), int(entry["length"])) for entry in entries]
+
+
+def test_a_teacher_whose_drawing_is_not_stated_is_refused(tmp_path: Path) -> None:
+    """A file given for a recipe that lacks the `teacher` section: not silently left out."""
+    recipe = dataclasses.replace(load_recipe(str(GOLDEN / VAR.golden / "recipe.yaml")), teacher=None)
+    folder = GOLDEN / VAR.golden
+    files = {"student": folder / "student.pth", "tokenizer": folder / "vae.pth"}
+    request = WeightRequest(files | {"teacher": folder / "teacher.pth"})
+    with pytest.raises(RecipeError, match="does not say how its teacher draws"):
+        export_bundle(recipe, tmp_path / "b", request)
+
+
+def test_without_a_teacher_its_schedules_are_left_out(replayed_trace: object, tmp_path: Path) -> None:
+    """The same recipe, no file for the teacher: a bundle as before."""
+    folder = GOLDEN / VAR.golden
+    files = {"student": folder / "student.pth", "tokenizer": folder / VAR.tokenizer}
+    exported = export_bundle(recipe_of(VAR), tmp_path / "b", WeightRequest(files))
+    assert sorted(exported.manifest.schedules) == [1, 2]
+    assert exported.manifest.teacher is None
+    assert {p.name for p in exported.path.iterdir()} == {
+        "student.onnx", "decoder.onnx", "labels.json", "bundle.json", "README.md"
+    }  # fmt: skip
+
+
+def test_which_parts_a_bundle_gets() -> None:
+    """Random weights have a teacher only if asked; embedded ones unless told otherwise; files where given."""
+    published, embedded = load_recipe("var-d16"), load_recipe("digits-var")
+    every, few = ("student", "tokenizer", "teacher"), ("student", "tokenizer")
+    assert roles_of(published, WeightRequest({}, random_seed=0)) == few
+    assert roles_of(published, WeightRequest({}, random_seed=0, teacher=True)) == every
+    assert roles_of(published, WeightRequest({})) == few
+    assert roles_of(published, WeightRequest({"teacher": Path("t.pth")})) == every
+    assert roles_of(embedded, WeightRequest({})) == every
+    assert roles_of(embedded, WeightRequest({}, random_seed=0)) == few
+    assert roles_of(embedded, WeightRequest({}, teacher=False)) == few
+
+
+def test_a_wanted_teacher_without_a_file_is_named() -> None:
+    with pytest.raises(MissingWeightsError, match=r"var_d16\.pth") as caught:
+        sources_of(load_recipe("var-d16"), WeightRequest({}, teacher=True))
+    assert "--teacher var_d16.pth" in (caught.value.hint or "")

@@ -1,0 +1,169 @@
+"""The teacher as its graph has it, with the cache outside, is the teacher that was published: golden numbers
+to 2e-5, tokens exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddexport.families._base import Teacher as TeacherModule
+from ddexport.families._checkpoint import load_part
+from ddexport.graph.wrappers import TeacherGraph
+from ddexport.precision.cast import in_precision
+from ddexport.recipe import load_recipe
+from runtime.contract import FileInfo
+from runtime.schedules import Span, Teacher
+from runtime.teacher import Choice, draw
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+TOKENIZERS = {"var-dd-small": "vae.pth", "llamagen-dd-small": "vq.pth"}
+TOLERANCE = 2e-5
+GREEDY = 1
+
+
+class Golden:
+    """The golden teacher of one family, ready to draw with the loop of the runtime."""
+
+    def __init__(self, name: str, precision: str = "fp32") -> None:
+        self.name, folder = name, GOLDEN / name
+        recipe = load_recipe(str(folder / "recipe.yaml"))
+        self.module = load_part(recipe, "teacher", folder / "teacher.pth")
+        assert isinstance(self.module, TeacherModule)
+        self.tokenizer = load_part(recipe, "tokenizer", folder / TOKENIZERS[name])
+        self.module.tabulate()
+        self.graph = TeacherGraph(in_precision(self.module, precision), self.tokenizer)
+        geometry = self.module.geometry
+        self.teacher = Teacher(
+            starts=tuple(geometry.starts),
+            layers=geometry.depth,
+            heads=geometry.heads,
+            head_width=geometry.head_width,
+            guidance=self.module.guidance,
+            cfg=2.0,
+            top_k=GREEDY,
+            top_p=1.0,
+            temperature=1.0,
+            codebook=FileInfo("codebook.npy", "", 0),
+        )
+        with np.load(folder / "expected.npz") as arrays:
+            self.expected = {key: arrays[key] for key in arrays.files}
+
+    @torch.no_grad()
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        outputs = self.graph(*(torch.from_numpy(np.ascontiguousarray(value)) for value in feeds.values()))
+        names = ["logits", *(f"new_{name}" for name in list(feeds)[5:])]
+        return {name: value.numpy() for name, value in zip(names, outputs, strict=True)}
+
+    def drawn(self, start: int, end: int, prefix: np.ndarray, cfg: float) -> tuple[np.ndarray, list]:
+        """Greedy tokens (2, end), and the guided logits of each pass."""
+        seen: list[np.ndarray] = []
+
+        def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            outputs = self.run(feeds)
+            seen.append(outputs["logits"])
+            return outputs
+
+        choice = Choice(cfg=cfg, top_k=GREEDY, top_p=1.0, temperature=1.0)
+        labels, none = self.expected["labels"], np.zeros((2, self.teacher.starts[-1]))
+        return draw(run, self.teacher, Span(start, end), prefix, labels, none, choice), seen
+
+
+@pytest.fixture(scope="module")
+def golden() -> Callable[[str], Golden]:
+    made: dict[str, Golden] = {}
+    return lambda name: made.setdefault(name, Golden(name))
+
+
+def close(got: np.ndarray, wanted: np.ndarray) -> None:
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE)
+
+
+VAR_CASES: list[Any] = [("teach_start0", 0), ("teach_start1", 1), ("teach_start2_split2", 2)]
+
+
+@pytest.mark.parametrize(("case", "scale"), VAR_CASES)
+def test_var_draws_a_span_as_published(case: str, scale: int, golden: Callable[[str], Golden]) -> None:
+    """The quirk with it: prefix and first scale run in one pass and see each other."""
+    it = golden("var-dd-small")
+    starts, expected = it.teacher.starts, it.expected
+    first = expected.get(f"{case}_first_tokens", np.zeros((2, 30), np.int64))
+    tokens, logits = it.drawn(starts[scale], 14, first[:, : starts[scale]], cfg=2.0)
+    for k, found in zip(range(scale, 3), logits, strict=True):
+        close(found[:, starts[k] - starts[k + 1] :], expected[f"{case}_teacher_cfglogits_scale{k}"])
+        wanted = expected[f"{case}_teacher_tokens_scale{k}"]
+        assert np.array_equal(tokens[:, starts[k] : starts[k + 1]], wanted)
+    codes = it.tokenizer.codebook.numpy()
+    close(codes[tokens], expected[f"{case}_teacher_sequence"])
+
+
+def test_var_alone(golden: Callable[[str], Golden]) -> None:
+    """All scales, each in a pass of its own."""
+    it = golden("var-dd-small")
+    tokens, logits = it.drawn(0, 30, np.zeros((2, 0), np.int64), cfg=1.5)
+    for k, found in enumerate(logits):
+        close(found, it.expected[f"teacher_ar_cfglogits_scale{k}"])
+    wanted = np.concatenate([it.expected[f"teacher_ar_tokens_scale{k}"] for k in range(4)], axis=1)
+    assert np.array_equal(tokens, wanted)
+
+
+@pytest.mark.parametrize(("case", "start"), [("teach_start0", 0), ("teach_start3", 3)])
+def test_llamagen_draws_a_span_as_published(case: str, start: int, golden: Callable[[str], Golden]) -> None:
+    """The prefix in one causal pass with the first token, then one token a pass."""
+    it = golden("llamagen-dd-small")
+    prefix = it.expected.get(f"{case}_prefix_tokens", np.zeros((2, 0), np.int64))
+    tokens, logits = it.drawn(start, 5, prefix, cfg=2.0)
+    assert np.array_equal(tokens, it.expected[f"{case}_teacher_tokens"])
+    found = np.concatenate([rows[:, -1:] for rows in logits], axis=1)
+    close(found, it.expected[f"{case}_teacher_cfglogits"])
+
+
+@pytest.mark.parametrize(("case", "cfg"), [("teacher_ar_cfg", 2.0), ("teacher_ar_nocfg_", 1.0)])
+def test_llamagen_alone(case: str, cfg: float, golden: Callable[[str], Golden]) -> None:
+    """Sixteen passes of one token each, with guidance and without."""
+    it = golden("llamagen-dd-small")
+    tokens, logits = it.drawn(0, 16, np.zeros((2, 0), np.int64), cfg=cfg)
+    close(np.concatenate(logits, axis=1), it.expected[f"{case}logits"])
+    assert np.array_equal(tokens, it.expected[f"{case.removesuffix('cfg').removesuffix('_')}_tokens"])
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_what_lies_behind_the_filled_part_does_not_matter(name: str, golden: Callable[[str], Golden]) -> None:
+    """A buffer that is larger than needed, or holds another sequence's rows, gives the same logits."""
+    it = golden(name)
+    rng, teacher = np.random.default_rng(0), it.teacher
+    filled = teacher.starts[2]
+    shape = (2, 3, teacher.heads, filled + 4, teacher.head_width)
+    names = [f"{what}_{n}" for n in range(teacher.layers) for what in ("key", "value")]
+    feeds = {
+        "tokens": rng.integers(0, 64, (3, teacher.starts[-1])),
+        "label": np.array([1, 2, 3]),
+        "positions": np.arange(filled, filled + 2),
+        "guidance": np.array([0.0, 1.0, 2.0], np.float32),
+        "filled": np.array([filled]),
+        **{name: rng.standard_normal(shape).astype(np.float32) for name in names},
+    }
+    whole = it.run(feeds)
+    cut = it.run(feeds | {name: feeds[name][:, :, :, :filled] for name in names})
+    largest = np.abs(whole["logits"]).max()
+    close(cut["logits"] / largest, whole["logits"] / largest)
+    later = {"tokens": feeds["tokens"].copy()}
+    later["tokens"][:, filled + 2 :] = 0
+    assert np.array_equal(it.run(feeds | later)["logits"], whole["logits"]), "reads tokens not yet drawn"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_half_precision_keeps_the_borders(name: str, precision: str, golden: Callable[[str], Golden]) -> None:
+    """Inputs and outputs, the cache with them, are float32; the logits are those of float32, rounded."""
+    half, full = Golden(name, precision), golden(name)
+    nothing = np.zeros((2, 0), np.int64)
+    _, wanted = full.drawn(0, full.teacher.starts[1], nothing, cfg=2.0)
+    _, found = half.drawn(0, full.teacher.starts[1], nothing, cfg=2.0)
+    assert found[0].dtype == np.float32
+    error = np.abs(found[0] - wanted[0]).max() / np.abs(wanted[0]).max()
+    assert 0 < error < {"fp16": 5e-3, "bf16": 4e-2}[precision]
