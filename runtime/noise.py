@@ -18,7 +18,7 @@ from runtime.errors import NoiseError
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
-GAUSSIAN_DOMAIN, UNIFORM_DOMAIN = 0, 1
+GAUSSIAN_DOMAIN, UNIFORM_DOMAIN = 0, 2  # 1: the labels of validate fid
 LOW_WORD = np.uint64(0xFFFFFFFF)
 WORD_BITS = np.uint64(32)
 

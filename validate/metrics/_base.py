@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from runtime.teacher import Choice
+
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
@@ -155,16 +157,35 @@ class ImagePair:
 
 
 @dataclass(frozen=True)
+class TeacherPair:
+    """A teacher run twice on the same tokens: guided logits (N, P, V) of the positions from `start` on.
+
+    uniforms (N, P): the numbers that the tokens are drawn by, as `choice` says. The rest as in `StudentPair`.
+    """
+
+    scope: str
+    expected: FloatArray
+    got: FloatArray
+    start: int
+    uniforms: npt.NDArray[np.float64]
+    choice: Choice
+    places: tuple[str, ...]
+    itself: bool = False
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Everything that was run: what every metric is given."""
 
     students: list[StudentPair]
     images: list[ImagePair]
+    teachers: list[TeacherPair] = field(default_factory=list)
 
     def scopes(self) -> list[str]:
         """The names of what was compared: against the reference first, in the order in which it was run."""
-        named = [(pair.itself, pair.scope) for pair in self.students]
-        named += [(pair.itself, pair.scope) for pair in self.images]
+        pairs: list[StudentPair | ImagePair | TeacherPair]
+        pairs = [*self.students, *self.teachers, *self.images]
+        named = [(pair.itself, pair.scope) for pair in pairs]
         return [scope for _, scope in sorted(dict.fromkeys(named), key=lambda one: one[0])]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from validate.metrics import _draws
 from validate.metrics._base import (
     BoolArray,
     Comparison,
@@ -21,12 +22,14 @@ from validate.metrics._base import (
 
 
 def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
-    """Differing tokens and the largest logit error of each pair of student runs."""
+    """Differing tokens and the largest logit error of each pair of student runs, and what a teacher draws."""
     found: list[Measurement] = []
     for pair in comparison.students:
         found.append(differing_tokens(pair, limits.token_margin))
         if pair.gate:
             found.append(logits_error(pair, limits.token_margin))
+    for teacher in comparison.teachers:
+        found += _draws.measure(teacher, limits)
     return found
 
 
