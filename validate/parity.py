@@ -42,6 +42,7 @@ class Options:
     backend: str = "auto"
     checkpoint: Path | None = None
     vae: Path | None = None
+    teacher: Path | None = None
     weights: str | None = None
     threads: int | None = None
 
@@ -90,6 +91,7 @@ def run_parity(options: Options) -> tuple[ParityReport, Comparison]:
     from validate.harness import compare, measure
     from validate.reference import build_reference, describe_weights
     from validate.report import ParityReport, Settings
+    from validate.teacher_runs import WatchedGraphs, compare_teachers, teacher_request
 
     start = time.perf_counter()
     with console.stage(f"loading {options.bundle}", keep=False):
@@ -98,12 +100,18 @@ def run_parity(options: Options) -> tuple[ParityReport, Comparison]:
         manifest = pipe.manifest
         limits = _limits(manifest, pipe.precision)
         with console.stage("building the reference", keep=False):
-            files = {"student": options.checkpoint, "tokenizer": options.vae}
+            files = {"student": options.checkpoint, "tokenizer": options.vae, "teacher": options.teacher}
             reference = build_reference(manifest, files, options.weights, options.threads)
         request = _request(manifest, options)
-        with console.progress(request.work, f"comparing {options.images} images") as bar:
+        drawn = teacher_request(pipe, options.seed, request)
+        work = request.work + (drawn.work if drawn else 0)
+        with console.progress(work, f"comparing {options.images} images") as bar:
             bundle = Watched(BundleModel(pipe), bar.advance)
             comparison = compare(bundle, Watched(reference, bar.advance), request)
+            if drawn is not None:
+                graphs = WatchedGraphs(pipe.backend, bar.advance)
+                modules = WatchedGraphs(reference, bar.advance)
+                comparison = comparison.with_more(compare_teachers(graphs, modules, drawn))
         settings = Settings(
             bundle=str(options.bundle),
             name=manifest.name,
@@ -143,14 +151,14 @@ def _request(manifest: Manifest, options: Options) -> Request:
     import numpy as np
 
     from runtime.noise import gaussian_noise
-    from validate.harness import Request
+    from validate.harness import Request, plain_schedules
 
     sequence = manifest.sequence
     spread = np.arange(options.images, dtype=np.int64) * manifest.classes // options.images
     return Request(
         labels=(spread + options.seed % manifest.classes) % manifest.classes,
         noise=gaussian_noise(options.seed, range(options.images), sequence.length, sequence.width),
-        schedules={steps: schedule.known for steps, schedule in manifest.schedules.items()},
+        schedules=plain_schedules(manifest),
         split=sequence.split,
         batch=options.batch,
     )
@@ -210,6 +218,7 @@ _POSITIVE = click.IntRange(min=1)
 @click.option("--backend", metavar="NAME", default="auto", help="The engine.  [default: the best installed]")
 @click.option("--checkpoint", type=_PATH, help="The student's checkpoint that the bundle was made from.")
 @click.option("--vae", type=_PATH, help="The tokenizer's checkpoint that the bundle was made from.")
+@click.option("--teacher", type=_PATH, help="The teacher's checkpoint that the bundle was made from.")
 @click.option(
     "--weights",
     type=click.Choice(["ema", "model"]),

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
+
 from runtime.errors import DDError
 from runtime.manifest import Manifest, Source, sha256_of
 from validate.metrics._base import FloatArray, IntArray, StudentOutput
@@ -27,8 +29,9 @@ class ReferenceFilesError(DDError):
 class TorchReference:
     """Student and decoder as eager float32 modules on the CPU; a `validate.batches.Model`."""
 
-    def __init__(self, student: Any, tokenizer: Any) -> None:
-        self._student, self._tokenizer = student, tokenizer
+    def __init__(self, student: Any, tokenizer: Any, teacher: Any = None) -> None:
+        """teacher: its pass with guidance and an explicit cache, `ddexport.graph.wrappers.TeacherGraph`."""
+        self._student, self._tokenizer, self._teacher = student, tokenizer, teacher
 
     def student(self, tokens: FloatArray, label: IntArray, known: IntArray) -> StudentOutput:
         """tokens (B, L, Cv) float32, label (B,), known (B,) int64."""
@@ -47,6 +50,21 @@ class TorchReference:
             images: FloatArray = self._tokenizer(torch.from_numpy(sequence.copy())).numpy()
         return images
 
+    def run(self, key: str, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """What the graph of that key computes, on named arrays; the names are those of `runtime.contract`."""
+        import torch
+
+        role, _, split = key.partition("@")
+        module = {"student": self._student, "decoder": self._tokenizer, "teacher": self._teacher}[role]
+        if split:
+            module = self._student.at_split(int(split))
+        with torch.inference_mode():
+            outputs = module(*(torch.from_numpy(array.copy()) for array in feeds.values()))
+        arrays = [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
+        caches = [f"new_{name}" for name in feeds if name.startswith(("key_", "value_"))]
+        names = {"student": ["sequence", "logits"], "decoder": ["image"], "teacher": ["logits", *caches]}
+        return dict(zip(names[role], arrays, strict=True))
+
 
 def build_reference(
     manifest: Manifest,
@@ -58,7 +76,7 @@ def build_reference(
 
     Args:
         manifest: of the bundle; its `weights` say where they came from.
-        files: the published files of a bundle of kind `checkpoint`, by role: student and tokenizer.
+        files: the published files of a bundle of kind `checkpoint`, by role: student, tokenizer, teacher.
         weights: "ema" or "model"; by default the copy that the bundle was made from.
         threads: of torch, for the whole process; by default torch's own choice.
 
@@ -73,6 +91,7 @@ def build_reference(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    roles = ROLES if manifest.teacher is None else (*ROLES, "teacher")
     recipe = recipe_from_dict(manifest.recipe, where=f"the recipe in bundle {manifest.name}")
     origin = manifest.weights
     if origin.kind == "random":
@@ -81,16 +100,21 @@ def build_reference(
             raise ReferenceFilesError(
                 f"bundle {manifest.name} does not say the seed of its weights", "export it again"
             )
-        parts = {role: random_part(recipe, role, origin.seed) for role in ROLES}
+        parts = {role: random_part(recipe, role, origin.seed) for role in roles}
     else:
         sources = {source.role: source for source in origin.files}
         parts = {}
-        for role in ROLES:
+        for role in roles:
             path = _file_of(manifest, recipe, role, sources.get(role), files)
             copy = weights or (sources[role].weights if role in sources else None) or "ema"
             parts[role] = load_part(recipe, role, path, copy)
     connect(parts["student"], parts["tokenizer"])
-    return TorchReference(parts["student"], parts["tokenizer"])
+    if "teacher" not in parts:
+        return TorchReference(parts["student"], parts["tokenizer"])
+    from ddexport.graph.wrappers import TeacherGraph
+
+    teacher = TeacherGraph(parts["teacher"], parts["tokenizer"]).eval()
+    return TorchReference(parts["student"], parts["tokenizer"], teacher)
 
 
 def describe_weights(manifest: Manifest) -> str:
@@ -150,7 +174,14 @@ def _refuse_files(manifest: Manifest, recipe: Recipe, files: Mapping[str, Path |
 
 
 def _option(recipe: Recipe, role: str) -> str:
-    return recipe.files[role].option or {"student": "--checkpoint", "tokenizer": "--vae"}[role]
+    return (
+        recipe.files[role].option
+        or {
+            "student": "--checkpoint",
+            "tokenizer": "--vae",
+            "teacher": "--teacher",
+        }[role]
+    )
 
 
 def _short(digest: str) -> str:

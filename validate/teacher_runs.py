@@ -8,18 +8,19 @@ the loop is right is shown by the golden cases and by tests without a cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.graphs import student_key
 from runtime.manifest import Manifest, Schedule, Teacher
+from runtime.noise import uniform_numbers
 from runtime.sampler import Step, TeacherRun, sample
-from runtime.teacher import Choice, Pick, by_stream
+from runtime.teacher import Choice, Pick, Sampling, by_stream, choice_of
 from validate.metrics._base import (
     Comparison,
     FloatArray,
@@ -29,6 +30,10 @@ from validate.metrics._base import (
     StudentPair,
     TeacherPair,
 )
+
+if TYPE_CHECKING:
+    from runtime.pipeline import Pipeline
+    from validate.harness import Request
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -66,6 +71,41 @@ class TeacherRequest:
         return sum(3 * steps * len(self.labels) + 3 * len(self.labels) + steps for steps in passes)
 
 
+class WatchedGraphs:
+    """Graphs that say how many rows they have run."""
+
+    def __init__(self, graphs: Graphs, advance: Callable[[int], None]) -> None:
+        self._graphs, self._advance = graphs, advance
+
+    def run(self, key: str, feeds: Arrays) -> Arrays:
+        """As the graphs'."""
+        found = self._graphs.run(key, feeds)
+        self._advance(len(next(iter(feeds.values()))))
+        return found
+
+
+def teacher_request(pipe: Pipeline, seed: int, request: Request) -> TeacherRequest | None:
+    """The same images as in `request`, by the schedules that involve a teacher; None without one."""
+    manifest = pipe.manifest
+    if manifest.teacher is None or pipe.codebook is None:
+        return None
+    schedules = teacher_schedules(manifest)
+    choice = choice_of(schedules["teacher"], manifest.teacher, Sampling())
+    assert choice is not None  # the schedule has a teacher
+    count, length = len(request.labels), manifest.sequence.length
+    return TeacherRequest(
+        manifest,
+        request.labels,
+        request.noise,
+        uniform_numbers(seed, range(count), length),
+        pipe.codebook,
+        schedules,
+        choice,
+        request.batch,
+        request.places,
+    )
+
+
 def teacher_schedules(manifest: Manifest) -> dict[str, Schedule]:
     """The schedules with a teacher by name, the whole teacher last; none if the bundle has none."""
     if manifest.teacher is None:
@@ -81,7 +121,7 @@ def compare_teachers(bundle: Graphs, reference: Graphs, request: TeacherRequest)
     images: list[ImagePair] = []
     teachers: list[TeacherPair] = []
     for name, schedule in request.schedules.items():
-        title = "teacher" if name == "teacher" else f"{name} steps"
+        title = "teacher alone" if name == "teacher" else f"{name} steps"
         expected = _Run.of(reference, request, schedule)
         same = _Run.of(bundle, request, schedule, forced=expected)
         own = _Run.of(bundle, request, schedule)

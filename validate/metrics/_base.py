@@ -181,6 +181,12 @@ class Comparison:
     images: list[ImagePair]
     teachers: list[TeacherPair] = field(default_factory=list)
 
+    def with_more(self, other: Comparison) -> Comparison:
+        """What was run here and there."""
+        return Comparison(
+            self.students + other.students, self.images + other.images, self.teachers + other.teachers
+        )
+
     def scopes(self) -> list[str]:
         """The names of what was compared: against the reference first, in the order in which it was run."""
         pairs: list[StudentPair | ImagePair | TeacherPair]
