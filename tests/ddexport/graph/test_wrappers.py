@@ -18,7 +18,7 @@ from ddexport.precision.cast import in_precision
 from ddexport.recipe import load_recipe
 from runtime.contract import FileInfo
 from runtime.schedules import Span, Teacher
-from runtime.teacher import Choice, draw
+from runtime.teacher import draw
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 TOKENIZERS = {"var-dd-small": "vae.pth", "llamagen-dd-small": "vq.pth"}
@@ -68,9 +68,12 @@ class Golden:
             seen.append(outputs["logits"])
             return outputs
 
-        choice = Choice(cfg=cfg, top_k=GREEDY, top_p=1.0, temperature=1.0)
-        labels, none = self.expected["labels"], np.zeros((2, self.teacher.starts[-1]))
-        return draw(run, self.teacher, Span(start, end), prefix, labels, none, choice), seen
+        labels = self.expected["labels"]
+
+        def greedy(logits: np.ndarray, place: slice) -> np.ndarray:
+            return logits.argmax(-1)
+
+        return draw(run, self.teacher, Span(start, end), prefix, labels, cfg, greedy), seen
 
 
 @pytest.fixture(scope="module")
