@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from runtime.contract import FileInfo
 from runtime.errors import ScheduleError
 
+Steps = TypeVar("Steps", int, str)
 GUIDANCES = ("rising", "constant")
 SHOWN_STARTS = 20
 
@@ -79,6 +82,15 @@ class Teacher:
         if self.guidance == "constant":
             return max(cfg - 1.0, 0.0)
         return cfg * self.starts.index(start) / max(len(self.starts) - 2, 1)
+
+
+def by_student_alone(schedules: Mapping[Steps, Schedule], split: int) -> dict[Steps, tuple[int, ...]]:
+    """The `known` numbers of the schedules that involve neither a teacher nor another split than `split`."""
+    return {
+        steps: schedule.known
+        for steps, schedule in schedules.items()
+        if schedule.teacher is None and schedule.split in (None, split)
+    }
 
 
 def moved(schedule: Schedule, teacher: Teacher | None, start: int) -> Schedule:

@@ -14,6 +14,7 @@ COMMANDS = {
     "quality": "validate.quality",
     "speed": "validate.speed",
     "comparison": "validate.comparison",
+    "curve": "validate.curve",
 }
 
 

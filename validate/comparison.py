@@ -180,10 +180,12 @@ def measure(recipe: Recipe, options: Options, gauge: Gauge | None = None) -> lis
     """Draws, measures and times every row. Raises DDError for missing weights, data, or a wrong `skip`."""
     import torch
 
+    from runtime.schedules import by_student_alone
     from validate.image_sets import load_models
 
     models = load_models(recipe, options.weights)
-    rows = kinds(len(models.tokenizer.starts) - 1, [int(count) for count in recipe.schedules], options.skip)
+    alone = by_student_alone(recipe.schedules, recipe.sequence.split)
+    rows = kinds(len(models.tokenizer.starts) - 1, [int(count) for count in alone], options.skip)
     gauge = gauge or _gauge(recipe)
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.errors import VerificationError
-from runtime.manifest import Manifest
 from runtime.registry import load_plugin, plugins
 from validate.batches import Batch, Model, against_itself, decode, mix, rows_against_itself, run_student
 from validate.metrics._base import (
@@ -73,16 +72,6 @@ class _Step:
     expected: StudentOutput
     got: StudentOutput  # the bundle on the same input
     own: StudentOutput  # the bundle on the tokens it kept itself
-
-
-def plain_schedules(manifest: Manifest) -> dict[int, tuple[int, ...]]:
-    """The `known` numbers of the schedules that the student draws alone, with the manifest's split."""
-    own = (None, manifest.sequence.split)
-    return {
-        steps: schedule.known
-        for steps, schedule in manifest.schedules.items()
-        if schedule.teacher is None and schedule.split in own
-    }
 
 
 def compare(bundle: Model, reference: Model, request: Request) -> Comparison:

@@ -151,14 +151,15 @@ def _request(manifest: Manifest, options: Options) -> Request:
     import numpy as np
 
     from runtime.noise import gaussian_noise
-    from validate.harness import Request, plain_schedules
+    from runtime.schedules import by_student_alone
+    from validate.harness import Request
 
     sequence = manifest.sequence
     spread = np.arange(options.images, dtype=np.int64) * manifest.classes // options.images
     return Request(
         labels=(spread + options.seed % manifest.classes) % manifest.classes,
         noise=gaussian_noise(options.seed, range(options.images), sequence.length, sequence.width),
-        schedules=plain_schedules(manifest),
+        schedules=by_student_alone(manifest.schedules, sequence.split),
         split=sequence.split,
         batch=options.batch,
     )

@@ -82,8 +82,11 @@ def teacher_way(models: Models) -> Way:
 
 def student_ways(models: Models) -> list[Way]:
     """The student in every schedule, the longest first, with the tables that a bundle has."""
+    from runtime.schedules import by_student_alone
+
     models.student.tabulate()
-    known = {f"student, {steps}": schedule.known for steps, schedule in models.recipe.schedules.items()}
+    alone = by_student_alone(models.recipe.schedules, models.recipe.sequence.split)
+    known = {f"student, {steps}": numbers for steps, numbers in alone.items()}
     return [
         Way(name, len(known[name]), partial(few_steps, models, known[name]))
         for name in sorted(known, reverse=True)
