@@ -40,6 +40,13 @@ def part(recipe: Recipe, role: str) -> torch.nn.Module:
         return family(recipe.family).build(recipe, role)
 
 
+DRAWS = {"cfg": 2.0, "top_k": 10, "top_p": 1.0, "temperature": 1.0}
+
+
+def with_teacher(known: list[int], start: int, end: int) -> dict[str, object]:
+    return {"known": known, "teacher": {"start": start, "end": end}}
+
+
 # Each way to be wrong: the edit, what the message must say, what the hint must say.
 MISTAKES: dict[str, tuple[Edit, str, str]] = {
     "unknown key": (lambda d: d.update(sequense={}), "unknown key sequense", "did you mean sequence?"),
@@ -93,6 +100,37 @@ MISTAKES: dict[str, tuple[Edit, str, str]] = {
     "texts in a schedule": (
         lambda d: d["schedules"].update({"1": {"known": ["0"]}}), "known: ['0'] is not a list of pos", "",
     ),
+    "a span that ends before it starts": (
+        lambda d: d["schedules"].update({"3": with_teacher([0, 5], 5, 5)}), "teacher from 5 to 5", "rising",
+    ),
+    "a span past the end": (
+        lambda d: d["schedules"].update({"3": with_teacher([0], 14, 31)}), "from 14 to 31", "within the 30",
+    ),
+    "a step that keeps other positions than the teacher's": (
+        lambda d: d["schedules"].update({"4": with_teacher([0, 5], 1, 14)}), "known [0, 5] around", "[0, 14]",
+    ),
+    "a first step that a teacher from 0 makes useless": (
+        lambda d: d["schedules"].update({"4": with_teacher([0, 14], 0, 14)}), "known [0, 14] around", "[14]",
+    ),
+    "a teacher of unknown manners": (
+        lambda d: d["schedules"].update({"4": with_teacher([14], 0, 14)}), "involves a teacher", "top_k",
+    ),
+    "a span with another key": (
+        lambda d: d["schedules"].update({"4": {"known": [14], "teacher": {"begin": 0, "end": 14}}}),
+        "schedules.4.teacher: unknown key begin", "start",
+    ),
+    "a split past the end of a schedule": (
+        lambda d: d["schedules"].update({"2": {"known": [0, 5], "split": 31}}), "has split 31", "1 to 30",
+    ),
+    "a split in words": (
+        lambda d: d["schedules"].update({"2": {"known": [0, 5], "split": "5"}}), "split: '5' is not a", "",
+    ),
+    "nothing to draw from": (
+        lambda d: d.update(teacher=DRAWS | {"top_k": 0}), "teacher.top_k is 0", "at least 1",
+    ),
+    "more than all": (
+        lambda d: d.update(teacher=DRAWS | {"top_p": 1.5}), "teacher.top_p is 1.5", "at most 1",
+    ),
     "no file of the student": (lambda d: d["files"].pop("student"), "files.student is missing", "weights"),
     "an unknown part": (
         lambda d: d["files"].update(vae=d["files"]["tokenizer"]), "unknown part vae", "tokenizer",
@@ -113,6 +151,20 @@ def test_a_mistake_is_named(golden_recipe: Recipe, name: str) -> None:
 
 
 GEOMETRY: dict[str, tuple[Edit, str]] = {
+    "a span inside a scale": (
+        lambda d: d.update(
+            teacher=DRAWS, schedules=d["schedules"] | {"4": with_teacher([0, 14], 2, 14)}
+        ), "schedule 4 has a teacher from 2 to 14",
+    ),
+    "another number of AR steps": (
+        lambda d: d.update(
+            teacher=DRAWS, schedules=d["schedules"] | {"3": with_teacher([0, 14], 1, 14)}
+        ), "schedule 3 has 4 steps",
+    ),
+    "a schedule's split inside a scale": (
+        lambda d: d["schedules"].update({"2": {"known": [0, 5], "split": 6}}),
+        "split 6 is not the end of a scale",
+    ),
     "scales of another length": (lambda d: d["model"].update(scales=[1, 2, 3]), "make 14 positions"),
     "split inside a scale": (lambda d: d["sequence"].update(split=6), "split 6 is not the end of a scale"),
     "known inside a scale": (
@@ -281,3 +333,17 @@ def test_published_sizes(name: str, student: int, teacher: int) -> None:
     assert sum(p.numel() for p in part(recipe, "student").parameters()) == student
     assert sum(p.numel() for p in part(recipe, "teacher").parameters()) == teacher
     assert sum(p.numel() for p in part(recipe, "tokenizer").parameters()) == 108_948_355
+
+
+def test_published_schedules_with_a_teacher() -> None:
+    """Steps, first position of the teacher and split as published; the key is the number of all steps."""
+    found = {
+        name: {
+            steps: (s.teacher.start, s.teacher.end, s.split)
+            for steps, s in load_recipe(name).schedules.items()
+            if s.teacher is not None
+        }
+        for name in ("var-d16", "llamagen-l")
+    }
+    assert found["var-d16"] == {"3": (30, 55, 55), "4": (14, 55, 255), "6": (0, 55, 424)}
+    assert found["llamagen-l"] == {"22": (60, 80, 180), "42": (40, 80, 180), "81": (0, 80, 220)}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ddexport.graph.spec import BATCHES, graph_specs, sample_inputs
+from ddexport.graph.spec import BATCHES, graph_specs, rows, sample_inputs
 from ddexport.recipe import Recipe, load_recipe, recipe_names
+from runtime.manifest import FileInfo, Teacher
 
 
 def test_the_graphs_are_those_of_the_bundle_format() -> None:
@@ -51,3 +52,52 @@ def test_sample_inputs_depend_on_the_seed_alone(golden_recipe: Recipe) -> None:
     one, again, other = (sample_inputs(student, golden_recipe, 3, seed) for seed in (0, 0, 1))
     assert all(np.array_equal(one[name], again[name]) for name in one)
     assert not np.array_equal(one["tokens"], other["tokens"])
+
+
+TEACHER = Teacher(
+    starts=(0, 1, 5, 14, 30, 55, 91, 155, 255, 424, 680),
+    layers=16,
+    heads=16,
+    head_width=64,
+    guidance="rising",
+    cfg=2.0,
+    top_k=900,
+    top_p=0.95,
+    temperature=1.0,
+    codebook=FileInfo("codebook.npy", "", 0),
+)
+
+
+def test_a_teacher_brings_its_graph_and_students_of_other_splits() -> None:
+    """One student for each split that a schedule names, whichever number of schedules share it."""
+    specs = graph_specs(load_recipe("var-d16"), TEACHER)
+    assert [spec.stem for spec in specs] == [
+        "student", "decoder", "student_split255", "student_split424", "teacher"
+    ]  # fmt: skip
+    assert [spec.part for spec in specs] == ["student", "tokenizer", "student", "student", "teacher"]
+    assert {spec.outputs[1].shape for spec in specs if spec.role == "student"} == {
+        ("batch", split, 4096) for split in (55, 255, 424)
+    }
+    teacher = specs[-1]
+    assert len(teacher.inputs) == 5 + 2 * 16
+    assert teacher.inputs[5].shape == (2, "batch", 16, "capacity", 64)
+    assert teacher.outputs[1].shape == (2, "batch", 16, "new", 64)
+
+
+def test_the_teachers_trial_passes_are_possible_ones() -> None:
+    """With a prefix, without, and of one position alone: the cache holds what came before and what is new."""
+    recipe = load_recipe("var-d16")
+    spec = graph_specs(recipe, TEACHER)[-1]
+    assert {sizes["filled"] == 0 for sizes in spec.sizes} == {True, False}
+    assert 1 in {sizes["new"] for sizes in spec.sizes}
+    for sizes in spec.sizes:
+        inputs = sample_inputs(spec, recipe, 3, seed=0, sizes=sizes)
+        assert list(inputs) == [t.name for t in spec.inputs]
+        filled, positions = int(inputs["filled"][0]), inputs["positions"]
+        assert positions.tolist() == list(range(filled, filled + sizes["new"]))
+        assert filled + len(positions) <= inputs["key_0"].shape[3] <= 680
+        assert inputs["tokens"].max() < 4096
+        part = rows(inputs, spec.inputs, 2)
+        assert part["key_0"].shape[:2] == (2, 2)
+        assert part["positions"] is inputs["positions"]
+        assert np.array_equal(part["value_3"], inputs["value_3"][:, :2])
