@@ -17,7 +17,7 @@ from runtime.engines import this_platform
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 INSTALL = {
-    "tensorrt": "pip install --extra-index-url https://pypi.nvidia.com tensorrt cuda-bindings",
+    "tensorrt": "pip install tensorrt cuda-bindings",
     "tensorrt-rtx": "pip install tensorrt-rtx cuda-bindings",
     "cuda-bindings": "pip install cuda-bindings",
     "onnxruntime": "pip install onnxruntime",
@@ -60,6 +60,7 @@ class Package:
     name: str
     version: str | None
     problem: str | None
+    missing: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,24 @@ class Machine:
         found = [int(match[1]) for name in self.distributions if (match := pattern.match(name))]
         return max(found, default=None)
 
+    def cuda_troubles(self, backend: str) -> list[str]:
+        """What does not go together: the package for engines, cuda-bindings, the driver."""
+        made_for, troubles = self.package_cuda(backend), []
+        if made_for is None:
+            return []
+        bindings = re.match(r"\d+", self.bindings.version or "")
+        if bindings and int(bindings[0]) != made_for:
+            troubles.append(
+                f"{backend} is made for CUDA {made_for}, and cuda-bindings for CUDA {bindings[0]}:"
+                f" pip install 'cuda-bindings=={made_for}.*'"
+            )
+        if self.cuda and self.cuda[0] < made_for:
+            troubles.append(
+                f"{backend} is made for CUDA {made_for}, and the driver supports CUDA"
+                f" {self.cuda[0]}.{self.cuda[1]}: install a newer driver"
+            )
+        return troubles
+
     @property
     def both_onnxruntimes(self) -> str | None:
         """What is wrong if the two distributions that share one module name are both installed."""
@@ -175,7 +194,7 @@ def package(name: str, module: str) -> Package:
     except ModuleNotFoundError as error:
         if error.name and not (module == error.name or module.startswith(f"{error.name}.")):
             return Package(name, installed().get(name), f"{name} is broken: {_line(error)}; {_again(name)}")
-        return Package(name, None, f"{name} is not installed: {INSTALL[name]}")
+        return Package(name, None, f"{name} is not installed: {INSTALL[name]}", missing=True)
     except Exception as error:  # ImportError of a library, and whatever else a broken package raises
         return Package(name, installed().get(name), f"{name} is broken: {_line(error)}; {_again(name)}")
     version = getattr(imported, "__version__", None) or installed().get(name)
