@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,7 +40,11 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Graph:
-    """One graph in one precision; `files` lists `file` itself and its external data."""
+    """One graph in one precision; `files` lists `file` itself and its external data.
+
+    `accuracy` is what the export measured, carried as data: error against float32, operators by type, and
+    the modules that were kept in float32.
+    """
 
     role: str
     precision: str
@@ -48,6 +52,7 @@ class Graph:
     files: tuple[FileInfo, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    accuracy: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

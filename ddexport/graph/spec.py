@@ -53,7 +53,7 @@ def sample_inputs(spec: GraphSpec, recipe: Recipe, batch: int, seed: int) -> dic
     steps = sorted({k for schedule in recipe.schedules.values() for k in schedule.known})
     integers = {
         "label": rng.integers(0, recipe.classes, batch),
-        "known": np.resize(np.array(steps[::-1]), batch),
+        "known": np.resize(np.array(steps), batch),
     }
     inputs: dict[str, np.ndarray] = {}
     for tensor in spec.inputs:
