@@ -1,4 +1,5 @@
-"""The backend for engines, on a GPU made of plain memory that computes with ONNX Runtime (`fake_gpu.py`).
+"""The backend for engines, on a GPU made of plain memory that computes with ONNX Runtime (`fake_cuda.py`,
+`fake_tensorrt.py`).
 
 What only a real GPU can show is in tests/gpu.
 """
