@@ -96,6 +96,17 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A row of `validate comparison`: a way to draw, its passes, Frechet distance, ms an image by batch."""
+
+    name: str
+    passes: int
+    how: str
+    frechet: float
+    image_ms: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Missing:
     """A report that is not there, and the command that makes it."""
 
@@ -115,6 +126,7 @@ class Facts:
     fid: list[Report] = field(default_factory=list)
     evidence: list[Evidence] = field(default_factory=list)
     latency: list[Latency] = field(default_factory=list)
+    comparison: list[Drawn] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
@@ -162,6 +174,11 @@ def _readers(facts: Facts) -> list[tuple[Callable[[Path, Any], Any], list[Any], 
             lambda name, data: of_measurements(name, data) and "figures" in data,
         ),
         (lambda path, data: _report(path, data, "parity", facts.manifest), facts.parity, of_measurements),
+        (
+            lambda path, data: _comparison(data, facts.manifest),
+            facts.comparison,
+            lambda name, _: name.startswith("comparison"),
+        ),
         (
             lambda path, data: latencies(path.name, data),
             facts.latency,
@@ -220,6 +237,21 @@ def _report(path: Path, data: Mapping[str, Any], kind: str, manifest: Manifest) 
         compared_with=str(compared.get("spec", "")) if isinstance(compared, dict) else "",
         paired=data.get("paired", True) is True,
     )
+
+
+def _comparison(data: Any, manifest: Manifest) -> list[Drawn]:
+    if not isinstance(data, dict) or data.get("model") != manifest.name:
+        raise ReportError("it is of another model")
+
+    def drawn(row: Mapping[str, Any]) -> Drawn:
+        values, times = row.get("frechet"), row.get("image_ms")
+        if not isinstance(values, list) or not values or not isinstance(times, dict):
+            raise ReportError("a row without figures")
+        mean = sum(map(_number, values)) / len(values)
+        texts = (str(row.get("name", "")), _whole(row.get("passes")), str(row.get("how", "")))
+        return Drawn(*texts, mean, {str(batch): _number(time) for batch, time in times.items()})
+
+    return _each(data.get("rows"), drawn)
 
 
 def _each(items: Any, read: Callable[[Mapping[str, Any]], T]) -> list[T]:

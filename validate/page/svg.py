@@ -11,7 +11,7 @@ from html import escape
 
 from validate.page.evidence import Histogram, Mismatch
 
-WIDTH, HEIGHT = 720, 270
+WIDTH, HEIGHT = 720, 282
 LEFT, RIGHT, TOP, BOTTOM = 16, 704, 62, 222
 
 
@@ -39,7 +39,7 @@ def closeness(
         *_bars(errors, across, "errors"),
         *_bars(margins, across, "margins"),
         *_decade_axis(across),
-        _text(LEFT, HEIGHT - 6, "difference of two logits", "start", "axis-name"),
+        _text((LEFT + RIGHT) / 2, HEIGHT - 8, "difference of two logits", "middle", "tick"),
     ]
     for one in mismatches:
         x = across(one.margin)
@@ -66,7 +66,7 @@ def against_steps(
     finite = [p for p in points if math.isfinite(p.value)]
     ends = [one for p in finite for one in (p.value, p.low, p.high) if one is not None and math.isfinite(one)]
     top = _round_up(max(ends, default=1.0))
-    bottom, left = BOTTOM - 4, LEFT + 44
+    bottom, left = BOTTOM + 26, LEFT + 44
     step = (RIGHT - left) / max(1, len(names))
 
     def height(value: float) -> float:
@@ -91,6 +91,40 @@ def against_steps(
         parts.append(_text(x + (-9 if apart < 0 else 9), y + 4, f"{p.value:.3g}", anchor, "value"))
     for number, (kind, name) in enumerate(sides):
         parts.append(_legend(left + 170 * number, 16, kind, name))
+    return _svg(parts, title)
+
+
+def against_passes(points: Sequence[tuple[str, float, float, str]], title: str) -> str:
+    """Named points (name, passes, value, class of the colour) on two logarithmic axes."""
+    good = [p for p in points if p[1] > 0 and p[2] > 0 and math.isfinite(p[1]) and math.isfinite(p[2])]
+    left, bottom = LEFT + 44, BOTTOM + 6
+    ends_x, ends_y = [math.log10(p[1]) for p in good], [math.log10(p[2]) for p in good]
+    low_x, low_y = min(ends_x, default=0.0) - 0.08, min(ends_y, default=0.0) - 0.08
+    wide, tall = max(ends_x, default=0.0) + 0.25 - low_x, max(ends_y, default=0.0) + 0.08 - low_y
+
+    def across(value: float) -> float:
+        return left + (math.log10(value) - low_x) / wide * (RIGHT - left)
+
+    def height(value: float) -> float:
+        return bottom - (math.log10(value) - low_y) / tall * (bottom - TOP + 40)
+
+    parts = [f'<line class="axis" x1="{left}" x2="{RIGHT}" y1="{bottom}" y2="{bottom}"/>']
+    for value in _nice(low_y, low_y + tall):
+        y = height(value)
+        parts.append(f'<line class="grid" x1="{left}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(left - 8, y + 4, f"{value:g}", "end", "tick"))
+    for passes in sorted({p[1] for p in good}):
+        parts.append(_text(across(passes), bottom + 20, f"{passes:g}", "middle", "tick"))
+    parts.append(_text((left + RIGHT) / 2, bottom + 42, "passes of a network", "middle", "tick"))
+    taken: list[tuple[float, float, float]] = []  # left and right end and height of each name
+    for name, passes, value, kind in good:
+        x, y, words = across(passes), height(value), f"{name} {value:.2f}"
+        start, stop, line = x + 9, x + 9 + 6.8 * len(words), y + 4
+        while any(start < b and a < stop and abs(line - other) < 14 for a, b, other in taken):
+            line -= 15
+        taken.append((start, stop, line))
+        parts.append(f'<circle class="dot {kind}" cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
+        parts.append(_text(start, line, words, "start", "value"))
     return _svg(parts, title)
 
 
@@ -140,8 +174,12 @@ def _decade_axis(across: _Log) -> list[str]:
         x = across(10.0**power)
         anchor = "start" if power == across.low else "end" if power == across.high else "middle"
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{BOTTOM}" y2="{BOTTOM + 5}"/>')
-        parts.append(_text(x, BOTTOM + 28, f"{10.0**power:g}", anchor, "tick"))
+        parts.append(_text(x, BOTTOM + 28, _power(power), anchor, "tick"))
     return parts
+
+
+def _power(power: int) -> str:
+    return f"{10.0**power:g}" if -4 <= power <= 4 else f"1e{power}"
 
 
 def _round_up(value: float) -> float:
@@ -151,6 +189,13 @@ def _round_up(value: float) -> float:
     return next(
         step * power for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10) if step * power >= value * 1.15
     )
+
+
+def _nice(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten between two logarithms."""
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    found = [step * 10.0**power for power in powers for step in (1, 2, 5)]
+    return [value for value in found if low <= math.log10(value) <= high]
 
 
 def _legend(x: float, y: float, kind: str, name: str) -> str:

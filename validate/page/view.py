@@ -52,6 +52,7 @@ def render(facts: Facts, made: str) -> str:
         samples=samples(facts),
         closeness=[(one, Markup(_closeness(one))) for one in facts.evidence],
         steps=[(name, Markup(plot)) for name, plot in quality_plots(facts)],
+        compared=Markup(_against_passes(facts)) if facts.comparison else "",
         versions=versions(facts),
     )
     return page
@@ -83,6 +84,7 @@ def summary(facts: Facts) -> dict[str, Any]:
         "fid": facts.fid,
         "evidence": evidence,
         "latency": facts.latency,
+        "comparison": facts.comparison,
         "missing": facts.missing,
         "remarks": facts.remarks,
     }
@@ -126,7 +128,7 @@ def _card(title: str, one: Measured, unit: str, report: Report) -> dict[str, Any
     sign = "at most" if one.direction == "at most" else "at least"
     return {
         "title": title,
-        "value": number(one.value) + unit,
+        "value": (number(one.value) if abs(one.value) >= 1 else f"{one.value:.2g}") + unit,
         "limit": f"{sign} {number(one.limit)}{unit}",
         "of": f"{report.precision}, {report.images:,} images",
         "kind": "good" if one.passed else "bad",
@@ -219,6 +221,8 @@ def versions(facts: Facts) -> dict[str, str]:
 
 def number(value: float | None) -> str:
     """Four digits, and a word for what is none."""
+    if value is not None and math.isfinite(value) and value == int(value) and abs(value) < 1e7:
+        return f"{int(value):,}"
     if value is None:
         return ""
     return {"inf": "infinite", "nan": "not a number"}.get(str(value), f"{value:.4g}")
@@ -251,6 +255,20 @@ def picture(data: bytes) -> str:
 
 def _label(facts: Facts, label: int) -> str:
     return facts.names[label] if label < len(facts.names) else str(label)
+
+
+def _against_passes(facts: Facts) -> str:
+    kinds = {"teacher": "side-teacher", "DD": "side-bundle"}
+    points = [
+        (
+            one.name,
+            float(one.passes),
+            one.frechet,
+            kinds.get(one.name.split()[0] if one.name else "", "side-reference"),
+        )
+        for one in facts.comparison
+    ]
+    return svg.against_passes(points, "Frechet distance against passes of a network")
 
 
 def _closeness(one: Evidence) -> str:
