@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,6 +58,9 @@ def run_fid(options: Options, state_root: Path | None = None) -> FidReport:
         report = job.report(run, compared, resumed, start)
     if state:
         state.discard()
+    if state_root:
+        with suppress(OSError):  # holds the states of other runs, or was never made
+            state_root.rmdir()
     return report
 
 

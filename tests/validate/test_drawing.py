@@ -57,7 +57,7 @@ def test_batches_cover_every_image_once():
 
 
 def test_drawing_is_few_step_sampling(toy):
-    """Against the sampler written out: each step keeps the first positions and gets the original noise back."""
+    """Against the sampler written out: each step keeps the first positions, the rest is noise again."""
     model, one = toy(), order()
     drawn = draw(model, one, range(8, 14), SCHEDULES, "it")
     labels, noise = one.labels(range(8, 14)), one.noise(range(8, 14))
@@ -89,5 +89,5 @@ def test_an_image_that_is_not_finite_is_a_failed_verification(toy):
         return images
 
     model.decode = decode
-    with pytest.raises(VerificationError, match="image 10 of the bundle is not finite in 1 step$"):
+    with pytest.raises(VerificationError, match=r"image 10 of the bundle is not finite in 1 step$"):
         draw(model, order(), range(8, 14), {1: (0,)}, "the bundle")

@@ -101,7 +101,7 @@ class TestFigures:
 
     @pytest.mark.parametrize("name", [FID, KID, SCORE, PRECISION, RECALL])
     def test_the_paired_interval_is_the_narrow_one(self, toy, compared, name):
-        """What both sides share does not widen the interval of their difference: that is the point of pairs."""
+        """What both sides share does not widen the interval of their difference."""
         figure = by_name(figures_of(measured(toy, toy(embedding_error=0.02)), compared, HOW))[name]
         width = figure.bundle.high - figure.bundle.low
         assert figure.difference.high - figure.difference.low < width / 2
@@ -150,7 +150,7 @@ class TestGate:
         assert failed(bad, compared) >= {"FID, difference", "images that differ"}
 
     def test_other_images_of_the_same_quality_fail_in_float32(self, toy, compared):
-        """A gate on the difference of distances alone cannot see these: the noise is read with another sign."""
+        """A gate on the difference of distances alone cannot see these: noise read with another sign."""
         run = measured(toy, Mirrored(toy()), images=4000)
         loose = dataclasses.replace(GATE, difference=0.2)
         assert failed(run, compared, loose) == {"feature distance, paired", "images that differ"}
