@@ -104,7 +104,8 @@ def _make_parity(making: Making, directory: Path) -> None:
                 threads=making.threads,
             )
         )
-    write_report(report, comparison, directory)
+    write_report(report, comparison, directory)  # as parity.json, which the next precision replaces
+    _write(directory / f"parity-{report.settings.precision}.json", report.to_dict())
     with console.stage("samples"), _opened(making) as pipe:
         samples = draw_samples(pipe, making.seed)
     evidence = evidence_of(report, comparison, making.bundle, samples)

@@ -12,7 +12,8 @@ from typing import Any
 from runtime.errors import DDError
 from validate.page import svg
 from validate.page.evidence import Evidence
-from validate.page.facts import Facts, Interval, Measured, Quality, Report
+from validate.page.facts import Facts
+from validate.page.reports import Interval, Measured, Quality, Report
 
 TEMPLATE, STYLE = "page.html.j2", "page.css"
 

@@ -15,8 +15,9 @@ from click.testing import CliRunner
 from runtime.errors import BundleError
 from runtime.manifest import file_info, read_manifest
 from validate.page.command import command
-from validate.page.facts import Measured, collect
+from validate.page.facts import collect
 from validate.page.make import Making, make_missing
+from validate.page.reports import Measured
 from validate.page.view import render, room, summary, verdict
 
 HOSTILE = "<script>alert('x')</script>\"'><img src=http://example.org/x onerror=alert(1)>{{ 7 * 7 }}"
