@@ -108,7 +108,9 @@ def _options(
         targets=_usage("--compute-capability", lambda: targets_from_text(compute_capability))
         if compute_capability is not None
         else (),
-        workspace=_usage("--workspace", lambda: bytes_from_text(workspace)) if workspace else None,
+        workspace=_usage("--workspace", lambda: bytes_from_text(workspace))
+        if workspace is not None
+        else None,
         optimization_level=level,
         **rest,
     )

@@ -88,7 +88,7 @@ def build_plan(
         check_contract(graph, network)
         check_targets(targets, in_network)
     config = builder.create_builder_config()
-    _configure(module, config, options, targets)
+    _configure(trt, config, options, targets)
     for profile in options.profiles:
         _add_profile(builder, config, graph, profile)
     cache = _timing_cache(config, options)
@@ -118,7 +118,8 @@ def _parse(parser: Any, path: Path, record: Log) -> None:
     )
 
 
-def _configure(module: Any, config: Any, options: BuildOptions, targets: tuple[str, ...]) -> None:
+def _configure(trt: TensorRT, config: Any, options: BuildOptions, targets: tuple[str, ...]) -> None:
+    module = trt.module
     config.clear_flag(module.BuilderFlag.TF32)  # on by default
     for flag in wanted_flags(options):
         config.set_flag(getattr(module.BuilderFlag, flag))
@@ -129,7 +130,7 @@ def _configure(module: Any, config: Any, options: BuildOptions, targets: tuple[s
     if options.hardware is not None:
         level = options.hardware.replace("+", "_plus").replace("-", "_").upper()
         config.hardware_compatibility_level = getattr(module.HardwareCompatibilityLevel, level)
-    if hasattr(config, "set_compute_capability") and targets != (DEFAULT_TARGET,):
+    if trt.is_rtx and targets != (DEFAULT_TARGET,):
         config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             capability = getattr(module.ComputeCapability, target.upper())
@@ -196,7 +197,7 @@ def _timing_cache(config: Any, options: BuildOptions) -> Any:
         return None
     old = options.timing_cache.read_bytes() if options.timing_cache.exists() else b""
     cache = config.create_timing_cache(old)
-    if not config.set_timing_cache(cache, ignore_mismatch=False):
+    if not config.set_timing_cache(cache, False):
         raise BuildError(
             f"{options.timing_cache} is a timing cache of another GPU or version", "use a file for each"
         )

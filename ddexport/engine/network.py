@@ -56,12 +56,16 @@ def layers_of_onnx(path: Path) -> Layers:
             tensor.raw_data = b""  # inference copies the model, weights and all
     model = onnx.shape_inference.infer_shapes(model)
     graph = model.graph
-    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+    values = (*graph.input, *graph.value_info, *graph.output)
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    types |= {value.name: value.type.tensor_type.elem_type for value in values}
     counts: Counter[tuple[str, str]] = Counter()
     for node in graph.node:
         kind = _ONNX_KINDS.get(node.op_type)
         if kind and node.domain in ("", "ai.onnx"):
-            name = onnx.TensorProto.DataType.Name(types.get(node.output[0], 0)).lower()
+            # These operators give what they take; inference stops where a shape lies in external data.
+            found = next(filter(None, (types.get(name) for name in (*node.output, *node.input))), 0)
+            name = onnx.TensorProto.DataType.Name(found).lower()
             counts[kind, {"float": "float32"}.get(name, name)] += 1
     return counts
 
@@ -106,11 +110,17 @@ def _check_types(graph: Graph, where: str, layers: Layers, asked: str) -> None:
     counts = by_type(layers)
     allowed = {asked, "float32"}
     share = counts.get(asked, 0) / max(sum(counts.values()), 1)
-    if not counts or set(counts) - allowed or share < (1.0 if asked == "float32" else LEAST_SHARE):
+    if not share or set(counts) - allowed or share < _least_share(graph):
         raise VerificationError(
             f"{graph.precision} was asked for, but {where} computes in {_text(layers)}",
             f"export that precision again: ddexport onnx --model NAME --precision {graph.precision} --force",
         )
+
+
+def _least_share(graph: Graph) -> float:
+    """Whoever kept modules in float32 with --keep-fp32 knows that there are fewer."""
+    kept = graph.accuracy.get("keep_fp32")
+    return 0.0 if kept or graph.precision == "fp32" else LEAST_SHARE
 
 
 def check_contract(graph: Graph, network: Any) -> None:
