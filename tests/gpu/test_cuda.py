@@ -1,4 +1,4 @@
-"""The layer over cuda-bindings on a real device: copies, recorded work, errors with names, memory given back."""
+"""The layer over cuda-bindings on a real device: copies, recordings, errors with names, memory given back."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 POISON = 0xAB
+MEMORY = 1 << 34
 Work = Callable[[], None]
 
 
@@ -26,7 +27,9 @@ class Error(IntEnum):
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
     cudaErrorInsufficientDriver = 35
+    cudaErrorInvalidDevice = 101
     cudaErrorIllegalAddress = 700
+    cudaErrorStreamCaptureUnsupported = 900
     cudaErrorStreamCaptureInvalidated = 901
 
 
@@ -87,6 +90,8 @@ class FakeCuda(ModuleType):
         return (Error.cudaSuccess, *values)
 
     def _allocate(self, name: str, kind: str, size: int) -> Any:
+        if size > MEMORY:
+            return Error.cudaErrorMemoryAllocation, None
         block = np.full(size, POISON, np.uint8)
         answer = self._answer(name, block.ctypes.data)
         if not answer[0]:
@@ -116,10 +121,12 @@ class FakeCuda(ModuleType):
         return Error.cudaSuccess, self.devices[index]
 
     def cudaSetDevice(self, index: int) -> Any:
+        if index >= len(self.devices):
+            return (Error.cudaErrorInvalidDevice,)
         return self._answer("cudaSetDevice")
 
     def cudaMemGetInfo(self) -> Any:
-        return self._answer("cudaMemGetInfo", 1 << 30, 2 << 30)
+        return self._answer("cudaMemGetInfo", MEMORY - self.allocated("device"), MEMORY)
 
     def cudaMalloc(self, size: int) -> Any:
         return self._allocate("cudaMalloc", "device", size)
@@ -145,7 +152,9 @@ class FakeCuda(ModuleType):
         return self._answer("cudaStreamDestroy")
 
     def cudaStreamSynchronize(self, stream: int) -> Any:
-        assert self.recording is None, "waiting while recording"
+        if self.recording is not None:
+            self.recording_broken = True
+            return (Error.cudaErrorStreamCaptureUnsupported,)
         work, self.streams[stream][:] = list(self.streams[stream]), []
         try:
             for each in work:
