@@ -70,6 +70,9 @@ def collect(bundle: Path, shown: str | None = None) -> Facts:
                 break
     # A later run may have been written beside an earlier one: `parity.json` comes after `parity-fp32.json`.
     facts.parity = list({one.precision: one for one in facts.parity}.values())
+    order = {precision: place for place, precision in enumerate(manifest.precisions)}
+    for found in (facts.parity, facts.fid, facts.evidence, facts.latency):
+        found.sort(key=lambda one: order.get(one.precision, len(order)))
     facts.missing = _missing(facts, shown or str(bundle))
     return facts
 

@@ -16,6 +16,14 @@ from validate.page.facts import Facts
 from validate.page.reports import Interval, Measured, Quality, Report
 
 TEMPLATE, STYLE = "page.html.j2", "page.css"
+CARDS = {  # measurements that are shown large: what the page calls them, and their unit
+    "tokens that differ": ("tokens that differ", ""),
+    "logits, largest error": ("logit error", ""),
+    "embeddings, relative error": ("embedding error", ""),
+    "image PSNR, dB": ("worst image", " dB"),
+    "image, largest 8-bit difference": ("8-bit difference", ""),
+    "FID, difference": ("FID difference", ""),
+}
 
 
 def render(facts: Facts, made: str) -> str:
@@ -105,23 +113,17 @@ def verdict(facts: Facts) -> tuple[str, str]:
 
 
 def cards(facts: Facts) -> list[dict[str, Any]]:
-    """The few numbers to look at first: name, value, what it says, its class."""
+    """The few numbers to look at first: name, value, limit, what it is of, its class."""
+    reports = (*facts.parity, *facts.fid)
     found = []
-    for report in facts.parity:
-        rows = {one.name: one for one in _worst_by_name(report.gated)}
-        for name, title, unit in (
-            ("tokens that differ", "tokens that differ", ""),
-            ("logits, largest error", "largest error of a logit", ""),
-            ("embeddings, relative error", "error of embeddings", ""),
-            ("image PSNR, dB", "worst image", " dB"),
-            ("image, largest 8-bit difference", "largest 8-bit difference", ""),
-        ):
-            if name in rows:
-                found.append(_card(title, rows[name], unit, report))
-    for report in facts.fid:
-        for one in report.gated:
-            if one.name == "FID, difference":
-                found.append(_card(f"FID difference, {one.scope}", one, "", report))
+    for precision in dict.fromkeys(report.precision for report in reports):
+        for report in reports:
+            rows = _worst_by_name(report.gated) if report.precision == precision else {}
+            found += [
+                _card(title, rows[name], unit, report)
+                for name, (title, unit) in CARDS.items()
+                if name in rows
+            ]
     return found
 
 
@@ -136,13 +138,13 @@ def _card(title: str, one: Measured, unit: str, report: Report) -> dict[str, Any
     }
 
 
-def _worst_by_name(rows: Sequence[Measured]) -> list[Measured]:
+def _worst_by_name(rows: Sequence[Measured]) -> dict[str, Measured]:
     """Of the rows of one name that which is nearest to its limit, or furthest past it."""
     found: dict[str, Measured] = {}
     for one in rows:
         if one.name not in found or room(one) > room(found[one.name]):
             found[one.name] = one
-    return list(found.values())
+    return found
 
 
 def room(one: Measured) -> float:
