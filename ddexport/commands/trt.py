@@ -137,15 +137,15 @@ def _precisions(text: str | None) -> tuple[str, ...]:
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[Callable[[float], None]]:
+def _progress(name: str) -> Iterator[Callable[[int], None]]:
+    """Steps and time, without a total: TensorRT does not say how long its last step will take."""
     done = 0
-    with console.progress(100, f"building {name}") as bar:
+    with console.progress(0, f"building {name}, step") as bar:
 
-        def report(share: float) -> None:
+        def report(steps: int) -> None:
             nonlocal done
-            percent = int(100 * share)
-            bar.advance(percent - done)
-            done = percent
+            bar.advance(steps - done)
+            done = steps
 
         yield report
 

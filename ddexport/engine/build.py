@@ -42,7 +42,7 @@ class Built:
 @contextmanager
 def silent(name: str) -> Iterator[Report]:
     """The progress of nobody who looks."""
-    yield lambda share: None
+    yield lambda steps: None
 
 
 def build_engines(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import threading
 import time
@@ -28,8 +29,10 @@ from runtime.errors import DDError
 from runtime.manifest import Graph
 
 Stage = Callable[[str], AbstractContextManager[None]]
-Report = Callable[[float], None]
-"""Told the share of a build that is done, from 0 to 1."""
+Report = Callable[[int], None]
+"""Told how many steps a build has done, several times a second, in the thread that asked for the build."""
+
+log = logging.getLogger(__name__)
 
 CHUNK = 1 << 24
 _HINTS = (
@@ -150,7 +153,7 @@ def _add_profile(builder: Any, config: Any, graph: Graph, profile: Profile) -> N
 
 def _run(module: Any, builder: Any, network: Any, config: Any, report: Report) -> Any:
     """Builds in a thread, so that Ctrl-C arrives here while TensorRT is busy, and can be passed on to it."""
-    tracker = Tracker(report)
+    tracker = Tracker()
     config.progress_monitor = monitor_to(module, tracker)
     result: list[Any] = []
     failure: list[BaseException] = []
@@ -165,13 +168,16 @@ def _run(module: Any, builder: Any, network: Any, config: Any, report: Report) -
     thread.start()
     while thread.is_alive():
         try:
+            report(tracker.steps)
             thread.join(0.2)
         except KeyboardInterrupt:
-            tracker.cancelled = True  # TensorRT asks at its next step
+            tracker.cancelled = True
+            log.warning("stopping: TensorRT asks whether to go on at its next step, which may take a while")
     if tracker.cancelled:
         raise KeyboardInterrupt
     if failure:
         raise failure[0]
+    report(tracker.steps)
     return result[0]
 
 

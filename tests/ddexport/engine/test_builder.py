@@ -30,8 +30,8 @@ _spec.loader.exec_module(fake)
 
 
 @contextmanager
-def unseen(name: str) -> Iterator[Callable[[float], None]]:
-    yield lambda share: None
+def unseen(name: str) -> Iterator[Callable[[int], None]]:
+    yield lambda steps: None
 
 
 def build(trt: TensorRT, folder: Path, options: BuildOptions, **changed: Any) -> Any:
@@ -50,18 +50,18 @@ def build(trt: TensorRT, folder: Path, options: BuildOptions, **changed: Any) ->
 def test_a_plan_is_written_with_its_hash(toy_bundle: Any, rtx: TensorRT, quick: BuildOptions) -> None:
     """Protects the sidecar: hash, size and layers are those of what was written."""
     folder = toy_bundle()
-    shares: list[float] = []
+    steps: list[int] = []
 
     @contextmanager
-    def seen(name: str) -> Iterator[Callable[[float], None]]:
+    def seen(name: str) -> Iterator[Callable[[int], None]]:
         assert name == f"student fp16 with {rtx}"
-        yield shares.append
+        yield steps.append
 
     plan = build(rtx, folder, quick, precision="fp16", progress=seen)
     content = (folder.parent / "plan").read_bytes()
     assert plan.sha256 == hashlib.sha256(content).hexdigest() and plan.bytes == len(content)
     assert plan.layers == {"float16": 2, "float32": 1}
-    assert len(shares) > 3 and shares == sorted(shares) and 0 < shares[-1] <= 1
+    assert len(steps) >= 2 and steps == sorted(steps) and steps[-1] > 10
     assert plan.seconds > 0
 
 
@@ -151,12 +151,12 @@ def test_ctrl_c_stops_a_real_build(toy_bundle: Any, rtx: TensorRT, quick: BuildO
     folder = toy_bundle()
 
     @contextmanager
-    def interrupted(name: str) -> Iterator[Callable[[float], None]]:
-        sent: list[float] = []
+    def interrupted(name: str) -> Iterator[Callable[[int], None]]:
+        sent: list[int] = []
 
-        def report(share: float) -> None:
+        def report(steps: int) -> None:
             if not sent:
-                sent.append(share)
+                sent.append(steps)
                 os.kill(os.getpid(), signal.SIGINT)
 
         yield report
@@ -203,7 +203,8 @@ def test_full_tensorrt_gets_what_is_asked_for(toy_bundle: Any, full: TensorRT, t
     assert config.hardware_compatibility_level == "AMPERE_PLUS"
     assert config.profiles[1]["tokens"] == ((8, 6, 16), (8, 6, 16), (16, 6, 16))
     assert config.profiles[0]["label"] == ((1,), (4,), (8,))
-    assert full.module.networks == [2]  # strongly typed, by its bit
+    strongly_typed = full.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+    assert full.module.networks == [1 << strongly_typed]  # the bit is not the same in both releases
     assert timing.read_bytes() == b"+"
 
 
