@@ -7,9 +7,11 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +146,8 @@ class Machine:
 
     @cached_property
     def engine_packages(self) -> dict[str, Package]:
-        """The packages that run engines, imported to see whether they work."""
-        return {name: package(name, module) for name, module in MODULES.items()}
+        """The packages that run engines, tried to see whether they work."""
+        return {name: engine_package(name) for name in MODULES}
 
     @cached_property
     def bindings(self) -> Package:
@@ -199,6 +201,30 @@ def package(name: str, module: str) -> Package:
         return Package(name, installed().get(name), f"{name} is broken: {_line(error)}; {_again(name)}")
     version = getattr(imported, "__version__", None) or installed().get(name)
     return Package(name, version, None)
+
+
+def engine_package(name: str) -> Package:
+    """A package that runs engines. The two register types of the same names, so that one process should not
+    import both: where both are there, each is tried in a process of its own."""
+    module = MODULES[name]
+    if module in sys.modules or not all(map(_is_there, MODULES.values())):
+        return package(name, module)
+    words = [sys.executable, "-c", f"import {module}; print({module}.__version__)"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Package(name, None, f"{name} is broken: {_line(error)}; {_again(name)}")
+    if done.returncode == 0:
+        return Package(name, done.stdout.strip(), None)
+    said = done.stderr.strip().splitlines() or [f"its import ends with {done.returncode}"]
+    return Package(name, installed().get(name), f"{name} is broken: {said[-1][:200]}; {_again(name)}")
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return module in sys.modules or find_spec(module) is not None
+    except ImportError:  # of a finder that somebody has installed
+        return False
 
 
 def installed() -> dict[str, str]:

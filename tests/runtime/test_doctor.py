@@ -193,6 +193,32 @@ def test_missing_and_broken_are_told_apart(
     assert problem in found.problem
 
 
+@pytest.mark.parametrize(
+    ("code", "version", "problem"),
+    [
+        ("__version__ = '11.4'", "11.4", None),
+        ("raise ImportError('libnvinfer.so.11: cannot open')", None, "is broken: ImportError: libnvinfer.so"),
+        ("import os; os.abort()", None, "is broken: its import ends with -6"),
+    ],
+)
+def test_two_packages_for_engines_are_tried_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, version: str | None, problem: str | None
+) -> None:
+    """They register types of the same names, and one that crashes must not take doctor along."""
+    (tmp_path / "tensorrt.py").write_text(code)
+    (tmp_path / "tensorrt_rtx.py").write_text("__version__ = '1.7'")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for module in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    found = Machine().engine_packages
+    assert found["tensorrt-rtx"] == Package("tensorrt-rtx", "1.7", None)
+    assert found["tensorrt"].version == version
+    assert (found["tensorrt"].problem is None) == (problem is None)
+    assert (problem or "") in (found["tensorrt"].problem or "")
+    assert not {"tensorrt", "tensorrt_rtx"} & set(sys.modules)
+
+
 def test_a_namespace_without_its_module_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some other package may bring the folder `cuda`."""
 

@@ -12,6 +12,7 @@ import logging
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,20 @@ def test_a_cache_that_cannot_be_kept_harms_nobody(
     engines.run("student", feeds(1))
     engines.close()
     assert gpu.cuda.left_behind == []
+
+
+def test_threads_take_turns(gpu: Any, bundle: Path, build: Build, truth: OnnxRuntime) -> None:
+    """The buffers are shared: nobody may get another one's images. Every thread sets its device."""
+    build("tensorrt")
+    engines = opened(bundle)
+    before = gpu.cuda.calls["cudaSetDevice"]
+    requests = [feeds(1 + number % 5, seed=number) for number in range(60)]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda given: engines.run("student", given), requests))
+    for given, answer in zip(requests, answers, strict=True):
+        assert_equal(answer, truth.run("student", given))
+    assert gpu.cuda.calls["cudaSetDevice"] - before == 60
+    engines.close()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
