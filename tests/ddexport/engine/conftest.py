@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ddexport.engine.build import Built, build_engines
 from ddexport.engine.cache import EngineCache
 from ddexport.engine.module import ModuleError, TensorRT, load_tensorrt
 from ddexport.engine.options import BuildOptions
@@ -203,11 +205,12 @@ def quick() -> BuildOptions:
     return BuildOptions(profiles=(Profile(1, 2, 4),), optimization_level=0)
 
 
-def snapshot(folder: Path) -> dict[str, object]:
-    """All files below a folder with their sizes: to see that nothing was left behind."""
-    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+@pytest.fixture
+def build(without_gpu: TensorRT, cache: EngineCache, quick: BuildOptions) -> Any:
+    """`build(bundle)`: fp16 engines with the quick options and the test's own cache."""
 
+    def run(folder: Path, **changed: Any) -> list[Built]:
+        arguments: dict[str, Any] = {"options": quick, "cache": cache} | changed
+        return build_engines(folder, without_gpu, **arguments)
 
-def sidecar_of(plan: Path) -> dict[str, object]:
-    content: dict[str, object] = json.loads(plan.with_suffix(".json").read_text())
-    return content
+    return run

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +11,7 @@ from typing import Any
 import pytest
 
 from ddexport.engine import build as build_module
-from ddexport.engine.build import Built, build_engines, key_parts, select_graphs
+from ddexport.engine.build import key_parts, select_graphs
 from ddexport.engine.cache import PLAN, EngineCache, cache_key
 from ddexport.engine.module import TensorRT
 from ddexport.engine.options import BuildOptions
@@ -31,17 +25,6 @@ NAMES = {"student_fp16", "decoder_fp16"}
 
 def files_of(folder: Path) -> set[str]:
     return {path.name for path in (folder / "engines").rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def build(without_gpu: TensorRT, cache: EngineCache, quick: BuildOptions) -> Any:
-    """`build(bundle)`: fp16 engines with the quick options and the test's own cache."""
-
-    def run(folder: Path, **changed: Any) -> list[Built]:
-        arguments: dict[str, Any] = {"options": quick, "cache": cache} | changed
-        return build_engines(folder, without_gpu, **arguments)
-
-    return run
 
 
 @pytest.mark.tensorrt
@@ -209,109 +192,6 @@ def test_a_failure_leaves_the_old_engine(
     assert sha256_of(first.plan) == first.engine.sha256
     assert read_engine(folder, first.plan.with_suffix(".json")) == first.engine
     assert files_of(folder) <= {".lock", "student_fp16.plan", "student_fp16.json"}
-
-
-PROGRAM = """
-    import json, sys
-    from pathlib import Path
-    from ddexport.engine import build as build_module
-    from ddexport.engine.cache import EngineCache
-    from ddexport.engine.module import load_tensorrt
-    from ddexport.engine.options import BuildOptions
-    from runtime.engines import Profile
-    {before}
-    built = build_module.build_engines(
-        Path(sys.argv[1]), load_tensorrt("tensorrt-rtx"),
-        BuildOptions(profiles=(Profile(1, 2, 4),), optimization_level=0),
-        roles=("student",), cache=EngineCache(Path(sys.argv[2])),
-    )
-    print(json.dumps([item.origin for item in built]))
-"""
-
-
-def start(bundle: Path, cache: EngineCache, before: str = "") -> subprocess.Popen[str]:
-    program = textwrap.dedent(PROGRAM).replace("{before}", textwrap.dedent(before))
-    command = [sys.executable, "-c", program, str(bundle), str(cache.directory)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-
-
-@pytest.mark.tensorrt
-@pytest.mark.parametrize("place", ["one bundle", "two bundles"])
-def test_two_builders_at_once_build_once(
-    toy_bundle: Any, rtx: TensorRT, cache: EngineCache, place: str
-) -> None:
-    """Protects against two processes that write the same files: the second takes what the first has built."""
-    one = toy_bundle("one")
-    two = one if place == "one bundle" else toy_bundle("two")
-    # Each says when it is about to build, and then takes its time, so that they really meet.
-    slow = """
-        import time
-        plain = build_module.build_plan
-        def slowly(*arguments):
-            time.sleep(1.5)
-            return plain(*arguments)
-        build_module.build_plan = slowly
-    """
-    processes = [start(one, cache, slow), start(two, cache, slow)]
-    origins = [json.loads(process.communicate(timeout=120)[0])[0] for process in processes]
-    assert sorted(origins) == ["built", "kept" if place == "one bundle" else "cache"]
-    for folder in (one, two):
-        (sidecar,) = (folder / "engines").rglob("*.json")
-        engine = read_engine(folder, sidecar)
-        assert sha256_of(sidecar.with_suffix(".plan")) == engine.sha256
-    assert cache.leftovers() == [] and len(cache.entries()[0]) == 1
-
-
-@pytest.mark.tensorrt
-@pytest.mark.parametrize("moment", ["building", "storing", "between plan and sidecar"])
-def test_a_killed_builder_harms_nobody(
-    toy_bundle: Any, build: Any, cache: EngineCache, tmp_path: Path, moment: str
-) -> None:
-    """Protects against half-written engines: the next build cleans up, waits for no lock, and succeeds."""
-    folder, ready = toy_bundle(), tmp_path / "ready"
-    halt = f"""
-        import shutil, time
-        from pathlib import Path
-        from ddexport.engine import cache as cache_module
-        def halt(*arguments):
-            Path({str(ready)!r}).touch()
-            time.sleep(600)
-    """
-    hook = {
-        "building": """
-            plain = build_module.build_plan
-            def partly(*arguments):
-                arguments[5].write_bytes(b"half a plan")
-                halt()
-            build_module.build_plan = partly
-        """,
-        "storing": """
-            def partly(source, target):
-                Path(target).write_bytes(b"half a plan")
-                halt()
-            cache_module.shutil.copyfile = partly
-        """,
-        "between plan and sidecar": "build_module._write_text = halt\n",
-    }[moment]
-    process = start(folder, cache, textwrap.dedent(halt) + textwrap.dedent(hook))
-    try:
-        deadline = time.monotonic() + 60
-        while not ready.exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait(30)
-    finally:
-        process.kill()
-        process.communicate()
-    assert not list((folder / "engines").rglob("*.json"))  # nothing that the runtime would load
-    (item,) = build(folder, roles=("student",))
-    assert item.origin == ("cache" if moment == "between plan and sidecar" else "built")
-    assert sha256_of(item.plan) == item.engine.sha256
-    assert files_of(folder) <= {".lock", "student_fp16.plan", "student_fp16.json"}
-    assert cache.leftovers() == [] and len(cache.entries()[0]) == 1
 
 
 def test_fp16_is_the_default_and_must_be_there(toy_bundle: Any) -> None:
