@@ -96,6 +96,11 @@ _POSITIVE = click.IntRange(min=1)
 @click.option("--batch", type=_POSITIVE, metavar="N", help="Images at once.  [default: by their size]")
 @click.option("--precision", metavar="NAME", help="Which graphs of the bundle.  [default: its first]")
 @click.option("--backend", metavar="NAME", default="auto", help="The engine.  [default: the best installed]")
+@click.option(
+    "--emulate/--no-emulate",
+    default=None,
+    help="Half precisions with every rounding of a half engine.  [default: emulate on the CPU alone]",
+)
 @click.option("--threads", type=_POSITIVE, metavar="N", help="Of engine and torch.  [default: their choice]")
 @click.option("--checkpoint", type=_PATH, help="The student's checkpoint that the bundle was made from.")
 @click.option("--vae", type=_PATH, help="The tokenizer's checkpoint that the bundle was made from.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from runtime.errors import DDError, VerificationError
 from runtime.manifest import Manifest
-from runtime.pipeline import Pipeline, default_batch_size
+from runtime.pipeline import default_batch_size
 from validate.drawing import Order
 from validate.features._base import Extractor
 from validate.fid_figures import Gate
@@ -34,6 +34,7 @@ class Options:
     batch: int | None = None
     precision: str | None = None
     backend: str = "auto"
+    emulate: bool | None = None
     threads: int | None = None
     checkpoint: Path | None = None
     vae: Path | None = None
@@ -60,8 +61,7 @@ class Plan:
     gate: Gate
 
 
-def plan_of(pipe: Pipeline, options: Options) -> Plan:
-    manifest = pipe.manifest
+def plan_of(manifest: Manifest, precision: str, options: Options) -> Plan:
     entry: dict[str, Any] = manifest.parity.get("fid") or {}
     features = options.features or entry.get("features")
     if not features:
@@ -83,7 +83,7 @@ def plan_of(pipe: Pipeline, options: Options) -> Plan:
         order_of(manifest, images, options.seed, options.per_class),
         {count: manifest.schedule(count).known for count in steps},
         options.batch or default_batch_size(manifest),
-        _gate(manifest, entry, pipe.precision, features, options),
+        _gate(manifest, entry, precision, features, options),
     )
 
 

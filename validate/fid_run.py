@@ -16,7 +16,8 @@ from ddexport.recipe import recipe_from_dict
 from runtime import console
 from runtime.files import make_directory, write_image
 from runtime.images import to_pil
-from runtime.pipeline import Pipeline, load
+from runtime.manifest import ROLES, Manifest, read_manifest
+from runtime.pipeline import load
 from validate.batches import Model
 from validate.drawing import ByteImages, draw
 from validate.features._base import Extractor, load_extractor
@@ -25,7 +26,8 @@ from validate.fid_plan import NONE, Options, Plan, order_of, plan_of, require_en
 from validate.fid_report import Compared, FidReport, Settings
 from validate.fid_state import State, digest_of
 from validate.paired import BUNDLE, REFERENCE, PairedRun, Sink, Sizes
-from validate.parity import BundleModel
+from validate.parity import BundleModel, Side, opened_side
+from validate.parity import Options as Asked
 from validate.reference import build_reference, describe_weights
 from validate.references import Reference
 from validate.references import load as load_reference
@@ -44,12 +46,19 @@ def run_fid(options: Options, state_root: Path | None = None) -> FidReport:
     """
     start = time.perf_counter()
     with console.stage(f"loading {options.bundle}", keep=False):
-        pipe = load(options.bundle, options.backend, options.threads, options.precision)
-    with pipe:
-        plan = plan_of(pipe, options)
+        manifest = read_manifest(options.bundle)
+    asked = Asked(
+        bundle=options.bundle,
+        precision=options.precision,
+        backend=options.backend,
+        emulate=options.emulate,
+        threads=options.threads,
+    )
+    with opened_side(manifest, asked) as side:
+        plan = plan_of(manifest, side.precision, options)
         extractor = load_extractor(plan.features, options.features_weights)
         require_enough(plan.order.images, extractor, options.allow_few)
-        job = _Job(options, pipe, plan, extractor)
+        job = _Job(options, manifest, side, plan, extractor)
         compared = job.compared()
         run = job.paired_run()
         state = job.state(state_root)
@@ -86,7 +95,8 @@ class _Job:
     """What one measurement is made of, once bundle and extractor are open."""
 
     options: Options
-    pipe: Pipeline
+    manifest: Manifest
+    side: Side
     plan: Plan
     extractor: Extractor
 
@@ -94,9 +104,7 @@ class _Job:
         """The set of images that the figures are measured against."""
         if self.plan.compared == NONE:
             return None
-        recipe = recipe_from_dict(
-            self.pipe.manifest.recipe, f"the recipe in bundle {self.pipe.manifest.name}"
-        )
+        recipe = recipe_from_dict(self.manifest.recipe, f"the recipe in bundle {self.manifest.name}")
         with console.stage(f"reading the reference set {self.plan.compared}", keep=False):
             return load_reference(
                 self.plan.compared, self.extractor, recipe=recipe, draw=self._another_bundle
@@ -105,13 +113,11 @@ class _Job:
     def paired_run(self) -> PairedRun:
         """Both sides, or the bundle alone, with nothing drawn yet."""
         options = self.options
-        sides: dict[str, Model] = {BUNDLE: BundleModel(self.pipe)}
+        sides: dict[str, Model] = {BUNDLE: self.side.model}
         if options.reference_model:
             with console.stage("building the PyTorch reference", keep=False):
                 files = {"student": options.checkpoint, "tokenizer": options.vae}
-                sides[REFERENCE] = build_reference(
-                    self.pipe.manifest, files, options.weights, options.threads
-                )
+                sides[REFERENCE] = build_reference(self.manifest, files, options.weights, options.threads)
         sizes = Sizes(self.extractor.width, self.extractor.classes, self._groups, SAMPLE)
         return PairedRun(self.plan.order, self.plan.schedules, self.extractor, sides, sizes)
 
@@ -161,15 +167,15 @@ class _Job:
 
     def _key(self) -> dict[str, Any]:
         """Everything that the counted numbers depend on, to the last bit."""
-        manifest, paired = self.pipe.manifest, self.options.reference_model
+        manifest, paired = self.manifest, self.options.reference_model
         return {
-            "bundle": _hashes(self.pipe),
+            "bundle": _hashes(self.manifest, self.side.precision),
             "recipe": dict(manifest.recipe) if paired else None,
             "weights": asdict(manifest.weights) if paired else None,
             "copy of the weights": self.options.weights,
             "reference model": paired,
-            "precision": self.pipe.precision,
-            "backend": self.pipe.backend.name,
+            "precision": self.side.precision,
+            "backend": self.side.engine,
             "threads": self.options.threads,
             "images": self.plan.order.images,
             "labels": self.plan.order.label_rule,
@@ -183,13 +189,13 @@ class _Job:
         }
 
     def _settings(self, compared: Reference | None, resumed: int, seconds: float) -> Settings:
-        manifest, order = self.pipe.manifest, self.plan.order
+        manifest, order = self.manifest, self.plan.order
         return Settings(
             bundle=str(self.options.bundle),
             name=manifest.name,
             weights=describe_weights(manifest),
-            precision=self.pipe.precision,
-            backend=self.pipe.backend.name,
+            precision=self.side.precision,
+            backend=self.side.engine,
             images=order.images,
             seed=order.seed,
             labels=order.label_rule,
@@ -202,7 +208,7 @@ class _Job:
             paired=self.options.reference_model,
             bootstrap=self._resamples,
             versions=_versions(),
-            hashes=_hashes(self.pipe),
+            hashes=_hashes(self.manifest, self.side.precision),
             resumed_at=resumed,
             seconds=round(seconds, 2),
         )
@@ -238,8 +244,8 @@ def _sink(run: PairedRun, directory: Path | None) -> Sink | None:
     return sink
 
 
-def _hashes(pipe: Pipeline) -> dict[str, str]:
-    graphs = [pipe.manifest.graph(role, pipe.precision) for role in ("student", "decoder")]
+def _hashes(manifest: Manifest, precision: str) -> dict[str, str]:
+    graphs = [manifest.graph(role, precision) for role in ROLES]
     return {info.file: info.sha256 for graph in graphs for info in graph.files}
 
 
