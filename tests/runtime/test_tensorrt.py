@@ -373,6 +373,20 @@ def test_a_plan_that_its_sidecar_does_not_describe(
     assert gpu.cuda.left_behind == []
 
 
+def test_a_package_that_does_not_start_says_why(
+    gpu: Any, bundle: Path, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(logger: Any) -> None:
+        logger.log(gpu.rtx.ILogger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("factory function returned nullptr")
+
+    build()
+    monkeypatch.setattr(gpu.rtx, "Runtime", none)
+    with pytest.raises(BackendError, match="tensorrt-rtx cannot start: CUDA initialization failure"):
+        opened(bundle)
+    assert gpu.cuda.left_behind == []
+
+
 def test_only_a_version_compatible_plan_may_bring_code(gpu: Any, bundle: Path, build: Build) -> None:
     build("tensorrt")
     opened(bundle).close()
