@@ -18,7 +18,7 @@ from validate.page.command import command
 from validate.page.facts import collect
 from validate.page.make import Making, make_missing
 from validate.page.reports import Measured
-from validate.page.view import render, room, summary, verdict
+from validate.page.view import cards, render, room, summary, verdict
 
 HOSTILE = "<script>alert('x')</script>\"'><img src=http://example.org/x onerror=alert(1)>{{ 7 * 7 }}"
 INTERVAL = {"value": 0.5, "low": 0.4, "high": 0.6}
@@ -336,3 +336,27 @@ def test_a_folder_that_is_no_bundle_is_said(tmp_path):
 
 def test_the_summary_holds_no_pictures(reported):
     assert "picture" not in json.dumps(summary(collect(reported)), default=str)
+
+
+def test_the_large_figures_are_those_nearest_to_their_limits(copy):
+    """One bad row among many good ones of its name must be what is seen first."""
+    path = copy / "parity" / "parity.json"
+    data = json.loads(path.read_text())
+    rows = [one for one in data["measurements"] if one["name"] == "image PSNR, dB" and one["limit"]]
+    rows[1]["value"] = 61.5
+    path.write_text(json.dumps(data))
+    shown = {card["title"]: card for card in cards(collect(copy))}
+    assert shown["worst image"]["value"] == "61.5 dB" and shown["worst image"]["kind"] == "good"
+    rows[0]["value"] = 59.0
+    path.write_text(json.dumps(data))
+    assert {card["title"]: card["kind"] for card in cards(collect(copy))}["worst image"] == "bad"
+
+
+def test_precisions_stand_side_by_side_and_the_last_run_of_each_counts(copy):
+    """`parity.json` is what the last run wrote; the file with the precision in its name may be older."""
+    folder = copy / "parity"
+    latest = json.loads((folder / "parity.json").read_text())
+    (folder / "parity-fp16.json").write_text(json.dumps(latest | {"precision": "fp16", "images": 5}))
+    (folder / "parity.json").write_text(json.dumps(latest | {"images": 77}))
+    found = collect(copy).parity
+    assert [(report.precision, report.images) for report in found] == [("fp32", 77), ("fp16", 5)]
