@@ -64,7 +64,12 @@ def run_fid(options: Options, state_root: Path | None = None) -> FidReport:
         state = job.state(state_root)
         resumed = run.resume(state) if state else 0
         _draw(run, plan.batch, state, _sink(run, options.save_images))
-        report = job.report(run, compared, resumed, start)
+        try:
+            report = job.report(run, compared, resumed, start)
+        except BaseException:  # the intervals of wide features take minutes, and may be stopped too
+            if state:
+                run.keep(state)
+            raise
     if state:
         state.discard()
     if state_root:

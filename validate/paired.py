@@ -138,10 +138,15 @@ class PairedRun:
                     state.save(self.done, self._arrays())
                 advance(len(indices))
         except BaseException:
-            if state is not None and self._whole and self.done:
-                with suppress(DDError):
-                    state.save(self.done, self._arrays())
+            if state is not None:
+                self.keep(state)
             raise
+
+    def keep(self, state: State) -> None:
+        """Saves what was counted as far as that is possible: something else has gone wrong already."""
+        if self._whole and self.done:
+            with suppress(DDError):
+                state.save(self.done, self._arrays())
 
     def _draw(self, indices: range, sink: Sink | None) -> dict[tuple[str, int], tuple[ByteImages, Readings]]:
         """Images and readings of one batch. Nothing is counted yet: it may be stopped at any point."""

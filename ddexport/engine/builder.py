@@ -73,6 +73,7 @@ def build_plan(
     KeyboardInterrupt; nothing useful is at `destination` then.
 
     Raises:
+        BundleError: the graph takes weights from a file that the manifest does not list.
         VerificationError: the network has other types than asked for, or not the contract's tensors.
         OptionError: a target cannot run the graph.
         BuildError: TensorRT failed, or logged an error.
@@ -82,11 +83,12 @@ def build_plan(
     logger = logger_to(module, record)
     builder = module.Builder(logger)
     with stage(f"parsing {graph.file}"):
+        in_graph = layers_of_onnx(root, graph)  # before the network: each holds all weights for a while
         flags = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = builder.create_network(flags)
         parser = module.OnnxParser(network, logger)  # owns weights: must outlive the build
         _parse(parser, root / graph.file, record)
-        in_graph, in_network = layers_of_onnx(root / graph.file), layers_of_network(network)
+        in_network = layers_of_network(network)
         check_precision(graph, in_graph, in_network)
         check_contract(graph, network)
         check_targets(targets, in_network)

@@ -8,11 +8,11 @@ the build: the precision asked for, the ONNX graph, and the network that TensorR
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import VerificationError
+from runtime.errors import BundleError, VerificationError
 from runtime.manifest import Graph, TensorSpec
 
 TYPE_OF_PRECISION: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -46,11 +46,35 @@ _NETWORK_TYPES = {
 _BIG = 1 << 12  # bytes; smaller constants may be shapes, which type inference wants to see
 
 
-def layers_of_onnx(path: Path) -> Layers:
-    """Counts the nodes of a graph that compute, by the type of what they give. Reads no external data."""
+def layers_of_onnx(root: Path, graph: Graph) -> Layers:
+    """Counts the nodes of a graph of the bundle `root` that compute, by type. Reads no external data.
+
+    Raises BundleError for what is no ONNX graph, and for external data that the manifest does not list: its
+    hash would be in no key.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(root / graph.file), load_external_data=False)
+    except DecodeError as error:
+        raise BundleError(f"{graph.file} is no ONNX graph", "export the bundle again") from error
+    listed = {info.file for info in graph.files}
+    for tensor in _tensors_of(model.graph):
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value not in listed:
+                raise BundleError(
+                    f"{graph.file} takes weights from {entry.value!r}, which the manifest does not list",
+                    "export the bundle again",
+                )
+    return layers_of_model(model)
+
+
+def layers_of_model(model: Any) -> Layers:
+    """Counts the nodes of an ONNX model that compute, by the type of what they give. Large constants of the
+    model are lost."""
     import onnx
 
-    model = onnx.load(str(path), load_external_data=False)
     for tensor in model.graph.initializer:
         if len(tensor.raw_data) > _BIG:
             tensor.raw_data = b""  # inference copies the model, weights and all
@@ -68,6 +92,16 @@ def layers_of_onnx(path: Path) -> Layers:
             name = onnx.TensorProto.DataType.Name(found).lower()
             counts[kind, {"float": "float32"}.get(name, name)] += 1
     return counts
+
+
+def _tensors_of(graph: Any) -> Iterator[Any]:
+    """Every constant of a graph, also those in nodes and in their subgraphs."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors_of(inner)
 
 
 def layers_of_network(network: Any) -> Layers:

@@ -301,6 +301,29 @@ class TestStops:
         assert figures(again) == figures(fid(digits_bundle, "--json"))
         assert not state.exists()
 
+    def test_a_stop_among_the_figures_draws_nothing_again(self, digits_bundle, fid, monkeypatch):
+        """Hours of drawing are not lost because somebody was tired of waiting for the intervals."""
+        from validate import fid_run
+
+        def stopped(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fid_state, "SAVE_SECONDS", 1e9)
+            patch.setattr(fid_run, "figures_of", stopped)
+            assert fid(digits_bundle, "--no-reference-model").exit_code == 130
+        again = fid(digits_bundle, "--no-reference-model", "--json")
+        assert json.loads(again.stdout)["resumed_at"] == IMAGES
+
+    def test_the_bar_tells_the_rate_of_this_run(self):
+        """Images of the run before are done, and were not this fast."""
+        from validate.fid_run import RateProgress
+
+        bar = RateProgress(100, "measuring", start=40)
+        bar.advance(20)
+        text = bar._text(10.0)
+        assert "60/100" in text and "2 images/s" in text and "20.0 s left" in text
+
     def test_the_state_of_another_run_is_refused(self, digits_bundle, fid, tmp_path, monkeypatch):
         """Named with --state it is the user's: it is neither used nor overwritten."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ddexport.engine.network import layers_of_onnx
+from ddexport.engine.network import layers_of_model
 
 COMMON_FLAGS = ("TF32", "VERSION_COMPATIBLE", "STRIP_PLAN", "REFIT", "WEIGHT_STREAMING", "SPARSE_WEIGHTS")
 FLAGS = {
@@ -127,9 +127,10 @@ def _fill(network: Any, path: Path) -> None:
     """What a parser would find: the layers and tensors of the graph."""
     import onnx
 
-    graph = onnx.load(path, load_external_data=False).graph
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
     layers = []
-    for (kind, name), count in layers_of_onnx(path).items():
+    for (kind, name), count in layers_of_model(model).items():
         tensor = SimpleNamespace(dtype=SimpleNamespace(name=DTYPES[name]))
         layer = SimpleNamespace(
             type=SimpleNamespace(name="MATRIX_MULTIPLY" if kind == "product" else "CONVOLUTION"),

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from ddexport.engine import builder
@@ -19,7 +20,7 @@ from ddexport.engine.builder import BuildError, build_plan
 from ddexport.engine.module import TensorRT
 from ddexport.engine.options import BuildOptions, OptionError
 from runtime.engines import Profile
-from runtime.errors import VerificationError
+from runtime.errors import BundleError, VerificationError
 from runtime.machine import Gpu, Machine
 from runtime.manifest import read_manifest
 
@@ -36,7 +37,8 @@ def unseen(name: str) -> Iterator[Callable[[int], None]]:
 
 def build(trt: TensorRT, folder: Path, options: BuildOptions, **changed: Any) -> Any:
     """Builds the student, float32 if not said otherwise, to `plan` beside the bundle."""
-    graph = read_manifest(folder).graph("student", changed.pop("precision", "fp32"))
+    precision = changed.pop("precision", "fp32")
+    graph = changed.pop("graph", None) or read_manifest(folder).graph("student", precision)
     arguments = {
         "targets": ("default",),
         "destination": folder.parent / "plan",
@@ -134,15 +136,20 @@ def test_turing_is_refused_before_the_build(toy_bundle: Any, rtx: TensorRT, quic
 
 
 @pytest.mark.tensorrt
-def test_a_file_that_is_no_graph_is_a_build_error(
+def test_what_tensorrt_cannot_read_is_a_build_error(
     toy_bundle: Any, rtx: TensorRT, quick: BuildOptions
 ) -> None:
-    """Protects the message: what the parser says, not a traceback."""
+    """Protects the message: what the parser says of an operator it lacks, not a traceback."""
     folder = toy_bundle()
     graph = read_manifest(folder).graph("student", "fp32")
+    model = onnx.load(folder / graph.file)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    onnx.save_model(model, folder / graph.file)
+    with pytest.raises(BuildError, match=r"cannot read student\.onnx.*NoSuchOperator"):
+        build(rtx, folder, quick, graph=graph)
     (folder / graph.file).write_bytes(b"not a protobuf at all")
-    with pytest.raises(BuildError, match=r"cannot read student\.onnx"):
-        build_plan(rtx, folder, graph, quick, ("default",), folder / "x", lambda name: nullcontext(), unseen)
+    with pytest.raises(BundleError, match=r"student\.onnx is no ONNX graph"):
+        build(rtx, folder, quick, graph=graph)
 
 
 @pytest.mark.tensorrt

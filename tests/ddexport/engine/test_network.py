@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from ddexport.engine.builder import BuildError
@@ -17,7 +18,7 @@ from ddexport.engine.network import (
     layers_of_network,
     layers_of_onnx,
 )
-from runtime.errors import VerificationError
+from runtime.errors import BundleError, VerificationError
 from runtime.manifest import Graph, TensorSpec, read_manifest
 
 STUDENT = {
@@ -33,10 +34,24 @@ def test_nodes_are_counted_in_the_graph(toy_bundle: Any, precision: str) -> None
     for external in (False, True):
         folder = toy_bundle(f"external-{external}", external=external)
         graph = read_manifest(folder).graph("student", precision)
-        assert layers_of_onnx(folder / graph.file) == STUDENT[precision]
+        assert layers_of_onnx(folder, graph) == STUDENT[precision]
         decoder = read_manifest(folder).graph("decoder", precision)
         half = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
-        assert layers_of_onnx(folder / decoder.file) == {("product", half): 1, ("convolution", half): 1}
+        assert layers_of_onnx(folder, decoder) == {("product", half): 1, ("convolution", half): 1}
+
+
+@pytest.mark.parametrize("place", ["/etc/hostname", "../outside.data", "unlisted.data"])
+def test_weights_from_elsewhere_are_refused(toy_bundle: Any, place: str) -> None:
+    """Protects the cache key, which would not see them change, and files that are nobody's weights."""
+    folder = toy_bundle(external=True)
+    graph = read_manifest(folder).graph("student", "fp16")
+    model = onnx.load(folder / graph.file, load_external_data=False)
+    for entry in model.graph.initializer[-1].external_data:
+        if entry.key == "location":
+            entry.value = place
+    (folder / graph.file).write_bytes(model.SerializeToString())
+    with pytest.raises(BundleError, match="which the manifest does not list"):
+        layers_of_onnx(folder, graph)
 
 
 def parsed(rtx: TensorRT, path: Path) -> tuple[Any, ...]:
@@ -57,8 +72,8 @@ def test_the_real_network_has_the_types_of_the_graph(toy_bundle: Any, rtx: Tenso
         graph = read_manifest(folder).graph(role, precision)
         network, *_alive = parsed(rtx, folder / graph.file)
         in_network = layers_of_network(network)
-        assert in_network == layers_of_onnx(folder / graph.file)
-        check_precision(graph, layers_of_onnx(folder / graph.file), in_network)
+        assert in_network == layers_of_onnx(folder, graph)
+        check_precision(graph, layers_of_onnx(folder, graph), in_network)
         check_contract(graph, network)
         inputs = {
             network.get_input(i).name: network.get_input(i).dtype.name for i in range(network.num_inputs)
