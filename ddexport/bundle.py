@@ -11,7 +11,6 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -21,9 +20,10 @@ from torch import nn
 from ddexport.families import family
 from ddexport.families._base import Teacher as TeacherModule
 from ddexport.graph.external import SharedWeights
+from ddexport.graph.prove import prove
 from ddexport.graph.spec import GraphSpec, graph_specs, image_size, sequence_size
 from ddexport.graph.to_onnx import check_onnx, check_opset, default_opset, onnx_from_module
-from ddexport.graph.verify import Agreement, verify_graph
+from ddexport.graph.verify import Agreement
 from ddexport.graph.wrappers import graph_module
 from ddexport.model_card import model_card
 from ddexport.precision.cast import PrecisionError, check_patterns, in_precision
@@ -42,11 +42,9 @@ from runtime.manifest import (
     file_info,
     read_manifest,
 )
-from runtime.registry import load_plugin
 
 Stage = Callable[[str], AbstractContextManager[None]]
 CODEBOOK = "codebook.npy"
-VERIFIED_WITH = "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def export_bundle(
         OutputError: `target` exists and `force` is false, or is no bundle, or cannot be written.
         VerificationError: a graph differs from its module; nothing is written.
     """
-    check_precisions(precisions)
+    check_precisions(precisions, recipe)
     if opset is not None:
         check_opset(opset, precisions)
     precisions = sorted(precisions, key=PRECISIONS.index)
@@ -118,6 +116,7 @@ def export_bundle(
                     _write_graph(module, spec, precision, recipe, folder, version, weights, stage, shared)
                 )
             del part, module  # one cast copy at a time beside the float32 parts
+        graphs, agreement = prove(folder, graphs, parts, specs, recipe, keep_fp32, stage)
         (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         manifest = Manifest(
             name=recipe.name,
@@ -143,18 +142,23 @@ def export_bundle(
         )
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
         (folder / "README.md").write_text(model_card(recipe, manifest), encoding="utf-8")
-        agreement = _verify(folder, parts, specs, recipe, stage) if FLOAT32 in precisions else ()
+        read_manifest(folder, verify=False)  # as the runtime will
     return Exported(target, manifest, agreement)
 
 
-def check_precisions(precisions: Sequence[str]) -> None:
-    """Raises `PrecisionError` unless the names are known and each is there once."""
+def check_precisions(precisions: Sequence[str], recipe: Recipe) -> None:
+    """Raises `PrecisionError` unless the names are known, each is there once, and half ones have limits."""
     known = ", ".join(PRECISIONS)
     for precision in precisions:
         if precision not in PRECISIONS:
             raise PrecisionError(f"there is no precision {precision!r}", f"there is: {known}")
         if list(precisions).count(precision) > 1:
             raise PrecisionError(f"the precision {precision} is named twice", "name each once")
+        if precision != FLOAT32 and precision not in recipe.parity:
+            raise PrecisionError(
+                f"recipe {recipe.name} states no parity limits for {precision}",
+                f"state them under parity.{precision}; docs/precision.md shows how they are found",
+            )
     if not precisions:
         raise PrecisionError("no precision is named", f"there is: {known}")
 
@@ -217,24 +221,6 @@ def _teacher(parts: Mapping[str, nn.Module], recipe: Recipe, folder: Path) -> Te
         codebook=file_info(folder / CODEBOOK, folder),
         **dataclasses.asdict(drawn),
     )
-
-
-def _verify(
-    folder: Path, parts: Mapping[str, nn.Module], specs: tuple[GraphSpec, ...], recipe: Recipe, stage: Stage
-) -> tuple[Agreement, ...]:
-    """Runs each graph as the runtime will, manifest included, and holds it against its module."""
-    manifest = read_manifest(folder, verify=False)
-    engine = load_plugin("runtime.backends", VERIFIED_WITH).ENGINE
-    found: list[Agreement] = []
-    for spec in specs:
-        graph = manifest.graph(spec.role, FLOAT32, spec.split)
-        with (
-            stage(f"comparing {graph.file} with PyTorch"),
-            engine(folder, {spec.role: graph}) as backend,
-        ):
-            module = graph_module(spec, parts[spec.part], parts["tokenizer"])
-            found += verify_graph(partial(backend.run, spec.role), module, spec, recipe)
-    return tuple(found)
 
 
 def _expected_bytes(recipe: Recipe, roles: Sequence[str]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ddexport.precision.policy import FLOAT32
+from ddexport.precision.table import summary
 from ddexport.recipe import Recipe
 from runtime.manifest import Manifest
 
@@ -24,6 +26,7 @@ def model_card(recipe: Recipe, manifest: Manifest) -> str:
         "",
         *_weights(manifest),
         "",
+        *_half(manifest),
         *_published(recipe),
         "## Licence and intended use",
         "",
@@ -40,6 +43,27 @@ def _weights(manifest: Manifest) -> list[str]:
         f"- {file.role}: `{file.file}`, {file.bytes:,} bytes, SHA-256 `{file.sha256}`"
         for file in weights.files
     ]
+
+
+def _half(manifest: Manifest) -> list[str]:
+    """What the half graphs are, where there are any."""
+    graphs = [graph for graph in manifest.graphs if graph.precision != FLOAT32]
+    if not graphs:
+        return []
+    lines = [
+        "## Half precision",
+        "",
+        "| graph | computes in half | rms error | kept in fp32 |",
+        "|---|---|---|---|",
+    ]
+    for graph in graphs:
+        accuracy = graph.accuracy
+        errors = {error["output"]: error["rms"] for error in accuracy["errors"]}  # the largest batch is last
+        rms = ", ".join(f"{name} {value:.1e}" for name, value in errors.items())
+        kept = ", ".join(f"`{pattern}`" for pattern in accuracy["keep_fp32"])
+        lines.append(f"| {graph.file} | {summary(graph)} | {rms} | {kept} |")
+    oracle = graphs[0].accuracy["oracle"]
+    return [*lines, "", f"Errors are relative to float32, on random inputs ({oracle}).", ""]
 
 
 def _published(recipe: Recipe) -> list[str]:

@@ -70,7 +70,12 @@ class Plan:
         self._trt: Any = importlib.import_module(MODULES[engine.backend])
         self._log: list[str] = []
         self._logger = _logger(self._trt, self._log)
-        runtime = self._trt.Runtime(self._logger)
+        try:
+            runtime = self._trt.Runtime(self._logger)
+        except Exception as error:  # bindings raise what they like where the library gives nothing
+            raise BackendError(
+                f"{engine.backend} cannot start: {_said(self._log)}", "`ddexport doctor` says what is here."
+            ) from error
         if engine.version_compatible:
             runtime.engine_host_code_allowed = True  # such a plan brings its own lean runtime
         self._runtime = runtime

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +26,26 @@ PRECISION_ORDER = ("fp16", "bf16", "fp32")
 
 @dataclass(frozen=True)
 class Fit:
-    """misfits: why the engine cannot run. doubts: what its maker does not promise. notes: worth knowing."""
+    """misfits: why the engine cannot run here, and another one could. lacking: what the machine has not, for
+    any engine. doubts: what its maker does not promise. notes: worth knowing."""
 
     misfits: tuple[str, ...] = ()
+    lacking: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def obstacles(self) -> tuple[str, ...]:
+        return (*self.misfits, *self.lacking)
+
+    def __add__(self, other: Fit) -> Fit:
+        """Both, each text once."""
+        return Fit(
+            *(
+                tuple(dict.fromkeys((*getattr(self, field.name), *getattr(other, field.name))))
+                for field in dataclasses.fields(Fit)
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -62,8 +78,7 @@ def builds(root: Path) -> tuple[list[Build], list[BundleError]]:
 
 def precision_rank(precision: str) -> int:
     """The place of a precision among those of engines, the fastest first."""
-    known = PRECISION_ORDER.index(precision) if precision in PRECISION_ORDER else len(PRECISION_ORDER)
-    return known
+    return PRECISION_ORDER.index(precision) if precision in PRECISION_ORDER else len(PRECISION_ORDER)
 
 
 def fit(build: Build, graphs: Mapping[str, Graph], machine: Machine, device: int = 0) -> Fit:
@@ -72,28 +87,24 @@ def fit(build: Build, graphs: Mapping[str, Graph], machine: Machine, device: int
     graphs: one for each role that is wanted, in the build's precision. The contents of the plans are not
     read here: their SHA-256 is compared with what is loaded, when it is loaded.
     """
-    misfits: list[str] = []
-    notes: list[str] = []
+    result = Fit()
     for role, graph in graphs.items():
         if role not in build.engines:
-            misfits.append(f"there is no {role} engine")
+            result += Fit((f"there is no {role} engine",))
         else:
-            misfits += _against_graph(build.engines[role], graph)
-    doubts: list[str] = []
+            result += _against_graph(build.engines[role], graph)
     for engine in (found.engine for found in build.engines.values()):
-        misfits += _against_packages(engine, machine)
-        on_gpu = _against_gpu(engine, machine, device)
-        misfits += on_gpu.misfits
-        doubts += on_gpu.doubts
-        notes += on_gpu.notes
-    return Fit(_once(misfits), _once(doubts), _once(notes))
+        result += _against_packages(engine, machine) + _against_gpu(engine, machine, device)
+    return result
 
 
-def rebuild_command(root: Path, build: Build | None, machine: Machine, device: int = 0) -> str:
+def rebuild_command(
+    root: Path, build: Build | None, machine: Machine, device: int = 0, precision: str = PRECISION_ORDER[0]
+) -> str:
     """The command that makes engines for this machine, like those of `build` where there is one."""
     gpu = machine.gpus[device] if device < len(machine.gpus) else None
     words = ["ddexport", "trt", str(root), "--backend", _backend_for(build, gpu)]
-    words += ["--precision", build.precision if build else "fp16"]
+    words += ["--precision", build.precision if build else precision]
     profiles = build.any_engine.profiles if build else ()
     for profile in profiles:
         words += ["--batch", str(profile).replace("/", ",")]
@@ -115,7 +126,7 @@ def _backend_for(build: Build | None, gpu: Gpu | None) -> str:
     return build.any_engine.backend if build else "tensorrt-rtx"
 
 
-def _against_graph(found: Found, graph: Graph) -> list[str]:
+def _against_graph(found: Found, graph: Graph) -> Fit:
     engine = found.engine
     wrong = []
     if engine.source != graph_digest(graph):
@@ -128,33 +139,22 @@ def _against_graph(found: Found, graph: Graph) -> list[str]:
         wrong.append(f"{found.plan.name} is missing")
     elif (size := found.plan.stat().st_size) != engine.bytes:
         wrong.append(f"{found.plan.name} has {size} bytes, but its sidecar says {engine.bytes}")
-    return wrong
+    return Fit(tuple(wrong))
 
 
-def _against_packages(engine: Engine, machine: Machine) -> list[str]:
-    wrong = []
+def _against_packages(engine: Engine, machine: Machine) -> Fit:
+    misfits, lacking = [], []
     if engine.platform != machine.platform:
-        wrong.append(f"it was built for {engine.platform}, and this is {machine.platform}")
+        misfits.append(f"it was built for {engine.platform}, and this is {machine.platform}")
     here = machine.engine_packages[engine.backend]
     if here.problem:
-        wrong.append(here.problem)
+        lacking.append(here.problem)
     elif not _version_fits(engine, here.version or ""):
-        wrong.append(f"it was built with {engine.backend} {engine.version}, and here is {here.version}")
+        misfits.append(f"it was built with {engine.backend} {engine.version}, and here is {here.version}")
     if machine.bindings.problem:
-        wrong.append(machine.bindings.problem)
-    made_for = machine.package_cuda(engine.backend)
-    bindings = _major(machine.bindings.version)
-    if made_for and bindings and made_for != bindings:
-        wrong.append(
-            f"{engine.backend} is made for CUDA {made_for}, and cuda-bindings for CUDA {bindings}:"
-            f" pip install 'cuda-bindings=={made_for}.*'"
-        )
-    if made_for and machine.cuda and machine.cuda[0] < made_for:
-        wrong.append(
-            f"{engine.backend} is made for CUDA {made_for}, and the driver supports CUDA"
-            f" {machine.cuda[0]}.{machine.cuda[1]}: install a newer driver"
-        )
-    return wrong
+        lacking.append(machine.bindings.problem)
+    lacking += machine.cuda_troubles(engine.backend)
+    return Fit(tuple(misfits), tuple(lacking))
 
 
 def _version_fits(engine: Engine, here: str) -> bool:
@@ -172,7 +172,7 @@ def _version_fits(engine: Engine, here: str) -> bool:
 def _against_gpu(engine: Engine, machine: Machine, device: int) -> Fit:
     if device >= len(machine.gpus):
         why = machine.cuda_problem or f"there is no device {device}, but {len(machine.gpus)} in all"
-        return Fit(misfits=(why,))
+        return Fit(lacking=(why,))
     gpu = machine.gpus[device]
     here = f"{gpu.name} has {gpu.target}"
     reach = _reach(engine)
@@ -223,7 +223,3 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _major(version: str | None) -> int | None:
     return next(iter(_numbers(version or "")), None)
-
-
-def _once(texts: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(texts))

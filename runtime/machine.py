@@ -7,9 +7,11 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from runtime.engines import this_platform
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 INSTALL = {
-    "tensorrt": "pip install --extra-index-url https://pypi.nvidia.com tensorrt cuda-bindings",
+    "tensorrt": "pip install tensorrt cuda-bindings",
     "tensorrt-rtx": "pip install tensorrt-rtx cuda-bindings",
     "cuda-bindings": "pip install cuda-bindings",
     "onnxruntime": "pip install onnxruntime",
@@ -60,6 +62,7 @@ class Package:
     name: str
     version: str | None
     problem: str | None
+    missing: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,8 +146,8 @@ class Machine:
 
     @cached_property
     def engine_packages(self) -> dict[str, Package]:
-        """The packages that run engines, imported to see whether they work."""
-        return {name: package(name, module) for name, module in MODULES.items()}
+        """The packages that run engines, tried to see whether they work."""
+        return {name: engine_package(name) for name in MODULES}
 
     @cached_property
     def bindings(self) -> Package:
@@ -156,6 +159,24 @@ class Machine:
         pattern = re.compile(rf"{re.escape(backend)}-cu(\d+)(-|$)")
         found = [int(match[1]) for name in self.distributions if (match := pattern.match(name))]
         return max(found, default=None)
+
+    def cuda_troubles(self, backend: str) -> list[str]:
+        """What does not go together: the package for engines, cuda-bindings, the driver."""
+        made_for, troubles = self.package_cuda(backend), []
+        if made_for is None:
+            return []
+        bindings = re.match(r"\d+", self.bindings.version or "")
+        if bindings and int(bindings[0]) != made_for:
+            troubles.append(
+                f"{backend} is made for CUDA {made_for}, and cuda-bindings for CUDA {bindings[0]}:"
+                f" pip install 'cuda-bindings=={made_for}.*'"
+            )
+        if self.cuda and self.cuda[0] < made_for:
+            troubles.append(
+                f"{backend} is made for CUDA {made_for}, and the driver supports CUDA"
+                f" {self.cuda[0]}.{self.cuda[1]}: install a newer driver"
+            )
+        return troubles
 
     @property
     def both_onnxruntimes(self) -> str | None:
@@ -175,11 +196,35 @@ def package(name: str, module: str) -> Package:
     except ModuleNotFoundError as error:
         if error.name and not (module == error.name or module.startswith(f"{error.name}.")):
             return Package(name, installed().get(name), f"{name} is broken: {_line(error)}; {_again(name)}")
-        return Package(name, None, f"{name} is not installed: {INSTALL[name]}")
+        return Package(name, None, f"{name} is not installed: {INSTALL[name]}", missing=True)
     except Exception as error:  # ImportError of a library, and whatever else a broken package raises
         return Package(name, installed().get(name), f"{name} is broken: {_line(error)}; {_again(name)}")
     version = getattr(imported, "__version__", None) or installed().get(name)
     return Package(name, version, None)
+
+
+def engine_package(name: str) -> Package:
+    """A package that runs engines. The two register types of the same names, so that one process should not
+    import both: where both are there, each is tried in a process of its own."""
+    module = MODULES[name]
+    if module in sys.modules or not all(map(_is_there, MODULES.values())):
+        return package(name, module)
+    words = [sys.executable, "-c", f"import {module}; print({module}.__version__)"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Package(name, None, f"{name} is broken: {_line(error)}; {_again(name)}")
+    if done.returncode == 0:
+        return Package(name, done.stdout.strip(), None)
+    said = done.stderr.strip().splitlines() or [f"its import ends with {done.returncode}"]
+    return Package(name, installed().get(name), f"{name} is broken: {said[-1][:200]}; {_again(name)}")
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return module in sys.modules or find_spec(module) is not None
+    except ImportError:  # of a finder that somebody has installed
+        return False
 
 
 def installed() -> dict[str, str]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,7 +39,8 @@ WEIGHT_KINDS = ("checkpoint", "embedded", "random")
 class Graph:
     """One graph in one precision; `files` lists `file` itself and its external data.
 
-    split: of a student whose split is not the manifest's.
+    split: of a student whose split is not the manifest's. accuracy: what the export measured, carried as
+    data: error against float32, operators by type, and the modules that were kept in float32.
     """
 
     role: str
@@ -49,6 +50,7 @@ class Graph:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     split: int | None = None
+    accuracy: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:

@@ -11,6 +11,8 @@ from runtime import console
 
 COMMANDS = {
     "parity": "validate.parity",
+    "fid": "validate.fid",
+    "report": "validate.page.command",
     "quality": "validate.quality",
     "speed": "validate.speed",
     "comparison": "validate.comparison",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 LOOKS: dict[str, tuple[str, tuple[int, int], str]] = {  # colour, and where a label is from its point
     "teacher": ("#3b4252", (0, -17), "center"),
     "at once": ("#c8783c", (7, 6), "left"),
-    "student": ("#1f6fb4", (-7, -15), "right"),
+    "student": ("#1f6fb4", (0, -18), "center"),
 }
 
 
@@ -57,7 +57,7 @@ def _draw(panel: Any, rows: Sequence[Row], batch: int) -> None:
             panel.annotate(
                 row.kind.name, (x, y), offset, textcoords="offset points", color=colour, fontsize=10, ha=align
             )
-    panel.margins(x=0.14, y=0.1)
+    panel.margins(x=0.16, y=0.12)
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}")

@@ -48,7 +48,7 @@ class Order:
         zero = np.zeros_like(index)
         counter = np.stack([zero, zero + np.uint64(LABEL_DOMAIN), index & LOW_WORD, index >> WORD_BITS])
         word = philox4x32(counter, self.seed)[0]
-        return ((word * np.uint64(self.classes)) >> WORD_BITS).astype(np.int64)
+        return np.asarray((word * np.uint64(self.classes)) >> WORD_BITS, dtype=np.int64)
 
     def noise(self, indices: range) -> FloatArray:
         """The noise (N, L, Cv) float32 of the images `indices`, the runtime's own for this seed."""

@@ -10,13 +10,15 @@ import hashlib
 import json
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib import format as npy
 
 from runtime.errors import DDError
 from runtime.files import atomic_write, make_directory
@@ -26,7 +28,7 @@ KEY, DONE = "key", "done"
 SAVE_SECONDS = 30.0
 SHARE_OF_TIME = 20  # a save that takes long is made so much more rarely: at most a twentieth of the time
 
-Arrays = dict[str, npt.NDArray[Any]]
+Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
 
 class StateError(DDError):
@@ -47,42 +49,49 @@ class State:
         self._saved = time.monotonic()
         self._cost = 0.0
 
-    def load(self) -> tuple[int, Arrays] | None:
-        """How many images are done, and the arrays; None where nothing was saved.
+    def load(self, restore: Callable[[Arrays], None]) -> int:
+        """Gives the saved arrays to `restore`, and returns how many images they hold; 0 where none are saved.
 
-        Raises StateError for a state of another run, which says what differs, or a damaged one.
+        The arrays are read one by one as they are asked for. Raises StateError for a state of another run,
+        which says what differs, and for a damaged one.
         """
         if not self.path.is_file():
-            return None
+            return 0
         try:
             with np.load(self.path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-            found = json.loads(str(arrays.pop(KEY)))
-            done = int(arrays.pop(DONE))
+                differences = _differences(json.loads(str(archive[KEY])), json.loads(_text(self._key)))
+                done = int(archive[DONE])
+                if not differences:
+                    restore(archive)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise StateError(
                 f"{self.path} cannot be read as the state of a run: {error}",
                 "delete it to begin again, or name another directory with --state",
             ) from error
-        differences = _differences(found, json.loads(_text(self._key)))
         if differences:
             raise StateError(
                 f"{self.path} is the state of another run: {'; '.join(differences)}",
                 "run that one to its end, delete the file, or name another directory with --state",
             )
-        return done, arrays
+        return done
 
     def due(self) -> bool:
         """Whether it is time to save again."""
         waited = time.monotonic() - self._saved
         return waited >= max(SAVE_SECONDS, SHARE_OF_TIME * self._cost)
 
-    def save(self, done: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Writes the state of a run after its first `done` images. Raises OutputError."""
+    def save(self, done: int, arrays: Iterable[tuple[str, npt.NDArray[Any]]]) -> None:
+        """Writes the state of a run after its first `done` images, one array after the other.
+
+        Raises OutputError.
+        """
         start = time.monotonic()
         make_directory(self.path.parent)
-        with atomic_write(self.path) as stream:
-            np.savez(stream, **{KEY: np.array(_text(self._key)), DONE: np.array(done)}, **arrays)  # type: ignore[arg-type]
+        own = ((KEY, np.array(_text(self._key))), (DONE, np.array(done)))
+        with atomic_write(self.path) as stream, zipfile.ZipFile(stream, "w") as archive:
+            for name, array in chain(own, arrays):
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    npy.write_array(entry, np.asarray(array), allow_pickle=False)
         self._saved = time.monotonic()
         self._cost = self._saved - start
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
     from validate.harness import Request
     from validate.metrics._base import Comparison, FloatArray, IntArray, Limits, StudentOutput
     from validate.report import ParityReport
+    from validate.teacher_runs import Graphs
 
 EPILOG = """
 \b
 Examples:
   python -m validate parity build/digits-var
   python -m validate parity build/var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
+  python -m validate parity build/digits-var --precision fp16
   ddexport validate parity build/digits-var --images 32 --report parity-32 --json
 """
 
@@ -45,6 +48,7 @@ class Options:
     teacher: Path | None = None
     weights: str | None = None
     threads: int | None = None
+    emulate: bool | None = None
 
 
 class Watched:
@@ -85,9 +89,40 @@ class BundleModel:
         return images
 
 
+@dataclass(frozen=True)
+class Side:
+    """The bundle's side of the comparison: what runs it, and in which precision; its graphs by key."""
+
+    model: Model
+    engine: str
+    precision: str
+    graphs: Graphs
+
+
+@contextmanager
+def opened_side(manifest: Manifest, options: Options) -> Iterator[Side]:
+    """The bundle on the engine that the options ask for, or emulated where that engine would not round.
+
+    Raises DDError where it cannot be run.
+    """
+    from runtime.pipeline import load
+    from validate.emulation import ENGINE, EmulatedBundle, emulated_precision
+
+    threads = options.threads
+    half = emulated_precision(
+        options.bundle, manifest, options.backend, options.precision, options.emulate, threads
+    )
+    if half is not None:
+        emulated = EmulatedBundle(options.bundle, manifest, half, threads)
+        yield Side(emulated, ENGINE, half, emulated)
+        return
+    with load(options.bundle, options.backend, threads, options.precision, verify=False) as pipe:
+        yield Side(BundleModel(pipe), pipe.backend.name, pipe.precision, pipe.backend)
+
+
 def run_parity(options: Options) -> tuple[ParityReport, Comparison]:
     """Runs bundle and reference and measures. Raises DDError where one of them cannot be run."""
-    from runtime.pipeline import load
+    from runtime.manifest import read_manifest
     from validate.harness import compare, measure
     from validate.reference import build_reference, describe_weights
     from validate.report import ParityReport, Settings
@@ -95,29 +130,28 @@ def run_parity(options: Options) -> tuple[ParityReport, Comparison]:
 
     start = time.perf_counter()
     with console.stage(f"loading {options.bundle}", keep=False):
-        pipe = load(options.bundle, options.backend, options.threads, options.precision)
-    with pipe:
-        manifest = pipe.manifest
-        limits = _limits(manifest, pipe.precision)
+        manifest = read_manifest(options.bundle)
+    with opened_side(manifest, options) as side:
+        limits = _limits(manifest, side.precision)
         with console.stage("building the reference", keep=False):
             files = {"student": options.checkpoint, "tokenizer": options.vae, "teacher": options.teacher}
             reference = build_reference(manifest, files, options.weights, options.threads)
         request = _request(manifest, options)
-        drawn = teacher_request(pipe, options.seed, request)
+        drawn = teacher_request(options.bundle, manifest, side.precision, options.seed, request)
         work = request.work + (drawn.work if drawn else 0)
         with console.progress(work, f"comparing {options.images} images") as bar:
-            bundle = Watched(BundleModel(pipe), bar.advance)
+            bundle = Watched(side.model, bar.advance)
             comparison = compare(bundle, Watched(reference, bar.advance), request)
             if drawn is not None:
-                graphs = WatchedGraphs(pipe.backend, bar.advance)
+                graphs = WatchedGraphs(side.graphs, bar.advance)
                 modules = WatchedGraphs(reference, bar.advance)
                 comparison = comparison.with_more(compare_teachers(graphs, modules, drawn))
         settings = Settings(
             bundle=str(options.bundle),
             name=manifest.name,
             weights=describe_weights(manifest),
-            precision=pipe.precision,
-            backend=pipe.backend.name,
+            precision=side.precision,
+            backend=side.engine,
             images=options.images,
             seed=options.seed,
             batch=options.batch,
@@ -217,6 +251,12 @@ _POSITIVE = click.IntRange(min=1)
 )
 @click.option("--precision", metavar="NAME", help="Which graphs of the bundle.  [default: its first]")
 @click.option("--backend", metavar="NAME", default="auto", help="The engine.  [default: the best installed]")
+@click.option(
+    "--emulate/--no-emulate",
+    default=None,
+    help="Round fp16 and bf16 on the CPU as a half engine does; not: the engine as it is."
+    "  [default: emulate on the CPU alone]",
+)
 @click.option("--checkpoint", type=_PATH, help="The student's checkpoint that the bundle was made from.")
 @click.option("--vae", type=_PATH, help="The tokenizer's checkpoint that the bundle was made from.")
 @click.option("--teacher", type=_PATH, help="The teacher's checkpoint that the bundle was made from.")

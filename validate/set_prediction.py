@@ -2,7 +2,7 @@
 
 A network that draws positions in one pass draws them independently of each other, whatever it was trained
 on. The best it can do is to draw each from its own marginal law p(q_j | prefix, label): that is where the
-cross entropy of set prediction has its minimum (Distilled Decoding, arXiv 2412.17153, section 2). No such
+cross entropy of set prediction has its minimum (Distilled Decoding, arXiv 2412.17153). No such
 network is trained here. Its draws are made exactly, by the teacher: for every position a continuation of
 the prefix of its own, of which this one position is kept. They then have the marginals to the last digit and
 no dependence at all, which no trained network can beat at this.

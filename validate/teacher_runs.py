@@ -11,16 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.graphs import student_key
+from runtime.graphs import keys_of, student_key
 from runtime.manifest import Manifest, Schedule, Teacher
 from runtime.noise import uniform_numbers
 from runtime.sampler import Step, TeacherRun, sample
-from runtime.teacher import Choice, Pick, Sampling, by_stream, choice_of
+from runtime.teacher import Choice, Pick, Sampling, by_stream, choice_of, read_codebook
 from validate.metrics._base import (
     Comparison,
     FloatArray,
@@ -32,7 +33,6 @@ from validate.metrics._base import (
 )
 
 if TYPE_CHECKING:
-    from runtime.pipeline import Pipeline
     from validate.harness import Request
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -84,12 +84,21 @@ class WatchedGraphs:
         return found
 
 
-def teacher_request(pipe: Pipeline, seed: int, request: Request) -> TeacherRequest | None:
-    """The same images as in `request`, by the schedules that involve a teacher; None without one."""
-    manifest = pipe.manifest
-    if manifest.teacher is None or pipe.codebook is None:
+def teacher_request(
+    root: Path, manifest: Manifest, precision: str, seed: int, request: Request
+) -> TeacherRequest | None:
+    """The same images as in `request`, by the schedules with a teacher that the precision has graphs for.
+
+    None without one. Raises BundleError for a damaged codebook.
+    """
+    keys = {graph.key for graph in manifest.graphs if graph.precision == precision}
+    schedules = {
+        name: schedule
+        for name, schedule in teacher_schedules(manifest).items()
+        if keys.issuperset(keys_of(manifest, schedule))
+    }
+    if not schedules or manifest.teacher is None:
         return None
-    schedules = teacher_schedules(manifest)
     choice = choice_of(schedules["teacher"], manifest.teacher, Sampling())
     assert choice is not None  # the schedule has a teacher
     count, length = len(request.labels), manifest.sequence.length
@@ -98,7 +107,7 @@ def teacher_request(pipe: Pipeline, seed: int, request: Request) -> TeacherReque
         request.labels,
         request.noise,
         uniform_numbers(seed, range(count), length),
-        pipe.codebook,
+        read_codebook(root, manifest),
         schedules,
         choice,
         request.batch,

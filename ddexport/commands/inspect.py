@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ddexport.precision.policy import FLOAT32
 from runtime import console
 
 EPILOG = """
@@ -24,6 +25,7 @@ Examples:
 @console.debug_option
 def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
     """Show a bundle: model, weights, graphs, schedules. All hashes are checked."""
+    from ddexport.precision.table import error_table, summary
     from runtime.manifest import read_manifest
 
     manifest = read_manifest(bundle, verify=not no_verify)
@@ -51,6 +53,11 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
         click.echo(
             f"  {graph.role:10} {graph.precision}, {size:.1f} MiB in {', '.join(f.file for f in graph.files)}"
         )
+        if graph.precision != FLOAT32 and graph.accuracy:
+            kept = ", ".join(graph.accuracy["keep_fp32"])
+            click.echo(f"             {summary(graph)}{f', kept in fp32: {kept}' if kept else ''}")
+            for line in error_table(graph.accuracy["errors"]):
+                click.echo(f"             {line}")
         for arrow, tensors in (("in", graph.inputs), ("out", graph.outputs)):
             for tensor in tensors:
                 shape = ", ".join(map(str, tensor.shape))

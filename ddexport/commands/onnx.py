@@ -73,7 +73,8 @@ def command(
     """Export a model to a bundle: student.onnx, decoder.onnx and all that the runtime needs.
 
     The graphs are checked against PyTorch before the bundle appears; a mismatch ends with exit code 3 and no
-    bundle.
+    bundle. Half graphs (fp16, bf16) run with every rounding of a half engine, and are held to the recipe's
+    limits.
     """
     named = (("student", checkpoint), ("tokenizer", vae), ("teacher", _teacher_file(teacher, random_weights)))
     files = {role: path for role, path in named if path is not None}
@@ -88,6 +89,7 @@ def command(
         )
     _require_export_extra()
     from ddexport.bundle import WeightRequest, export_bundle
+    from ddexport.precision.table import accuracy_lines
     from ddexport.recipe import load_recipe
 
     recipe = load_recipe(model)
@@ -111,11 +113,16 @@ def command(
             }
         )
         return
-    worst = max(exported.agreement, key=lambda a: a.error / a.limit)
     click.echo(f"{exported.path}: {recipe.title}")
     for file in dict.fromkeys(file for graph in exported.manifest.graphs for file in graph.files):
         click.echo(f"  {file.file:24} {file.bytes / 2**20:9.1f} MiB")
-    click.echo(f"  largest difference from PyTorch {worst.error:.1e} ({worst.role} {worst.output}, relative)")
+    if exported.agreement:
+        worst = max(exported.agreement, key=lambda a: a.error / a.limit)
+        place = f"{worst.role} {worst.output}, relative"
+        click.echo(f"  largest difference of fp32 from PyTorch {worst.error:.1e} ({place})")
+    for graph in exported.manifest.graphs:
+        if graph.precision != FLOAT32:
+            click.echo("\n" + "\n".join(accuracy_lines(graph)))
     if exported.manifest.weights.kind == "random":
         click.echo(f"  random weights, seed {exported.manifest.weights.seed}: the images mean nothing")
 

@@ -108,7 +108,9 @@ def _options(
         targets=_usage("--compute-capability", lambda: targets_from_text(compute_capability))
         if compute_capability is not None
         else (),
-        workspace=_usage("--workspace", lambda: bytes_from_text(workspace)) if workspace else None,
+        workspace=_usage("--workspace", lambda: bytes_from_text(workspace))
+        if workspace is not None
+        else None,
         optimization_level=level,
         **rest,
     )
@@ -135,15 +137,15 @@ def _precisions(text: str | None) -> tuple[str, ...]:
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[Callable[[float], None]]:
+def _progress(name: str) -> Iterator[Callable[[int], None]]:
+    """Steps and time, without a total: TensorRT does not say how long its last step will take."""
     done = 0
-    with console.progress(100, f"building {name}") as bar:
+    with console.progress(0, f"building {name}, step") as bar:
 
-        def report(share: float) -> None:
+        def report(steps: int) -> None:
             nonlocal done
-            percent = int(100 * share)
-            bar.advance(percent - done)
-            done = percent
+            bar.advance(steps - done)
+            done = steps
 
         yield report
 

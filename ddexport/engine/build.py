@@ -20,6 +20,7 @@ from ddexport.engine.module import TensorRT
 from ddexport.engine.options import BuildOptions
 from runtime.engines import Engine, engine_folder, graph_digest, read_engine, this_platform
 from runtime.errors import BundleError, OutputError
+from runtime.machine import Gpu, Machine
 from runtime.manifest import Graph, Manifest, read_manifest, sha256_of
 
 DEFAULT_PRECISION = "fp16"
@@ -41,7 +42,7 @@ class Built:
 @contextmanager
 def silent(name: str) -> Iterator[Report]:
     """The progress of nobody who looks."""
-    yield lambda share: None
+    yield lambda steps: None
 
 
 def build_engines(
@@ -119,7 +120,7 @@ def key_parts(graph: Graph, trt: TensorRT, options: BuildOptions, targets: tuple
         "backend": trt.backend,
         "version": trt.version,
         "targets": targets,
-        "gpu": [trt.gpu.name, trt.gpu.capability] if full and trt.gpu else None,
+        "gpu": [trt.gpu.name, trt.gpu.target] if full and trt.gpu else None,
         "platform": this_platform(),
         "builder": [metadata.version("ddexport"), REVISION],
     }
@@ -186,7 +187,6 @@ class _Job:
         return engine, "built"
 
     def _sidecar(self, graph: Graph, key: str, name: str, plan: Plan) -> Engine:
-        gpu = self.trt.gpu
         return Engine(
             role=graph.role,
             precision=graph.precision,
@@ -206,9 +206,17 @@ class _Job:
             layers=plan.layers,
             options=self.options.canonical(),
             key=key,
-            made_with=dataclasses.asdict(gpu) if gpu else {},
+            made_with=_made_with(self.trt.gpu),
             seconds=round(plan.seconds, 3),
         )
+
+
+def _made_with(gpu: Gpu | None) -> dict[str, str]:
+    """The GPU at hand. Nothing for a build without one, which is the same on every machine."""
+    if gpu is None:
+        return {}
+    driver = Machine().driver
+    return {"gpu": gpu.name, "capability": gpu.target, **({"driver": driver} if driver else {})}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import threading
 import time
@@ -28,8 +29,10 @@ from runtime.errors import DDError
 from runtime.manifest import Graph
 
 Stage = Callable[[str], AbstractContextManager[None]]
-Report = Callable[[float], None]
-"""Told the share of a build that is done, from 0 to 1."""
+Report = Callable[[int], None]
+"""Told how many steps a build has done, several times a second, in the thread that asked for the build."""
+
+log = logging.getLogger(__name__)
 
 CHUNK = 1 << 24
 _HINTS = (
@@ -70,6 +73,7 @@ def build_plan(
     KeyboardInterrupt; nothing useful is at `destination` then.
 
     Raises:
+        BundleError: the graph takes weights from a file that the manifest does not list.
         VerificationError: the network has other types than asked for, or not the contract's tensors.
         OptionError: a target cannot run the graph.
         BuildError: TensorRT failed, or logged an error.
@@ -79,16 +83,17 @@ def build_plan(
     logger = logger_to(module, record)
     builder = module.Builder(logger)
     with stage(f"parsing {graph.file}"):
+        in_graph = layers_of_onnx(root, graph)  # before the network: each holds all weights for a while
         flags = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = builder.create_network(flags)
         parser = module.OnnxParser(network, logger)  # owns weights: must outlive the build
         _parse(parser, root / graph.file, record)
-        in_graph, in_network = layers_of_onnx(root / graph.file), layers_of_network(network)
+        in_network = layers_of_network(network)
         check_precision(graph, in_graph, in_network)
         check_contract(graph, network)
         check_targets(targets, in_network)
     config = builder.create_builder_config()
-    _configure(module, config, options, targets)
+    _configure(trt, config, options, targets)
     for profile in options.profiles:
         _add_profile(builder, config, graph, profile)
     cache = _timing_cache(config, options)
@@ -118,7 +123,8 @@ def _parse(parser: Any, path: Path, record: Log) -> None:
     )
 
 
-def _configure(module: Any, config: Any, options: BuildOptions, targets: tuple[str, ...]) -> None:
+def _configure(trt: TensorRT, config: Any, options: BuildOptions, targets: tuple[str, ...]) -> None:
+    module = trt.module
     config.clear_flag(module.BuilderFlag.TF32)  # on by default
     for flag in wanted_flags(options):
         config.set_flag(getattr(module.BuilderFlag, flag))
@@ -129,7 +135,7 @@ def _configure(module: Any, config: Any, options: BuildOptions, targets: tuple[s
     if options.hardware is not None:
         level = options.hardware.replace("+", "_plus").replace("-", "_").upper()
         config.hardware_compatibility_level = getattr(module.HardwareCompatibilityLevel, level)
-    if hasattr(config, "set_compute_capability") and targets != (DEFAULT_TARGET,):
+    if trt.is_rtx and targets != (DEFAULT_TARGET,):
         config.num_compute_capabilities = len(targets)
         for index, target in enumerate(targets):
             capability = getattr(module.ComputeCapability, target.upper())
@@ -149,7 +155,7 @@ def _add_profile(builder: Any, config: Any, graph: Graph, profile: Profile) -> N
 
 def _run(module: Any, builder: Any, network: Any, config: Any, report: Report) -> Any:
     """Builds in a thread, so that Ctrl-C arrives here while TensorRT is busy, and can be passed on to it."""
-    tracker = Tracker(report)
+    tracker = Tracker()
     config.progress_monitor = monitor_to(module, tracker)
     result: list[Any] = []
     failure: list[BaseException] = []
@@ -164,13 +170,16 @@ def _run(module: Any, builder: Any, network: Any, config: Any, report: Report) -
     thread.start()
     while thread.is_alive():
         try:
+            report(tracker.steps)
             thread.join(0.2)
         except KeyboardInterrupt:
-            tracker.cancelled = True  # TensorRT asks at its next step
+            tracker.cancelled = True
+            log.warning("stopping: TensorRT asks whether to go on at its next step, which may take a while")
     if tracker.cancelled:
         raise KeyboardInterrupt
     if failure:
         raise failure[0]
+    report(tracker.steps)
     return result[0]
 
 
@@ -196,7 +205,7 @@ def _timing_cache(config: Any, options: BuildOptions) -> Any:
         return None
     old = options.timing_cache.read_bytes() if options.timing_cache.exists() else b""
     cache = config.create_timing_cache(old)
-    if not config.set_timing_cache(cache, ignore_mismatch=False):
+    if not config.set_timing_cache(cache, False):
         raise BuildError(
             f"{options.timing_cache} is a timing cache of another GPU or version", "use a file for each"
         )

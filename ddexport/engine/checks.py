@@ -116,13 +116,13 @@ def check_targets(targets: tuple[str, ...], layers: Layers) -> None:
 def _targets(options: BuildOptions, trt: TensorRT) -> tuple[str, ...]:
     if not trt.is_rtx:
         assert trt.gpu is not None  # else refused
-        return (trt.gpu.capability,)
+        return (trt.gpu.target,)
     if not options.targets:
         return (DEFAULT_TARGET,)
     targets = options.targets
     if targets == (CURRENT_TARGET,):
         assert trt.gpu is not None  # else refused
-        targets = (trt.gpu.capability,)
+        targets = (trt.gpu.target,)
     known = known_targets(trt)
     unknown = [target for target in targets if target not in known]
     if unknown:

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ddexport.engine.gpu import Gpu, find_gpu
 from runtime.engines import BACKENDS
 from runtime.errors import DDError
+from runtime.machine import MODULES, Gpu, Machine
 
-MODULES: Mapping[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 INSTALL: Mapping[str, str] = {
     "tensorrt": 'pip install "ddexport[tensorrt]"',
     "tensorrt-rtx": 'pip install "ddexport[tensorrt-rtx]"',
@@ -54,7 +53,7 @@ def load_tensorrt(backend: str = "auto") -> TensorRT:
     `auto` is full TensorRT where it is complete and there is a GPU, else TensorRT-RTX.
     Raises `ModuleError`, with the command that installs what is missing.
     """
-    gpu = find_gpu()
+    gpu = next(iter(Machine().gpus), None)
     if backend != "auto":
         return _load(backend, gpu)
     reasons: list[str] = []

@@ -8,11 +8,11 @@ the build: the precision asked for, the ONNX graph, and the network that TensorR
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import VerificationError
+from runtime.errors import BundleError, VerificationError
 from runtime.manifest import Graph, TensorSpec
 
 TYPE_OF_PRECISION: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -46,24 +46,62 @@ _NETWORK_TYPES = {
 _BIG = 1 << 12  # bytes; smaller constants may be shapes, which type inference wants to see
 
 
-def layers_of_onnx(path: Path) -> Layers:
-    """Counts the nodes of a graph that compute, by the type of what they give. Reads no external data."""
+def layers_of_onnx(root: Path, graph: Graph) -> Layers:
+    """Counts the nodes of a graph of the bundle `root` that compute, by type. Reads no external data.
+
+    Raises BundleError for what is no ONNX graph, and for external data that the manifest does not list: its
+    hash would be in no key.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(root / graph.file), load_external_data=False)
+    except DecodeError as error:
+        raise BundleError(f"{graph.file} is no ONNX graph", "export the bundle again") from error
+    listed = {info.file for info in graph.files}
+    for tensor in _tensors_of(model.graph):
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value not in listed:
+                raise BundleError(
+                    f"{graph.file} takes weights from {entry.value!r}, which the manifest does not list",
+                    "export the bundle again",
+                )
+    return layers_of_model(model)
+
+
+def layers_of_model(model: Any) -> Layers:
+    """Counts the nodes of an ONNX model that compute, by the type of what they give. Large constants of the
+    model are lost."""
     import onnx
 
-    model = onnx.load(str(path), load_external_data=False)
     for tensor in model.graph.initializer:
         if len(tensor.raw_data) > _BIG:
             tensor.raw_data = b""  # inference copies the model, weights and all
     model = onnx.shape_inference.infer_shapes(model)
     graph = model.graph
-    types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.output)}
+    values = (*graph.input, *graph.value_info, *graph.output)
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    types |= {value.name: value.type.tensor_type.elem_type for value in values}
     counts: Counter[tuple[str, str]] = Counter()
     for node in graph.node:
         kind = _ONNX_KINDS.get(node.op_type)
         if kind and node.domain in ("", "ai.onnx"):
-            name = onnx.TensorProto.DataType.Name(types.get(node.output[0], 0)).lower()
+            # These operators give what they take; inference stops where a shape lies in external data.
+            found = next(filter(None, (types.get(name) for name in (*node.output, *node.input))), 0)
+            name = onnx.TensorProto.DataType.Name(found).lower()
             counts[kind, {"float": "float32"}.get(name, name)] += 1
     return counts
+
+
+def _tensors_of(graph: Any) -> Iterator[Any]:
+    """Every constant of a graph, also those in nodes and in their subgraphs."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors_of(inner)
 
 
 def layers_of_network(network: Any) -> Layers:
@@ -106,11 +144,17 @@ def _check_types(graph: Graph, where: str, layers: Layers, asked: str) -> None:
     counts = by_type(layers)
     allowed = {asked, "float32"}
     share = counts.get(asked, 0) / max(sum(counts.values()), 1)
-    if not counts or set(counts) - allowed or share < (1.0 if asked == "float32" else LEAST_SHARE):
+    if not share or set(counts) - allowed or share < _least_share(graph):
         raise VerificationError(
             f"{graph.precision} was asked for, but {where} computes in {_text(layers)}",
             f"export that precision again: ddexport onnx --model NAME --precision {graph.precision} --force",
         )
+
+
+def _least_share(graph: Graph) -> float:
+    """Whoever kept modules in float32 with --keep-fp32 knows that there are fewer."""
+    kept = graph.accuracy.get("keep_fp32")
+    return 0.0 if kept or graph.precision == "fp32" else LEAST_SHARE
 
 
 def check_contract(graph: Graph, network: Any) -> None:

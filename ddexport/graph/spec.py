@@ -91,12 +91,16 @@ def sample_inputs(
     rng = np.random.default_rng(seed)
     sizes = {**(spec.sizes[0] if sizes is None else sizes), "batch": batch}
     steps = sorted({k for schedule in recipe.schedules.values() for k in schedule.known})
-    known = np.resize(np.array(steps[::-1]), batch)
+    known = np.resize(np.array(steps), batch)
     inputs: dict[str, np.ndarray] = {}
     for tensor in spec.inputs:
         shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
-        if tensor.dtype == "float32":
+        if tensor.name == "guidance":
+            value = rng.uniform(0, 2, shape)
+        elif tensor.dtype == "float32":
             value = rng.standard_normal(shape)
+            if "capacity" in tensor.shape:  # keys as long as they are: VAR's have unit length
+                value /= np.sqrt(shape[-1])
         elif tensor.name == "tokens":
             value = rng.integers(0, recipe.sequence.codebook, shape)
         elif tensor.name == "label":

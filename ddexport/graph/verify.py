@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,27 +31,44 @@ class Agreement:
         return self.error <= self.limit  # false for NaN
 
 
-def verify_graph(
-    run: Callable[[Arrays], Arrays], module: nn.Module, spec: GraphSpec, recipe: Recipe
-) -> list[Agreement]:
-    """Runs the graph at batch 1, 2 and 3 on random inputs with mixed `known`, and the module on all of them.
+@dataclass(frozen=True)
+class Trial:
+    """Random inputs of a graph and what its float32 module makes of them, at the largest batch size."""
 
-    The module runs once, at the largest batch: its rows do not depend on each other, and it is the slower of
-    the two.
+    inputs: Arrays
+    wanted: Arrays
+
+    spec: GraphSpec
+
+    def batch(self, size: int) -> tuple[Arrays, Arrays]:
+        """The first `size` rows of inputs and outputs: no row of the module depends on another."""
+        return rows(self.inputs, self.spec.inputs, size), rows(self.wanted, self.spec.outputs, size)
+
+
+def trial(
+    module: nn.Module, spec: GraphSpec, recipe: Recipe, sizes: Mapping[str, int] | None = None
+) -> Trial:
+    """Runs the module once, on inputs with mixed `known`: it is slower than its graphs.
+
+    sizes: one of the graph's, the first by default.
+    """
+    inputs = sample_inputs(spec, recipe, max(BATCHES), seed=1, sizes=sizes)
+    with torch.no_grad():
+        outputs = module(*(torch.from_numpy(value) for value in inputs.values()))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    wanted = {t.name: value.numpy() for t, value in zip(spec.outputs, outputs, strict=True)}
+    return Trial(inputs, wanted, spec)
+
+
+def verify_graph(results: Mapping[int, Arrays], expected: Trial, spec: GraphSpec) -> list[Agreement]:
+    """Holds the outputs of a float32 graph, by batch size, against the module's.
 
     Raises:
         VerificationError: an output differs by more than the limit, is not finite, or is constant.
     """
     found = []
-    for sizes in spec.sizes:
-        inputs = sample_inputs(spec, recipe, max(BATCHES), seed=1, sizes=sizes)
-        with torch.no_grad():
-            outputs = module(*(torch.from_numpy(value) for value in inputs.values()))
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        wanted = {t.name: value.numpy() for t, value in zip(spec.outputs, outputs, strict=True)}
-        for batch in BATCHES:
-            got = run(rows(inputs, spec.inputs, batch))
-            found += compare(got, rows(wanted, spec.outputs, batch), spec, batch)
+    for batch, got in results.items():
+        found += compare(got, expected.batch(batch)[1], spec, batch)
     failed = [a for a in found if not a.passed]
     if failed:
         worst = max(failed, key=lambda a: np.nan_to_num(a.error, nan=np.inf))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -59,7 +61,7 @@ def why_not(provider: str, precision: str, machine: Machine, device: int = 0) ->
     return tuple(reasons), remedy
 
 
-def provider_list(provider: str, precision: str, device: int) -> list[Any]:
+def provider_list(provider: str, device: int) -> list[Any]:
     """The providers of a session, as ONNX Runtime wants them: what the first cannot do goes to the next."""
     if provider == "cpu":
         return [NAMES["cpu"]]
@@ -68,6 +70,19 @@ def provider_list(provider: str, precision: str, device: int) -> list[Any]:
     cuda = (NAMES["cuda"], {"device_id": number, "use_tf32": "0"})
     first = [(NAMES["tensorrt"], {"device_id": number})] if provider == "tensorrt" else []
     return [*first, cuda, NAMES["cpu"]]
+
+
+def load_libraries() -> None:
+    """Loads CUDA and cuDNN out of their Python packages, where ONNX Runtime can and they are there."""
+    import onnxruntime
+
+    if not hasattr(onnxruntime, "preload_dlls"):
+        return
+    said = io.StringIO()
+    with redirect_stdout(said):  # it prints what it does not find, which may lie elsewhere
+        onnxruntime.preload_dlls()
+    if said.getvalue():
+        logger.info("onnxruntime: %s", " ".join(said.getvalue().split()))
 
 
 def check_used(session: Any, provider: str, graph: Graph) -> None:

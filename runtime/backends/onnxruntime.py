@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from runtime.backends._base import Arrays, Backend
-from runtime.backends._providers import RECORD_NODES, BoundSession, check_used, provider_list, why_not
+from runtime.backends._providers import (
+    RECORD_NODES,
+    BoundSession,
+    check_used,
+    load_libraries,
+    provider_list,
+    why_not,
+)
 from runtime.errors import BackendError
 from runtime.machine import Machine
 from runtime.manifest import Graph, Manifest, TensorSpec
@@ -100,9 +107,8 @@ class OnnxRuntime(Backend):
             options.intra_op_num_threads = self.options.threads
         if self.provider != "cpu":
             options.add_session_config_entry(RECORD_NODES, "1")
-            if hasattr(onnxruntime, "preload_dlls"):
-                onnxruntime.preload_dlls()  # CUDA and cuDNN out of their Python packages
-        providers = provider_list(self.provider, graph.precision, self.options.device or 0)
+            load_libraries()
+        providers = provider_list(self.provider, self.options.device or 0)
         try:
             session = onnxruntime.InferenceSession(self.root / graph.file, options, providers=providers)
         except Exception as error:

@@ -15,7 +15,7 @@ from runtime.backends._cuda import CudaDevice
 from runtime.backends._executor import Executor
 from runtime.engines import Found
 from runtime.errors import BackendError, BundleError
-from runtime.fit import Build, Fit, builds, fit, rebuild_command
+from runtime.fit import Build, Fit, builds, fit, precision_rank, rebuild_command
 from runtime.machine import Machine
 from runtime.manifest import ROLES, Graph, Manifest
 from runtime.options import Options
@@ -44,8 +44,9 @@ class TensorRt(Backend):
         wanted = [build for build in made if precision in (None, build.precision)]
         if not wanted:
             why = damaged or (f"no engines are built{f' in {precision}' if precision else ''}",)
-            remedy = rebuild_command(root, None, machine)
-            return [Candidate("tensorrt", precision or "any", options, SPEED, why, (), remedy)]
+            best = precision or min(manifest.precisions, key=precision_rank)
+            remedy = f"build them: {rebuild_command(root, None, machine, precision=best)}"
+            return [Candidate("tensorrt", precision or "", options, SPEED, why, (), remedy)]
         return [_candidate(root, manifest, build, machine, options) for build in wanted]
 
     @property
@@ -113,14 +114,14 @@ class TensorRt(Backend):
             raise BackendError(
                 f"{self.root} has no engines in {precision}"
                 + "".join(f"; {error.message}" for error in errors),
-                f"Build them: {rebuild_command(self.root, None, self.machine, device)}",
+                f"build them: {rebuild_command(self.root, None, self.machine, device, precision)}",
             )
         found = [(build, fit(build, self.graphs, self.machine, device)) for build in wanted]
-        able = [(build, result) for build, result in found if not result.misfits]
+        able = [(build, result) for build, result in found if not result.obstacles]
         if not able:
             raise BackendError(
                 "; ".join(_explained(build, result) for build, result in found),
-                f"Build for this machine: {rebuild_command(self.root, wanted[0], self.machine, device)}",
+                _remedy(self.root, *found[0], self.machine, device),
             )
         build, result = min(able, key=lambda pair: len(pair[1].doubts))
         for remark in (*result.doubts, *result.notes):
@@ -140,15 +141,21 @@ def _candidate(root: Path, manifest: Manifest, build: Build, machine: Machine, o
         precision=build.precision,
         options=options,
         speed=SPEED,
-        why_not=tuple(f"{build.folder}: {why}" for why in result.misfits),
+        why_not=tuple(f"{build.folder}: {why}" for why in result.obstacles),
         doubts=tuple(f"{build.folder}: {doubt}" for doubt in result.doubts),
-        remedy=rebuild_command(root, build, machine, device),
+        remedy=_remedy(root, build, result, machine, device),
     )
+
+
+def _remedy(root: Path, build: Build, result: Fit, machine: Machine, device: int) -> str:
+    if result.misfits or result.doubts:
+        return f"build for this machine: {rebuild_command(root, build, machine, device)}"
+    return ""  # new engines would not run either
 
 
 def _explained(build: Build, result: Fit) -> str:
     return f"engines {build.folder} in {build.precision} do not fit this machine: " + "; ".join(
-        result.misfits
+        result.obstacles
     )
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from ddexport.recipe import Recipe, recipe_from_dict
+
+if TYPE_CHECKING:
+    from ddexport.bundle import Exported
 
 
 @dataclass(frozen=True)
@@ -44,3 +48,36 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Recipe) -> Tiny:
     seed, opset = 5, OPSETS.start
     export_bundle(tiny_recipe, target, WeightRequest({}, random_seed=seed), opset=opset)
     return Tiny(tiny_recipe, target, seed, opset)
+
+
+@pytest.fixture(scope="session")
+def tiny_llamagen_recipe(tiny_recipe: Recipe) -> Recipe:
+    """One block and four tokens."""
+    return recipe_from_dict(
+        tiny_recipe.to_dict()
+        | {
+            "name": "tiny-llamagen",
+            "family": "llamagen_dd",
+            "sequence": {"length": 4, "width": 4, "codebook": 8, "split": 1},
+            "model": {"depth": 1, "width": 32, "heads": 2},
+            "tokenizer": {
+                "channels": 32, "multipliers": [1, 1], "residual_blocks": 1, "latent_channels": 8,
+            },
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session", params=["var_dd", "llamagen_dd"])
+def half_export(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_recipe: Recipe,
+    tiny_llamagen_recipe: Recipe,
+) -> Exported:
+    """A tiny bundle of each family in all precisions, asked for in another order. Do not write into it."""
+    from ddexport.bundle import WeightRequest, export_bundle
+
+    recipe = tiny_recipe if request.param == "var_dd" else tiny_llamagen_recipe
+    target = tmp_path_factory.mktemp(recipe.name) / "bundle"
+    precisions = ("bf16", "fp32", "fp16")
+    return export_bundle(recipe, target, WeightRequest({}, random_seed=5), precisions=precisions)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,17 @@ from runtime.manifest import (
     sha256_of,
 )
 
-_spec = importlib.util.spec_from_file_location("fake_gpu", Path(__file__).with_name("fake_gpu.py"))
-assert _spec and _spec.loader
-fake_gpu = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake_gpu)
+
+def _beside(name: str) -> ModuleType:
+    """A module of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+fake_cuda, fake_tensorrt = _beside("fake_cuda"), _beside("fake_tensorrt")
 
 _teacher_spec = importlib.util.spec_from_file_location(
     "toy_teacher", Path(__file__).with_name("toy_teacher.py")
@@ -245,7 +253,7 @@ def write_engines(
     for role in roles:
         graph = manifest.graph(role, precision)
         plan = folder / f"{role}_{precision}.plan"
-        plan.write_bytes(fake_gpu.plan_of(root / graph.file, profiles))
+        plan.write_bytes(fake_tensorrt.plan_of(root / graph.file, profiles))
         engine = Engine(
             role=role,
             precision=precision,
@@ -314,11 +322,11 @@ class FakeGpu:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
     """One fake GPU of capability 8.9, with both TensorRT packages for CUDA 13."""
-    cuda = fake_gpu.FakeCuda()
+    cuda = fake_cuda.FakeCuda()
     fakes = FakeGpu(
         cuda,
-        fake_gpu.FakeTensorRt("tensorrt", VERSIONS["tensorrt"], cuda),
-        fake_gpu.FakeTensorRt("tensorrt_rtx", VERSIONS["tensorrt-rtx"], cuda),
+        fake_tensorrt.FakeTensorRt("tensorrt", VERSIONS["tensorrt"], cuda),
+        fake_tensorrt.FakeTensorRt("tensorrt_rtx", VERSIONS["tensorrt-rtx"], cuda),
     )
     for module in (cuda, fakes.full, fakes.rtx):
         monkeypatch.setitem(sys.modules, module.__name__, module)

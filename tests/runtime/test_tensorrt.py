@@ -1,4 +1,5 @@
-"""The backend for engines, on a GPU made of plain memory that computes with ONNX Runtime (`fake_gpu.py`).
+"""The backend for engines, on a GPU made of plain memory that computes with ONNX Runtime (`fake_cuda.py`,
+`fake_tensorrt.py`).
 
 What only a real GPU can show is in tests/gpu.
 """
@@ -11,6 +12,7 @@ import logging
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +227,20 @@ def test_a_cache_that_cannot_be_kept_harms_nobody(
     assert gpu.cuda.left_behind == []
 
 
+def test_threads_take_turns(gpu: Any, bundle: Path, build: Build, truth: OnnxRuntime) -> None:
+    """The buffers are shared: nobody may get another one's images. Every thread sets its device."""
+    build("tensorrt")
+    engines = opened(bundle)
+    before = gpu.cuda.calls["cudaSetDevice"]
+    requests = [feeds(1 + number % 5, seed=number) for number in range(60)]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda given: engines.run("student", given), requests))
+    for given, answer in zip(requests, answers, strict=True):
+        assert_equal(answer, truth.run("student", given))
+    assert gpu.cuda.calls["cudaSetDevice"] - before == 60
+    engines.close()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_closing_frees_engines_too(gpu: Any, bundle: Path, build: Build, backend: str) -> None:
     """The packages free an engine when nobody refers to it any more."""
@@ -353,6 +369,20 @@ def test_a_plan_that_its_sidecar_does_not_describe(
         assert any(message in error.message for error in builds(bundle)[1])
         return
     with pytest.raises(BackendError, match=message):
+        opened(bundle)
+    assert gpu.cuda.left_behind == []
+
+
+def test_a_package_that_does_not_start_says_why(
+    gpu: Any, bundle: Path, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(logger: Any) -> None:
+        logger.log(gpu.rtx.ILogger.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("factory function returned nullptr")
+
+    build()
+    monkeypatch.setattr(gpu.rtx, "Runtime", none)
+    with pytest.raises(BackendError, match="tensorrt-rtx cannot start: CUDA initialization failure"):
         opened(bundle)
     assert gpu.cuda.left_behind == []
 

@@ -62,7 +62,7 @@ def test_rows_of_few_steps():
 
 
 def test_skip_counts_the_passes_that_are_saved():
-    """As in the paper, where skip-1 of a teacher with ten steps has nine."""
+    """The teacher's first steps, and one pass for all that is left."""
     for kind in kinds(16, [1], skip=(3, 7, 11))[1:4]:
         saved = int(kind.name.removeprefix("skip-"))
         assert kind.passes == 16 - saved == kind.first + 1

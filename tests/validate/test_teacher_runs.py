@@ -69,18 +69,18 @@ class Faulty:
         return found
 
 
-def measured(pipe: Pipeline, bundle: Any) -> list[Measurement]:
+def measured(pipe: Pipeline, root: Path, bundle: Any) -> list[Measurement]:
     rng = np.random.default_rng(1)
     labels = np.arange(12, dtype=np.int64) % 3
     noise = rng.standard_normal((12, 6, 4)).astype(np.float32)
-    request = teacher_request(pipe, 5, Request(labels, noise, {}, 2, 5))
+    request = teacher_request(pipe.manifest, pipe.codebook, 5, Request(labels, noise, {}, 2, 5))
     assert request is not None
     return measure(compare_teachers(bundle, pipe.backend, request), LIMITS)
 
 
-def test_a_bundle_agrees_with_itself(pipe: Pipeline) -> None:
+def test_a_bundle_agrees_with_itself(pipe: Pipeline, toy_bundle: Path) -> None:
     """In every schedule: all student steps, the teacher, the decoder, end to end, and one image alone."""
-    found = measured(pipe, pipe.backend)
+    found = measured(pipe, toy_bundle, pipe.backend)
     assert all(one.passed for one in found)
     scopes = dict.fromkeys(one.scope for one in found)
     for title, steps, span in (
@@ -118,15 +118,17 @@ def test_a_bundle_agrees_with_itself(pipe: Pipeline) -> None:
     ],
 )
 def test_a_fault_is_seen_where_it_is(
-    pipe: Pipeline, key: str, output: str, error: float, where: str, name: str
+    pipe: Pipeline, toy_bundle: Path, key: str, output: str, error: float, where: str, name: str
 ) -> None:
-    failed = [one for one in measured(pipe, Faulty(pipe.backend, key, output, error)) if not one.passed]
+    failed = [
+        one for one in measured(pipe, toy_bundle, Faulty(pipe.backend, key, output, error)) if not one.passed
+    ]
     assert any(where in one.scope and one.name == name for one in failed)
     if key != "teacher":
         assert not any("teacher (positions" in one.scope for one in failed)
 
 
-def test_tokens_are_forced_so_that_one_flip_is_one_flip(pipe: Pipeline) -> None:
+def test_tokens_are_forced_so_that_one_flip_is_one_flip(pipe: Pipeline, toy_bundle: Path) -> None:
     """A fault in one AR step does not change what the steps behind it are compared on."""
 
     class FirstPass(Faulty):
@@ -134,7 +136,7 @@ def test_tokens_are_forced_so_that_one_flip_is_one_flip(pipe: Pipeline) -> None:
             first = key == "teacher" and not feeds["filled"][0]
             return super().run(key, feeds) if first else dict(self.graphs.run(key, feeds))
 
-    found = measured(pipe, FirstPass(pipe.backend, "teacher", "logits", 3.0))
+    found = measured(pipe, toy_bundle, FirstPass(pipe.backend, "teacher", "logits", 3.0))
     (drawn,) = [
         one
         for one in found

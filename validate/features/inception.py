@@ -55,7 +55,7 @@ class InceptionFeatures(Extractor):
 
 def _softmax(logits: FloatArray) -> FloatArray:
     shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-    return (shifted / shifted.sum(1, keepdims=True)).astype(np.float32)
+    return np.asarray(shifted / shifted.sum(1, keepdims=True), dtype=np.float32)
 
 
 EXTRACTOR = InceptionFeatures

@@ -11,7 +11,7 @@ import torch
 
 from ddexport.bundle import WeightRequest, load_parts
 from ddexport.graph.spec import BATCHES, GraphSpec, graph_specs
-from ddexport.graph.verify import Agreement, compare, verify_graph
+from ddexport.graph.verify import Agreement, compare, trial, verify_graph
 from ddexport.recipe import Recipe
 from runtime.errors import VerificationError
 
@@ -39,7 +39,8 @@ def verify(golden_recipe: Recipe, parts: dict[str, torch.nn.Module]) -> Callable
             fault(feeds, arrays)
             return arrays
 
-        return verify_graph(engine, parts[spec.part], spec, golden_recipe)
+        expected = trial(parts[spec.part], spec, golden_recipe)
+        return verify_graph({b: engine(expected.batch(b)[0]) for b in BATCHES}, expected, spec)
 
     return run
 
@@ -98,10 +99,10 @@ def test_a_graph_that_is_right_at_some_batch_sizes_alone(
 
 
 def test_a_graph_that_ignores_known_is_found(verify: Callable[..., list[Agreement]]) -> None:
-    """`known` differs within the batch, so that a graph which reads only the first row's is wrong."""
+    """`known` differs within the batch, so that a graph which reads one row's for all is wrong."""
 
     def fault(feeds: Arrays, outputs: Arrays) -> None:
-        same = np.full_like(feeds["known"], feeds["known"][0])
+        same = np.full_like(feeds["known"], feeds["known"].max())
         is_known = np.arange(30)[None, :] < same[:, None]
         outputs["sequence"] = np.where(is_known[..., None], feeds["tokens"], outputs["sequence"])
 

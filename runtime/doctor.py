@@ -1,0 +1,267 @@
+"""`ddexport doctor`: what this machine has, what is broken, and what a bundle would run on and why."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from runtime import console
+from runtime.errors import BundleError
+from runtime.machine import GPU_RUNTIME, Cpu, Gpu, Machine, Package
+
+if TYPE_CHECKING:
+    from runtime.fit import Build
+    from runtime.manifest import Manifest
+
+WIDTH = 16
+PROVIDER_NAMES = {
+    "CPUExecutionProvider": "cpu",
+    "CUDAExecutionProvider": "cuda",
+    "TensorrtExecutionProvider": "tensorrt",
+}
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """The engines of one folder in one precision. roles: to batch sizes. fits: nothing stands in the way.
+    The rest is that of `runtime.fit.Fit`. rebuild: the command that makes one that fits."""
+
+    folder: str
+    precision: str
+    roles: dict[str, list[str]]
+    fits: bool
+    misfits: tuple[str, ...]
+    lacking: tuple[str, ...]
+    doubts: tuple[str, ...]
+    notes: tuple[str, ...]
+    rebuild: str | None
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run the bundle, and what stands in it."""
+
+    name: str
+    usable: bool
+    reasons: str
+
+
+@dataclass(frozen=True)
+class BundleReport:
+    """damaged: what makes the bundle bad. auto: the way that `--backend auto` takes, if any."""
+
+    path: str
+    name: str
+    title: str
+    precisions: tuple[str, ...]
+    engines: list[EngineReport]
+    damaged: list[str]
+    auto: str | None
+    ways: list[Way]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything `doctor` says. cuda: the newest CUDA that the driver supports."""
+
+    ddexport: str
+    python: str
+    platform: str
+    cpu: Cpu
+    gpus: tuple[Gpu, ...]
+    cuda_problem: str | None
+    driver: str | None
+    cuda: str | None
+    packages: list[Package]
+    providers: list[str]
+    problems: list[str]
+    bundle: BundleReport | None = None
+
+
+def diagnose(machine: Machine, bundle: Path | None = None) -> Diagnosis:
+    """Looks at the machine, and at a bundle. Raises BundleError if its manifest or a file of it is bad."""
+    import runtime
+
+    packages = [machine.onnxruntime, *machine.engine_packages.values(), machine.bindings]
+    known = [PROVIDER_NAMES[name] for name in machine.providers if name in PROVIDER_NAMES]
+    return Diagnosis(
+        ddexport=runtime.__version__,
+        python=platform.python_version(),
+        platform=machine.platform,
+        cpu=machine.cpu,
+        gpus=machine.gpus,
+        cuda_problem=machine.cuda_problem,
+        driver=machine.driver,
+        cuda=".".join(map(str, machine.cuda)) if machine.cuda else None,
+        packages=packages,
+        providers=known,
+        problems=problems(machine),
+        bundle=diagnose_bundle(machine, bundle) if bundle else None,
+    )
+
+
+def problems(machine: Machine) -> list[str]:
+    """What is installed and does not work, each with what to do. A package that is missing is none."""
+    found = [machine.both_onnxruntimes] if machine.both_onnxruntimes else []
+    packages = (machine.onnxruntime, *machine.engine_packages.values(), machine.bindings)
+    found += [package.problem for package in packages if package.problem and not package.missing]
+    if machine.onnxruntime.missing:
+        found.append(str(machine.onnxruntime.problem))
+    for name, package in machine.engine_packages.items():
+        if not package.problem:
+            found += machine.cuda_troubles(name)
+            if machine.bindings.missing:
+                found.append(f"{name} cannot run engines alone: {machine.bindings.problem}")
+    if machine.gpus and not machine.onnxruntime.problem and "CUDAExecutionProvider" not in machine.providers:
+        found.append(f"the installed onnxruntime leaves the GPU idle; the one that uses it: {GPU_RUNTIME}")
+    return list(dict.fromkeys(found))
+
+
+def diagnose_bundle(machine: Machine, root: Path) -> BundleReport:
+    """What a bundle could run on. Raises BundleError if its manifest or a file of it is bad."""
+    from runtime.fit import builds
+    from runtime.manifest import read_manifest
+    from runtime.selection import candidates, choose
+
+    manifest = read_manifest(root)
+    made, errors = builds(root)
+    found = candidates(root, manifest, machine)
+    chosen = choose(found, explicit=False)
+    ways = [Way(each.name, not (each.why_not or each.doubts), each.reasons) for each in found]
+    return BundleReport(
+        path=str(root),
+        name=manifest.name,
+        title=manifest.title,
+        precisions=manifest.precisions,
+        engines=[_engines(machine, root, manifest, build) for build in made],
+        damaged=[error.message for error in errors] + [text for build in made for text in _bad_plans(build)],
+        auto=chosen.name if chosen else None,
+        ways=ways,
+    )
+
+
+def _engines(machine: Machine, root: Path, manifest: Manifest, build: Build) -> EngineReport:
+    from runtime.fit import Fit, fit, rebuild_command
+    from runtime.manifest import ROLES
+
+    if build.precision in manifest.precisions:
+        result = fit(build, {role: manifest.graph(role, build.precision) for role in ROLES}, machine)
+    else:
+        result = Fit((f"the bundle has no graphs in {build.precision}",))
+    return EngineReport(
+        folder=build.folder,
+        precision=build.precision,
+        roles={role: [str(p) for p in found.engine.profiles] for role, found in build.engines.items()},
+        fits=not result.obstacles and not result.doubts,
+        misfits=result.misfits,
+        lacking=result.lacking,
+        doubts=result.doubts,
+        notes=result.notes,
+        rebuild=rebuild_command(root, build, machine) if result.misfits or result.doubts else None,
+    )
+
+
+def _bad_plans(build: Build) -> Iterator[str]:
+    from runtime.manifest import sha256_of
+
+    for found in build.engines.values():
+        if not found.plan.is_file():
+            yield f"{build.folder}/{found.plan.name} is missing"
+        elif sha256_of(found.plan) != found.engine.sha256:
+            yield f"{build.folder}/{found.plan.name} is not the file its sidecar describes"
+
+
+def lines(found: Diagnosis) -> Iterator[str]:
+    """The diagnosis for people."""
+    yield f"ddexport {found.ddexport}, Python {found.python}, {found.platform}"
+    yield from _heading("machine")
+    features = "features not known" if found.cpu.features is None else " ".join(found.cpu.features)
+    cores = f"{found.cpu.cores} core{'' if found.cpu.cores == 1 else 's'}"
+    yield _row("cpu", ", ".join(part for part in (found.cpu.name, cores, features) if part))
+    for gpu in found.gpus:
+        yield _row(f"gpu {gpu.index}", f"{gpu.name}, {gpu.target}, {gpu.memory / (1 << 30):.1f} GiB")
+    if not found.gpus:
+        yield _row("gpu", found.cuda_problem or "none")
+    if found.driver or found.cuda:
+        yield _row("driver", f"{found.driver or 'version not known'}, CUDA up to {found.cuda or 'unknown'}")
+    yield from _heading("packages")
+    for package in found.packages:
+        extra = f"  providers: {', '.join(found.providers)}" if package.name == "onnxruntime" else ""
+        problem = package.problem or ""
+        state = "missing" if package.missing else "broken" if problem else f"{package.version}{extra}"
+        # What is broken is told in full under `problems`.
+        yield _row(package.name, f"{state}  ({_install(problem)})" if package.missing else state)
+    yield from _heading("problems")
+    for problem in found.problems or ["none"]:
+        yield f"  {problem}"
+    if found.bundle:
+        yield from _bundle_lines(found.bundle)
+
+
+def _bundle_lines(bundle: BundleReport) -> Iterator[str]:
+    yield from _heading(f"{bundle.path}: {bundle.title}")
+    yield _row("graphs", ", ".join(bundle.precisions))
+    yield _row("engines", "" if bundle.engines else "none: make them with ddexport trt")
+    for build in bundle.engines:
+        state = _mark(build.fits, "runs here" if build.fits else "does not run here")
+        roles = "; ".join(f"{role} {', '.join(sizes)}" for role, sizes in build.roles.items())
+        yield f"    {build.folder}, {build.precision}, {roles}: {state}"
+        yield from (
+            f"      - {text}" for text in (*build.misfits, *build.lacking, *build.doubts, *build.notes)
+        )
+        if build.rebuild:
+            yield f"      rebuild: {build.rebuild}"
+    for text in bundle.damaged:
+        yield _row("damaged", click.style(text, fg="red"))
+    yield _row("auto takes", bundle.auto or click.style("nothing: no engine can run it here", fg="red"))
+    for way in bundle.ways:
+        yield f"    {_mark(way.usable, 'yes' if way.usable else 'no ')}  {way.name}" + (
+            f": {way.reasons}" if way.reasons else ""
+        )
+
+
+def _heading(text: str) -> Iterator[str]:
+    yield ""
+    yield click.style(text, bold=True)
+
+
+def _row(name: str, text: str) -> str:
+    return f"  {name:<{WIDTH}}{text}".rstrip()
+
+
+def _mark(good: bool, text: str) -> str:
+    return click.style(text, fg="green" if good else "yellow")
+
+
+def _install(problem: str) -> str:
+    return problem.partition(": ")[2] or problem
+
+
+@click.command(name="doctor", cls=console.Command)
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@console.debug_option
+def command(bundle: Path | None, as_json: bool) -> None:
+    """Say what this machine has to run bundles with, and what BUNDLE would run on and why.
+
+    Ends with 1 if the bundle is bad, else with 0, whatever is missing.
+    """
+    found = diagnose(Machine(), bundle)
+    if as_json:
+        console.emit_json(found)
+    else:
+        click.echo("\n".join(lines(found)))
+    if found.bundle and found.bundle.damaged:
+        raise BundleError(
+            f"{bundle} has damaged engines: {'; '.join(found.bundle.damaged)}",
+            f"Remove them, or build them again: ddexport trt {bundle} --force",
+        )
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,63 @@
+"""Engines of both embedded models in three precisions: what CI really builds, from weights to plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ddexport.engine.build import Built, build_engines
+from ddexport.engine.module import TensorRT
+from ddexport.engine.options import BuildOptions
+from runtime.engines import Profile, read_engine
+from runtime.manifest import read_manifest, sha256_of
+
+MODELS = ("digits-var", "digits-llamagen")
+PRECISIONS = ("fp32", "fp16", "bf16")
+PROFILES = (Profile(1, 1, 1), Profile(2, 4, 8))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def built(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, rtx: TensorRT
+) -> tuple[Path, list[Built]]:
+    """A bundle of an embedded model with all its engines."""
+    from ddexport.bundle import WeightRequest, export_bundle
+    from ddexport.recipe import load_recipe
+
+    folder = tmp_path_factory.mktemp("embedded") / request.param
+    export_bundle(load_recipe(request.param), folder, WeightRequest({}), precisions=PRECISIONS)
+    options = BuildOptions(profiles=PROFILES, optimization_level=0)
+    return folder, build_engines(folder, rtx, options, PRECISIONS)
+
+
+@pytest.mark.tensorrt
+def test_both_embedded_models_build_in_three_precisions(
+    built: tuple[Path, list[Built]], rtx: TensorRT
+) -> None:
+    """Protects the way from weights to engine, with the types, tensors and profiles that were asked for."""
+    folder, engines = built
+    manifest = read_manifest(folder)
+    assert {(item.engine.role, item.engine.precision) for item in engines} == {
+        (role, precision) for role in ("student", "decoder") for precision in PRECISIONS
+    }
+    for item in engines:
+        engine = read_engine(folder, item.plan.with_suffix(".json"))
+        graph = manifest.graph(engine.role, engine.precision)
+        assert engine.profiles == PROFILES and engine.targets == ("default",)
+        assert (engine.inputs, engine.outputs) == (graph.inputs, graph.outputs)
+        assert sha256_of(item.plan) == engine.sha256
+        half = {"fp16": "float16", "bf16": "bfloat16"}.get(engine.precision)
+        counts = dict(engine.layers)
+        kept = counts.pop("float32", 0)
+        if half is None:
+            assert kept > 20 and not counts
+        else:
+            assert set(counts) == {half}
+            assert counts[half] > 2 * kept > 0, "the heads, at least, stay float32"
+    students = [item.engine for item in engines if item.engine.role == "student"]
+    assert all(
+        {spec.name: spec.dtype for spec in engine.inputs}
+        == {"tokens": "float32", "label": "int64", "known": "int64"}
+        for engine in students
+    )

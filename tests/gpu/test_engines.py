@@ -1,0 +1,221 @@
+"""Engines on a real GPU: right at every batch size, whoever is beside whom, recorded or not, and for long.
+
+The limits are for the precision itself; they were set before an engine had run anywhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import runtime
+from runtime.doctor import diagnose
+from runtime.machine import Machine
+from runtime.manifest import read_manifest
+from runtime.noise import gaussian_noise
+from runtime.pipeline import Pipeline
+
+pytestmark = pytest.mark.gpu
+
+MODELS = ("digits-var", "digits-llamagen")
+PRECISIONS = ("fp32", "fp16", "bf16")
+CASES = [(model, precision) for model in MODELS for precision in PRECISIONS]
+BATCHES = (1, 2, 3, 4, 7, 8, 19)
+"""Below the smallest, the profile's ends, odd ones, and more than the largest."""
+LOGITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+"""Root mean square of the error, over that of the logits."""
+IMAGE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1.5e-1}
+"""Largest difference of a pixel in [0, 1], for the same sequence."""
+MIB = 1 << 20
+
+Bundles = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest, gpu_bundle: Bundles) -> Iterator[tuple[Pipeline, Pipeline]]:
+    """The engines of a model in a precision, and its float32 graphs with ONNX Runtime on the CPU."""
+    model, precision = request.param
+    path = gpu_bundle(model)
+    with (
+        runtime.load(path, "tensorrt", precision=precision) as engines,
+        runtime.load(path, "onnxruntime", precision="fp32", provider="cpu") as cpu,
+    ):
+        yield engines, cpu
+
+
+def feeds(pipe: Pipeline, batch: int, seed: int = 0) -> dict[str, Any]:
+    """Noise, with data in the first positions of every other image, as in a second step."""
+    sequence = pipe.manifest.sequence
+    rng = np.random.default_rng(seed)
+    known = max(schedule.known[-1] for schedule in pipe.manifest.schedules.values())
+    return {
+        "tokens": gaussian_noise(seed, range(batch), sequence.length, sequence.width),
+        "label": rng.integers(0, pipe.manifest.classes, batch),
+        "known": np.where(np.arange(batch) % 2, known, 0).astype(np.int64),
+    }
+
+
+def assert_close(have: dict[str, Any], want: dict[str, Any], precision: str) -> None:
+    """Logits near; the same token wherever the choice is clear; regressed embeddings near."""
+    error = np.sqrt(np.mean((have["logits"] - want["logits"]) ** 2))
+    scale = np.sqrt(np.mean(want["logits"] ** 2))
+    assert error <= LOGITS[precision] * scale, f"logits differ by {error / scale:.2e}"
+    best = np.sort(want["logits"], axis=-1)
+    clear = best[..., -1] - best[..., -2] > 20 * LOGITS[precision] * scale
+    same = have["logits"].argmax(-1) == want["logits"].argmax(-1)
+    assert same[clear].all()
+    assert same.mean() > (0.999 if precision == "fp32" else 0.9)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_the_engine_gives_what_the_graph_gives(case: tuple[Pipeline, Pipeline], batch: int) -> None:
+    """Twice: the second run is the recorded one."""
+    engines, cpu = case
+    given = feeds(cpu, batch, seed=batch)
+    want = cpu.backend.run("student", given)
+    picture = {"sequence": want["sequence"]}
+    image = cpu.backend.run("decoder", picture)["image"]
+    for _ in range(3):
+        assert_close(engines.backend.run("student", given), want, engines.precision)
+        difference = abs(engines.backend.run("decoder", picture)["image"] - image).max()
+        assert difference <= IMAGE[engines.precision]
+
+
+@pytest.mark.parametrize("batch", [3, 8])
+def test_equal_images_are_equal(case: tuple[Pipeline, Pipeline], batch: int) -> None:
+    """Whatever their place in the batch."""
+    engines, _ = case
+    one = feeds(engines, 1)
+    outputs = engines.backend.run("student", {name: np.repeat(a, batch, axis=0) for name, a in one.items()})
+    outputs |= engines.backend.run("decoder", {"sequence": outputs["sequence"]})
+    for name, value in outputs.items():
+        spread = abs(value - value[:1]).max()
+        assert spread <= LOGITS[engines.precision] * max(1.0, abs(value).max()), name
+    assert (outputs["logits"].argmax(-1) == outputs["logits"][:1].argmax(-1)).all()
+
+
+def test_the_order_of_the_images_does_not_matter(case: tuple[Pipeline, Pipeline]) -> None:
+    engines, _ = case
+    given = feeds(engines, 8)
+    order = np.random.default_rng(1).permutation(8)
+    plain = engines.backend.run("student", given)
+    mixed = engines.backend.run("student", {name: value[order] for name, value in given.items()})
+    assert_close(mixed, {name: value[order] for name, value in plain.items()}, engines.precision)
+    image = engines.backend.run("decoder", {"sequence": plain["sequence"]})["image"]
+    other = engines.backend.run("decoder", {"sequence": plain["sequence"][order]})["image"]
+    assert abs(other - image[order]).max() <= IMAGE[engines.precision]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_recorded_and_plain_runs_agree(gpu_bundle: Bundles, model: str) -> None:
+    path = gpu_bundle(model)
+    with (
+        runtime.load(path, "tensorrt", precision="fp16", cuda_graphs=False) as plain,
+        runtime.load(path, "tensorrt", precision="fp16", cuda_graphs=True) as recorded,
+    ):
+        for batch in (3, 8, 3, 8, 3, 8):
+            given = feeds(plain, batch, seed=batch)
+            want = plain.backend.run("student", given)
+            have = recorded.backend.run("student", given)
+            for name, value in want.items():
+                np.testing.assert_allclose(have[name], value, atol=1e-3 * abs(value).max())
+
+
+@pytest.mark.parametrize(("model", "precision"), CASES)
+@pytest.mark.parametrize("batch", [2, 5, 8])
+def test_parity_with_pytorch(
+    gpu_bundle: Bundles, model: str, precision: str, batch: int, tmp_path: Path
+) -> None:
+    """The report of `validate parity`, with the limits of the recipe."""
+    words = ["parity", gpu_bundle(model), "--backend", "tensorrt", "--precision", precision]
+    words += ["--images", 40, "--batch", batch, "--report", tmp_path]
+    done = subprocess.run(
+        [sys.executable, "-m", "validate", *map(str, words)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_hundred_thousand_images_need_no_more_memory_than_a_thousand(gpu_bundle: Bundles) -> None:
+    """Of every size that a request can have, on the device and on the host."""
+    with runtime.load(gpu_bundle("digits-var"), "tensorrt", precision="fp16") as pipe:
+
+        def draw(count: int) -> None:
+            for _ in pipe.stream(range(10), num_images=count // 10, batch_size=61, output="numpy"):
+                pass
+
+        draw(1_000)
+        device, host = free_memory(), resident()
+        draw(100_000)
+        assert device - free_memory() < 16 * MIB
+        assert resident() - host < 64 * MIB
+
+
+def test_closing_gives_the_memory_back(gpu_bundle: Bundles) -> None:
+    def once() -> None:
+        with runtime.load(gpu_bundle("digits-var"), "tensorrt", precision="fp16") as pipe:
+            pipe([0, 1, 2], output="numpy")
+
+    for _ in range(3):
+        once()  # what the packages keep for themselves
+    before = free_memory()
+    for _ in range(20):
+        once()
+    assert before - free_memory() < 16 * MIB
+
+
+def test_auto_and_doctor_agree(gpu_bundle: Bundles, gpu_machine: Machine) -> None:
+    """The half-precision engines, since they were built for this machine."""
+    found = diagnose(gpu_machine, gpu_bundle("digits-var")).bundle
+    assert found is not None
+    if any(build.doubts for build in found.engines):
+        pytest.skip("auto leaves alone what NVIDIA does not promise")
+    assert found.auto == "tensorrt, fp16"
+    assert found.damaged == []
+    with runtime.load(gpu_bundle("digits-var")) as pipe:
+        assert (pipe.backend.name, pipe.precision) == ("tensorrt", "fp16")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_onnxruntime_on_the_gpu(graph_bundle: Bundles, model: str, precision: str) -> None:
+    """The CUDA provider, with arrays bound to the device."""
+    path = graph_bundle(model)
+    if "CUDAExecutionProvider" not in Machine().providers:
+        pytest.skip("onnxruntime-gpu is not installed; tests/gpu/run_all.sh installs it")
+    with (
+        runtime.load(path, "onnxruntime", precision=precision, provider="cuda") as gpu,
+        runtime.load(path, "onnxruntime", precision="fp32", provider="cpu") as cpu,
+    ):
+        for batch in (1, 3, 8, 3):
+            given = feeds(cpu, batch, seed=batch)
+            want = cpu.backend.run("student", given)
+            assert_close(gpu.backend.run("student", given), want, precision)
+            picture = {"sequence": want["sequence"]}
+            image = cpu.backend.run("decoder", picture)["image"]
+            assert abs(gpu.backend.run("decoder", picture)["image"] - image).max() <= IMAGE[precision]
+
+
+def test_every_model_has_every_precision(graph_bundle: Bundles) -> None:
+    """So that the tests above cannot pass by testing less."""
+    for model in MODELS:
+        assert set(read_manifest(graph_bundle(model)).precisions) == set(PRECISIONS)
+
+
+def free_memory() -> int:
+    cuda: Any = importlib.import_module("cuda.bindings.runtime")
+    error, free, _ = cuda.cudaMemGetInfo()
+    assert not int(error)
+    return int(free)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096

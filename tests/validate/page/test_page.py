@@ -1,0 +1,362 @@
+"""The page: complete, self-contained, and harmless whatever a bundle says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from runtime.errors import BundleError
+from runtime.manifest import file_info, read_manifest
+from validate.page.command import command
+from validate.page.facts import collect
+from validate.page.make import Making, make_missing
+from validate.page.reports import Measured
+from validate.page.view import cards, render, room, summary, verdict
+
+HOSTILE = "<script>alert('x')</script>\"'><img src=http://example.org/x onerror=alert(1)>{{ 7 * 7 }}"
+INTERVAL = {"value": 0.5, "low": 0.4, "high": 0.6}
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes, and the tags that were left open."""
+
+    VOID = ("meta", "img", "br", "link", "input")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+
+def fid_report(name: str, **changes) -> dict:
+    figures = [
+        {
+            "steps": steps,
+            "name": "FID",
+            "bundle": INTERVAL,
+            "reference": INTERVAL,
+            "difference": {"value": 1e-6},
+        }
+        for steps in (1, 2)
+    ]
+    row = {"scope": "1 step", "name": "FID, difference", "value": 1e-6, "limit": 0.01, "direction": "at most"}
+    report = {
+        "name": name,
+        "precision": "fp32",
+        "backend": "toy",
+        "images": 500,
+        "seed": 0,
+        "features": "digits",
+        "compared": {"spec": "data"},
+        "figures": figures,
+        "measurements": [row],
+    }
+    return report | changes
+
+
+@pytest.fixture(scope="session")
+def reported(random_bundle, tmp_path_factory) -> Path:
+    """A bundle of random weights with every report that --run makes of it, and one of image quality."""
+    bundle = tmp_path_factory.mktemp("reported") / "bundle"
+    shutil.copytree(random_bundle, bundle)
+    make_missing(collect(bundle), Making(bundle, images=2))
+    (bundle / "parity" / "fid-fp32.json").write_text(json.dumps(fid_report(read_manifest(bundle).name)))
+    return bundle
+
+
+@pytest.fixture
+def copy(reported, tmp_path) -> Path:
+    shutil.copytree(reported, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def page_of(bundle: Path) -> str:
+    return render(collect(bundle), "today")
+
+
+def test_run_makes_what_was_missing(reported):
+    facts = collect(reported)
+    assert facts.missing == [] and facts.remarks == []
+    assert len(facts.parity) == len(facts.evidence) == 1 and len(facts.latency) == 4
+    assert sorted(facts.evidence[0].samples) == [1, 2]
+    assert verdict(facts)[0] == "good"
+
+
+def test_what_was_measured_is_on_the_page(reported):
+    page, facts = page_of(reported), collect(reported)
+    for heading in (
+        "Samples",
+        "Image quality",
+        "How close the choices are",
+        "Worst cases",
+        "Parity",
+        "Latency",
+    ):
+        assert re.search(rf"<h2>{heading}", page), heading
+    for one in facts.parity[0].measurements:
+        assert one.name in page
+    for info in facts.manifest.files():
+        assert info.sha256 in page
+    assert "FID against the number of steps" in page
+    assert facts.manifest_sha256 in page and facts.manifest.tools["torch"] in page
+
+
+def test_random_weights_are_said_loudly(reported, golden_bundle):
+    assert 'class="alarm"' in page_of(reported) and "Random weights" in page_of(reported)
+    assert 'class="alarm"' not in page_of(golden_bundle)
+
+
+def test_the_page_needs_nothing_but_itself(reported):
+    """No script, no style sheet, font or picture from elsewhere, and a policy that forbids them."""
+    page = page_of(reported)
+    elements = Elements(page)
+    assert elements.open == []
+    assert not {"script", "link", "iframe", "object", "base", "form"} & {tag for tag, _ in elements.found}
+    for _, attributes in elements.found:
+        assert attributes.get("src", "data:image/png").startswith("data:image/png")
+        assert "href" not in attributes
+        assert not any(name.startswith("on") for name in attributes)
+    assert "url(" not in page and "@import" not in page
+    policy = next(a["content"] for _, a in elements.found if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+
+
+def test_it_is_for_phones_paper_and_the_dark(reported):
+    page = page_of(reported)
+    for feature in ("width=device-width", "prefers-color-scheme: dark", "@media print", "max-width: 40rem"):
+        assert feature in page
+
+
+def test_a_bundle_without_reports_says_which_commands_make_them(golden_bundle):
+    facts = collect(golden_bundle)
+    page = render(facts, "today")
+    assert verdict(facts) == ("open", "nothing was measured yet")
+    assert len(facts.missing) == 4
+    for one in facts.missing:
+        assert one.command in page
+    assert f"validate parity {golden_bundle} --checkpoint student.pth --vae vae.pth" in page
+
+
+def hostile_manifest(bundle: Path) -> None:
+    labels = bundle / "labels.json"
+    data = json.loads(labels.read_text())
+    data["names"] = [f"{HOSTILE} {number}" for number in range(len(data["names"]))]
+    labels.write_text(json.dumps(data))
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest |= {
+        "name": HOSTILE,
+        "title": HOSTILE,
+        "created": HOSTILE,
+        "published": {HOSTILE: {HOSTILE: HOSTILE}},
+    }
+    manifest |= {"licence": {HOSTILE: HOSTILE}, "tools": {HOSTILE: HOSTILE}}
+    manifest["labels"] = dataclasses.asdict(file_info(labels, bundle))
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+
+def hostile_reports(bundle: Path) -> None:
+    """Every text of every report, with the hash of the manifest made right again."""
+    from runtime.manifest import sha256_of
+
+    digest = sha256_of(bundle / "bundle.json")
+    for path in (bundle / "parity").glob("*.json"):
+        data = json.loads(path.read_text(), object_hook=_poisoned)
+        if "manifest" in data:
+            data["manifest"] = digest
+        path.write_text(json.dumps(data))
+    row = {"name": HOSTILE, "passes": 1, "how": HOSTILE, "frechet": [1.0], "image_ms": {HOSTILE: 1.0}}
+    comparison = {"model": HOSTILE, "rows": [row, row | {"name": ""}]}
+    (bundle / "parity" / "comparison.json").write_text(json.dumps(comparison))
+
+
+def _poisoned(data: dict) -> dict:
+    kept = ("picture", "reference", "bundle", "difference", "direction", "manifest", "value", "low", "high")
+    pictures = {"picture", "factor"} & set(data)
+    return {
+        key: HOSTILE
+        if isinstance(value, str) and not (key in kept and (pictures or key not in ("bundle",)))
+        else value
+        for key, value in data.items()
+    }
+
+
+def test_nothing_that_a_bundle_says_becomes_markup(copy):
+    """Names, labels, places, notes, versions: all of it is text. Templates in it are not evaluated."""
+    hostile_manifest(copy)
+    hostile_reports(copy)
+    facts = collect(copy)
+    assert facts.remarks == [] and facts.evidence and facts.parity and facts.fid and facts.comparison
+    page = render(facts, HOSTILE)
+    elements = Elements(page)
+    assert elements.open == []
+    assert {"script"} & {tag for tag, _ in elements.found} == set()
+    for tag, attributes in elements.found:
+        assert not any(name.startswith("on") for name in attributes), tag
+        assert attributes.get("src", "data:image/png").startswith("data:image/png")
+    assert "&lt;script&gt;" in page and "{{ 7 * 7 }}" in page and "49" not in re.findall(r"&gt;(\d+)", page)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("parity.json", "{", "left out"),
+        ("parity.json", "[" * 100_000, "left out"),
+        ("parity.json", json.dumps({"name": "other", "measurements": []}), "of another bundle, 'other'"),
+        (
+            "parity.json",
+            json.dumps({"name": "tiny", "images": 1, "measurements": [{"value": "x"}]}),
+            "not a number",
+        ),
+        ("parity.json", json.dumps({"name": "tiny", "images": 1, "measurements": {}}), "no list"),
+        (
+            "fid-fp32.json",
+            json.dumps(fid_report("tiny", figures=[{"steps": 1, "name": "FID"}])),
+            "without a value",
+        ),
+        (
+            "fid-fp32.json",
+            json.dumps(fid_report("tiny", hashes={"student.onnx": "0"})),
+            "another student.onnx",
+        ),
+        ("evidence-fp32.json", "{}", "left out"),
+        ("comparison.json", json.dumps({"model": "other"}), "another model"),
+        ("comparison.json", json.dumps({"model": "tiny", "rows": [{}]}), "without figures"),
+    ],
+)
+def test_a_report_that_cannot_be_used_is_left_out_and_said(copy, name, text, said):
+    (copy / "parity" / name).write_text(text)
+    facts = collect(copy)
+    assert len(facts.remarks) == 1 and name in facts.remarks[0] and said in facts.remarks[0]
+    assert "is left out" in render(facts, "today")
+
+
+def test_evidence_of_an_earlier_export_is_not_shown(copy):
+    manifest = json.loads((copy / "bundle.json").read_text())
+    (copy / "bundle.json").write_text(json.dumps(manifest | {"created": "2026-01-01T00:00:00Z"}))
+    facts = collect(copy)
+    assert facts.evidence == [] and "another export" in facts.remarks[0]
+    assert any("--run" in one.command for one in facts.missing)
+
+
+def test_a_bundle_that_was_changed_has_no_page(copy):
+    graph = copy / "decoder.onnx"
+    data = bytearray(graph.read_bytes())
+    data[-1] ^= 1
+    graph.write_bytes(bytes(data))
+    with pytest.raises(BundleError, match=r"decoder\.onnx"):
+        collect(copy)
+
+
+def test_a_report_that_says_it_passed_is_checked_against_its_limit(copy):
+    """The verdict is made of values and limits, not of what the report claims."""
+    path = copy / "parity" / "parity.json"
+    data = json.loads(path.read_text())
+    gated = next(one for one in data["measurements"] if one["limit"] is not None)
+    gated |= {"value": 1e9, "limit": 1.0, "direction": "at most", "passed": True}
+    path.write_text(json.dumps(data | {"passed": True}))
+    facts = collect(copy)
+    assert verdict(facts)[0] == "bad" and "1 of" in verdict(facts)[1]
+    assert '<tr class="bad">' in render(facts, "today")
+    result = CliRunner().invoke(command, [str(copy)])
+    assert result.exit_code == 3 and "past their limits" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "direction", "expected"),
+    [
+        (0.0, 1.0, "at most", 0.0),
+        (1.0, 1.0, "at most", 1.0),
+        (1e-3, 1.0, "at most", 0.5),
+        (1e-9, 1.0, "at most", 0.0),
+        (2.0, 1.0, "at most", 1 + 0.30103 / 6),
+        (60.0, 60.0, "at least", 1.0),
+        (120.0, 60.0, "at least", 0.5),
+        (float("inf"), 60.0, "at least", 0.0),
+        (float("nan"), 60.0, "at least", 1.1),
+        (1.0, 0.0, "at most", 1.1),
+        (0.0, 0.0, "at most", 0.0),
+    ],
+)
+def test_the_bar_shows_the_way_to_the_limit(value, limit, direction, expected):
+    kept = value <= limit if direction == "at most" else value >= limit
+    assert room(Measured("s", "n", value, limit, direction, kept, "", "")) == pytest.approx(
+        expected, abs=0.01
+    )
+
+
+def test_the_command_writes_the_page_and_the_json(reported, tmp_path):
+    page = tmp_path / "new" / "page.html"
+    result = CliRunner().invoke(command, [str(reported), "-o", str(page), "--json"])
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["verdict"] == "passed" and data["random_weights"] is True
+    assert data["evidence"][0]["margins"]["counts"] and "samples" not in data["evidence"][0]
+    assert data["summary"] in page.read_text() and data == json.loads(json.dumps(data))
+    assert {one["file"] for one in data["files"]} >= {"student.onnx", "decoder.onnx", "labels.json"}
+
+
+def test_what_could_not_be_made_is_on_the_page(random_bundle, tmp_path):
+    """This bundle does not say how its images are measured; everything else is made all the same."""
+    shutil.copytree(random_bundle, tmp_path / "bundle")
+    manifest = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
+    manifest["parity"].pop("fid", None)
+    manifest["recipe"]["parity"].pop("fid", None)
+    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps(manifest))
+    result = CliRunner().invoke(command, [str(tmp_path / "bundle"), "--run", "--images", "2"])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "bundle" / "parity" / "index.html").read_text()
+    assert "image quality could not be measured" in page and "could not be measured" in result.stderr
+    assert "validate fid" in page and "Samples" in page
+
+
+def test_a_folder_that_is_no_bundle_is_said(tmp_path):
+    result = CliRunner().invoke(command, [str(tmp_path)])
+    assert result.exit_code == 1 and "not a bundle" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_summary_holds_no_pictures(reported):
+    assert "picture" not in json.dumps(summary(collect(reported)), default=str)
+
+
+def test_the_large_figures_are_those_nearest_to_their_limits(copy):
+    """One bad row among many good ones of its name must be what is seen first."""
+    path = copy / "parity" / "parity.json"
+    data = json.loads(path.read_text())
+    rows = [one for one in data["measurements"] if one["name"] == "image PSNR, dB" and one["limit"]]
+    rows[1]["value"] = 61.5
+    path.write_text(json.dumps(data))
+    shown = {card["title"]: card for card in cards(collect(copy))}
+    assert shown["worst image"]["value"] == "61.5 dB" and shown["worst image"]["kind"] == "good"
+    rows[0]["value"] = 59.0
+    path.write_text(json.dumps(data))
+    assert {card["title"]: card["kind"] for card in cards(collect(copy))}["worst image"] == "bad"
+
+
+def test_precisions_stand_side_by_side_and_the_last_run_of_each_counts(copy):
+    """`parity.json` is what the last run wrote; the file with the precision in its name may be older."""
+    folder = copy / "parity"
+    latest = json.loads((folder / "parity.json").read_text())
+    (folder / "parity-fp16.json").write_text(json.dumps(latest | {"precision": "fp16", "images": 5}))
+    (folder / "parity.json").write_text(json.dumps(latest | {"images": 77}))
+    found = collect(copy).parity
+    assert [(report.precision, report.images) for report in found] == [("fp32", 77), ("fp16", 5)]

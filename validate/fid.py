@@ -1,0 +1,155 @@
+"""`validate fid`: does a bundle draw images as good as the PyTorch model's? See docs/image-quality.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from runtime import console
+from runtime.errors import OutputError, VerificationError
+
+EPILOG = """
+\b
+Examples:
+  python -m validate fid build/digits-var
+  python -m validate fid build/var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth \\
+      --features-weights pt_inception-2015-12-05.pth --reference statistic.pth
+  ddexport validate fid build/digits-var --images 500 --steps 2 --no-reference-model --json
+"""
+STATES = "fid-state"
+
+
+def _steps(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """`1,2` -> (1, 2), each once and ascending; () for all that the bundle has."""
+    try:
+        numbers = [int(part) for part in value.split(",")] if value else []
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers like 1,2") from error
+    return tuple(sorted(set(numbers)))
+
+
+def _require_validate_extra() -> None:
+    from importlib.util import find_spec
+
+    from runtime.errors import DDError
+
+    missing = [name for name in ("torch", "safetensors", "yaml") if find_spec(name) is None]
+    if missing:
+        raise DDError(f"measuring images needs {', '.join(missing)}", 'pip install "ddexport[validate]"')
+
+
+def _places(bundle: Path, report: Path | None) -> tuple[Path | None, Path | None]:
+    """Where report and state go, checked before the work. A bundle that is read-only costs a warning."""
+    from runtime.files import make_directory
+
+    if report is None and not bundle.is_dir():
+        return None, None  # which loading the bundle will explain
+    directory = report or bundle / "parity"
+    try:
+        make_directory(directory)
+    except OutputError as error:
+        if report is not None:
+            raise
+        click.echo(
+            f"warning: {error.message}: no report, and a stopped run starts again;"
+            " name places with --report and --state",
+            err=True,
+        )
+        return None, None
+    return directory, directory / STATES
+
+
+_PATH = click.Path(path_type=Path)
+_POSITIVE = click.IntRange(min=1)
+
+
+@click.command("fid", cls=console.Command, epilog=EPILOG)
+@click.argument("bundle", type=_PATH)
+@click.option("--images", type=_POSITIVE, metavar="N", help="How many.  [default: the recipe's]")
+@click.option(
+    "--per-class",
+    type=_POSITIVE,
+    metavar="N",
+    help="So many images of each class.  [default: labels uniform at random from the seed]",
+)
+@click.option("--steps", metavar="1,2", callback=_steps, help="Which schedules.  [default: all]")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of noise and labels."
+)
+@click.option("--features", metavar="NAME", help="The extractor: digits, inception.  [default: the recipe's]")
+@click.option("--features-weights", metavar="FILE|random:SEED", help="Its weights, where none ship with it.")
+@click.option(
+    "--reference",
+    metavar="FILE|DIR|BUNDLE|data|none",
+    help="What to measure against: statistics, images, a bundle, the model's data.  [default: the recipe's]",
+)
+@click.option(
+    "--no-reference-model",
+    "reference_model",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Measure the bundle alone, without PyTorch beside it: no verdict.",
+)
+@click.option("--batch", type=_POSITIVE, metavar="N", help="Images at once.  [default: by their size]")
+@click.option("--precision", metavar="NAME", help="Which graphs of the bundle.  [default: its first]")
+@click.option("--backend", metavar="NAME", default="auto", help="The engine.  [default: the best installed]")
+@click.option(
+    "--emulate/--no-emulate",
+    default=None,
+    help="Half precisions with every rounding of a half engine.  [default: emulate on the CPU alone]",
+)
+@click.option("--threads", type=_POSITIVE, metavar="N", help="Of engine and torch.  [default: their choice]")
+@click.option("--checkpoint", type=_PATH, help="The student's checkpoint that the bundle was made from.")
+@click.option("--vae", type=_PATH, help="The tokenizer's checkpoint that the bundle was made from.")
+@click.option(
+    "--weights",
+    type=click.Choice(["ema", "model"]),
+    help="Which copy of the student's weights to compare with.  [default: the bundle's own]",
+)
+@click.option(
+    "--allow-few", is_flag=True, help="Fewer images than the features need: for trials of the tools."
+)
+@click.option(
+    "--bootstrap",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Resamples for the intervals, 0 for none.  [default: 200, 40 for wide features]",
+)
+@click.option("--save-images", type=_PATH, metavar="DIR", help="Also write every image as a PNG.")
+@click.option(
+    "--state",
+    type=_PATH,
+    metavar="DIR",
+    help="Where a stopped run goes on from.  [default: beside the report]",
+)
+@click.option("--report", type=_PATH, metavar="DIR", help="Where to write it.  [default: BUNDLE/parity]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@console.debug_option
+def command(report: Path | None, as_json: bool, **options: Any) -> None:
+    """Measure the images of BUNDLE (FID, KID, Inception Score, precision, recall), paired with PyTorch's.
+
+    Both draw from the same labels and noise; how far they may be apart is in the manifest. Exit code 3 if a
+    limit is passed. A run that was stopped goes on where it was.
+    """
+    if options["images"] and options["per_class"]:
+        raise click.UsageError("--per-class says how many images: give one of --images and --per-class.")
+    _require_validate_extra()
+    from validate.fid_plan import Options
+    from validate.fid_report import failure_line, table, verdict_line, write_report
+    from validate.fid_run import run_fid
+
+    directory, states = _places(options["bundle"], report)
+    result = run_fid(Options(**options), states)
+    if as_json:
+        console.emit_json(result.to_dict())
+    else:
+        click.echo(table(result))
+    if directory is not None:
+        click.echo(f"report: {write_report(result, directory)}", err=True)
+    for one in result.failures:
+        click.echo(f"failed: {failure_line(one)}", err=True)
+    if not result.passed:
+        raise VerificationError(verdict_line(result), "docs/image-quality.md says what each limit holds")

@@ -1,0 +1,233 @@
+"""From what a run counted to its figures, their intervals, and the measurements that are held to limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import sqrt
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from validate.bootstrap import bootstrap, figure
+from validate.fid_report import Estimate, Figure, scope_of
+from validate.metrics._base import IntArray, Measurement
+from validate.metrics.frechet import FrechetTo, frechet_distance, require_samples
+from validate.metrics.inception_score import SPLITS, ScoreSums
+from validate.metrics.kernel_distance import kernel_distance
+from validate.metrics.precision_recall import NEIGHBOURS, coverage
+from validate.paired import BUNDLE, REFERENCE, VISIBLE, PairedRun, PairTally, SetTally
+from validate.statistics import Float64Array, FloatArray, GaussianFit, GroupedMoments, TooFewSamples
+
+if TYPE_CHECKING:
+    from validate.references import Reference
+
+METRIC = "fid"
+FID, KID, SCORE, PRECISION, RECALL = "FID", "KID", "Inception Score", "precision", "recall"
+
+Trio: TypeAlias = tuple[Estimate, Estimate | None, Estimate | None]  # bundle, reference, difference
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The limits of one precision, for so many `images`; None: shown, but not held."""
+
+    images: int
+    difference: float | None = None
+    distance: float | None = None
+    changed: float | None = None
+
+    def difference_for(self, images: int) -> float | None:
+        """The limit of the FID difference: chance differences grow as 1 / sqrt(N) in smaller sets."""
+        return None if self.difference is None else self.difference * sqrt(max(1.0, self.images / images))
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How intervals are made: `resamples` 0 leaves them out."""
+
+    resamples: int
+    seed: int = 0
+    allow_few: bool = False
+
+
+def figures_of(run: PairedRun, compared: Reference | None, how: Resampling) -> list[Figure]:
+    """Every figure that the features and the reference set allow, schedule by schedule."""
+    found: list[Figure] = []
+    to_reference = FrechetTo(compared.moments, allow_few=how.allow_few) if compared else None
+    for steps in run.schedules:
+        sets = [run.sets[side, steps] for side in (BUNDLE, REFERENCE) if (side, steps) in run.sets]
+        trios: dict[str, Trio] = {}
+        if to_reference is not None:
+            trios[FID] = _frechet(sets, to_reference, how)
+        if compared is not None and compared.features is not None:
+            features = np.asarray(compared.features)
+            trios |= _neighbours(sets, features, how) | _kernel(sets, features, how)
+        scores = [one.scores for one in sets if one.scores is not None]
+        if scores:
+            trios[SCORE] = _scores(scores, how)
+        order = [name for name in (FID, KID, SCORE, PRECISION, RECALL) if name in trios]
+        found += [Figure(steps, name, *trios[name]) for name in order]
+    return found
+
+
+def measurements_of(run: PairedRun, figures: list[Figure], gate: Gate, how: Resampling) -> list[Measurement]:
+    """The difference and the distance of the two sets, held to the limits. Empty for a bundle alone."""
+    found: list[Measurement] = []
+    for steps, pair in run.pairs.items():
+        fids = [one for one in figures if one.steps == steps and one.name == FID]
+        found += [_difference(one, gate, run.done) for one in fids]
+        found += _between(steps, pair, run, gate, how)
+    return found
+
+
+def _difference(one: Figure, gate: Gate, images: int) -> Measurement:
+    assert one.difference is not None  # of a pair
+    return Measurement(
+        METRIC,
+        scope_of(one.steps),
+        "FID, difference",
+        abs(one.difference.value),
+        gate.difference_for(images),
+        note=one.difference.text(sign=True),
+    )
+
+
+def _between(steps: int, pair: PairTally, run: PairedRun, gate: Gate, how: Resampling) -> list[Measurement]:
+    scope = scope_of(steps)
+    bundle, reference = (run.sets[side, steps].moments.total() for side in (BUNDLE, REFERENCE))
+    images = int(pair.count.sum())
+    changed, identical = int(pair.changed.sum()), int(pair.identical)
+    apart = f"image {int(pair.worst)}" if pair.largest else ""
+    return [
+        Measurement(
+            METRIC, scope, "feature distance, paired", _relative(pair, reference), gate.distance,
+            note="1 for unrelated images",
+        ),
+        Measurement(
+            METRIC, scope, "images that differ", changed / images, gate.changed,
+            note=f"{changed:,} of {images:,} by more than {VISIBLE} of 255",
+            counts={"changed": changed, "identical": identical, "images": images},
+        ),
+        Measurement(METRIC, scope, "largest 8-bit difference", float(pair.largest), where=apart),
+        Measurement(
+            METRIC, scope, "Frechet distance, set to set",
+            frechet_distance(bundle, reference, allow_few=how.allow_few),
+        ),
+    ]  # fmt: skip
+
+
+def _relative(pair: PairTally, reference: GaussianFit) -> float:
+    """Mean squared distance of a pair over that of two independent images, which is twice the variance."""
+    squared, spread = pair.mean_squared(), 2 * float(np.trace(reference.covariance))
+    return 0.0 if squared == 0.0 else squared / spread if spread else float("inf")
+
+
+def _frechet(sets: list[SetTally], to_reference: FrechetTo, how: Resampling) -> Trio:
+    groups = [one.moments for one in sets]
+    totals = [one.total() for one in groups]
+    for total in totals:
+        require_samples(total, how.allow_few)
+    values = [to_reference.distance(total) for total in totals]
+    rough = [to_reference.rough_distance(total) for total in totals]
+
+    def drawn(side: int) -> Callable[[IntArray], float]:
+        # Only the spread of the rough distance is used: it is shifted to the exact one.
+        return lambda times: (
+            to_reference.rough_distance(groups[side].weighted(times)) - rough[side] + values[side]
+        )
+
+    return _resampled(values, [drawn(side) for side in range(len(sets))], groups[0], how)
+
+
+def _resampled(
+    values: list[float], drawn: list[Callable[[IntArray], float]], groups: GroupedMoments, how: Resampling
+) -> Trio:
+    """Values of one or two sides, resampled in step: one draw of groups for both and for their difference."""
+    filled = sum(group.count > 0 for group in groups.groups)
+    if how.resamples < 2 or filled < 2:
+        return _alone(values)
+    rng = np.random.default_rng(how.seed)
+    draws = [groups.multiplicities(rng) for _ in range(how.resamples)]
+    return _spread(values, np.array([[of(times) for of in drawn] for times in draws]))
+
+
+def _scores(sums: list[ScoreSums], how: Resampling) -> Trio:
+    """Groups are drawn anew inside each split, the same ones on both sides."""
+    splits = SPLITS if sums[0].count >= SPLITS else 1
+    values = [one.score(splits).mean for one in sums]
+    if how.resamples < 2:
+        return _alone(values)
+    rng = np.random.default_rng(how.seed)
+    member = np.arange(len(sums[0].counts)) % splits
+    filled = [np.flatnonzero((member == split) & (sums[0].counts > 0)) for split in range(splits)]
+    rows = []
+    for _ in range(how.resamples):
+        chosen = np.concatenate([rng.choice(groups, len(groups)) for groups in filled])
+        times = np.bincount(chosen, minlength=len(member))
+        rows.append([_weighted(one, times).score(splits).mean for one in sums])
+    return _spread(values, np.array(rows))
+
+
+def _weighted(sums: ScoreSums, times: IntArray) -> ScoreSums:
+    arrays = sums.to_arrays()
+    return ScoreSums.from_arrays({name: (array.T * times).T for name, array in arrays.items()})
+
+
+def _kernel(sets: list[SetTally], features: FloatArray, how: Resampling) -> dict[str, Trio]:
+    """The kernel distance, both sides against the same subsets; {} where there are too few images."""
+    try:
+        found = [kernel_distance(one.sample.features, features) for one in sets]
+    except TooFewSamples:
+        return {}
+    if len(found) > 1:
+        apart = found[0].subset_values - found[1].subset_values
+        found.append(replace(found[0], value=found[0].value - found[1].value, subset_values=apart))
+    if how.resamples < 2:
+        return {KID: _alone([one.value for one in found[: len(sets)]])}
+    made = [Estimate.of(one.figure(how.seed, how.resamples)) for one in found]
+    return {KID: _trio(made[: len(sets)], made[-1] if len(sets) > 1 else None)}
+
+
+def _neighbours(sets: list[SetTally], features: FloatArray, how: Resampling) -> dict[str, Trio]:
+    """Precision and recall of equal numbers of images; {} where there are too few for neighbours."""
+    count = min(len(features), len(sets[0].sample.indices))
+    if count <= NEIGHBOURS:
+        return {}
+    found = [coverage(one.sample.features[:count], features[:count]) for one in sets]
+    return {
+        PRECISION: _shares([one.inside.astype(np.float64) for one in found], how),
+        RECALL: _shares([one.covered.astype(np.float64) for one in found], how),
+    }
+
+
+def _shares(hits: list[Float64Array], how: Resampling) -> Trio:
+    if how.resamples < 2:
+        return _alone([float(one.mean()) for one in hits])
+    apart = [hits[0] - hits[1]] if len(hits) > 1 else []
+    made = [_share(one, how) for one in (*hits, *apart)]
+    return _trio(made[: len(hits)], made[-1] if apart else None)
+
+
+def _share(hits: Float64Array, how: Resampling) -> Estimate:
+    value = float(hits.mean())
+    return Estimate.of(
+        bootstrap(value, lambda rows: float(hits[rows].mean()), len(hits), how.seed, how.resamples)
+    )
+
+
+def _spread(values: list[float], rows: Float64Array) -> Trio:
+    """values of one or two sides, and what each draw (R, sides) made of them."""
+    made = [Estimate.of(figure(value, rows[:, side])) for side, value in enumerate(values)]
+    apart = figure(values[0] - values[1], rows[:, 0] - rows[:, 1]) if len(values) > 1 else None
+    return _trio(made, Estimate.of(apart) if apart else None)
+
+
+def _alone(values: list[float]) -> Trio:
+    """Without intervals."""
+    apart = Estimate(values[0] - values[1]) if len(values) > 1 else None
+    return _trio([Estimate(value) for value in values], apart)
+
+
+def _trio(values: list[Estimate], difference: Estimate | None) -> Trio:
+    return values[0], values[1] if len(values) > 1 else None, difference

@@ -1,0 +1,206 @@
+"""What `validate fid` found: figures of both sets of images, the distance between them, and the verdict."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.files import atomic_write, make_directory
+from validate import bootstrap
+from validate.metrics._base import Measurement
+
+SCHEMA = 1
+NAME_WIDTH, CELL_WIDTH = 30, 32
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval, and by how much resampling raised it; without a bootstrap, alone."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    bias: float | None = None
+
+    @staticmethod
+    def of(figure: bootstrap.Figure) -> Estimate:
+        """A figure of `validate.bootstrap`."""
+        return Estimate(figure.value, figure.low, figure.high, figure.bias)
+
+    def text(self, sign: bool = False) -> str:
+        """`0.431 [0.402, 0.467]`."""
+        plus = "+" if sign else ""
+        if self.low is None or self.high is None:
+            return f"{self.value:{plus}.4g}"
+        return f"{self.value:{plus}.4g} [{self.low:{plus}.3g}, {self.high:{plus}.3g}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data. A value that is not finite becomes a string."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure in one schedule: of the bundle, of the PyTorch reference, and their paired difference."""
+
+    steps: int
+    name: str
+    bundle: Estimate
+    reference: Estimate | None = None
+    difference: Estimate | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for the JSON report."""
+        sides = {side: getattr(self, side) for side in ("bundle", "reference", "difference")}
+        found = {side: one.to_dict() if one else None for side, one in sides.items()}
+        return {"steps": self.steps, "name": self.name, **found}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The set of images that the figures are measured against."""
+
+    spec: str
+    images: int | None
+    identity: str | None  # of the features; None where a file of statistics does not say
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was measured, and how: everything needed to run it again."""
+
+    bundle: str
+    name: str
+    weights: str
+    precision: str
+    backend: str
+    images: int
+    seed: int
+    labels: str
+    batch: int
+    steps: tuple[int, ...]
+    features: str
+    features_identity: str
+    features_width: int
+    compared: Compared | None
+    paired: bool
+    bootstrap: int
+    versions: dict[str, str] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    resumed_at: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class FidReport:
+    """Settings, limits, figures, and the measurements that are held to limits."""
+
+    settings: Settings
+    limits: dict[str, float | None]
+    figures: tuple[Figure, ...]
+    measurements: tuple[Measurement, ...]
+
+    @property
+    def failures(self) -> tuple[Measurement, ...]:
+        """The measurements past their limit."""
+        return tuple(one for one in self.measurements if not one.passed)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gated measurement keeps to its limit."""
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data: the JSON report, and what `--json` prints."""
+        return {
+            "schema": SCHEMA,
+            "passed": self.passed,
+            **asdict(self.settings),
+            "steps": list(self.settings.steps),
+            "limits": self.limits,
+            "figures": [figure.to_dict() for figure in self.figures],
+            "measurements": [one.to_dict() for one in self.measurements],
+        }
+
+
+def write_report(report: FidReport, directory: Path) -> Path:
+    """Writes `fid-PRECISION.json` and returns its path. Raises OutputError."""
+    make_directory(directory)
+    path = directory / f"fid-{report.settings.precision}.json"
+    with atomic_write(path) as stream:
+        stream.write((json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n").encode())
+    return path
+
+
+def table(report: FidReport) -> str:
+    """Figures and measurements as text, by schedule."""
+    lines = [_title(report.settings)]
+    for steps, figures in groupby(report.figures, key=lambda one: one.steps):
+        heads = ("bundle", "PyTorch", "difference") if report.settings.paired else ("bundle",)
+        scope = scope_of(steps)
+        lines += ["", f"{scope:{NAME_WIDTH}}" + "".join(f"{head:<{CELL_WIDTH}}" for head in heads).rstrip()]
+        lines += [_figure_line(figure) for figure in figures]
+        rows = [one for one in report.measurements if one.scope == scope]
+        lines += ["  bundle against PyTorch"] if rows else []
+        lines += [_measurement_line(one) for one in rows]
+    return "\n".join([*lines, "", verdict_line(report)])
+
+
+def verdict_line(report: FidReport) -> str:
+    """One sentence: whether the gate holds."""
+    gated = sum(one.gated for one in report.measurements)
+    if not report.settings.paired:
+        return "figures of the bundle alone: nothing was held to a limit"
+    if report.passed:
+        return f"image quality holds: {gated} of {gated} measurements within their limits"
+    return f"image quality fails: {len(report.failures)} of {gated} measurements past their limits"
+
+
+def failure_line(one: Measurement) -> str:
+    """One failed row, in words."""
+    place = f", {one.where}" if one.where else ""
+    return f"{one.scope}: {one.name} {one.value:.4g}, limit {one.limit:.4g}{place}"
+
+
+def scope_of(steps: int) -> str:
+    """The name of a schedule, for people."""
+    return f"{steps} step{'s' if steps > 1 else ''}"
+
+
+def _title(settings: Settings) -> str:
+    against = " against PyTorch" if settings.paired else ""
+    lines = [
+        f"{settings.name}: {settings.backend} in {settings.precision}{against}, {settings.images:,} images,"
+        f" seed {settings.seed}, labels {settings.labels} ({settings.weights})",
+        f"features: {settings.features}, {settings.features_width} wide",
+    ]
+    if settings.compared is not None:
+        count = settings.compared.images
+        known = f" ({count:,} images)" if count is not None else ""
+        lines.append(f"reference set: {settings.compared.spec}{known}")
+    if settings.bootstrap:
+        lines.append(f"in brackets: 95 % of {settings.bootstrap} resamples")
+    return "\n".join(lines)
+
+
+def _figure_line(figure: Figure) -> str:
+    cells = [figure.bundle.text()]
+    cells += [figure.reference.text()] if figure.reference else []
+    cells += [figure.difference.text(sign=True)] if figure.difference else []
+    return f"  {figure.name:{NAME_WIDTH - 2}}" + "".join(f"{cell:<{CELL_WIDTH}}" for cell in cells).rstrip()
+
+
+def _measurement_line(one: Measurement) -> str:
+    limit = "" if one.limit is None else f"<= {one.limit:.4g}"
+    verdict = "" if not one.gated else "ok" if one.passed else "FAIL"
+    remark = "; ".join(part for part in (one.where, one.note) if part)
+    return f"    {one.name:{NAME_WIDTH + 4}}{one.value:>10.4g}  {limit:>12}  {verdict:4}  {remark}".rstrip()
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,264 @@
+"""One measurement of `validate fid`, from the open bundle to the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ddexport.recipe import recipe_from_dict
+from runtime import console
+from runtime.files import make_directory, write_image
+from runtime.images import to_pil
+from runtime.manifest import ROLES, Manifest, read_manifest
+from runtime.pipeline import load
+from validate.batches import Model
+from validate.drawing import ByteImages, draw
+from validate.features._base import Extractor, load_extractor
+from validate.fid_figures import Resampling, figures_of, measurements_of
+from validate.fid_plan import NONE, Options, Plan, order_of, plan_of, require_enough
+from validate.fid_report import Compared, FidReport, Settings
+from validate.fid_state import State, digest_of
+from validate.paired import BUNDLE, REFERENCE, PairedRun, Sink, Sizes
+from validate.parity import BundleModel, Side, opened_side
+from validate.parity import Options as Asked
+from validate.reference import build_reference, describe_weights
+from validate.references import Reference
+from validate.references import load as load_reference
+
+WIDE = 512  # features: their covariances, one a group and side, take the memory, their roots the time
+GROUPS, GROUPS_WIDE = 100, 10
+RESAMPLES, RESAMPLES_WIDE = 200, 40
+SAMPLE = 10_000  # images a side whose features are kept, for neighbours and kernels
+
+
+def run_fid(options: Options, state_root: Path | None = None) -> FidReport:
+    """Draws, measures and compares; goes on where a stopped run of the same settings was.
+
+    state_root: where the state of a run is kept unless `options.state` names a directory; None: nowhere.
+    Raises DDError for everything that can be wrong with bundle, options, files and places.
+    """
+    start = time.perf_counter()
+    with console.stage(f"loading {options.bundle}", keep=False):
+        manifest = read_manifest(options.bundle)
+    asked = Asked(
+        bundle=options.bundle,
+        precision=options.precision,
+        backend=options.backend,
+        emulate=options.emulate,
+        threads=options.threads,
+    )
+    with opened_side(manifest, asked) as side:
+        plan = plan_of(manifest, side.precision, options)
+        extractor = load_extractor(plan.features, options.features_weights)
+        require_enough(plan.order.images, extractor, options.allow_few)
+        job = _Job(options, manifest, side, plan, extractor)
+        compared = job.compared()
+        run = job.paired_run()
+        state = job.state(state_root)
+        resumed = run.resume(state) if state else 0
+        _draw(run, plan.batch, state, _sink(run, options.save_images))
+        try:
+            report = job.report(run, compared, resumed, start)
+        except BaseException:  # the intervals of wide features take minutes, and may be stopped too
+            if state:
+                run.keep(state)
+            raise
+    if state:
+        state.discard()
+    if state_root:
+        with suppress(OSError):  # holds the states of other runs, or was never made
+            state_root.rmdir()
+    return report
+
+
+class RateProgress(console.Progress[None]):
+    """A bar that also says how fast it goes; `start` images were done before."""
+
+    def __init__(self, total: int, label: str, start: int = 0) -> None:
+        super().__init__((), total, label)
+        self._before = self._done = start
+
+    def _text(self, elapsed: float) -> str:
+        here = self._done - self._before
+        left = (self._total or 0) - self._done
+        rest = f"  {console.duration(elapsed / here * left)} left" if here and left > 0 else ""
+        share = self._done / (self._total or 1)
+        bar = ("#" * round(24 * share)).ljust(24, ".")
+        rate = here / elapsed if elapsed else 0.0
+        return f"{self._label}  [{bar}]  {self._done}/{self._total}  {rate:.3g} images/s{rest}"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one measurement is made of, once bundle and extractor are open."""
+
+    options: Options
+    manifest: Manifest
+    side: Side
+    plan: Plan
+    extractor: Extractor
+
+    def compared(self) -> Reference | None:
+        """The set of images that the figures are measured against."""
+        if self.plan.compared == NONE:
+            return None
+        recipe = recipe_from_dict(self.manifest.recipe, f"the recipe in bundle {self.manifest.name}")
+        with console.stage(f"reading the reference set {self.plan.compared}", keep=False):
+            return load_reference(
+                self.plan.compared, self.extractor, recipe=recipe, draw=self._another_bundle
+            )
+
+    def paired_run(self) -> PairedRun:
+        """Both sides, or the bundle alone, with nothing drawn yet."""
+        options = self.options
+        sides: dict[str, Model] = {BUNDLE: self.side.model}
+        if options.reference_model:
+            with console.stage("building the PyTorch reference", keep=False):
+                files = {"student": options.checkpoint, "tokenizer": options.vae}
+                sides[REFERENCE] = build_reference(self.manifest, files, options.weights, options.threads)
+        sizes = Sizes(self.extractor.width, self.extractor.classes, self._groups, SAMPLE)
+        return PairedRun(self.plan.order, self.plan.schedules, self.extractor, sides, sizes)
+
+    def state(self, root: Path | None) -> State | None:
+        """Where the run is kept: in the directory that was named, else under `root` by its own name."""
+        if self.options.state is not None:
+            return State(self.options.state, self._key())
+        return State(root / digest_of(self._key()), self._key()) if root else None
+
+    def report(self, run: PairedRun, compared: Reference | None, resumed: int, start: float) -> FidReport:
+        """The figures of a finished run. `start`: of the clock."""
+        gate = self.plan.gate
+        how = Resampling(self._resamples, allow_few=self.options.allow_few)
+        with console.stage("computing the figures", keep=False):
+            figures = figures_of(run, compared, how)
+            measurements = measurements_of(run, figures, gate, how)
+        limits = {
+            "difference": gate.difference_for(run.done),
+            "distance": gate.distance,
+            "changed": gate.changed,
+        }
+        settings = self._settings(compared, resumed, time.perf_counter() - start)
+        return FidReport(settings, limits, tuple(figures), tuple(measurements))
+
+    def _another_bundle(self, path: Path) -> Iterator[ByteImages]:
+        """Images of another bundle in its most steps, as many as are measured; of the next seed, because
+        images from the same noise would be no independent set.
+        """
+        options = self.options
+        with load(path, options.backend, options.threads) as other:
+            seed = (options.seed + 1) % 2**64
+            order = order_of(other.manifest, self.plan.order.images, seed)
+            steps = max(other.manifest.schedules)
+            schedules = {steps: other.manifest.schedule(steps).known}
+            model = BundleModel(other)
+            for indices in console.progress(order.batches(self.plan.batch), f"drawing from {path}"):
+                yield draw(model, order, indices, schedules, f"the bundle {path}")[steps]
+
+    @property
+    def _groups(self) -> int:
+        return GROUPS if self.extractor.width <= WIDE else GROUPS_WIDE
+
+    @property
+    def _resamples(self) -> int:
+        default = RESAMPLES if self.extractor.width <= WIDE else RESAMPLES_WIDE
+        return default if self.options.bootstrap is None else self.options.bootstrap
+
+    def _key(self) -> dict[str, Any]:
+        """Everything that the counted numbers depend on, to the last bit."""
+        manifest, paired = self.manifest, self.options.reference_model
+        return {
+            "bundle": _hashes(self.manifest, self.side.precision),
+            "recipe": dict(manifest.recipe) if paired else None,
+            "weights": asdict(manifest.weights) if paired else None,
+            "copy of the weights": self.options.weights,
+            "reference model": paired,
+            "precision": self.side.precision,
+            "backend": self.side.engine,
+            "threads": self.options.threads,
+            "images": self.plan.order.images,
+            "labels": self.plan.order.label_rule,
+            "seed": self.plan.order.seed,
+            "steps": sorted(self.plan.schedules),
+            "batch": self.plan.batch,
+            "features": self.extractor.identity,
+            "groups": self._groups,
+            "sample": SAMPLE,
+            "versions": _versions(),
+        }
+
+    def _settings(self, compared: Reference | None, resumed: int, seconds: float) -> Settings:
+        manifest, order = self.manifest, self.plan.order
+        return Settings(
+            bundle=str(self.options.bundle),
+            name=manifest.name,
+            weights=describe_weights(manifest),
+            precision=self.side.precision,
+            backend=self.side.engine,
+            images=order.images,
+            seed=order.seed,
+            labels=order.label_rule,
+            batch=self.plan.batch,
+            steps=tuple(self.plan.schedules),
+            features=self.extractor.name,
+            features_identity=self.extractor.identity,
+            features_width=self.extractor.width,
+            compared=Compared(self.plan.compared, compared.count, compared.identity) if compared else None,
+            paired=self.options.reference_model,
+            bootstrap=self._resamples,
+            versions=_versions(),
+            hashes=_hashes(self.manifest, self.side.precision),
+            resumed_at=resumed,
+            seconds=round(seconds, 2),
+        )
+
+
+def _draw(run: PairedRun, batch: int, state: State | None, sink: Sink | None) -> None:
+    with RateProgress(run.order.images, "measuring", run.done) as bar:
+        try:
+            run.run(batch, state, bar.advance, sink)
+        except KeyboardInterrupt:
+            if state is not None and state.path.is_file():
+                click.echo(
+                    f"\nstopped after {run.done:,} of {run.order.images:,} images:"
+                    " the same command goes on from there",
+                    err=True,
+                )
+            raise
+
+
+def _sink(run: PairedRun, directory: Path | None) -> Sink | None:
+    """Writes each image as it is drawn, in a folder a side and schedule. Raises OutputError."""
+    if directory is None:
+        return None
+    places = {key: directory / f"{key[0]}-{key[1]}-step{'s' if key[1] > 1 else ''}" for key in run.sets}
+    for place in places.values():
+        make_directory(place)
+
+    def sink(side: str, steps: int, indices: range, images: ByteImages) -> None:
+        labels = run.order.labels(indices)
+        for index, label, image in zip(indices, labels, to_pil(images), strict=True):
+            write_image(places[side, steps] / f"{index:05d}-class{label:04d}.png", image)
+
+    return sink
+
+
+def _hashes(manifest: Manifest, precision: str) -> dict[str, str]:
+    graphs = [manifest.graph(role, precision) for role in ROLES]
+    return {info.file: info.sha256 for graph in graphs for info in graph.files}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("ddexport", "torch", "onnxruntime", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # another engine than onnxruntime, or a source tree
+            continue
+    return found

@@ -1,0 +1,96 @@
+"""`validate report`: everything that was measured of a bundle on one page, for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from runtime import console
+
+EPILOG = """
+\b
+Examples:
+  python -m validate report build/digits-var --run --open
+  python -m validate report build/var-d16 -o d16.html
+  python -m validate report build/digits-var --json
+"""
+NAME = "index.html"
+_PATH = click.Path(path_type=Path)
+_POSITIVE = click.IntRange(min=1)
+
+
+def write_page(bundle: Path, target: Path, making: Any = None) -> tuple[Any, Path]:
+    """Collects, makes what is missing if `making` says how, and writes the page. Returns facts and path.
+
+    Raises BundleError for a bundle that is not what its manifest says, OutputError, and what making raises.
+    """
+    from datetime import datetime, timezone
+
+    from runtime.files import atomic_write, make_directory
+    from validate.page.facts import collect
+    from validate.page.make import make_missing
+    from validate.page.view import render
+
+    facts = collect(bundle)
+    if making is not None:
+        troubles = make_missing(facts, making)
+        facts = collect(bundle)
+        facts.remarks += troubles
+    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    page = render(facts, made).encode()
+    make_directory(target.parent)
+    with atomic_write(target) as stream:
+        stream.write(page)
+    return facts, target
+
+
+@click.command("report", cls=console.Command, epilog=EPILOG)
+@click.argument("bundle", type=_PATH)
+@click.option(
+    "-o", "--output", type=_PATH, metavar="FILE", help="The page.  [default: BUNDLE/parity/index.html]"
+)
+@click.option("--run", is_flag=True, help="First make the reports that are missing, of modest size.")
+@click.option("--images", type=_POSITIVE, default=8, show_default=True, help="With --run: images for parity.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**64 - 1),
+    default=0,
+    show_default=True,
+    help="With --run: of the noise.",
+)
+@click.option("--precision", metavar="NAME", help="With --run: which graphs.  [default: the bundle's first]")
+@click.option("--backend", metavar="NAME", default="auto", help="With --run: the engine.")
+@click.option("--threads", type=_POSITIVE, metavar="N", help="With --run: of engine and torch.")
+@click.option("--checkpoint", type=_PATH, help="With --run: the student's checkpoint of the bundle.")
+@click.option("--vae", type=_PATH, help="With --run: the tokenizer's checkpoint of the bundle.")
+@click.option("--open", "opened", is_flag=True, help="Show the page in the browser.")
+@click.option("--json", "as_json", is_flag=True, help="Also print what is on the page as JSON.")
+@console.debug_option
+def command(
+    bundle: Path, output: Path | None, run: bool, opened: bool, as_json: bool, **options: Any
+) -> None:
+    """One self-contained HTML page about BUNDLE: what it is, and what was measured of it.
+
+    Reads the reports in BUNDLE/parity; what is missing is named with the command that makes it. Exit code 3
+    if a measurement is past its limit.
+    """
+    from runtime.errors import VerificationError
+    from validate.page.make import Making
+    from validate.page.view import summary, verdict
+
+    target = output or bundle / "parity" / NAME
+    facts, page = write_page(bundle, target, Making(bundle, **options) if run else None)
+    if as_json:
+        console.emit_json(summary(facts))
+    else:
+        click.echo(page)
+    for remark in facts.remarks:
+        click.echo(f"warning: {remark}", err=True)
+    for one in facts.missing:
+        click.echo(f"not measured: {one.what}: {one.command}", err=True)
+    if opened:
+        click.launch(page.resolve().as_uri())
+    if facts.failures:
+        raise VerificationError(verdict(facts)[1], f"see {page}")

@@ -1,0 +1,277 @@
+"""What people want to look at beside the figures: samples, the worst images, and how close the tokens were.
+
+`validate parity` states figures; this module keeps what they were made from, as small pictures and
+histograms, in BUNDLE/parity/evidence-PRECISION.json. A file is read back with the suspicion that everything
+in a bundle deserves: numbers are checked, pictures are decoded and encoded again.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from validate import pictures
+from validate.metrics._base import Comparison, FloatArray, StudentPair
+from validate.metrics.tokens import excused, margins
+
+SCHEMA = 1
+DECADES, BINS = (-9, 3), 60  # of the axis that logit errors and margins share
+LISTED = 200  # mismatches named one by one
+MAX_SIDE, MAX_SHOWN = 2048, 64
+
+ByteImage = npt.NDArray[np.uint8]
+
+
+class EvidenceError(ValueError):
+    """A file of evidence that does not hold what it should."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts over equal bins of log10, from 10 ** low to 10 ** high; exact zeros apart."""
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+    zeros: int
+    largest: float
+
+    @property
+    def total(self) -> int:
+        """How many values there were."""
+        return sum(self.counts) + self.zeros
+
+    @staticmethod
+    def of(values: npt.NDArray[Any]) -> Histogram:
+        """Of values >= 0, any shape; what lies outside the axis, or is not a number, counts at its end."""
+        flat = np.nan_to_num(np.asarray(values, dtype=np.float64).ravel(), nan=np.inf)
+        positive = flat[flat > 0]
+        low, high = DECADES
+        with np.errstate(over="ignore"):
+            place = np.clip(np.log10(np.clip(positive, 10.0**low, 10.0**high)), low, high)
+        counts, _ = np.histogram(place, bins=BINS, range=(low, high))
+        largest = float(flat.max(initial=0.0))
+        return Histogram(low, high, tuple(map(int, counts)), int((flat == 0).sum()), largest)
+
+    def merged(self, other: Histogram) -> Histogram:
+        """Of the values of both."""
+        counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
+        return Histogram(
+            self.low, self.high, counts, self.zeros + other.zeros, max(self.largest, other.largest)
+        )
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A token that the bundle chose differently from the same input.
+
+    margin: the reference's largest logit less its second. lost: less the one of the token that was chosen.
+    """
+
+    scope: str
+    place: str
+    position: int
+    expected: int
+    got: int
+    margin: float
+    lost: float
+    excused: bool
+
+
+@dataclass(frozen=True)
+class Worst:
+    """An image that differs, as both sides drew it, and the difference times `factor`. Pictures are PNG."""
+
+    scope: str
+    place: str
+    size: float
+    factor: float
+    reference: bytes
+    bundle: bytes
+    difference: bytes
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image of the bundle: its class, and a picture."""
+
+    label: int
+    picture: bytes
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All of one run in one precision; `manifest` is the SHA-256 of the bundle.json that it is of."""
+
+    manifest: str
+    precision: str
+    backend: str
+    images: int
+    seed: int
+    token_margin: float
+    compared: int
+    margins: Histogram
+    errors: Histogram
+    mismatches: tuple[Mismatch, ...]
+    mismatched: int
+    worst: tuple[Worst, ...]
+    samples: Mapping[int, tuple[Sample, ...]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data; pictures in base64, numbers that are not finite as text."""
+        return {"schema": SCHEMA, **_plain(asdict(self))}
+
+
+def closeness(comparison: Comparison, limit: float) -> dict[str, Any]:
+    """The fields of `Evidence` that are about tokens: margins, errors of logits, mismatches."""
+    pairs = [pair for pair in comparison.students if pair.gate and not pair.itself]
+    decided = [margins(pair.expected.logits)[pair.decided()] for pair in pairs]
+    errors = Histogram.of(np.zeros(0))
+    for pair in pairs:
+        errors = errors.merged(
+            Histogram.of(np.abs(pair.got.logits.astype(np.float64) - pair.expected.logits))
+        )
+    found = sorted((one for pair in pairs for one in _mismatches(pair, limit)), key=lambda one: -one.lost)
+    return {
+        "token_margin": limit,
+        "compared": int(sum(len(values) for values in decided)),
+        "margins": Histogram.of(np.concatenate(decided)),
+        "errors": errors,
+        "mismatches": tuple(found[:LISTED]),
+        "mismatched": len(found),
+    }
+
+
+def worst_cases(comparison: Comparison, count: int = 4) -> tuple[Worst, ...]:
+    """The images that differ most from the reference's, each once, where it is worst."""
+    found = []
+    for pair, index, size in pictures.ranked([pair for pair in comparison.images if not pair.itself])[:count]:
+        factor = pictures.amplification(size)
+        difference = np.abs(pair.got[index].astype(np.float64) - pair.expected[index]) * factor
+        sides = (pair.expected[index], pair.got[index], difference)
+        reference, bundle, amplified = (png(to_bytes(side)) for side in sides)
+        found.append(Worst(pair.scope, pair.places[index], size, factor, reference, bundle, amplified))
+    return tuple(found)
+
+
+def to_bytes(image: FloatArray | npt.NDArray[np.float64]) -> ByteImage:
+    """(3, H, W) in [0, 1] -> (H, W, 3) uint8; what is not finite is white."""
+    values = np.rint(np.clip(np.nan_to_num(image, nan=1.0), 0.0, 1.0) * 255.0)
+    return np.asarray(values.astype(np.uint8).transpose(1, 2, 0))
+
+
+def png(pixels: ByteImage) -> bytes:
+    """(H, W, 3) uint8 -> a PNG."""
+    return _encoded(Image.fromarray(pixels))
+
+
+def evidence_from_dict(data: Any) -> Evidence:
+    """Reads what `to_dict` gave. Raises EvidenceError for anything else."""
+    try:
+        if data["schema"] != SCHEMA:
+            raise EvidenceError(f"schema {data['schema']!r}, not {SCHEMA}")
+        return Evidence(
+            manifest=str(data["manifest"]),
+            precision=str(data["precision"]),
+            backend=str(data["backend"]),
+            images=_count(data["images"]),
+            seed=_count(data["seed"]),
+            token_margin=float(data["token_margin"]),
+            compared=_count(data["compared"]),
+            margins=_histogram(data["margins"]),
+            errors=_histogram(data["errors"]),
+            mismatches=tuple(_mismatch(one) for one in data["mismatches"][:LISTED]),
+            mismatched=_count(data["mismatched"]),
+            worst=tuple(_worst(one) for one in data["worst"][:MAX_SHOWN]),
+            samples={
+                int(steps): tuple(Sample(_count(one["label"]), _picture(one["picture"])) for one in images)
+                for steps, images in data["samples"].items()
+            },
+        )
+    except EvidenceError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise EvidenceError(f"{type(error).__name__}: {error}") from error
+
+
+def _mismatches(pair: StudentPair, limit: float) -> list[Mismatch]:
+    logits, wanted, got = pair.expected.logits, pair.expected.tokens, pair.got.tokens
+    gap, pardoned = margins(logits), excused(pair, limit)
+    return [
+        Mismatch(
+            pair.scope,
+            pair.places[row],
+            int(position),
+            int(wanted[row, position]),
+            int(got[row, position]),
+            float(gap[row, position]),
+            float(logits[row, position].max() - logits[row, position, got[row, position]]),
+            bool(pardoned[row, position]),
+        )
+        for row, position in zip(*np.nonzero(pair.differing()), strict=True)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise EvidenceError(f"{value!r} is not a count")
+    return value
+
+
+def _histogram(data: Mapping[str, Any]) -> Histogram:
+    low, high = float(data["low"]), float(data["high"])
+    counts = tuple(_count(value) for value in data["counts"][:1000])
+    if not (math.isfinite(low) and math.isfinite(high) and low < high and counts):
+        raise EvidenceError("a histogram without an axis")
+    return Histogram(low, high, counts, _count(data["zeros"]), float(data["largest"]))
+
+
+def _mismatch(data: Mapping[str, Any]) -> Mismatch:
+    where = (str(data["scope"]), str(data["place"]), _count(data["position"]))
+    tokens = (_count(data["expected"]), _count(data["got"]))
+    return Mismatch(*where, *tokens, float(data["margin"]), float(data["lost"]), bool(data["excused"]))
+
+
+def _worst(data: Mapping[str, Any]) -> Worst:
+    shown = (_picture(data[side]) for side in ("reference", "bundle", "difference"))
+    return Worst(str(data["scope"]), str(data["place"]), float(data["size"]), float(data["factor"]), *shown)
+
+
+def _picture(text: Any) -> bytes:
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG", "WEBP"]) as image:
+            if max(image.size) > MAX_SIDE:
+                raise EvidenceError(f"a picture of {image.width} x {image.height}")
+            return _encoded(image.convert("RGB"))
+    except (OSError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
+        raise EvidenceError(f"not a picture: {error}") from error
+
+
+def _encoded(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def samples_of(images: Iterable[ByteImage], labels: Sequence[int]) -> tuple[Sample, ...]:
+    """Images (H, W, 3) uint8 and their classes, in order."""
+    return tuple(Sample(int(label), png(pixels)) for label, pixels in zip(labels, images, strict=True))

@@ -1,0 +1,279 @@
+"""Facts into the page: jinja2 with escaping of everything, and the plots."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from importlib import resources
+from itertools import groupby
+from typing import Any
+
+from runtime.errors import DDError
+from validate.page import svg
+from validate.page.evidence import Evidence
+from validate.page.facts import Facts
+from validate.page.reports import Interval, Measured, Quality, Report
+
+TEMPLATE, STYLE = "page.html.j2", "page.css"
+CARDS = {  # measurements that are shown large: what the page calls them, and their unit
+    "tokens that differ": ("tokens that differ", ""),
+    "logits, largest error": ("logit error", ""),
+    "embeddings, relative error": ("embedding error", ""),
+    "image PSNR, dB": ("worst image", " dB"),
+    "image, largest 8-bit difference": ("8-bit difference", ""),
+    "FID, difference": ("FID difference", ""),
+}
+
+
+def render(facts: Facts, made: str) -> str:
+    """The page as one text; `made` says when. Raises DDError without jinja2."""
+    try:
+        from jinja2 import Environment, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise DDError("the page needs jinja2", 'pip install "ddexport[validate]"') from error
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        number=number,
+        size=size,
+        figure=figure,
+        picture=picture,
+        room=room,
+        count="{:,}".format,
+        scopes=scopes,
+        fid_rows=fid_rows,
+    )
+    environment.tests["random"] = lambda weights: weights.kind == "random"
+    here = resources.files("validate.page")
+    template = environment.from_string((here / TEMPLATE).read_text(encoding="utf-8"))
+    page: str = template.render(
+        facts=facts,
+        manifest=facts.manifest,
+        style=Markup((here / STYLE).read_text(encoding="utf-8")),
+        made=made,
+        verdict=verdict(facts),
+        cards=cards(facts),
+        latency_columns=latency_columns(facts),
+        samples=samples(facts),
+        closeness=[(one, Markup(_closeness(one))) for one in facts.evidence],
+        steps=[(name, Markup(plot)) for name, plot in quality_plots(facts)],
+        compared=Markup(_against_passes(facts)) if facts.comparison else "",
+        versions=versions(facts),
+    )
+    return page
+
+
+def summary(facts: Facts) -> dict[str, Any]:
+    """What is on the page, as plain data: everything but the pictures."""
+    manifest = facts.manifest
+    evidence = []
+    for one in facts.evidence:
+        data = {key: value for key, value in vars(one).items() if key not in ("samples", "worst")}
+        shown = ("scope", "place", "size", "factor")
+        evidence.append(data | {"worst": [{key: getattr(case, key) for key in shown} for case in one.worst]})
+    kind, words = verdict(facts)
+    return {
+        "bundle": facts.bundle,
+        "name": manifest.name,
+        "title": manifest.title,
+        "verdict": {"good": "passed", "bad": "failed"}.get(kind, "not measured"),
+        "summary": words,
+        "random_weights": manifest.weights.kind == "random",
+        "weights": manifest.weights,
+        "manifest_sha256": facts.manifest_sha256,
+        "files": [
+            {"file": info.file, "sha256": info.sha256, "bytes": info.bytes} for info in manifest.files()
+        ],
+        "versions": versions(facts),
+        "parity": facts.parity,
+        "fid": facts.fid,
+        "evidence": evidence,
+        "latency": facts.latency,
+        "comparison": facts.comparison,
+        "missing": facts.missing,
+        "remarks": facts.remarks,
+    }
+
+
+def verdict(facts: Facts) -> tuple[str, str]:
+    """The class of the page's pill and its words."""
+    gated = [one for report in (*facts.parity, *facts.fid) for one in report.gated]
+    if facts.failures:
+        return "bad", f"{len(facts.failures)} of {len(gated)} measurements past their limits"
+    if not gated:
+        return "open", "nothing was measured yet"
+    kinds = " and ".join(
+        name for name, found in (("parity", facts.parity), ("image quality", facts.fid)) if found
+    )
+    return "good", f"{len(gated)} of {len(gated)} measurements within their limits: {kinds}"
+
+
+def cards(facts: Facts) -> list[dict[str, Any]]:
+    """The few numbers to look at first: name, value, limit, what it is of, its class."""
+    reports = (*facts.parity, *facts.fid)
+    found = []
+    for precision in dict.fromkeys(report.precision for report in reports):
+        for report in reports:
+            rows = _worst_by_name(report.gated) if report.precision == precision else {}
+            found += [
+                _card(title, rows[name], unit, report)
+                for name, (title, unit) in CARDS.items()
+                if name in rows
+            ]
+    return found
+
+
+def _card(title: str, one: Measured, unit: str, report: Report) -> dict[str, Any]:
+    sign = "at most" if one.direction == "at most" else "at least"
+    return {
+        "title": title,
+        "value": (number(one.value) if abs(one.value) >= 1 else f"{one.value:.2g}") + unit,
+        "limit": f"{sign} {number(one.limit)}{unit}",
+        "of": f"{report.precision}, {report.images:,} images",
+        "kind": "good" if one.passed else "bad",
+    }
+
+
+def _worst_by_name(rows: Sequence[Measured]) -> dict[str, Measured]:
+    """Of the rows of one name that which is nearest to its limit, or furthest past it."""
+    found: dict[str, Measured] = {}
+    for one in rows:
+        if one.name not in found or room(one) > room(found[one.name]):
+            found[one.name] = one
+    return found
+
+
+def room(one: Measured) -> float:
+    """How much of the way to its limit a value has gone, over six decades: 0 to 1, and more past it."""
+    if one.limit is None:
+        return 0.0
+    if math.isnan(one.value):
+        return 1.1
+    if one.direction == "at least":  # decibels: 20 are a factor of ten
+        decades = (one.limit - one.value) / 20
+    elif one.value <= 0:
+        return 0.0
+    else:
+        decades = math.log10(one.value / one.limit) if one.limit > 0 else math.inf
+    return min(max(1 + decades / 6, 0.0 if one.passed else 1.01), 1.1)
+
+
+def scopes(rows: Sequence[Measured]) -> list[tuple[str, list[Measured]]]:
+    """The measurements of a report by scope, in its order."""
+    return [(scope, list(group)) for scope, group in groupby(rows, key=lambda one: one.scope)]
+
+
+def fid_rows(report: Report) -> list[tuple[int, list[Quality]]]:
+    """The figures of a report by schedule."""
+    return [(steps, list(group)) for steps, group in groupby(report.figures, key=lambda one: one.steps)]
+
+
+def latency_columns(facts: Facts) -> list[tuple[str, str]]:
+    """Field and heading of the columns that some row fills."""
+    heads = (
+        ("student_ms", "student, ms"),
+        ("decoder_ms", "decoder, ms"),
+        ("total_ms", "batch, ms"),
+        ("images_per_s", "images a second"),
+        ("peak_mib", "peak, MiB"),
+    )
+    return [(name, head) for name, head in heads if any(getattr(row, name) for row in facts.latency)]
+
+
+def samples(facts: Facts) -> list[tuple[Evidence, int, list[tuple[str, bytes]]]]:
+    """Evidence, steps, and (name of the class, picture) of each image."""
+    return [
+        (one, steps, [(_label(facts, sample.label), sample.picture) for sample in images])
+        for one in facts.evidence
+        for steps, images in sorted(one.samples.items())
+    ]
+
+
+def quality_plots(facts: Facts) -> list[tuple[str, str]]:
+    """A plot of FID against steps for every report that has it."""
+    found = []
+    for report in facts.fid:
+        rows = [one for one in report.figures if one.name == "FID"]
+        if not rows:
+            continue
+        names = [f"{one.steps} step{'s' * (one.steps > 1)}" for one in rows]
+        points = [
+            svg.Point(place, value.value, value.low, value.high, side)
+            for place, one in enumerate(rows)
+            for side, value in (("side-bundle", one.bundle), ("side-reference", one.reference))
+            if value is not None
+        ]
+        sides = [("side-bundle", "bundle")]
+        sides += [("side-reference", "PyTorch")] if any(one.reference for one in rows) else []
+        title = f"FID against the number of steps, {report.precision}, features {report.features}"
+        found.append((title, svg.against_steps(points, names, sides, title)))
+    return found
+
+
+def versions(facts: Facts) -> dict[str, str]:
+    """Of the tools that made the bundle, then of those that measured it."""
+    found = {f"{name} (export)": str(version) for name, version in facts.manifest.tools.items()}
+    for report in (*facts.parity, *facts.fid):
+        found |= {f"{name} ({report.kind})": version for name, version in report.versions.items()}
+    return found
+
+
+def number(value: float | None) -> str:
+    """Four digits, and a word for what is none."""
+    if value is not None and math.isfinite(value) and value == int(value) and abs(value) < 1e7:
+        return f"{int(value):,}"
+    if value is None:
+        return ""
+    return {"inf": "infinite", "nan": "not a number"}.get(str(value), f"{value:.4g}")
+
+
+def figure(one: Interval | None, sign: bool = False) -> str:
+    """`0.431 [0.402, 0.467]`."""
+    if one is None:
+        return ""
+    plus = "+" if sign else ""
+    text = f"{one.value:{plus}.4g}" if math.isfinite(one.value) else number(one.value)
+    return (
+        text if one.low is None or one.high is None else f"{text} [{one.low:{plus}.3g}, {one.high:{plus}.3g}]"
+    )
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    value, units = float(count), iter(("bytes", "KiB", "MiB", "GiB"))
+    unit = next(units)
+    while value >= 1024 and unit != "GiB":
+        value, unit = value / 1024, next(units)
+    return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+
+
+def picture(data: bytes) -> str:
+    """A PNG as the address of an image."""
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def _label(facts: Facts, label: int) -> str:
+    return facts.names[label] if label < len(facts.names) else str(label)
+
+
+def _against_passes(facts: Facts) -> str:
+    kinds = {"teacher": "side-teacher", "DD": "side-bundle"}
+    points = [
+        (
+            one.name,
+            float(one.passes),
+            one.frechet,
+            kinds.get(one.name.split()[0] if one.name else "", "side-reference"),
+        )
+        for one in facts.comparison
+    ]
+    return svg.against_passes(points, "Frechet distance against passes of a network")
+
+
+def _closeness(one: Evidence) -> str:
+    title = f"errors of logits and margins between choices, {one.precision}"
+    return svg.closeness(one.errors, one.margins, one.token_margin, one.mismatches, title)
