@@ -10,6 +10,7 @@ from typing import Any
 from runtime.errors import DDError, VerificationError
 from runtime.manifest import Manifest
 from runtime.pipeline import default_batch_size
+from runtime.schedules import by_student_alone
 from validate.drawing import Order
 from validate.features._base import Extractor
 from validate.fid_figures import Gate
@@ -76,12 +77,19 @@ def plan_of(manifest: Manifest, precision: str, options: Options) -> Plan:
         raise FidSettingError(
             f"bundle {manifest.name} does not say how many images are measured", "say it with --images"
         )
-    steps = options.steps or tuple(sorted(manifest.schedules))
+    alone = by_student_alone(manifest.schedules, manifest.sequence.split)
+    steps = options.steps or tuple(sorted(alone))
+    for count in steps:
+        if manifest.schedule(count) and count not in alone:
+            raise FidSettingError(
+                f"the schedule of {count} steps involves the teacher: its draws have no pairs",
+                f"--steps takes {', '.join(map(str, sorted(alone)))}; `validate curve` measures them all",
+            )
     return Plan(
         features,
         _compared_with(manifest, entry, options),
         order_of(manifest, images, options.seed, options.per_class),
-        {count: manifest.schedule(count).known for count in steps},
+        {count: alone[count] for count in steps},
         options.batch or default_batch_size(manifest),
         _gate(manifest, entry, precision, features, options),
     )

@@ -18,6 +18,7 @@ from runtime.files import make_directory, write_image
 from runtime.images import to_pil
 from runtime.manifest import ROLES, Manifest, read_manifest
 from runtime.pipeline import load
+from runtime.schedules import by_student_alone
 from validate.batches import Model
 from validate.drawing import ByteImages, draw
 from validate.features._base import Extractor, load_extractor
@@ -148,15 +149,16 @@ class _Job:
         return FidReport(settings, limits, tuple(figures), tuple(measurements))
 
     def _another_bundle(self, path: Path) -> Iterator[ByteImages]:
-        """Images of another bundle in its most steps, as many as are measured; of the next seed, because
-        images from the same noise would be no independent set.
+        """Images of another bundle in its student's most steps, as many as are measured; of the next seed,
+        because images from the same noise would be no independent set.
         """
         options = self.options
         with load(path, options.backend, options.threads) as other:
             seed = (options.seed + 1) % 2**64
             order = order_of(other.manifest, self.plan.order.images, seed)
-            steps = max(other.manifest.schedules)
-            schedules = {steps: other.manifest.schedule(steps).known}
+            alone = by_student_alone(other.manifest.schedules, other.manifest.sequence.split)
+            steps = max(alone)
+            schedules = {steps: alone[steps]}
             model = BundleModel(other)
             for indices in console.progress(order.batches(self.plan.batch), f"drawing from {path}"):
                 yield draw(model, order, indices, schedules, f"the bundle {path}")[steps]

@@ -135,7 +135,7 @@ def run_parity(options: Options) -> tuple[ParityReport, Comparison]:
         limits = _limits(manifest, side.precision)
         with console.stage("building the reference", keep=False):
             files = {"student": options.checkpoint, "tokenizer": options.vae, "teacher": options.teacher}
-            reference = build_reference(manifest, files, options.weights, options.threads)
+            reference = build_reference(manifest, files, options.weights, options.threads, teacher=True)
         request = _request(manifest, options)
         drawn = teacher_request(options.bundle, manifest, side.precision, options.seed, request)
         work = request.work + (drawn.work if drawn else 0)
@@ -156,7 +156,7 @@ def run_parity(options: Options) -> tuple[ParityReport, Comparison]:
             seed=options.seed,
             batch=options.batch,
             labels=tuple(request.labels.tolist()),
-            steps=tuple(sorted(request.schedules)),
+            steps=tuple(sorted({*request.schedules, *(drawn.numbers if drawn else ())})),
             versions=_versions(),
             seconds=round(time.perf_counter() - start, 2),
         )

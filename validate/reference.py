@@ -71,6 +71,7 @@ def build_reference(
     files: Mapping[str, Path | None],
     weights: str | None = None,
     threads: int | None = None,
+    teacher: bool = False,
 ) -> TorchReference:
     """Rebuilds what the bundle was exported from, by the recipe in its manifest.
 
@@ -79,6 +80,7 @@ def build_reference(
         files: the published files of a bundle of kind `checkpoint`, by role: student, tokenizer, teacher.
         weights: "ema" or "model"; by default the copy that the bundle was made from.
         threads: of torch, for the whole process; by default torch's own choice.
+        teacher: whether the bundle's teacher, if it has one, is wanted too.
 
     Raises:
         ReferenceFilesError: a file is missing, not wanted, or has another SHA-256 than the manifest's.
@@ -91,7 +93,7 @@ def build_reference(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    roles = ROLES if manifest.teacher is None else (*ROLES, "teacher")
+    roles = (*ROLES, "teacher") if teacher and manifest.teacher is not None else ROLES
     recipe = recipe_from_dict(manifest.recipe, where=f"the recipe in bundle {manifest.name}")
     origin = manifest.weights
     if origin.kind == "random":
@@ -113,8 +115,8 @@ def build_reference(
         return TorchReference(parts["student"], parts["tokenizer"])
     from ddexport.graph.wrappers import TeacherGraph
 
-    teacher = TeacherGraph(parts["teacher"], parts["tokenizer"]).eval()
-    return TorchReference(parts["student"], parts["tokenizer"], teacher)
+    graph = TeacherGraph(parts["teacher"], parts["tokenizer"]).eval()
+    return TorchReference(parts["student"], parts["tokenizer"], graph)
 
 
 def describe_weights(manifest: Manifest) -> str:

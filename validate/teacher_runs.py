@@ -65,10 +65,14 @@ class TeacherRequest:
         return self.manifest.teacher
 
     @property
+    def numbers(self) -> list[int]:
+        """The numbers of steps of the schedules."""
+        return [self.manifest.number_of_steps(schedule) for schedule in self.schedules.values()]
+
+    @property
     def work(self) -> int:
         """How many rows are run, for a progress bar."""
-        passes = [self.manifest.number_of_steps(schedule) for schedule in self.schedules.values()]
-        return sum(3 * steps * len(self.labels) + 3 * len(self.labels) + steps for steps in passes)
+        return sum(3 * steps * len(self.labels) + 3 * len(self.labels) + steps for steps in self.numbers)
 
 
 class WatchedGraphs:

@@ -73,7 +73,7 @@ def measured(pipe: Pipeline, root: Path, bundle: Any) -> list[Measurement]:
     rng = np.random.default_rng(1)
     labels = np.arange(12, dtype=np.int64) % 3
     noise = rng.standard_normal((12, 6, 4)).astype(np.float32)
-    request = teacher_request(pipe.manifest, pipe.codebook, 5, Request(labels, noise, {}, 2, 5))
+    request = teacher_request(root, pipe.manifest, "fp32", 5, Request(labels, noise, {}, 2, 5))
     assert request is not None
     return measure(compare_teachers(bundle, pipe.backend, request), LIMITS)
 
@@ -295,14 +295,29 @@ def test_the_teachers_file_has_to_be_the_bundles(tiny: Path, tmp_path: Path) -> 
         weights=dataclasses.replace(manifest.weights, kind="checkpoint", seed=None, files=sources),
     )
     with pytest.raises(ReferenceFilesError, match=r"made from teacher\.pth") as caught:
-        build_reference(checked, files)
+        build_reference(checked, files, teacher=True)
     assert "--teacher teacher.pth" in caught.value.hint
     with pytest.raises(ReferenceFilesError, match=r"--teacher .* is not what bundle tiny was made from"):
-        build_reference(checked, {**files, "teacher": golden / "vae.pth"})
-    assert build_reference(checked, {**files, "teacher": golden / "teacher.pth"})
+        build_reference(checked, {**files, "teacher": golden / "vae.pth"}, teacher=True)
+    assert build_reference(checked, {**files, "teacher": golden / "teacher.pth"}, teacher=True)
+    assert build_reference(checked, files)  # where no teacher is run, its file is not asked for
 
 
 def _golden_recipe(golden: Path) -> dict[str, Any]:
     from ddexport.recipe import load_recipe
 
     return load_recipe(str(golden / "recipe.yaml")).to_dict()
+
+
+def test_pairs_of_images_are_of_students_alone(toy_bundle: Path) -> None:
+    """`validate fid` pairs images by noise: by default it takes the schedules that the noise decides."""
+    from validate.fid_plan import FidSettingError, Options, plan_of
+
+    manifest = read_manifest(toy_bundle)
+    options = Options(
+        bundle=toy_bundle, features="digits", images=10, reference="none", reference_model=False
+    )
+    assert dict(plan_of(manifest, "fp32", options).schedules) == {1: (0,)}
+    with pytest.raises(FidSettingError, match="the schedule of 3 steps involves the teacher") as caught:
+        plan_of(manifest, "fp32", dataclasses.replace(options, steps=(1, 3)))
+    assert "--steps takes 1; " in caught.value.hint
