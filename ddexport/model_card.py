@@ -10,7 +10,8 @@ from runtime.manifest import Manifest
 
 def model_card(recipe: Recipe, manifest: Manifest) -> str:
     """Markdown."""
-    steps = " or ".join(sorted(recipe.schedules, key=int))
+    *most, last = map(str, sorted(manifest.schedules))
+    steps = f"{', '.join(most)} or {last}" if most else last
     lines = [
         f"# {recipe.title}",
         "",
@@ -19,7 +20,7 @@ def model_card(recipe: Recipe, manifest: Manifest) -> str:
         f" {manifest.tools['ddexport']}.",
         "",
         "```",
-        f"python -m runtime.infer . --label 0 --steps {min(recipe.schedules, key=int)} -o out.png",
+        f"python -m runtime.infer . --label 0 --steps {min(manifest.schedules)} -o out.png",
         "```",
         "",
         "## Weights",
@@ -27,7 +28,8 @@ def model_card(recipe: Recipe, manifest: Manifest) -> str:
         *_weights(manifest),
         "",
         *_half(manifest),
-        *_published(recipe),
+        *_teacher(manifest),
+        *_published(recipe, manifest),
         "## Licence and intended use",
         "",
         *(f"- {key.replace('_', ' ')}: {value}" for key, value in recipe.licence.items()),
@@ -66,10 +68,39 @@ def _half(manifest: Manifest) -> list[str]:
     return [*lines, "", f"Errors are relative to float32, on random inputs ({oracle}).", ""]
 
 
-def _published(recipe: Recipe) -> list[str]:
+def _teacher(manifest: Manifest) -> list[str]:
+    """Which steps involve the auto-regressive model, where it is in the bundle."""
+    teacher = manifest.teacher
+    if teacher is None:
+        return []
+    rows = [
+        f"| {number} | {schedule.teacher.start} to {schedule.teacher.end} | {len(schedule.known)} |"
+        for number, schedule in sorted(manifest.schedules.items())
+        if schedule.teacher is not None
+    ]
+    rows.append(f"| teacher | all {manifest.sequence.length}, in {len(teacher.starts) - 1} AR steps | 0 |")
+    return [
+        "## Steps that involve the teacher",
+        "",
+        "| `--steps` | positions that the teacher draws | passes of the student |",
+        "|---|---|---|",
+        *rows,
+        "",
+        f"Guidance {teacher.cfg:g} ({teacher.guidance}), top-k {teacher.top_k}, top-p {teacher.top_p:g},"
+        f" temperature {teacher.temperature:g}, unless a request says otherwise.",
+        "",
+    ]
+
+
+def _published(recipe: Recipe, manifest: Manifest) -> list[str]:
+    """The figures of those steps that the bundle can draw in."""
     if "fid" not in recipe.published:
         return []
-    rows = [f"| {steps} | {fid} |" for steps, fid in recipe.published["fid"].items()]
+    rows = [
+        f"| {steps} | {fid} |"
+        for steps, fid in recipe.published["fid"].items()
+        if int(steps) in manifest.schedules
+    ]
     return [
         f"## Published FID ({recipe.published.get('dataset', 'data set not stated')})",
         "",

@@ -226,3 +226,15 @@ def test_a_wanted_teacher_without_a_file_is_named() -> None:
     with pytest.raises(MissingWeightsError, match=r"var_d16\.pth") as caught:
         sources_of(load_recipe("var-d16"), WeightRequest({}, teacher=True))
     assert "--teacher var_d16.pth" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("family", [VAR, LLAMAGEN])
+def test_the_card_says_what_the_teacher_draws(family: Family, bundles: dict[str, Exported]) -> None:
+    """Which steps involve it, from where to where, and how it chooses."""
+    card = (bundles[family.golden].path / "README.md").read_text()
+    for steps, schedule in family.schedules.items():
+        span = schedule["teacher"]
+        assert f"| {steps} | {span['start']} to {span['end']} | {len(schedule['known'])} |" in card
+    assert "| teacher | all " in card
+    assert "Guidance 2 (" in card
+    assert "top-k 1, top-p 1, temperature 1" in card
