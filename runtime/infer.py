@@ -11,9 +11,8 @@ if __name__ == "__main__" and not __package__:
     sys.path[:] = [_entry for _entry in sys.path if os.path.abspath(_entry) != _here]  # noqa: PTH100
     sys.path.insert(0, os.path.dirname(_here))  # noqa: PTH120
 
-import itertools
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from runtime.pipeline import Pipeline, Result, Timings
+    from runtime.collector import Collector
+    from runtime.pipeline import Pipeline
 
 FEW_CLASSES = 10
 SHOWN_CLASSES = 8
@@ -97,66 +97,9 @@ class Report:
         )
 
 
-@dataclass
-class _Collector:
-    """Takes results batch by batch, and keeps only what the output needs: nothing, when it is a directory."""
-
-    request: Request
-    pixels: list[NDArray[np.uint8]] = field(default_factory=list)
-    results: list[Result] = field(default_factory=list)
-    seconds: Timings | None = None
-    count: int = 0
-
-    def add(self, result: Result) -> None:
-        if self.request.into_directory:
-            self._write_each(result)
-        else:
-            self.pixels.append(result.images)  # type: ignore[arg-type]
-        if self.request.dump:
-            self.results.append(result)
-        self.seconds = result.timings if self.seconds is None else self.seconds + result.timings
-        self.count += len(result)
-
-    def finish(self, labels: int, num_images: int) -> None:
-        from runtime.files import write_arrays, write_image
-        from runtime.images import grid, grid_columns, to_pil
-
-        if not self.request.into_directory:
-            images = [image for batch in self.pixels for image in to_pil(batch)]
-            write_image(Path(self.request.output), grid(images, grid_columns(labels, num_images)))
-        if self.request.dump:
-            write_arrays(self.request.dump, dump_arrays(self.results))
-
-    def _write_each(self, result: Result) -> None:
-        from runtime.files import write_image
-        from runtime.images import to_pil
-
-        images = to_pil(result.images)  # type: ignore[arg-type]
-        for number, (image, label) in enumerate(zip(images, result.labels, strict=True), self.count):
-            write_image(Path(self.request.output) / f"{number:05d}-class{label:04d}.png", image)
-
-
-def dump_arrays(results: list[Result]) -> dict[str, NDArray[Any]]:
-    """The arrays of a dump: labels, noise, step{k}_tokens and step{k}_sequence of the student's steps from
-    k = 1, in between those of a teacher with its uniform numbers, images.
-    """
-    from runtime.pipeline import joined
-
-    whole = joined(results)
-    arrays: dict[str, NDArray[Any]] = {"labels": whole.labels, "noise": whole.noise}
-    if whole.uniforms is not None:
-        arrays["uniforms"] = whole.uniforms
-    numbers = itertools.count(1)
-    for step in whole.steps:
-        name = "teacher" if step.role == "teacher" else f"step{next(numbers)}"
-        arrays[f"{name}_tokens"] = step.tokens
-        arrays[f"{name}_sequence"] = step.sequence
-    arrays["images"] = whole.images  # type: ignore[assignment]
-    return arrays
-
-
 def draw(request: Request) -> Report:
     """Draws and writes what is asked for. Raises DDError; then the output is as it was before."""
+    from runtime.collector import Collector
     from runtime.files import read_noise
     from runtime.pipeline import load
 
@@ -185,7 +128,7 @@ def draw(request: Request) -> Report:
         sampling = request.sampling()
         schedule = pipe.schedule(request.steps, request.teacher_start)
         passes = pipe.manifest.number_of_steps(schedule)
-        collector = _Collector(request)
+        collector = Collector(Path(request.output), request.into_directory, request.dump)
         with console.progress(len(labels) * request.num_images * passes, "drawing, in passes") as bar:
             results = pipe.stream(
                 labels.tolist(),
@@ -246,7 +189,7 @@ def _report(
     request: Request,
     pipe: Pipeline,
     labels: list[int],
-    collector: _Collector,
+    collector: Collector,
     loaded: float,
     steps: int,
 ) -> Report:

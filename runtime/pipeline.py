@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from runtime.backends._base import Backend
 from runtime.errors import DDError, NoiseError
@@ -23,7 +21,8 @@ from runtime.machine import Machine
 from runtime.manifest import Graph, Manifest, Schedule, read_manifest, resolve
 from runtime.noise import gaussian_noise, uniform_numbers
 from runtime.options import Options
-from runtime.sampler import Step, TeacherRun, sample
+from runtime.result import Result, Timings, joined
+from runtime.sampler import TeacherRun, sample
 from runtime.schedules import moved
 from runtime.selection import AUTO, backend_class, candidates, choose, nothing_fits
 from runtime.teacher import Choice, Sampling, by_stream, check_uniforms, choice_of, read_codebook
@@ -33,48 +32,8 @@ MEMORY_TARGET = 2 << 30  # bytes; a CPU is no faster with more images at once
 MAX_BATCH = 64
 
 Output: TypeAlias = Literal["pil", "numpy", "sequence"]
-Images: TypeAlias = list[Image.Image] | NDArray[Any]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds spent in the student (all steps), in the decoder and in the teacher (all AR steps)."""
-
-    student: float
-    decoder: float
-    teacher: float = 0.0
-
-    def __add__(self, other: Timings) -> Timings:
-        return Timings(
-            self.student + other.student, self.decoder + other.decoder, self.teacher + other.teacher
-        )
-
-    def by_part(self) -> dict[str, float]:
-        """The times by name, in the order of the work; a teacher's where there is one."""
-        teacher = {"teacher": self.teacher} if self.teacher else {}
-        return {"student": self.student, **teacher, "decoder": self.decoder}
-
-
-@dataclass(frozen=True)
-class Result:
-    """N images and how they came about.
-
-    images: a list of PIL images, uint8 (N, H, W, C), or for output "sequence" float32 (N, L, Cv), undecoded.
-    labels: int64 (N,). noise: float32 (N, L, Cv). steps: one Step for each student step and one for all AR
-    steps of a teacher, the last one is what was decoded. uniforms: float64 (N, L), what a teacher drew by.
-    """
-
-    images: Images
-    labels: NDArray[np.int64]
-    noise: NDArray[np.float32]
-    steps: list[Step]
-    timings: Timings
-    uniforms: NDArray[np.float64] | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 class Pipeline:
@@ -318,30 +277,3 @@ def _rows(numbers: NDArray[Any], indices: range) -> NDArray[Any]:
 def _at_least_one(what: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise DDError(f"{what} must be an integer of at least 1, but is {value!r}")
-
-
-def joined(parts: list[Result]) -> Result:
-    """The results of consecutive batches as one."""
-    if len(parts) == 1:
-        return parts[0]
-    images: Images
-    if isinstance(parts[0].images, list):
-        images = [image for part in parts for image in part.images]
-    else:
-        images = np.concatenate([part.images for part in parts])
-    return Result(
-        images,
-        np.concatenate([part.labels for part in parts]),
-        np.concatenate([part.noise for part in parts]),
-        [
-            Step(
-                np.concatenate([s.tokens for s in same]),
-                np.concatenate([s.sequence for s in same]),
-                same[0].role,
-                sum(s.seconds for s in same),
-            )
-            for same in zip(*(part.steps for part in parts), strict=True)
-        ],
-        sum((part.timings for part in parts), Timings(0.0, 0.0)),
-        None if parts[0].uniforms is None else np.concatenate([part.uniforms for part in parts]),
-    )

@@ -19,7 +19,8 @@ from runtime import console
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
-    from runtime.pipeline import Pipeline, Result
+    from runtime.pipeline import Pipeline
+    from runtime.result import Result
     from validate.quality import Gauge, Quality
 
 EPILOG = """
