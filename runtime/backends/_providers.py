@@ -125,6 +125,13 @@ class _Slot:
     outputs: Mapping[str, Any]
 
 
+def is_batched(graph: Graph) -> bool:
+    """Whether a batch size says all about its shapes. A teacher's passes differ in more: each is run with
+    arrays of its own, which are copied to the device and back.
+    """
+    return all(spec.shape[0] == "batch" for spec in (*graph.inputs, *graph.outputs))
+
+
 class BoundSession:
     """A session whose arrays lie on a device; they are kept for the batch sizes last used."""
 

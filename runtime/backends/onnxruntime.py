@@ -13,6 +13,7 @@ from runtime.backends._providers import (
     RECORD_NODES,
     BoundSession,
     check_used,
+    is_batched,
     load_libraries,
     provider_list,
     why_not,
@@ -74,11 +75,11 @@ class OnnxRuntime(Backend):
             raise BackendError(f"onnxruntime cannot run {precision} here: {'; '.join(reasons)}", remedy)
         self._lock = threading.Lock()
         self._sessions = {role: self._session(graph) for role, graph in self.graphs.items()}
-        if self.provider != "cpu":
-            self._bound = {
-                role: BoundSession(session, self.graphs[role], "cuda", self.options.device or 0)
-                for role, session in self._sessions.items()
-            }
+        self._bound = {
+            role: BoundSession(session, self.graphs[role], "cuda", self.options.device or 0)
+            for role, session in self._sessions.items()
+            if self.provider != "cpu" and is_batched(self.graphs[role])
+        }
 
     def _close_impl(self) -> None:
         self._bound = {}
@@ -87,7 +88,7 @@ class OnnxRuntime(Backend):
     def _run_impl(self, role: str, feeds: Arrays) -> Arrays:
         names = [spec.name for spec in self.graphs[role].outputs]
         try:
-            if self.provider != "cpu":
+            if role in self._bound:
                 with self._lock:  # the bound arrays are shared
                     return self._bound[role].run(feeds)
             outputs = self._sessions[role].run(names, dict(feeds))

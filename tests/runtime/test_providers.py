@@ -142,6 +142,28 @@ def test_images_through_bound_arrays(
             assert abs(np.subtract(have.images, want.images, dtype=int)).max() <= 1
 
 
+def test_a_teacher_on_a_device_gets_arrays_of_its_own(
+    with_cuda: list[dict[str, Any]], shared_teacher_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its passes differ in more than the batch, so that no arrays can be kept for them: tokens stay equal."""
+    with runtime.load(shared_teacher_bundle, "onnxruntime", provider="cpu", threads=1) as pipe:
+        want = pipe([0, 1, 2], 3, num_images=2, output="numpy")
+    monkeypatch.setattr("runtime.backends.onnxruntime.check_used", lambda *arguments: None)
+    real = BoundSession.__init__
+    bound: list[str] = []
+
+    def on_cpu(self: BoundSession, session: Any, graph: Any, kind: str, device: int) -> None:
+        bound.append(graph.file)
+        real(self, session, graph, "cpu", device)
+
+    monkeypatch.setattr(BoundSession, "__init__", on_cpu)
+    with runtime.load(shared_teacher_bundle, "onnxruntime", provider="cuda", threads=1) as pipe:
+        have = pipe([0, 1, 2], 3, num_images=2, output="numpy")
+    assert bound == ["student.onnx", "decoder.onnx"]
+    for one, other in zip(have.steps, want.steps, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
 def test_bound_arrays_are_kept_for_a_few_batch_sizes(shared_bundle: Path) -> None:
     """And the results are the caller's, not views of them."""
     decoder = graphs(shared_bundle)["decoder"]
