@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ddexport.precision.policy import FLOAT32
 from runtime import console
+
+if TYPE_CHECKING:
+    from runtime.manifest import Schedule, TensorSpec
 
 EPILOG = """
 \b
@@ -40,9 +45,9 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
         f" the first {s.split} from a codebook of {s.codebook}"
     )
     for steps, schedule in sorted(manifest.schedules.items()):
-        click.echo(
-            f"  {steps} step{'s' if steps > 1 else ' '}    known {', '.join(map(str, schedule.known))}"
-        )
+        click.echo(f"  {f'{steps} step' + ('s' if steps > 1 else ''):10} {_schedule(schedule)}")
+    if manifest.teacher is not None:
+        click.echo(f"  teacher    all {s.length} positions in {len(manifest.teacher.starts) - 1} AR steps")
     if weights.kind == "random":
         click.echo(f"  weights    random, seed {weights.seed}: the images mean nothing")
     for file in weights.files:
@@ -51,7 +56,7 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
     for graph in manifest.graphs:
         size = sum(file.bytes for file in graph.files) / 2**20
         click.echo(
-            f"  {graph.role:10} {graph.precision}, {size:.1f} MiB in {', '.join(f.file for f in graph.files)}"
+            f"  {graph.key:10} {graph.precision}, {size:.1f} MiB in {', '.join(f.file for f in graph.files)}"
         )
         if graph.precision != FLOAT32 and graph.accuracy:
             kept = ", ".join(graph.accuracy["keep_fp32"])
@@ -60,11 +65,25 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
                 click.echo(f"             {line}")
         for arrow, tensors in (("in", graph.inputs), ("out", graph.outputs)):
             for tensor in tensors:
-                shape = ", ".join(map(str, tensor.shape))
-                click.echo(f"             {arrow:3} {tensor.name:9} {tensor.dtype} [{shape}]")
+                if not _is_repeated(tensor):
+                    shape = ", ".join(map(str, tensor.shape))
+                    click.echo(f"             {arrow:3} {tensor.name:9} {tensor.dtype} [{shape}]")
     for steps, fid in manifest.published.get("fid", {}).items():
         click.echo(f"  published  FID {fid} in {steps} step{'s' if steps != '1' else ''}")
     click.echo(
         f"  made       {manifest.created} by " + ", ".join(f"{k} {v}" for k, v in manifest.tools.items())
     )
     click.echo("  hashes     not checked" if no_verify else "  hashes     all match")
+
+
+def _is_repeated(tensor: TensorSpec) -> bool:
+    """Whether it is the cache of a layer after the first, which is like the first one's."""
+    layer = re.fullmatch(r"(?:new_)?(?:key|value)_(\d+)", tensor.name)
+    return layer is not None and int(layer[1]) > 0
+
+
+def _schedule(schedule: Schedule) -> str:
+    known = ", ".join(map(str, schedule.known))
+    split = "" if schedule.split is None else f", split {schedule.split}"
+    span = schedule.teacher
+    return f"known {known}{split}" + (f", teacher {span.start} to {span.end}" if span else "")

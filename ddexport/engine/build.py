@@ -92,7 +92,8 @@ def select_graphs(
             f"bundle {manifest.name} has no graphs in {', '.join(missing)}; it has {', '.join(available)}",
             f"export them: ddexport onnx --model {manifest.name} --precision {needed} ...",
         )
-    in_bundle = tuple(dict.fromkeys(graph.role for graph in manifest.graphs))
+    possible = [graph for graph in manifest.graphs if _is_batched(graph)]
+    in_bundle = tuple(dict.fromkeys(graph.role for graph in possible))
     unknown = [role for role in roles if role not in in_bundle]
     if unknown:
         raise BundleError(
@@ -101,9 +102,18 @@ def select_graphs(
     return [
         graph
         for precision in wanted
-        for graph in manifest.graphs
+        for graph in possible
         if graph.precision == precision and graph.role in (roles or in_bundle)
     ]
+
+
+def _is_batched(graph: Graph) -> bool:
+    """Whether a batch size says all about its shapes. A teacher, whose cache has more, stays out."""
+    return all(spec.shape[0] == "batch" for spec in (*graph.inputs, *graph.outputs))
+
+
+def _stem(graph: Graph) -> str:
+    return f"{graph.key.replace('@', '_split')}_{graph.precision}"
 
 
 def key_parts(graph: Graph, trt: TensorRT, options: BuildOptions, targets: tuple[str, ...]) -> dict[str, Any]:
@@ -143,8 +153,8 @@ class _Job:
         key = cache_key(key_parts(graph, self.trt, self.options, self.targets))
         folder = self.bundle / engine_folder(self.trt.backend, self.trt.version, self.targets)
         with ExitStack() as held:
-            partial = held.enter_context(_writing(folder, f"{graph.role}_{graph.precision}.plan"))
-            sidecar = folder / f"{graph.role}_{graph.precision}.json"
+            partial = held.enter_context(_writing(folder, f"{_stem(graph)}.plan"))
+            sidecar = folder / f"{_stem(graph)}.json"
             kept = None if self.force else self._kept(sidecar, key)
             if kept:
                 return Built(folder / kept.file, kept, "kept", time.perf_counter() - start)
@@ -171,12 +181,12 @@ class _Job:
 
     def _make(self, graph: Graph, key: str, partial: Path) -> tuple[Engine, str]:
         """The plan at `partial`, from the cache or the builder, and its sidecar."""
-        name = f"{graph.role}_{graph.precision}.plan"
+        name = f"{_stem(graph)}.plan"
         entry = self.cache.find(key) if self.cache and not self.force else None
         if entry:
             with self.stage(f"copying {name} from the cache"):
                 copy_plan(entry, partial)
-            return dataclasses.replace(entry.engine, file=name, role=graph.role), "cache"
+            return dataclasses.replace(entry.engine, file=name, role=graph.key), "cache"
         plan = build_plan(
             self.trt, self.bundle, graph, self.options, self.targets, partial, self.stage, self.progress
         )
@@ -188,7 +198,7 @@ class _Job:
 
     def _sidecar(self, graph: Graph, key: str, name: str, plan: Plan) -> Engine:
         return Engine(
-            role=graph.role,
+            role=graph.key,
             precision=graph.precision,
             file=name,
             sha256=plan.sha256,

@@ -98,7 +98,7 @@ def build_plan(
         _add_profile(builder, config, graph, profile)
     cache = _timing_cache(config, options)
     _require_clean(record, graph)
-    name = f"{graph.role} {graph.precision} with {trt}"
+    name = f"{graph.key} {graph.precision} with {trt}"
     with stage(f"building {name}"), progress(name) as report:
         serialized = _run(module, builder, network, config, report)
         if serialized is None or not serialized.nbytes:

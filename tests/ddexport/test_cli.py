@@ -95,7 +95,7 @@ class TestModels:
         assert sorted(rows) == recipe_names()
         assert rows["var-d24"]["parameters"] == 1_092_478_560
         assert rows["var-d20"]["published_fid"] == {"1": 9.55, "2": 7.33}
-        assert rows["var-d16"]["steps"] == [1, 2]
+        assert rows["var-d16"]["steps"] == [1, 2, 3, 4, 6]
 
 
 class TestInspect:

@@ -12,12 +12,16 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from click.testing import CliRunner
 
 import runtime
 from ddexport.bundle import Exported, WeightRequest, export_bundle
+from ddexport.commands.inspect import command as inspect_command
+from ddexport.engine.build import select_graphs
 from ddexport.families._checkpoint import load_part
 from ddexport.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict
 from ddexport.sources import MissingWeightsError, roles_of, sources_of
+from runtime.errors import BundleError
 from runtime.manifest import read_manifest
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -238,3 +242,26 @@ def test_the_card_says_what_the_teacher_draws(family: Family, bundles: dict[str,
     assert "| teacher | all " in card
     assert "Guidance 2 (" in card
     assert "top-k 1, top-p 1, temperature 1" in card
+
+
+def test_inspect_shows_the_teacher(bundles: dict[str, Exported]) -> None:
+    """Its span in each schedule, students by their split, and one layer's cache for all."""
+    result = CliRunner().invoke(inspect_command, [str(bundles[VAR.golden].path)])
+    assert result.exit_code == 0, result.output
+    for text in (
+        "3 steps    known 0, 14, teacher 5 to 14",
+        "4 steps    known 14, split 14, teacher 0 to 14",
+        "teacher    all 30 positions in 4 AR steps",
+        "student@14 fp32",
+        "in  key_0     float32 [2, batch, 2, capacity, 64]",
+    ):
+        assert text in result.output, text
+    assert "key_1" not in result.output
+
+
+def test_engines_are_built_of_what_a_batch_size_describes(bundles: dict[str, Exported]) -> None:
+    """Students of every split and the decoder; the teacher's cache has sizes of its own."""
+    graphs = select_graphs(bundles[VAR.golden].manifest, ("fp32",))
+    assert [graph.key for graph in graphs] == ["student", "student@14", "decoder"]
+    with pytest.raises(BundleError, match="has no teacher"):
+        select_graphs(bundles[VAR.golden].manifest, ("fp32",), ("teacher",))
