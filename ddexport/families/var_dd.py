@@ -157,7 +157,8 @@ class VarStudent(Student):
 class FeatureReader(nn.Module):
     """What the VAR teacher reads at positions: the latent of all earlier scales, downsampled to theirs.
 
-    The features of every scale are computed, whichever are asked for: a hundredth of the transformer's work.
+    The features of every scale are computed, whichever are asked for: as much as the transformer's work for a
+    twentieth of one position.
     """
 
     def __init__(self, tokenizer: MultiScaleTokenizer) -> None:
