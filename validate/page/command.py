@@ -65,6 +65,7 @@ def write_page(bundle: Path, target: Path, making: Any = None) -> tuple[Any, Pat
 @click.option("--threads", type=_POSITIVE, metavar="N", help="With --run: of engine and torch.")
 @click.option("--checkpoint", type=_PATH, help="With --run: the student's checkpoint of the bundle.")
 @click.option("--vae", type=_PATH, help="With --run: the tokenizer's checkpoint of the bundle.")
+@click.option("--teacher", type=_PATH, help="With --run: the teacher's checkpoint of the bundle.")
 @click.option("--open", "opened", is_flag=True, help="Show the page in the browser.")
 @click.option("--json", "as_json", is_flag=True, help="Also print what is on the page as JSON.")
 @console.debug_option

@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runtime.manifest import FILE_NAME, Manifest, read_manifest, sha256_of
+from runtime.manifest import FILE_NAME, TEACHER, Manifest, read_manifest, sha256_of
 from validate.page.evidence import Evidence, EvidenceError, evidence_from_dict
 from validate.page.latency import Latency, latencies
 from validate.page.reports import Drawn, Measured, Report, ReportError, read_comparison, read_report
 
 FOLDER = "parity"
+FILE_OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", TEACHER: "--teacher"}
 MAX_BYTES = 64 << 20
 
 
@@ -136,16 +137,14 @@ def _evidence(data: Any, facts: Facts) -> Evidence:
 
 def _missing(facts: Facts, shown: str) -> list[Missing]:
     found, manifest = [], facts.manifest
-    files = ""
-    if manifest.weights.kind == "checkpoint":
-        files = "".join(
-            f" {'--checkpoint' if one.role == 'student' else '--vae'} {one.file}"
-            for one in manifest.weights.files
-        )
+    given = manifest.weights.files if manifest.weights.kind == "checkpoint" else ()
+    options = {one.role: f" {FILE_OPTIONS[one.role]} {one.file}" for one in given}
+    files = "".join(options.values())
+    pairs = "".join(option for role, option in options.items() if role != TEACHER)
     if not facts.parity:
         found.append(Missing("parity with PyTorch", f"python -m validate parity {shown}{files}"))
     if not facts.fid:
-        found.append(Missing("image quality", f"python -m validate fid {shown}{files}"))
+        found.append(Missing("image quality", f"python -m validate fid {shown}{pairs}"))
     if not facts.evidence:
         found.append(
             Missing("samples, worst cases and margins", f"python -m validate report {shown} --run{files}")

@@ -40,6 +40,7 @@ class Making:
     threads: int | None = None
     checkpoint: Path | None = None
     vae: Path | None = None
+    teacher: Path | None = None
 
 
 def make_missing(facts: Facts, making: Making) -> list[str]:
@@ -101,6 +102,7 @@ def _make_parity(making: Making, directory: Path) -> None:
                 backend=making.backend,
                 checkpoint=making.checkpoint,
                 vae=making.vae,
+                teacher=making.teacher,
                 threads=making.threads,
             )
         )
