@@ -65,7 +65,7 @@ def emulated_precision(
     """The half precision to emulate, or None where an engine's own arithmetic is to be compared.
 
     emulate: None emulates what would run in half on the CPU, and leaves GPUs to themselves; True asks for it,
-    False forbids it. Raises BackendError for an unknown backend, BundleError for a missing precision.
+    False forbids it. An unknown backend is left to `load`. Raises BundleError for a missing precision.
     """
     from runtime.machine import Machine
 

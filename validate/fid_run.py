@@ -32,9 +32,10 @@ from validate.parity import Options as Asked
 from validate.reference import build_reference, describe_weights
 from validate.references import Reference
 from validate.references import load as load_reference
+from validate.statistics import GROUPS
 
 WIDE = 512  # features: their covariances, one a group and side, take the memory, their roots the time
-GROUPS, GROUPS_WIDE = 100, 10
+GROUPS_NARROW = 100  # more than are usual, where they cost nothing: steadier intervals
 RESAMPLES, RESAMPLES_WIDE = 200, 40
 SAMPLE = 10_000  # images a side whose features are kept, for neighbours and kernels
 
@@ -165,7 +166,7 @@ class _Job:
 
     @property
     def _groups(self) -> int:
-        return GROUPS if self.extractor.width <= WIDE else GROUPS_WIDE
+        return GROUPS_NARROW if self.extractor.width <= WIDE else GROUPS
 
     @property
     def _resamples(self) -> int:

@@ -26,7 +26,7 @@ HEADINGS = ("", "rms", "largest", "relative", "own", "range", "")
 existing = click.Path(path_type=Path)
 
 
-@click.group("debug", context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("debug", cls=console.Group, context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
     """Find out where a graph goes wrong."""
 

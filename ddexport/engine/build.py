@@ -27,6 +27,15 @@ DEFAULT_PRECISION = "fp16"
 REVISION = 1
 """Raised when this builder changes in a way that makes engines of the same inputs different."""
 LOCK = ".lock"
+_UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EROFS,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+)
 
 
 @dataclass(frozen=True)
@@ -248,8 +257,8 @@ def _writing(folder: Path, name: str) -> Iterator[Path]:
             finally:
                 partial.unlink(missing_ok=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            free = shutil.disk_usage(folder.parent if not folder.exists() else folder).free / 2**30
+        if error.errno in _UNWRITABLE:
+            free = shutil.disk_usage(folder.parents[1]).free / 2**30
             raise OutputError(
                 f"cannot write engines to {folder}: {error.strerror} ({free:.1f} GiB free)",
                 "make room, or make the bundle writable",

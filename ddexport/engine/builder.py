@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import threading
 import time
@@ -213,7 +214,7 @@ def _timing_cache(config: Any, options: BuildOptions) -> Any:
 
 
 def _save_timing_cache(config: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(bytes(memoryview(config.get_timing_cache().serialize())))
     partial.replace(path)
 

@@ -75,6 +75,8 @@ def check_options(options: BuildOptions, trt: TensorRT) -> tuple[str, ...]:
     for refusal in REFUSALS:
         if refusal.applies(options, trt):
             raise OptionError(refusal.message, refusal.hint)
+    if options.timing_cache is not None and not options.timing_cache.parent.is_dir():
+        raise OptionError(f"there is no folder for {options.timing_cache}", "make it, or name another file")
     for flag in wanted_flags(options):
         if not hasattr(trt.module.BuilderFlag, flag):
             raise OptionError(f"{trt} does not know {_option(flag)}", f"leave {_option(flag)} out")

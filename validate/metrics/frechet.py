@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import DDError
-from validate.bootstrap import LEVEL, RESAMPLES, Figure, figure
-from validate.statistics import Gaussian, GaussianFit, GroupedMoments, TooFewSamples
+from validate.statistics import Gaussian, GaussianFit, TooFewSamples
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -91,65 +90,6 @@ class FrechetTo:
         shift = mean - self.mean
         total = float(shift @ shift + np.trace(covariance) + np.trace(self.covariance) - 2 * cross)
         return max(total, 0.0)  # of equal sets: rounding
-
-
-def frechet_figure(
-    groups: GroupedMoments,
-    reference: GaussianFit,
-    *,
-    allow_few: bool = False,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-) -> Figure:
-    """The distance of all groups together to `reference`, with its bootstrap interval over the groups.
-
-    The interval is that of the distance at this number of images, with the reference held fixed. Raises as
-    `frechet_distance`, and TooFewSamples for fewer than two groups with images.
-    """
-    total = groups.total()
-    require_samples(total, allow_few)
-    if sum(group.count > 0 for group in groups.groups) < 2:
-        raise TooFewSamples("a bootstrap interval needs two groups of images at least", "Draw more images.")
-    to_reference = FrechetTo(reference, allow_few=allow_few)
-    rng = np.random.default_rng(seed)
-    drawn = [to_reference.rough_distance(groups.resample(rng)) for _ in range(resamples)]
-    value = to_reference.distance(total)
-    centred = np.asarray(drawn) - to_reference.rough_distance(total) + value
-    return figure(value, centred, level)
-
-
-def frechet_difference(
-    a: GroupedMoments,
-    b: GroupedMoments,
-    reference: GaussianFit,
-    *,
-    allow_few: bool = False,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-) -> Figure:
-    """Distance of `a` to the reference minus that of `b`, for sets of the same labels and noise.
-
-    Both are resampled in step, so that what they have in common does not widen the interval: it is far
-    narrower than the intervals of the two distances. Raises as `frechet_figure`, and ValueError if the groups
-    do not hold the same images.
-    """
-    if [group.count for group in a.groups] != [group.count for group in b.groups]:
-        raise ValueError("the two sets are not of the same images")
-    totals = a.total(), b.total()
-    require_samples(totals[0], allow_few)
-    to_reference = FrechetTo(reference, allow_few=allow_few)
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(resamples):
-        times = a.multiplicities(rng)
-        drawn.append(
-            to_reference.rough_distance(a.weighted(times)) - to_reference.rough_distance(b.weighted(times))
-        )
-    value = to_reference.distance(totals[0]) - to_reference.distance(totals[1])
-    rough = to_reference.rough_distance(totals[0]) - to_reference.rough_distance(totals[1])
-    return figure(value, np.asarray(drawn) - rough + value, level)
 
 
 def _symmetric_factor(covariance: Float64Array) -> Float64Array:

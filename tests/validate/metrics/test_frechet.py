@@ -7,13 +7,8 @@ import pytest
 from scipy import linalg
 
 from runtime.errors import DDError
-from validate.metrics.frechet import (
-    FrechetTo,
-    frechet_difference,
-    frechet_distance,
-    frechet_figure,
-    gaussian_fit,
-)
+from validate.bootstrap import figure
+from validate.metrics.frechet import FrechetTo, frechet_distance, gaussian_fit
 from validate.statistics import Gaussian, GroupedMoments, TooFewSamples
 
 
@@ -128,51 +123,39 @@ def grouped(rows, groups=20):
     return result
 
 
+def interval(groups, reference, seed=0, resamples=50):
+    """As `validate fid` composes it: the spread of rough distances of resampled groups."""
+    to_reference, rng = FrechetTo(reference), np.random.default_rng(seed)
+    drawn = [to_reference.rough_distance(groups.resample(rng)) for _ in range(resamples)]
+    return figure(to_reference.distance(groups.total()), drawn)
+
+
 def test_the_interval_covers_the_spread_of_repeated_draws():
     """95 % intervals of 60 sets against the mean over these: some must miss it, most must not."""
     reference = Gaussian(np.zeros(4), np.eye(4))
-    figures = [
-        frechet_figure(grouped(gaussian(400, 4, seed=s) * 1.3), reference, seed=s, resamples=100)
-        for s in range(60)
-    ]
-    truth = np.mean([figure.value for figure in figures])
-    held = np.mean([figure.low <= truth <= figure.high for figure in figures])
+    figures = [interval(grouped(gaussian(400, 4, seed=s) * 1.3), reference, s, 100) for s in range(60)]
+    truth = np.mean([one.value for one in figures])
+    held = np.mean([one.low <= truth <= one.high for one in figures])
     assert 0.8 <= held < 1
-    assert all(figure.low < figure.value < figure.high for figure in figures)
+    assert all(one.low < one.value < one.high for one in figures)
 
 
 def test_the_bias_estimate_is_that_of_a_small_set():
     reference = Gaussian(np.zeros(6), np.eye(6))
-    figures = [
-        frechet_figure(grouped(gaussian(200, 6, seed=s), 50), reference, resamples=50) for s in range(10)
-    ]
-    biases, values = [f.bias for f in figures], [f.value for f in figures]
+    figures = [interval(grouped(gaussian(200, 6, seed=s), 50), reference) for s in range(10)]
+    biases, values = [one.bias for one in figures], [one.value for one in figures]
     assert np.mean(biases) == pytest.approx(np.mean(values), rel=0.4)  # the true distance is 0: all is bias
 
 
 def test_the_difference_of_paired_sets_is_known_far_better_than_either():
-    reference = Gaussian(np.zeros(4), np.eye(4))
+    """One draw of groups for both sets: what they share cancels."""
+    to_reference = FrechetTo(Gaussian(np.zeros(4), np.eye(4)))
     rows = gaussian(1000, 4) * 1.2
-    near = grouped(rows + 1e-4 * gaussian(1000, 4, seed=1))
-    difference = frechet_difference(near, grouped(rows), reference, resamples=50)
-    alone = frechet_figure(grouped(rows), reference, resamples=50)
-    assert difference.high - difference.low < 1e-2 * (alone.high - alone.low)
-    assert difference.low <= difference.value <= difference.high
-    same = frechet_difference(grouped(rows), grouped(rows), reference, resamples=10)
-    assert (same.low, same.value, same.high) == (0, 0, 0)
-
-
-def test_a_difference_of_sets_that_are_no_pairs_is_a_defect():
-    with pytest.raises(ValueError, match="same images"):
-        frechet_difference(
-            grouped(gaussian(50)), grouped(gaussian(60)), Gaussian(np.zeros(5), np.eye(5)), resamples=5
-        )
-
-
-def test_figures_of_too_few_images_are_refused():
-    reference = Gaussian(np.zeros(5), np.eye(5))
-    with pytest.raises(TooFewSamples):
-        frechet_figure(grouped(gaussian(5)), reference)
-    with pytest.raises(TooFewSamples, match="two groups"):
-        frechet_figure(grouped(gaussian(50), groups=1), reference)
-    assert np.isfinite(frechet_figure(grouped(gaussian(5)), reference, allow_few=True, resamples=5).value)
+    one, near = grouped(rows), grouped(rows + 1e-4 * gaussian(1000, 4, seed=1))
+    rng = np.random.default_rng(0)
+    draws = [one.multiplicities(rng) for _ in range(50)]
+    first, second = (
+        np.array([to_reference.rough_distance(groups.weighted(times)) for times in draws])
+        for groups in (one, near)
+    )
+    assert np.std(first - second) < 1e-2 * np.std(first)

@@ -62,18 +62,6 @@ def test_a_stream_in_any_order_and_batches_is_the_whole():
     assert whole.score().mean == pytest.approx(inception_score(p).mean)
 
 
-def test_the_interval_covers_the_spread_of_repeated_draws():
-    figures = []
-    for seed in range(40):
-        sums = ScoreSums(7)
-        sums.update(probabilities(1000, seed=seed), np.arange(1000))
-        figures.append(sums.figure(seed=seed, resamples=60))
-    truth = np.mean([figure.value for figure in figures])
-    assert np.mean([figure.low <= truth <= figure.high for figure in figures]) >= 0.8
-    spread = np.std([figure.value for figure in figures])
-    assert np.mean([figure.high - figure.low for figure in figures]) == pytest.approx(4 * spread, rel=0.4)
-
-
 def test_what_are_no_probabilities_is_refused():
     sums = ScoreSums(3)
     for wrong in (np.full((2, 3), 0.5), np.array([[1.5, -0.5, 0]]), np.full((2, 4), 0.25)):

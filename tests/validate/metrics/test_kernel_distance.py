@@ -66,13 +66,20 @@ def test_there_is_no_bias_in_small_sets():
 
 
 def test_the_standard_error_is_the_spread_of_repeated_measurements():
-    found = [
-        kernel_distance(gaussian(1000, seed=2 * s), gaussian(1000, seed=2 * s + 1) + 0.3) for s in range(40)
-    ]
+    sets = [(gaussian(400, seed=2 * s), gaussian(400, seed=2 * s + 1) + 0.3) for s in range(40)]
+    found = [kernel_distance(*pair, subsets=20) for pair in sets]
     spread = np.std([one.value for one in found])
     claimed = np.mean([one.standard_error for one in found])
     assert 0.7 * spread < claimed < 2 * spread
-    assert found[0].size == 100 and found[0].independent == 10
+    assert found[0].size == 200 and found[0].independent == 1
+
+
+def test_small_subsets_of_a_large_set_claim_the_same_error():
+    sets = [(gaussian(3000, seed=2 * s), gaussian(3000, seed=2 * s + 1) + 0.5) for s in range(20)]
+    found = [kernel_distance(*pair, subsets=30, size=300) for pair in sets]
+    spread = np.std([one.value for one in found])
+    assert 0.7 * spread < np.mean([one.standard_error for one in found]) < 2 * spread
+    assert found[0].independent == 9
 
 
 def test_the_interval_is_about_two_standard_errors():

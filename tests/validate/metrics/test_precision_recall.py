@@ -68,13 +68,3 @@ def test_sets_without_neighbours_are_refused():
         coverage(gaussian(3), gaussian(50))
     with pytest.raises(TooFewSamples):
         coverage(gaussian(50), gaussian(3))
-
-
-def test_the_intervals_are_those_of_a_share():
-    found = coverage(gaussian(400, seed=1) * 1.5, gaussian(500))
-    precision, recall = found.figures(resamples=400)
-    for figure, count in ((precision, 400), (recall, 500)):
-        error = 1.96 * np.sqrt(figure.value * (1 - figure.value) / count)
-        assert figure.high - figure.value == pytest.approx(error, rel=0.3)
-        assert figure.low < figure.value < figure.high
-    assert (precision.value, recall.value) == (found.precision, found.recall)

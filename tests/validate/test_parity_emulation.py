@@ -1,0 +1,155 @@
+"""`validate parity` of half bundles: emulated on the CPU, the engine itself on request and on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import validate.emulation
+from runtime.errors import BundleError
+from runtime.manifest import Manifest, read_manifest
+from runtime.options import Options
+from runtime.selection import Candidate
+from validate import cli
+from validate.emulation import ENGINE, emulated_precision
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "var-dd-small"
+
+
+@pytest.fixture(scope="module")
+def half_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with random weights in fp32, fp16 and bf16."""
+    from ddexport.bundle import WeightRequest, export_bundle
+    from ddexport.recipe import load_recipe, recipe_from_dict
+
+    recipe = recipe_from_dict(
+        load_recipe(str(GOLDEN / "recipe.yaml")).to_dict()
+        | {
+            "name": "tiny",
+            "image": {"size": 4, "channels": 3},
+            "sequence": {"length": 5, "width": 4, "codebook": 8, "split": 1},
+            "schedules": {"1": {"known": [0]}, "2": {"known": [0, 1]}},
+            "model": {"depth": 1, "width": 32, "heads": 2, "scales": [1, 2]},
+            "tokenizer": {"channels": 32, "multipliers": [1, 1], "residual_blocks": 1},
+        }
+    )
+    target = tmp_path_factory.mktemp("half") / "bundle"
+    precisions = ("fp32", "fp16", "bf16")
+    export_bundle(recipe, target, WeightRequest({}, random_seed=3), precisions=precisions)
+    return target
+
+
+def parity(bundle: Path, report: Path, *options: object) -> Result:
+    arguments = ["parity", str(bundle), "--threads", "1", "--images", "4", "--batch", "4", "--json"]
+    return CliRunner().invoke(cli.command, [*arguments, "--report", str(report), *map(str, options)])
+
+
+def error_of(result: Result) -> float:
+    rows = json.loads(result.stdout)["measurements"]
+    return next(row["value"] for row in rows if row["name"] == "embeddings, relative error")
+
+
+class TestCommand:
+    @pytest.mark.parametrize("precision", ["fp16", "bf16"])
+    def test_half_is_emulated_on_the_cpu(self, half_bundle: Path, tmp_path: Path, precision: str) -> None:
+        """The report says so; the limits are those of the precision."""
+        result = parity(half_bundle, tmp_path, "--precision", precision)
+        assert result.exit_code == 0, result.output
+        data = json.loads(result.stdout)
+        assert (data["backend"], data["precision"]) == (ENGINE, precision)
+        manifest = read_manifest(half_bundle)
+        assert data["limits"] == manifest.parity[precision]
+        assert "half rounding emulated" in (tmp_path / "report.html").read_text()
+        assert error_of(result) > 1e-5
+
+    def test_the_provider_as_it_is(self, half_bundle: Path, tmp_path: Path) -> None:
+        """It rounds less, and the report names the engine alone."""
+        plain = parity(half_bundle, tmp_path, "--precision", "fp16", "--no-emulate")
+        assert plain.exit_code == 0, plain.output
+        assert json.loads(plain.stdout)["backend"] == "onnxruntime"
+        emulated = parity(half_bundle, tmp_path, "--precision", "fp16", "--emulate")
+        assert error_of(plain) != error_of(emulated)
+
+    def test_bf16_without_emulation_has_no_engine_here(self, half_bundle: Path, tmp_path: Path) -> None:
+        result = parity(half_bundle, tmp_path, "--precision", "bf16", "--no-emulate",
+                        "--backend", "onnxruntime")  # fmt: skip
+        assert result.exit_code == 1
+        assert isinstance(result.exception, SystemExit)
+
+    def test_float32_is_never_emulated(self, half_bundle: Path, tmp_path: Path) -> None:
+        result = parity(half_bundle, tmp_path)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["backend"] == "onnxruntime"
+        assert error_of(result) < 1e-5
+
+    def test_a_fault_in_a_half_graph_is_found(self, half_bundle: Path, tmp_path: Path) -> None:
+        import shutil
+
+        import onnx
+        from onnx import numpy_helper
+
+        from runtime.manifest import file_info
+
+        bundle = shutil.copytree(half_bundle, tmp_path / "planted")
+        path = bundle / "student_fp16.onnx"
+        model = onnx.load(path)
+        (bias,) = [t for t in model.graph.initializer if t.name == "embedding_head.bias"]
+        bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(2), bias.name))
+        onnx.save(model, path)
+        manifest = json.loads((bundle / "bundle.json").read_text())
+        for graph in manifest["graphs"]:
+            if graph["file"] == path.name:
+                graph["files"] = [dataclasses.asdict(file_info(path, bundle))]
+        (bundle / "bundle.json").write_text(json.dumps(manifest))
+        result = parity(bundle, tmp_path / "r", "--precision", "fp16")
+        assert result.exit_code == 3, result.output
+        assert "embeddings, relative error" in result.stderr
+
+
+class TestChoice:
+    @pytest.fixture
+    def manifest(self, half_bundle: Path) -> Manifest:
+        return read_manifest(half_bundle, verify=False)
+
+    def choose(
+        self, monkeypatch: pytest.MonkeyPatch, root: Path, manifest: Manifest, found: list[Candidate],
+        backend: str = "auto", precision: str | None = "fp16", emulate: bool | None = None,
+    ) -> str | None:  # fmt: skip
+        monkeypatch.setattr(validate.emulation, "candidates", lambda *a, **k: found)
+        return emulated_precision(root, manifest, backend, precision, emulate)
+
+    def test_a_gpu_computes_itself(
+        self, monkeypatch: pytest.MonkeyPatch, half_bundle: Path, manifest: Manifest
+    ) -> None:
+        """TensorRT and ONNX Runtime on CUDA round by themselves: that is what is to be compared."""
+        engine = Candidate("tensorrt", "fp16", Options(), 3)
+        cuda = Candidate("onnxruntime", "fp16", Options(provider="cuda"), 2)
+        cpu = Candidate("onnxruntime", "fp16", Options(provider="cpu"), 0)
+        assert self.choose(monkeypatch, half_bundle, manifest, [engine, cpu]) is None
+        assert self.choose(monkeypatch, half_bundle, manifest, [cuda, cpu]) is None
+        assert self.choose(monkeypatch, half_bundle, manifest, [cpu]) == "fp16"
+        assert self.choose(monkeypatch, half_bundle, manifest, [engine], backend="tensorrt") is None
+
+    def test_nothing_that_runs_is_emulated_too(
+        self, monkeypatch: pytest.MonkeyPatch, half_bundle: Path, manifest: Manifest
+    ) -> None:
+        none = Candidate("onnxruntime", "bf16", Options(), 0, ("no bf16 operators",))
+        assert self.choose(monkeypatch, half_bundle, manifest, [none], precision="bf16") == "bf16"
+
+    def test_what_was_asked_for_counts(self, half_bundle: Path, manifest: Manifest) -> None:
+        for emulate, precision, wanted in (
+            (False, "fp16", None), (True, "fp16", "fp16"), (True, None, None), (True, "fp32", None),
+        ):  # fmt: skip
+            assert emulated_precision(half_bundle, manifest, "auto", precision, emulate) == wanted
+
+    def test_what_is_not_there(self, half_bundle: Path, manifest: Manifest) -> None:
+        with pytest.raises(BundleError, match="int8"):
+            emulated_precision(half_bundle, manifest, "auto", "int8", None)
+        assert (
+            emulated_precision(half_bundle, manifest, "no-such-engine", "fp16", None) is None
+        )  # `load` says so
