@@ -91,7 +91,13 @@ def sample_inputs(
     rng = np.random.default_rng(seed)
     sizes = {**(spec.sizes[0] if sizes is None else sizes), "batch": batch}
     steps = sorted({k for schedule in recipe.schedules.values() for k in schedule.known})
-    known = np.resize(np.array(steps), batch)
+    filled = sizes.get("filled", 0)
+    integers = {
+        "label": rng.integers(0, recipe.classes, batch),
+        "known": np.resize(np.array(steps), batch),
+        "positions": np.arange(filled, filled + sizes.get("new", 0)),
+        "filled": np.array([filled]),
+    }
     inputs: dict[str, np.ndarray] = {}
     for tensor in spec.inputs:
         shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
@@ -103,14 +109,8 @@ def sample_inputs(
                 value /= np.sqrt(shape[-1])
         elif tensor.name == "tokens":
             value = rng.integers(0, recipe.sequence.codebook, shape)
-        elif tensor.name == "label":
-            value = rng.integers(0, recipe.classes, shape)
         else:
-            value = {
-                "known": known,
-                "positions": np.arange(sizes.get("new", 0)) + sizes.get("filled", 0),
-                "filled": np.array([sizes.get("filled", 0)]),
-            }[tensor.name]
+            value = integers[tensor.name]
         inputs[tensor.name] = value.astype(tensor.dtype)
     return inputs
 
