@@ -119,7 +119,7 @@ def command(
     if exported.agreement:
         worst = max(exported.agreement, key=lambda a: a.error / a.limit)
         place = f"{worst.role} {worst.output}, relative"
-        click.echo(f"  largest difference of fp32 from PyTorch {worst.error:.1e} ({place})")
+        click.echo(f"  largest difference from PyTorch {worst.error:.1e} (fp32, {place})")
     for graph in exported.manifest.graphs:
         if graph.precision != FLOAT32:
             click.echo("\n" + "\n".join(accuracy_lines(graph)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import onnx_ir as ir
@@ -227,3 +228,19 @@ class TestCommand:
         result = CliRunner().invoke(command, ["--model", "digits-var", *options])
         assert result.exit_code == 2
         assert words in " ".join(result.output.split())
+
+    def test_the_tables(self, half_export: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What was measured of the half graphs, for people and as JSON; `inspect` shows it again."""
+        from ddexport.commands import inspect, onnx
+
+        monkeypatch.setattr("ddexport.bundle.export_bundle", lambda *_, **__: half_export)
+        arguments = ["--model", "digits-var", "--precision", "fp32,fp16,bf16"]
+        text = CliRunner().invoke(onnx.command, arguments).stdout
+        for words in ("student_fp16.onnx: ", "of its products in bf16", "half rounding emulated", "MatMul",
+                      "batch  output", "dB"):  # fmt: skip
+            assert words in text
+        assert "student.onnx: " not in text
+        graphs = json.loads(CliRunner().invoke(onnx.command, [*arguments, "--json"]).stdout)["graphs"]
+        assert [g["accuracy"]["half_share"]["weights"] > 0 for g in graphs] == [False] * 2 + [True] * 4
+        shown = CliRunner().invoke(inspect.command, [str(half_export.path)]).stdout
+        assert shown.count("batch  output") == 4
