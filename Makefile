@@ -8,7 +8,7 @@ BUNDLES := $(MODELS:%=build/%/bundle.json)
 # Small models run fastest on one thread a process; real ones choose for themselves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format parity distill docs clean help
+.PHONY: demo test lint format parity quality distill docs clean help
 
 help:
 	@echo "make demo      set up, export the embedded models, draw digits in one step, prove them equal to PyTorch"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make format    apply ruff's formatting and fixes"
 	@echo "make parity    hold the embedded models' bundles against PyTorch"
+	@echo "make quality   the same for the quality of their images, 2,000 in one and in two steps"
 	@echo "make distill   train the embedded models again, from the digits to the student (over an hour)"
 	@echo "make docs      make the pictures of docs/ again"
 
@@ -44,6 +45,11 @@ format: $(VENV)/.dev
 
 parity: $(VENV)/.export $(BUNDLES)
 	for model in $(MODELS); do $(BIN)/python -m validate parity build/$$model --images 100 || exit; done
+
+quality: $(VENV)/.export $(BUNDLES)
+	for model in $(MODELS); do \
+	    $(BIN)/python -m validate fid build/$$model --images 2000 --batch 200 --threads 2 || exit; \
+	done
 
 distill: $(VENV)/.dev
 	for model in $(MODELS); do \

@@ -10,7 +10,7 @@ import click
 from runtime import console
 
 # In the order in which a user meets them; commands of other packages follow.
-ORDER = ("models", "onnx", "inspect", "sample", "validate", "distill")
+ORDER = ("models", "onnx", "trt", "inspect", "sample", "doctor", "validate", "distill", "cache", "debug")
 
 
 class EntryPointGroup(console.Group):
