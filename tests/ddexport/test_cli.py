@@ -60,8 +60,8 @@ class TestGroup:
         assert result.exit_code == 0
         names = [line.split()[0] for line in result.stdout.split("Commands:")[1].splitlines() if line.strip()]
         names = names[: names.index("Examples:")] if "Examples:" in names else names
-        assert names[:4] == ["models", "onnx", "inspect", "sample"]
-        assert {"validate", "distill"} <= set(names)
+        assert names[:5] == ["models", "onnx", "trt", "inspect", "sample"]
+        assert {"validate", "distill", "doctor", "cache", "debug"} <= set(names)
         for name in names:
             assert invoke(name, "--help").exit_code == 0, name
 

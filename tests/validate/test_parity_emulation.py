@@ -27,9 +27,13 @@ def half_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ddexport.bundle import WeightRequest, export_bundle
     from ddexport.recipe import load_recipe, recipe_from_dict
 
+    golden = load_recipe(str(GOLDEN / "recipe.yaml")).to_dict()
+    # An image of 4 x 4 pixels has nothing that evens out one rounded embedding: 27 dB were seen in bf16.
+    parity = golden["parity"] | {"bf16": golden["parity"]["bf16"] | {"image_psnr": 20.0}}
     recipe = recipe_from_dict(
-        load_recipe(str(GOLDEN / "recipe.yaml")).to_dict()
+        golden
         | {
+            "parity": parity,
             "name": "tiny",
             "image": {"size": 4, "channels": 3},
             "sequence": {"length": 5, "width": 4, "codebook": 8, "split": 1},
