@@ -70,11 +70,11 @@ def build(folder: Path, role: str, precision: str) -> dict[str, Any]:
 
 
 def test_var_d16_in_half(rtx: TensorRT, place: Path) -> None:
-    """Protects what was seen: the student in 15 s and 3 GB, the decoder in 10 s, on an idle machine."""
+    """Protects the memory a build needs, and plans without a second copy of the weights. Times are printed:
+    they depend on what else the machine does."""
     folder = bundle(place, "var-d16", "fp16")
     student, decoder = (build(folder, role, "fp16") for role in ("student", "decoder"))
-    assert student["seconds"] < 15 and student["peak"] < 3 * GIB
-    assert decoder["seconds"] < 10
+    assert student["peak"] < 3 * GIB and decoder["peak"] < 1.5 * GIB
     assert student["bytes"] < 1.1 * sum(
         info.bytes for info in read_manifest(folder, verify=False).graph("student", "fp16").files
     )
