@@ -379,7 +379,10 @@ class TestBadInput:
         self.expect(fid(digits_bundle, "--images", 1, "--allow-few"), 1, "draw 2 at least")
 
     def test_steps_the_bundle_lacks(self, digits_bundle, fid):
-        self.expect(fid(digits_bundle, "--steps", "1,3"), 1, "no schedule of 3 steps", "1, 2")
+        self.expect(fid(digits_bundle, "--steps", "1,9"), 1, "no schedule of 9 steps", "1, 2")
+
+    def test_steps_with_a_teacher_have_no_pairs(self, digits_bundle, fid):
+        self.expect(fid(digits_bundle, "--steps", "1,3"), 1, "3 steps involves the teacher", "1, 2")
 
     def test_steps_that_are_no_numbers(self, digits_bundle, fid):
         self.expect(fid(digits_bundle, "--steps", "one"), 2, "'one' is not a list of whole numbers")

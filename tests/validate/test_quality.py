@@ -200,7 +200,7 @@ def test_the_student_draws_what_the_map_draws(models):
         "map", images_of_sequences(models.tokenizer, models.tokenizer.embed(tokens)), labels, paired=True
     )
     judge = load_judge(judge_path())
-    for schedule in models.recipe.schedules.values():
+    for schedule in (one for one in models.recipe.schedules.values() if one.teacher is None):
         drawn = student_sequences(models, noise, labels, schedule.known, models.recipe.sequence.split)
         row = ImageRow("student", images_of_sequences(models.tokenizer, drawn), labels, paired=True)
         assert paired_error(row, target)[1] < 0.4
