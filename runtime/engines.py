@@ -62,7 +62,8 @@ class Profile:
         return f"{self.minimum}/{self.optimum}/{self.maximum}"
 
     def __str__(self) -> str:
-        return ", ".join((self.batch, *map(str, self.others)))
+        others = ", ".join(map(str, self.others))
+        return f"{self.batch} ({others})" if others else self.batch
 
     def range_of(self, name: str) -> tuple[int, int, int]:
         """Smallest, best and largest size of a dynamic dimension; KeyError for one it does not know."""

@@ -25,8 +25,9 @@ Sizes: TypeAlias = Mapping[str, int]
 Key: TypeAlias = tuple[int, tuple[tuple[str, int], ...] | None]
 """A profile, and the sizes where graphs are recorded."""
 
-MAX_CONTEXTS = 8
-"""A context for each set of sizes in use: a recorded graph forbids to change the context it was made from."""
+MAX_CONTEXTS = 16
+"""A context for each set of sizes in use: a recorded graph forbids to change the context it was made from. A
+VAR teacher of ten scales has as many sizes of pass, which come in turn."""
 
 logger = logging.getLogger(__name__)
 

@@ -107,7 +107,7 @@ def test_a_profile_is_picked_by_all_sizes(gpu: Any, teacher_bundle: Path, build:
         engines.run("teacher", feeds(5, new))
         assert gpu.full.executed == [(number, 4), (number, 1)]
     with pytest.raises(
-        BackendError, match=r"no profile of the engine takes new 1, capacity 3: 1/2/4, new 1/2/6"
+        BackendError, match=r"no profile of the engine takes new 1, capacity 3: 1/2/4 \(new 1/2/6"
     ):
         engines.run("teacher", feeds(1, 1, capacity=3))
     engines.close()
@@ -134,6 +134,19 @@ def test_buffers_are_made_once(gpu: Any, teacher_bundle: Path, build: Build) -> 
     engines.close()
 
 
+def test_passes_that_come_in_turn_keep_their_contexts(gpu: Any, teacher_bundle: Path, build: Build) -> None:
+    """As many as the ten scales of a published teacher: none is made again, and all replay their graphs."""
+    build("tensorrt", profiles=((1, 2, 4),))
+    engines = opened(teacher_bundle)
+    for _ in range(3):
+        for number in range(10):
+            engines.run("teacher", feeds(1 + number // 5, 1 + number % 5))
+    assert sum(len(engine.contexts) for engine in gpu.full.engines) == 10
+    assert gpu.full.recorded == 10
+    assert gpu.cuda.calls["cudaGraphLaunch"] == 20
+    engines.close()
+
+
 def test_a_bundle_without_an_engine_of_its_teacher_says_so(
     gpu: Any, teacher_bundle: Path, build: Build
 ) -> None:
@@ -151,7 +164,7 @@ def test_sidecars_say_all_sizes(teacher_bundle: Path, build: Build) -> None:
     folder = build()
     engine = read_engine(teacher_bundle, folder / "teacher_fp32.json")
     assert engine.profiles == (Profile(1, 4, 8, ANY),)
-    assert str(engine.profiles[0]) == "1/4/8, new 1/2/6, capacity 4/6/6"
+    assert str(engine.profiles[0]) == "1/4/8 (new 1/2/6, capacity 4/6/6)"
     assert json.loads(engine.to_json()) == json.loads((folder / "teacher_fp32.json").read_text())
     student = json.loads((folder / "student_fp32.json").read_text())
     assert student["profiles"] == [{"minimum": 1, "optimum": 4, "maximum": 8}]
@@ -196,6 +209,6 @@ def test_a_plan_with_other_ranges_than_its_sidecar_is_refused(
     content = json.loads(path.read_text())
     content["profiles"][0]["others"][0]["maximum"] = 5
     path.write_text(json.dumps(content))
-    with pytest.raises(BackendError, match=r"not what its sidecar says: profiles 1/4/8, new 1/2/6"):
+    with pytest.raises(BackendError, match=r"not what its sidecar says: profiles 1/4/8 \(new 1/2/6"):
         opened(teacher_bundle)
     assert gpu.cuda.left_behind == []
