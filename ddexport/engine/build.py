@@ -108,6 +108,10 @@ def select_graphs(
         raise BundleError(
             f"bundle {manifest.name} has no {', '.join(unknown)}", f"its graphs are: {', '.join(in_bundle)}"
         )
+    made = {(graph.role, graph.precision) for graph in manifest.graphs}
+    lacking = [f"{role} in {each}" for each in wanted for role in roles if (role, each) not in made]
+    if lacking:  # a teacher may be there in the first precision alone
+        raise BundleError(f"bundle {manifest.name} has no {', '.join(lacking)}", "export the bundle again")
     return [
         graph
         for precision in wanted
