@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runtime.engines import Engine, Profile
+from runtime.contract import BATCH
+from runtime.engines import Engine, Profile, SizeRange
 from runtime.errors import BackendError, OutputError
 from runtime.machine import MODULES
 from runtime.manifest import TensorSpec
@@ -26,26 +27,26 @@ logger = logging.getLogger(__name__)
 
 
 class Context:
-    """An execution context: one plan, one profile, and a batch size that can be changed."""
+    """An execution context: one plan, one profile, and sizes that can be changed."""
 
     def __init__(self, context: Any, inputs: Sequence[TensorSpec], log: list[str]) -> None:
         self._context, self._inputs, self._log = context, inputs, log
-        self._batch: int | None = None
+        self._sizes: dict[str, int] = {}
 
     def bind(self, addresses: Mapping[str, int]) -> None:
         """Tells where on the device the tensors lie. Raises BackendError."""
         for name, address in addresses.items():
             self._must(self._context.set_tensor_address(name, address), f"set_tensor_address({name})")
 
-    def set_batch(self, batch: int) -> None:
-        """Sets the shapes of the inputs. Raises BackendError."""
-        if batch == self._batch:
+    def set_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Sets the shapes of the inputs, by the sizes of their dynamic dimensions. Raises BackendError."""
+        if sizes == self._sizes:
             return
-        self._batch = None
+        self._sizes = {}
         for spec in self._inputs:
-            shape = (batch, *spec.shape[1:])
+            shape = spec.sized(sizes)
             self._must(self._context.set_input_shape(spec.name, shape), f"set_input_shape({spec.name})")
-        self._batch = batch
+        self._sizes = dict(sizes)
 
     def enqueue(self, stream: int) -> None:
         """Puts the computation on a stream. Raises BackendError."""
@@ -168,10 +169,10 @@ class Plan:
         for name in names & set(specs):
             spec = specs[name]
             is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
-            have = (engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))[1:], is_input)
+            have = (engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name)), is_input)
             want = (
                 getattr(trt.DataType, TYPES[spec.dtype]),
-                tuple(spec.shape[1:]),
+                tuple(size if isinstance(size, int) else -1 for size in spec.shape),
                 spec in self.engine.inputs,
             )
             if have != want:
@@ -187,8 +188,16 @@ class Plan:
             )
 
     def _profile(self, number: int) -> Profile:
-        shapes = self._engine.get_tensor_profile_shape(self.engine.inputs[0].name, number)
-        return Profile(*(int(shape[0]) for shape in shapes))
+        # In the order of the sidecar, which has all of them once.
+        others = [other.name for other in self.engine.profiles[0].others]
+        ranges = tuple(SizeRange(name, *self._range(name, number)) for name in others)
+        return Profile(*self._range(BATCH, number), ranges)
+
+    def _range(self, size: str, number: int) -> tuple[int, int, int]:
+        spec = next(spec for spec in self.engine.inputs if size in spec.shape)
+        shapes = self._engine.get_tensor_profile_shape(spec.name, number)
+        least, best, most = (int(shape[spec.shape.index(size)]) for shape in shapes)
+        return least, best, most
 
 
 def cache_file(engine: Engine, target: str) -> Path:

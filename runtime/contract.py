@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from runtime.schedules import Teacher
 
 TEACHER = "teacher"
+BATCH = "batch"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,15 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+    def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with numbers in place of names."""
+        return tuple(size if isinstance(size, int) else sizes[size] for size in self.shape)
+
+
+def dynamic_sizes(specs: Iterable[TensorSpec]) -> tuple[str, ...]:
+    """The names of the dynamic dimensions of some tensors, each once, in the order of appearance."""
+    return tuple(dict.fromkeys(size for spec in specs for size in spec.shape if isinstance(size, str)))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime._json import DAMAGED, decode, read_json
+from runtime.contract import BATCH, dynamic_sizes
 from runtime.errors import BundleError
 from runtime.manifest import Graph, TensorSpec, resolve
 
@@ -32,15 +33,49 @@ DEFAULT_TARGET = "default"
 
 
 @dataclass(frozen=True)
-class Profile:
-    """The batch sizes an engine runs, and the one it is tuned for."""
+class SizeRange:
+    """What a dynamic dimension may be, and what the engine is tuned for."""
 
+    name: str
     minimum: int
     optimum: int
     maximum: int
 
     def __str__(self) -> str:
+        return f"{self.name} {self.minimum}/{self.optimum}/{self.maximum}"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The batch sizes an engine runs, and the one it is tuned for.
+
+    others: the ranges of the dynamic dimensions that are not the batch, which only a teacher has.
+    """
+
+    minimum: int
+    optimum: int
+    maximum: int
+    others: tuple[SizeRange, ...] = ()
+
+    @property
+    def batch(self) -> str:
         return f"{self.minimum}/{self.optimum}/{self.maximum}"
+
+    def __str__(self) -> str:
+        others = ", ".join(map(str, self.others))
+        return f"{self.batch} ({others})" if others else self.batch
+
+    def range_of(self, name: str) -> tuple[int, int, int]:
+        """Smallest, best and largest size of a dynamic dimension; KeyError for one it does not know."""
+        if name == BATCH:
+            return self.minimum, self.optimum, self.maximum
+        ranges = {other.name: (other.minimum, other.optimum, other.maximum) for other in self.others}
+        return ranges[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the sidecar has it: without `others` where there are none."""
+        content = dataclasses.asdict(self)
+        return content if self.others else {key: content[key] for key in ("minimum", "optimum", "maximum")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +113,16 @@ class Engine:
 
     @property
     def largest_batch(self) -> int:
-        return max(profile.maximum for profile in self.profiles)
+        return self.largest(BATCH)
+
+    def largest(self, name: str) -> int:
+        """The largest size of a dynamic dimension in any profile."""
+        return max(profile.range_of(name)[2] for profile in self.profiles)
 
     def to_json(self) -> str:
         """The text of the sidecar."""
         content = {"schema": self.schema, **dataclasses.asdict(self)}
+        content["profiles"] = [profile.to_dict() for profile in self.profiles]
         return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -127,7 +167,11 @@ def _contradiction(engine: Engine) -> str | None:
         return f"backend is {engine.backend!r}, not one of {', '.join(BACKENDS)}"
     if not re.fullmatch(r"[A-Za-z0-9_.-]+\.plan", engine.file):
         return f"file is {engine.file!r}, not a .plan beside it"
-    if not engine.profiles or any(not 1 <= p.minimum <= p.optimum <= p.maximum for p in engine.profiles):
+    dynamic = dynamic_sizes((*engine.inputs, *engine.outputs))
+    if any(sorted((BATCH, *(each.name for each in p.others))) != sorted(dynamic) for p in engine.profiles):
+        return f"profiles must give the range of {', '.join(dynamic)}, each once"
+    ranges = [profile.range_of(name) for profile in engine.profiles for name in dynamic]
+    if not ranges or any(not 1 <= least <= best <= most for least, best, most in ranges):
         return "profiles must be one or more of 1 <= minimum <= optimum <= maximum"
     if not engine.targets:
         return "targets is empty"

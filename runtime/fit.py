@@ -107,7 +107,7 @@ def rebuild_command(
     words += ["--precision", build.precision if build else precision]
     profiles = build.any_engine.profiles if build else ()
     for profile in profiles:
-        words += ["--batch", str(profile).replace("/", ",")]
+        words += ["--batch", profile.batch.replace("/", ",")]
     if not profiles:
         words += ["--batch", "1,4,8"]
     if gpu and words[4] == "tensorrt-rtx" and not runs_default(gpu.capability):

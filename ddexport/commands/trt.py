@@ -31,7 +31,9 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 @click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto",
               show_default=True, help="The package. auto: tensorrt where there is a GPU.")  # fmt: skip
 @click.option("--precision", metavar="P[,P]", help="fp16, bf16, fp32: which graphs. [default: fp16]")
-@click.option("--role", "roles", multiple=True, help="student or decoder; repeatable. [default: all]")
+@click.option(
+    "--role", "roles", multiple=True, help="student, teacher or decoder; repeatable. [default: all]"
+)
 @click.option("--batch", "batches", multiple=True, metavar="MIN,OPT,MAX", default=["1,4,8"],
               show_default=True, help="Batch sizes; repeatable, one optimization profile each.")  # fmt: skip
 @click.option("--compute-capability", metavar="SM[,SM]",

@@ -18,6 +18,7 @@ from ddexport.engine.cache import EngineCache, cache_key, copy_plan
 from ddexport.engine.checks import check_options
 from ddexport.engine.module import TensorRT
 from ddexport.engine.options import BuildOptions
+from ddexport.engine.profiles import profiles_for
 from runtime.engines import Engine, engine_folder, graph_digest, read_engine, this_platform
 from runtime.errors import BundleError, OutputError
 from runtime.machine import Gpu, Machine
@@ -85,7 +86,7 @@ def build_engines(
         manifest = read_manifest(bundle)  # with all hashes: they go into the key
     graphs = select_graphs(manifest, precisions, roles)
     job = _Job(bundle, manifest.name, trt, options, targets, force, cache, stage, progress)
-    return [job.run(graph) for graph in graphs]
+    return [job.for_graph(graph, manifest).run(graph) for graph in graphs]
 
 
 def select_graphs(
@@ -101,24 +102,22 @@ def select_graphs(
             f"bundle {manifest.name} has no graphs in {', '.join(missing)}; it has {', '.join(available)}",
             f"export them: ddexport onnx --model {manifest.name} --precision {needed} ...",
         )
-    possible = [graph for graph in manifest.graphs if _is_batched(graph)]
-    in_bundle = tuple(dict.fromkeys(graph.role for graph in possible))
+    in_bundle = tuple(dict.fromkeys(graph.role for graph in manifest.graphs))
     unknown = [role for role in roles if role not in in_bundle]
     if unknown:
         raise BundleError(
             f"bundle {manifest.name} has no {', '.join(unknown)}", f"its graphs are: {', '.join(in_bundle)}"
         )
+    made = {(graph.role, graph.precision) for graph in manifest.graphs}
+    lacking = [f"{role} in {each}" for each in wanted for role in roles if (role, each) not in made]
+    if lacking:  # a teacher may be there in the first precision alone
+        raise BundleError(f"bundle {manifest.name} has no {', '.join(lacking)}", "export the bundle again")
     return [
         graph
         for precision in wanted
-        for graph in possible
+        for graph in manifest.graphs
         if graph.precision == precision and graph.role in (roles or in_bundle)
     ]
-
-
-def _is_batched(graph: Graph) -> bool:
-    """Whether a batch size says all about its shapes. A teacher, whose cache has more, stays out."""
-    return all(spec.shape[0] == "batch" for spec in (*graph.inputs, *graph.outputs))
 
 
 def _stem(graph: Graph) -> str:
@@ -135,7 +134,7 @@ def key_parts(graph: Graph, trt: TensorRT, options: BuildOptions, targets: tuple
         "options": options.canonical(),
         "version_compatible": options.version_compatible,
         "hardware": options.hardware,
-        "profiles": [dataclasses.astuple(profile) for profile in options.profiles],
+        "profiles": [list(profile.to_dict().values()) for profile in options.profiles],
         "backend": trt.backend,
         "version": trt.version,
         "targets": targets,
@@ -156,6 +155,11 @@ class _Job:
     cache: EngineCache | None
     stage: Stage
     progress: Callable[[str], AbstractContextManager[Report]]
+
+    def for_graph(self, graph: Graph, manifest: Manifest) -> _Job:
+        """The job with profiles that say all sizes of a graph."""
+        profiles = profiles_for(graph, manifest, self.options.profiles)
+        return dataclasses.replace(self, options=dataclasses.replace(self.options, profiles=profiles))
 
     def run(self, graph: Graph) -> Built:
         start = time.perf_counter()

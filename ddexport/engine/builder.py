@@ -25,6 +25,7 @@ from ddexport.engine.network import (
     layers_of_onnx,
 )
 from ddexport.engine.options import BuildOptions
+from runtime.contract import dynamic_sizes
 from runtime.engines import DEFAULT_TARGET, Profile
 from runtime.errors import DDError
 from runtime.manifest import Graph
@@ -70,7 +71,8 @@ def build_plan(
 ) -> Plan:
     """Builds the engine of a graph of the bundle `root` and writes its plan to `destination`.
 
-    `options` and `targets` must have passed `check_options`. Ctrl-C stops the build and raises
+    `options` and `targets` must have passed `check_options`, and the profiles have ranges of all dynamic
+    dimensions of the graph (`profiles_for`). Ctrl-C stops the build and raises
     KeyboardInterrupt; nothing useful is at `destination` then.
 
     Raises:
@@ -146,10 +148,10 @@ def _configure(trt: TensorRT, config: Any, options: BuildOptions, targets: tuple
 
 def _add_profile(builder: Any, config: Any, graph: Graph, profile: Profile) -> None:
     shapes = builder.create_optimization_profile()
+    ranges = {name: profile.range_of(name) for name in dynamic_sizes(graph.inputs)}
     for spec in graph.inputs:
-        fixed = tuple(spec.shape[1:])
-        sizes = (profile.minimum, profile.optimum, profile.maximum)
-        shapes.set_shape(spec.name, *((size, *fixed) for size in sizes))
+        corners = ({name: sizes[corner] for name, sizes in ranges.items()} for corner in range(3))
+        shapes.set_shape(spec.name, *map(spec.sized, corners))
     if config.add_optimization_profile(shapes) < 0:
         raise BuildError(f"TensorRT refused the batch sizes {profile}", "try others with --batch")
 

@@ -18,7 +18,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.engines import Engine, Profile, engine_folder, graph_digest, this_platform
+from runtime.engines import Engine, Profile, SizeRange, engine_folder, graph_digest, this_platform
 from runtime.machine import Machine
 from runtime.manifest import (
     FILE_NAME,
@@ -242,9 +242,13 @@ def write_engines(
     precision: str = "fp32",
     profiles: tuple[tuple[int, int, int], ...] = ((1, 4, 8),),
     roles: tuple[str, ...] = ("student", "decoder"),
+    others: tuple[tuple[SizeRange, ...], ...] = (),
     **changes: Any,
 ) -> Path:
-    """Puts engines for the fake packages into a bundle; `changes` are fields of their sidecars."""
+    """Puts engines for the fake packages into a bundle; `changes` are fields of their sidecars.
+
+    roles: keys of graphs. others: of the teacher's profiles, each with every batch of `profiles`.
+    """
     targets = changes.get("targets", ("default",) if backend == "tensorrt-rtx" else ("sm89",))
     version = changes.get("version", VERSIONS[backend])
     folder = root / engine_folder(backend, version, targets)
@@ -252,8 +256,10 @@ def write_engines(
     manifest = read_manifest(root, verify=False)
     for role in roles:
         graph = manifest.graph(role, precision)
-        plan = folder / f"{role}_{precision}.plan"
-        plan.write_bytes(fake_tensorrt.plan_of(root / graph.file, profiles))
+        more = others if role == "teacher" else ((),)
+        made = tuple(Profile(*profile, each) for profile in profiles for each in more)
+        plan = folder / f"{role.replace('@', '_split')}_{precision}.plan"
+        plan.write_bytes(fake_tensorrt.plan_of(root / graph.file, made))
         engine = Engine(
             role=role,
             precision=precision,
@@ -267,7 +273,7 @@ def write_engines(
             targets=targets,
             hardware=None,
             version_compatible=False,
-            profiles=tuple(Profile(*profile) for profile in profiles),
+            profiles=made,
             inputs=graph.inputs,
             outputs=graph.outputs,
             layers={"float32": 3},
@@ -293,6 +299,12 @@ def add_precision(root: Path, precision: str, first: bool = False) -> None:
         content["graphs"] = [*more, *content["graphs"]] if first else [*content["graphs"], *more]
 
     change_manifest(root, edit)
+
+
+@pytest.fixture(name="write_engines")
+def _write_engines() -> Callable[..., Path]:
+    """The function `write_engines`."""
+    return write_engines
 
 
 @pytest.fixture

@@ -10,12 +10,15 @@ a context that was never run, tensors that reach beyond their memory.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime
+
+from runtime.engines import Profile
 
 SCRATCH = 4096
 
@@ -44,8 +47,11 @@ class FakeContext:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.changes += 1
-        least, _, most = self.engine.plan["profiles"][self.profile]
-        if not least <= shape[0] <= most:
+        least, _, most = self.engine.get_tensor_profile_shape(name, self.profile)
+        fits = len(shape) == len(least) and all(
+            map(lambda low, size, high: low <= size <= high, least, shape, most)
+        )
+        if not fits:
             self.engine.logger.log(self.engine.module.ILogger.ERROR, f"{name} {shape} is outside the profile")
             return False
         self.shapes[name] = shape
@@ -116,8 +122,12 @@ class FakeEngine:
         return tuple(size if isinstance(size, int) else -1 for size in self.tensors[name].shape)
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        rest = self.get_tensor_shape(name)[1:]
-        return [(size, *rest) for size in self.plan["profiles"][profile]]
+        ranges = self.plan["profiles"][profile]
+        shape = self.tensors[name].shape
+        return [
+            tuple(size if isinstance(size, int) else ranges[size][corner] for size in shape)
+            for corner in range(3)
+        ]
 
     def create_execution_context(self, how: Any) -> FakeContext | None:
         if self.module.no_contexts:
@@ -206,6 +216,10 @@ class FakeTensorRt(ModuleType):
             self.CudaGraphStrategy = SimpleNamespace(DISABLED="DISABLED", WHOLE_GRAPH_CAPTURE="WHOLE")
 
 
-def plan_of(model: Path, profiles: tuple[tuple[int, int, int], ...]) -> bytes:
+def plan_of(model: Path, profiles: Sequence[Profile]) -> bytes:
     """What the fake packages take for a plan."""
-    return json.dumps({"model": str(model), "profiles": profiles}).encode()
+    ranges = [
+        {name: profile.range_of(name) for name in ("batch", *(other.name for other in profile.others))}
+        for profile in profiles
+    ]
+    return json.dumps({"model": str(model), "profiles": ranges}).encode()

@@ -217,6 +217,10 @@ def test_fp16_is_the_default_and_must_be_there(toy_bundle: Any) -> None:
     assert "ddexport onnx --model plain --precision fp32,fp16" in caught.value.hint
     with pytest.raises(BundleError, match="has no teacher"):
         select_graphs(both, ("fp16",), ("teacher",))
+    taught = replace(both, graphs=(*both.graphs, replace(both.graph("student", "fp16"), role="teacher")))
+    with pytest.raises(BundleError, match="has no teacher in bf16"):
+        select_graphs(taught, ("fp16", "bf16"), ("teacher",))
+    assert len(select_graphs(taught, ("fp16", "bf16"))) == 5
 
 
 def test_every_part_of_the_key_matters(toy_bundle: Any, a_gpu: Gpu) -> None:

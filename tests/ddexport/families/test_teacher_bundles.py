@@ -4,9 +4,12 @@ and how their files share weights."""
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import shutil
+import sys
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -18,10 +21,11 @@ import runtime
 from ddexport.bundle import Exported, WeightRequest, export_bundle
 from ddexport.commands.inspect import command as inspect_command
 from ddexport.engine.build import select_graphs
+from ddexport.engine.profiles import profiles_for
 from ddexport.families._checkpoint import load_part
 from ddexport.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict
 from ddexport.sources import MissingWeightsError, roles_of, sources_of
-from runtime.errors import BundleError
+from runtime.engines import Profile
 from runtime.manifest import read_manifest
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -60,6 +64,21 @@ CASES = [
     (LLAMAGEN, "teach_start3", 6, 3),
     (LLAMAGEN, "teach_start3_split11", 4, None),
 ]
+
+
+def _fakes() -> ModuleType:
+    """The fake device and packages of the runtime's tests, which are no package."""
+    path = Path(__file__).parents[2] / "runtime" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("runtime_fakes", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+fakes = _fakes()
+gpu = fakes.gpu  # a fixture
 
 
 def recipe_of(family: Family) -> Recipe:
@@ -259,9 +278,34 @@ def test_inspect_shows_the_teacher(bundles: dict[str, Exported]) -> None:
     assert "key_1" not in result.output
 
 
-def test_engines_are_built_of_what_a_batch_size_describes(bundles: dict[str, Exported]) -> None:
-    """Students of every split and the decoder; the teacher's cache has sizes of its own."""
-    graphs = select_graphs(bundles[VAR.golden].manifest, ("fp32",))
-    assert [graph.key for graph in graphs] == ["student", "student@14", "decoder"]
-    with pytest.raises(BundleError, match="has no teacher"):
-        select_graphs(bundles[VAR.golden].manifest, ("fp32",), ("teacher",))
+def test_engines_are_built_of_all_graphs(bundles: dict[str, Exported]) -> None:
+    """Students of every split, the decoder, and the teacher; each can be asked for by its role."""
+    manifest = bundles[VAR.golden].manifest
+    graphs = select_graphs(manifest, ("fp32",))
+    assert {graph.key for graph in graphs} == {"student", "student@14", "decoder", "teacher"}
+    assert [graph.key for graph in select_graphs(manifest, ("fp32",), ("teacher",))] == ["teacher"]
+
+
+@pytest.mark.parametrize(
+    ("family", "steps"), [(VAR, 3), (VAR, "teacher"), (LLAMAGEN, 4), (LLAMAGEN, "teacher")]
+)
+def test_engines_draw_what_onnx_runtime_draws(
+    family: Family, steps: int | str, bundles: dict[str, Exported], gpu: Any, tmp_path: Path
+) -> None:
+    """The real graphs, with the sizes that `ddexport trt` gives their engines, on a device made of plain
+    memory: equal tokens where the largest logit is taken, though three images are two requests."""
+    folder = Path(shutil.copytree(bundles[family.golden].path, tmp_path / "bundle"))
+    manifest = read_manifest(folder)
+    others = profiles_for(manifest.graph("teacher"), manifest, (Profile(2, 2, 2),))[0].others
+    keys = tuple(graph.key for graph in manifest.graphs)
+    fakes.write_engines(folder, "tensorrt", profiles=((2, 2, 2),), roles=keys, others=(others,))
+    with runtime.load(folder, "onnxruntime") as truth, runtime.load(folder, "tensorrt") as engines:
+        want, have = (
+            pipe([0, 1, 2], steps, seed=5, output="sequence", batch_size=3, top_k=1)
+            for pipe in (truth, engines)
+        )
+    for one, other in zip(want.steps, have.steps, strict=True):
+        assert np.array_equal(other.tokens, one.tokens)
+        close(other.sequence, one.sequence)
+    assert gpu.full.executed, "nothing ran on the device"
+    assert gpu.cuda.left_behind == []
