@@ -3,8 +3,6 @@ and each thing a re-implementation easily gets wrong shows."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +14,10 @@ from ddexport.families._checkpoint import connect, load_part, published_state
 from ddexport.families._llamagen_blocks import halves_from_pairs, rotary_table, rotation
 from ddexport.families.llamagen_dd import guided
 from ddexport.recipe import load_recipe, recipe_from_dict
+from validate.bench.published import llamagen_dd
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "llamagen-dd-small"
 TOLERANCE = 2e-5
-
-spec = importlib.util.spec_from_file_location(
-    "literal_llamagen_dd", Path(__file__).with_name("literal_llamagen_dd.py")
-)
-literal_llamagen_dd = importlib.util.module_from_spec(spec)
-sys.modules["literal_llamagen_dd"] = literal_llamagen_dd
-spec.loader.exec_module(literal_llamagen_dd)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +121,7 @@ def test_agrees_with_a_literal_reading_of_the_formulas(kept, expected):
     state = torch.load(GOLDEN / "student.pth", weights_only=True)["ema"]
     codes = student.codebook[torch.arange(32).view(2, 16) % 64]
     tokens = torch.cat([codes[:, :kept], expected["noise"][:, kept:]], dim=1)
-    wanted, logits, embeddings = literal_llamagen_dd.literal_step(
+    wanted, logits, embeddings = llamagen_dd.literal_step(
         state, student.codebook, 2, 5, tokens, expected["labels"], kept
     )
     for _ in range(2):  # as loaded, then tabulated

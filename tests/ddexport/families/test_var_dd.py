@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,15 +15,11 @@ from ddexport.families._var_tokenizer import phi_of_scale
 from ddexport.families.var_dd import guided
 from ddexport.recipe import load_recipe, recipe_from_dict
 from runtime.errors import DDError
+from validate.bench.published import var_dd
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "var-dd-small"
 TOLERANCE = 2e-5
 ENDS = [0, 1, 5, 14, 30]
-
-spec = importlib.util.spec_from_file_location("literal_var_dd", Path(__file__).with_name("literal_var_dd.py"))
-literal_var_dd = importlib.util.module_from_spec(spec)
-sys.modules["literal_var_dd"] = literal_var_dd
-spec.loader.exec_module(literal_var_dd)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +119,7 @@ def test_the_simplifications_change_nothing(known, expected):
     student = load_student()
     codes = student.codebook[torch.arange(60).view(2, 30) % 64]
     tokens = torch.cat([codes[:, :known], expected["noise"][:, known:]], dim=1)
-    wanted, logits, embeddings = literal_var_dd.literal_step(student, tokens, expected["labels"], known)
+    wanted, logits, embeddings = var_dd.literal_step(student, tokens, expected["labels"], known)
     count = torch.full((2,), known)
     for _ in range(2):  # as loaded, then tabulated
         own_logits, own_embeddings = student.heads(tokens, expected["labels"], count)

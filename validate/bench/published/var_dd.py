@@ -2,16 +2,13 @@
 
 Dense noise-or-data projections over all positions, the modulation computed from the class embedding in every
 call, both heads everywhere, and a nearest-code search over all positions. It takes a `VarStudent`'s weights
-and must agree with it: each thing that `VarStudent` leaves out is shown to change nothing. As a program it
-times the two against each other:
-
-    python tests/ddexport/families/literal_var_dd.py --model var-d16
+and must agree with it: each thing that `VarStudent` leaves out is shown to change nothing.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +16,10 @@ from torch import Tensor
 
 from ddexport.families._var_blocks import Conditioning, NoiseDataRows
 from ddexport.families.var_dd import VarStudent
+
+if TYPE_CHECKING:
+    from ddexport.recipe import Recipe
+    from validate.bench.published import Step
 
 
 def literal_step(
@@ -61,37 +62,6 @@ def literal_step(
     return sequence, logits, embeddings
 
 
-def main() -> None:
-    from ddexport.families._checkpoint import connect, random_part
-    from ddexport.recipe import load_recipe
-
-    parser = argparse.ArgumentParser(
-        description="Time the student against a literal reading of its formulas."
-    )
-    parser.add_argument("--model", default="var-d16")
-    parser.add_argument("--pairs", type=int, default=5)
-    options = parser.parse_args()
-    recipe = load_recipe(options.model)
-    student = random_part(recipe, "student", 0)
-    connect(student, random_part(recipe, "tokenizer", 0))
-    lean = random_part(recipe, "student", 0)
-    connect(lean, random_part(recipe, "tokenizer", 0))
-    lean.tabulate()
-    tokens = torch.randn(1, recipe.sequence.length, recipe.sequence.width)
-    label, known = torch.tensor([1]), torch.tensor([0])
-    ratios = []
-    with torch.inference_mode():
-        lean(tokens, label, known), literal_step(student, tokens, label, 0)
-        for _ in range(options.pairs):
-            start = time.perf_counter()
-            literal_step(student, tokens, label, 0)
-            middle = time.perf_counter()
-            lean(tokens, label, known)
-            end = time.perf_counter()
-            ratios.append((middle - start) / (end - middle))
-            print(f"literal {middle - start:.2f} s, student {end - middle:.2f} s, ratio {ratios[-1]:.2f}")  # noqa: T201
-    print(f"median ratio {sorted(ratios)[len(ratios) // 2]:.2f}, {torch.get_num_threads()} threads")  # noqa: T201
-
-
-if __name__ == "__main__":
-    main()
+def step_of(recipe: Recipe, student: VarStudent) -> Step:
+    """The step of `validate.bench.published` for a student as loaded."""
+    return partial(literal_step, student)

@@ -3,22 +3,24 @@ written.
 
 Rotary pairs side by side and turned as complex numbers, the class position's query and key set to zero by
 hand, w1 and w3 apart, both heads everywhere, and a nearest-code search over all positions. It shares nothing
-with the modules but the weights, and must agree with them. As a program it times the two against each other:
-
-    python tests/ddexport/families/literal_llamagen_dd.py --model llamagen-b
+with the modules but the weights, and must agree with them.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import math
-import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ddexport.families.llamagen_dd import LlamaGenStudent
+    from ddexport.recipe import Recipe
+    from validate.bench.published import Step
 
 
 def literal_step(
@@ -97,36 +99,10 @@ def turns(side: int, width: int) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def main() -> None:
-    from ddexport.families._checkpoint import connect, published_state, random_part
-    from ddexport.recipe import load_recipe
+def step_of(recipe: Recipe, student: LlamaGenStudent) -> Step:
+    """The step of `validate.bench.published` for a student as loaded."""
+    from ddexport.families._checkpoint import published_state
 
-    parser = argparse.ArgumentParser(
-        description="Time the student against a literal reading of its formulas."
-    )
-    parser.add_argument("--model", default="llamagen-b")
-    parser.add_argument("--pairs", type=int, default=5)
-    options = parser.parse_args()
-    recipe = load_recipe(options.model)
-    student = random_part(recipe, "student", 0)
-    connect(student, random_part(recipe, "tokenizer", 0))
     state = published_state(student, recipe, "student")
-    tokens = torch.randn(1, recipe.sequence.length, recipe.sequence.width)
-    label, known = torch.tensor([1]), torch.tensor([0])
-    step = (state, student.codebook, recipe.model["heads"], recipe.sequence.split, tokens, label, 0)
-    ratios = []
-    with torch.inference_mode():
-        student(tokens, label, known), literal_step(*step)
-        for _ in range(options.pairs):
-            start = time.perf_counter()
-            literal_step(*step)
-            middle = time.perf_counter()
-            student(tokens, label, known)
-            end = time.perf_counter()
-            ratios.append((middle - start) / (end - middle))
-            print(f"literal {middle - start:.2f} s, student {end - middle:.2f} s, ratio {ratios[-1]:.2f}")  # noqa: T201
-    print(f"median ratio {sorted(ratios)[len(ratios) // 2]:.2f}, {torch.get_num_threads()} threads")  # noqa: T201
-
-
-if __name__ == "__main__":
-    main()
+    geometry = student.geometry
+    return functools.partial(literal_step, state, student.codebook, geometry.heads, geometry.split)
