@@ -1,0 +1,81 @@
+"""The tables of a run in a Markdown file, in place of those of the run before."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from runtime.errors import OutputError
+from runtime.files import atomic_write, check_writable
+from validate.bench.peak import Peak
+from validate.bench.rows import Environment, Row
+from validate.bench.table import parity_grid, remarks, times_grid, work_line
+
+START, END = "<!-- bench -->", "<!-- /bench -->"
+
+
+def block(
+    rows: Sequence[Row],
+    peaks: Mapping[tuple[int, str], Peak],
+    environment: Environment,
+    command: str,
+    marks: Sequence[float],
+    skipped: Sequence[str] = (),
+    plot: str | None = None,
+) -> str:
+    """What stands between the two marks. plot: its address, as seen from the page."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    parts = [f"```\n{command}\n```", f"{environment.date}, {environment.line}; {versions}."]
+    for bundle in dict.fromkeys(row.bundle for row in rows):
+        own = [row for row in rows if row.bundle == bundle]
+        parts += [f"**{own[0].model}**: {work_line(own, peaks)}.", times_grid(own, marks).markdown()]
+        parts.append(parity_grid(own).markdown())
+        against = dict.fromkeys(row.against for row in own if row.speedup is not None)
+        if against:
+            parts.append(
+                f"Speed-up: against {' / '.join(map(str, against))}, median of the rounds that both ran, with"
+                " its 95 % interval."
+            )
+    said = [*remarks(rows), *(f"skipped: {text}" for text in skipped)]
+    if said:
+        parts.append("\n".join(f"- {text}" for text in said))
+    if plot is not None:
+        parts.append(f"![times of the alternatives]({plot})")
+    return "\n\n".join(parts)
+
+
+def check_page(path: Path) -> None:
+    """Raises OutputError if the page lacks its marks or cannot be written: better before the work."""
+    _parts(path)
+    check_writable(path)
+
+
+def update(path: Path, text: str) -> None:
+    """Puts the text between the marks of a page; the rest stays as it is. Raises OutputError."""
+    before, after = _parts(path)
+    with atomic_write(path) as stream:
+        stream.write(f"{before}{START}\n{text}\n{END}{after}".encode())
+
+
+def address(plot: Path, page: Path) -> str:
+    """Of a picture, as seen from a page."""
+    return Path(os.path.relpath(plot.resolve(), page.resolve().parent)).as_posix()
+
+
+def _parts(path: Path) -> tuple[str, str]:
+    """What stands before and after the marked block."""
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(f"{path} cannot be read: {error}", "Name a Markdown file.") from error
+    if len(re.findall(re.escape(START), text)) != 1 or len(re.findall(re.escape(END), text)) != 1:
+        raise OutputError(
+            f"{path} must have the lines {START} and {END} once each", "Put them where the tables shall be."
+        )
+    before, _, rest = text.partition(START)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise OutputError(f"{path} has {END} before {START}", "Swap them.")
+    return before, after

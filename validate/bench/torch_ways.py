@@ -1,0 +1,180 @@
+"""PyTorch's ways: the project's own modules, the same compiled, the published code's, and the reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.errors import BackendError
+from runtime.manifest import Manifest
+from runtime.sampler import Step
+from runtime.teacher import Pick
+from validate.bench.case import COMPILED, PUBLISHED, REFERENCE, TORCH, Job
+from validate.metrics._base import IntArray
+from validate.reference import TorchReference, build_reference
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+Module = Callable[..., Any]
+
+
+def open_torch(job: Job, manifest: Manifest) -> Any:
+    """The way of a job, of its threads for the whole process. Raises DDError."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    files = {role: Path(file) if file else None for role, file in job.files.items()}
+    wanted = job.backend in (TORCH, REFERENCE)
+    reference = build_reference(manifest, files, job.weights, teacher=wanted)
+    if job.backend == REFERENCE:
+        return ReferenceWay(reference)
+    kept = tuple(manifest.graph("student").accuracy.get("keep_fp32") or ())
+    if job.precision in manifest.precisions:
+        kept = tuple(manifest.graph("student", job.precision).accuracy.get("keep_fp32") or ())
+    if job.backend == PUBLISHED:
+        return PublishedWay(reference, manifest)
+    return TorchWay(reference, job.precision, kept, compiled=job.backend == COMPILED)
+
+
+class ReferenceWay:
+    """The float32 modules as `validate parity` has them."""
+
+    def __init__(self, reference: TorchReference) -> None:
+        import torch
+
+        self._reference = reference
+        self.version, self.provider = str(torch.__version__), None
+
+    def open(self, keys: Iterable[str]) -> None:
+        """Nothing to do."""
+
+    def run(self, key: str, feeds: Arrays) -> Arrays:
+        return self._reference.run(key, feeds)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class _Modules:
+    """Runs modules by key, each made when it is first asked for."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.version, self.provider = str(torch.__version__), None
+        self._modules: dict[str, Module] = {}
+
+    def open(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            if key not in self._modules:
+                self._modules[key] = self._module(key)
+
+    def run(self, key: str, feeds: Arrays) -> Arrays:
+        """Names as in `runtime.contract`; inputs are read where they lie."""
+        import torch
+
+        self.open([key])
+        with torch.inference_mode():
+            found = self._modules[key](*(torch.from_numpy(array) for array in feeds.values()))
+        arrays = [output.numpy() for output in (found if isinstance(found, tuple) else (found,))]
+        caches = [f"new_{name}" for name in feeds if name.startswith(("key_", "value_"))]
+        names = {"student": ["sequence", "logits"], "decoder": ["image"], "teacher": ["logits", *caches]}
+        return dict(zip(names[key.partition("@")[0]], arrays, strict=True))
+
+    def close(self) -> None:
+        self._modules.clear()
+
+    def _module(self, key: str) -> Module:
+        raise NotImplementedError
+
+
+class TorchWay(_Modules):
+    """The lean modules that the graphs are traced from, with their tables; in bf16 by the same policy."""
+
+    def __init__(
+        self, reference: TorchReference, precision: str, keep_fp32: tuple[str, ...], compiled: bool = False
+    ) -> None:
+        from ddexport.precision.cast import in_precision
+
+        super().__init__()
+        student, tokenizer, graph = reference._student, reference._tokenizer, reference._teacher
+        student.tabulate()
+        self._student = in_precision(student, precision, keep_fp32, "student")
+        self._tokenizer = in_precision(tokenizer, precision, keep_fp32, "decoder")
+        self._embed = tokenizer.embed
+        self._float_tokenizer, self._graph, self._teacher = tokenizer, graph, None
+        if graph is not None:
+            self._teacher = in_precision(graph.teacher, precision, keep_fp32, "teacher")
+        self._compiled = compiled
+        if not compiled and graph is not None:
+            self.teacher_alone = self._draw_teacher
+
+    def _module(self, key: str) -> Module:
+        import torch
+
+        role, _, split = key.partition("@")
+        if role == "teacher":
+            if self._teacher is None:
+                raise BackendError("the bundle has no teacher")
+            from ddexport.graph.wrappers import TeacherGraph
+
+            module: Any = TeacherGraph(self._teacher, self._float_tokenizer).eval()
+        elif role == "decoder":
+            module = self._tokenizer
+        else:
+            module = self._student.at_split(int(split)) if split else self._student
+        found: Module = torch.compile(module, dynamic=False) if self._compiled else module
+        return found
+
+    def _draw_teacher(self, labels: IntArray, pick: Pick, cfg: float) -> Step:
+        """The published sampler: its own cache, guidance by a doubled batch, modulation computed in every
+        pass. Tokens are chosen by `pick`, so that every alternative draws by the same numbers."""
+        import torch
+
+        from ddexport.distill.trainers import trainer
+
+        def choose(logits: Tensor, positions: slice) -> Tensor:
+            return torch.from_numpy(pick(logits.float().numpy(), positions))
+
+        assert self._teacher is not None
+        began = time.perf_counter()
+        with torch.inference_mode():
+            draw = trainer(self._teacher.family).draw
+            tokens = draw(self._teacher, self._float_tokenizer, torch.from_numpy(labels), choose, cfg)
+            sequence = self._embed(tokens)
+        found = np.asarray(tokens.numpy(), dtype=np.int64)
+        return Step(found, sequence.numpy(), "teacher", time.perf_counter() - began)
+
+
+class PublishedWay(_Modules):
+    """The published code's student (`validate.bench.published`), and the decoder, which is its own too."""
+
+    def __init__(self, reference: TorchReference, manifest: Manifest) -> None:
+        from ddexport.recipe import recipe_from_dict
+
+        super().__init__()
+        self._student, self._tokenizer = reference._student, reference._tokenizer
+        self._recipe = recipe_from_dict(manifest.recipe, where=f"the recipe in bundle {manifest.name}")
+
+    def _module(self, key: str) -> Module:
+        from validate.bench.published import published_step
+
+        role, _, split = key.partition("@")
+        if role == "decoder":
+            decoder: Module = self._tokenizer
+            return decoder
+        student = self._student.at_split(int(split)) if split else self._student
+        step, kept = published_step(self._recipe, student), student.geometry.split
+
+        def whole(tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+            sequence, logits, _ = step(tokens, label, int(known[0]))
+            return sequence, logits[:, :kept]
+
+        return whole
