@@ -17,8 +17,10 @@ from runtime.machine import GPU_RUNTIME, Cpu, Gpu, Machine, Package
 if TYPE_CHECKING:
     from runtime.fit import Build
     from runtime.manifest import Manifest
+    from runtime.selection import Candidate
 
 WIDTH = 16
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 PROVIDER_NAMES = {
     "CPUExecutionProvider": "cpu",
     "CUDAExecutionProvider": "cuda",
@@ -44,16 +46,24 @@ class EngineReport:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run the bundle, and what stands in it."""
+    """One way to run the bundle, and what stands in it.
+
+    usable: `auto` may take it. on_request: it runs if it is named. total_ms: measured on this CPU, as all
+    others of the bundle were; None if it was not. verdict: whether its outputs met the bundle's limits there.
+    """
 
     name: str
     usable: bool
     reasons: str
+    on_request: bool
+    total_ms: float | None
+    verdict: str
 
 
 @dataclass(frozen=True)
 class BundleReport:
-    """damaged: what makes the bundle bad. auto: the way that `--backend auto` takes, if any."""
+    """damaged: what makes the bundle bad. auto: the way that `--backend auto` takes, if any; why: and the
+    reason."""
 
     path: str
     name: str
@@ -62,12 +72,14 @@ class BundleReport:
     engines: list[EngineReport]
     damaged: list[str]
     auto: str | None
+    why: str | None
     ways: list[Way]
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything `doctor` says. cuda: the newest CUDA that the driver supports."""
+    """Everything `doctor` says. cuda: the newest CUDA that the driver supports. openvino_precisions:
+    those that OpenVINO computes in on this CPU."""
 
     ddexport: str
     python: str
@@ -79,6 +91,7 @@ class Diagnosis:
     cuda: str | None
     packages: list[Package]
     providers: list[str]
+    openvino_precisions: list[str]
     problems: list[str]
     bundle: BundleReport | None = None
 
@@ -87,7 +100,7 @@ def diagnose(machine: Machine, bundle: Path | None = None) -> Diagnosis:
     """Looks at the machine, and at a bundle. Raises BundleError if its manifest or a file of it is bad."""
     import runtime
 
-    packages = [machine.onnxruntime, *machine.engine_packages.values(), machine.bindings]
+    packages = [machine.onnxruntime, machine.openvino, *machine.engine_packages.values(), machine.bindings]
     known = [PROVIDER_NAMES[name] for name in machine.providers if name in PROVIDER_NAMES]
     return Diagnosis(
         ddexport=runtime.__version__,
@@ -100,6 +113,7 @@ def diagnose(machine: Machine, bundle: Path | None = None) -> Diagnosis:
         cuda=".".join(map(str, machine.cuda)) if machine.cuda else None,
         packages=packages,
         providers=known,
+        openvino_precisions=[name for name in PRECISIONS if name.upper() in machine.openvino_capabilities],
         problems=problems(machine),
         bundle=diagnose_bundle(machine, bundle) if bundle else None,
     )
@@ -108,7 +122,7 @@ def diagnose(machine: Machine, bundle: Path | None = None) -> Diagnosis:
 def problems(machine: Machine) -> list[str]:
     """What is installed and does not work, each with what to do. A package that is missing is none."""
     found = [machine.both_onnxruntimes] if machine.both_onnxruntimes else []
-    packages = (machine.onnxruntime, *machine.engine_packages.values(), machine.bindings)
+    packages = (machine.onnxruntime, machine.openvino, *machine.engine_packages.values(), machine.bindings)
     found += [package.problem for package in packages if package.problem and not package.missing]
     if machine.onnxruntime.missing:
         found.append(str(machine.onnxruntime.problem))
@@ -126,13 +140,12 @@ def diagnose_bundle(machine: Machine, root: Path) -> BundleReport:
     """What a bundle could run on. Raises BundleError if its manifest or a file of it is bad."""
     from runtime.fit import builds
     from runtime.manifest import read_manifest
-    from runtime.selection import candidates, choose
+    from runtime.selection import candidates, choose, explain
 
     manifest = read_manifest(root)
     made, errors = builds(root)
     found = candidates(root, manifest, machine)
     chosen = choose(found, explicit=False)
-    ways = [Way(each.name, not (each.why_not or each.doubts), each.reasons) for each in found]
     return BundleReport(
         path=str(root),
         name=manifest.name,
@@ -141,7 +154,16 @@ def diagnose_bundle(machine: Machine, root: Path) -> BundleReport:
         engines=[_engines(machine, root, manifest, build) for build in made],
         damaged=[error.message for error in errors] + [text for build in made for text in _bad_plans(build)],
         auto=chosen.name if chosen else None,
-        ways=ways,
+        why=explain(chosen, found) if chosen else None,
+        ways=[_way(each) for each in found],
+    )
+
+
+def _way(candidate: Candidate) -> Way:
+    can, asked = not candidate.why_not, bool(candidate.doubts or candidate.unproven)
+    verdict = "failed" if candidate.failed else "passed" if candidate.total_ms is not None else "not measured"
+    return Way(
+        candidate.name, can and not asked, candidate.reasons, can and asked, candidate.total_ms, verdict
     )
 
 
@@ -191,7 +213,7 @@ def lines(found: Diagnosis) -> Iterator[str]:
         yield _row("driver", f"{found.driver or 'version not known'}, CUDA up to {found.cuda or 'unknown'}")
     yield from _heading("packages")
     for package in found.packages:
-        extra = f"  providers: {', '.join(found.providers)}" if package.name == "onnxruntime" else ""
+        extra = _details(found).get(package.name, "")
         problem = package.problem or ""
         state = "missing" if package.missing else "broken" if problem else f"{package.version}{extra}"
         # What is broken is told in full under `problems`.
@@ -219,10 +241,23 @@ def _bundle_lines(bundle: BundleReport) -> Iterator[str]:
     for text in bundle.damaged:
         yield _row("damaged", click.style(text, fg="red"))
     yield _row("auto takes", bundle.auto or click.style("nothing: no engine can run it here", fg="red"))
+    if bundle.why:
+        yield _row("", f"because it is {bundle.why}")
     for way in bundle.ways:
-        yield f"    {_mark(way.usable, 'yes' if way.usable else 'no ')}  {way.name}" + (
-            f": {way.reasons}" if way.reasons else ""
-        )
+        mark = "yes" if way.usable else "ask" if way.on_request else "no "
+        measured = [] if way.total_ms is None else [f"{way.total_ms:.4g} ms, {way.verdict}"]
+        said = "; ".join([*measured, *([way.reasons] if way.reasons else [])])
+        yield f"    {_mark(way.usable, mark)}  {way.name}" + (f": {said}" if said else "")
+    if any(way.on_request for way in bundle.ways):
+        yield "    ask: runs if it is named with --backend or --precision"
+
+
+def _details(found: Diagnosis) -> dict[str, str]:
+    """What is worth knowing of a package beside its version."""
+    return {
+        "onnxruntime": f"  providers: {', '.join(found.providers)}",
+        "openvino": f"  computes in: {', '.join(found.openvino_precisions)}",
+    }
 
 
 def _heading(text: str) -> Iterator[str]:

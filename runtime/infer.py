@@ -20,7 +20,7 @@ import click
 
 from runtime import console
 from runtime.errors import LabelError
-from runtime.options import PROVIDERS
+from runtime.options import MODES, PROVIDERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +52,8 @@ class Request:
     precision: str | None = None
     provider: str | None = None
     device: int | None = None
+    mode: str | None = None
+    model_cache: Path | None = None
     noise: Path | None = None
     dump: Path | None = None
     output: str = "out.png"
@@ -121,6 +123,8 @@ def draw(request: Request) -> Report:
             steps=request.steps,
             provider=request.provider,
             device=request.device,
+            mode=request.mode,
+            cache=request.model_cache,
         )
     with pipe:
         loaded = time.perf_counter() - start
@@ -265,7 +269,18 @@ def _steps(ctx: click.Context, param: click.Parameter, value: Any) -> int | str 
 @click.option("--device", type=click.IntRange(min=0), metavar="N", help="Which GPU.  [default: 0]")
 @click.option("--threads", type=_POSITIVE, metavar="N", help="Of the CPU.  [default: the engine's choice]")
 @click.option(
-    "--precision", metavar="NAME", help="Of the graphs.  [default: the best engine's, else the first]"
+    "--precision", metavar="NAME", help="Of the arithmetic.  [default: the best engine's, else the first]"
+)
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    help="Of OpenVINO: one batch soon, or many images a second.  [default: latency]",
+)
+@click.option(
+    "--model-cache",
+    type=_PATH,
+    metavar="DIR",
+    help="Where OpenVINO keeps compiled graphs, to load sooner the next time.  [default: nowhere]",
 )
 @click.option("--batch-size", type=_POSITIVE, metavar="N", help="Images at once.  [default: by their size]")
 @click.option("--noise", type=_PATH, metavar="NPZ", help="Replay `noise`, and `labels` if it has them.")

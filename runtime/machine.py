@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ INSTALL = {
     "tensorrt-rtx": "pip install tensorrt-rtx cuda-bindings",
     "cuda-bindings": "pip install cuda-bindings",
     "onnxruntime": "pip install onnxruntime",
+    "openvino": "pip install openvino",
 }
 GPU_RUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
 CPU_FEATURES = {
@@ -34,6 +35,7 @@ CPU_FEATURES = {
     "avx512_fp16": "FP16",
     "amx_bf16": "AMX-BF16",
     "amx_int8": "AMX-INT8",
+    "amx_fp16": "AMX-FP16",
     "asimddp": "DOTPROD",
     "i8mm": "I8MM",
     "bf16": "BF16",
@@ -138,6 +140,20 @@ class Machine:
         if self.onnxruntime.problem:
             return ()
         return tuple(importlib.import_module("onnxruntime").get_available_providers())
+
+    @cached_property
+    def openvino(self) -> Package:
+        found = package("openvino", "openvino")
+        # Its own text goes on with the build and the branch.
+        return replace(found, version=found.version and found.version.partition("-")[0])
+
+    @cached_property
+    def openvino_capabilities(self) -> tuple[str, ...]:
+        """What OpenVINO says it can do on this CPU, as in `FP32`, `BF16`, `INT8`."""
+        if self.openvino.problem:
+            return ()
+        core = importlib.import_module("openvino").Core()
+        return tuple(map(str, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")))
 
     @cached_property
     def distributions(self) -> dict[str, str]:

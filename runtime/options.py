@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from runtime.errors import BackendError
 
 PROVIDERS = ("cpu", "cuda", "tensorrt")
+MODES = ("latency", "throughput")
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,9 @@ class Options:
     """None leaves a choice to the engine. An engine that cannot follow an option that is given refuses it.
 
     threads: of the CPU. provider: of ONNX Runtime, one of `PROVIDERS`. device: the number of the GPU.
-    cuda_graphs: whether to record the work of a batch once and replay it.
+    cuda_graphs: whether to record the work of a batch once and replay it. mode: one of `MODES`, what to be
+    fast at: one batch, or images a second. cache: a directory in which compiled graphs are kept for the next
+    time. compute: the precision to compute in, where it is not that of the graphs; `Candidate` sets it.
     Raises BackendError for a value out of range.
     """
 
@@ -23,6 +27,9 @@ class Options:
     provider: str | None = None
     device: int | None = None
     cuda_graphs: bool | None = None
+    mode: str | None = None
+    cache: Path | str | None = None
+    compute: str | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -33,6 +40,8 @@ class Options:
             raise BackendError(
                 f"there is no provider called {self.provider!r}", f"There is: {', '.join(PROVIDERS)}."
             )
+        if self.mode is not None and self.mode not in MODES:
+            raise BackendError(f"there is no mode called {self.mode!r}", f"There is: {', '.join(MODES)}.")
 
     def given(self) -> dict[str, Any]:
         """The options that are not None."""

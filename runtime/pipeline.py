@@ -24,7 +24,15 @@ from runtime.options import Options
 from runtime.result import Result, Timings, joined
 from runtime.sampler import TeacherRun, sample
 from runtime.schedules import moved
-from runtime.selection import AUTO, backend_class, candidates, choose, nothing_fits
+from runtime.selection import (
+    AUTO,
+    Candidate,
+    backend_class,
+    candidates,
+    choose,
+    no_such_precision,
+    nothing_fits,
+)
 from runtime.teacher import Choice, Sampling, by_stream, check_uniforms, choice_of, read_codebook
 
 OUTPUTS = ("pil", "numpy", "sequence")
@@ -186,43 +194,55 @@ def load(
     provider: str | None = None,
     device: int | None = None,
     cuda_graphs: bool | None = None,
+    mode: str | None = None,
+    cache: str | Path | None = None,
 ) -> Pipeline:
     """Opens a bundle directory.
 
     backend: the name of a file in runtime/backends, or "auto": a TensorRT engine that fits this machine, then
-    ONNX Runtime on a GPU, then on the CPU. precision: the best that was built for TensorRT, else the
-    manifest's first if None. verify: compare every SHA-256. steps: those whose graphs are opened now, as for
-    a call; others are opened when they are first run. threads, provider, device, cuda_graphs: as in
-    `runtime.options.Options`. Raises BundleError, BackendError, ScheduleError.
+    ONNX Runtime on a GPU, then the fastest on the CPU that meets the bundle's limits there, as far as that
+    was measured (docs/runtime-cpu.md). precision: of the graphs, or one that an engine computes in from
+    others; None leaves it to the same choice. verify: compare every SHA-256. steps: those whose graphs are
+    opened now, as for a call; others are opened when they are first run. threads, provider, device,
+    cuda_graphs, mode, cache: as in `runtime.options.Options`.
+    Raises BundleError, BackendError, ScheduleError, OutputError for a cache that cannot be written.
     """
     root = Path(path)
-    options = Options(threads, provider, device, cuda_graphs)
+    options = Options(threads, provider, device, cuda_graphs, mode, cache)
     manifest = read_manifest(root, verify)
     labels = read_labels(resolve(root, manifest.labels.file), manifest.classes)
-    if precision is not None:
-        manifest.graph("student", precision)  # to complain now
-    graphs = _graphs(root, manifest, backend, precision, options)
+    machine = Machine()
+    chosen = _chosen(root, manifest, machine, backend, precision, options)
+    graphs = _graphs(root, manifest, machine, chosen)
     graphs.open(keys_of(manifest, manifest.schedule(steps)))
     codebook = None if manifest.teacher is None else read_codebook(root, manifest)
     if manifest.weights.kind == "random":
         logger.warning(
             "%s holds random weights (seed %s): its images show nothing", manifest.name, manifest.weights.seed
         )
-    return Pipeline(manifest, labels, graphs, graphs.precision, codebook)
+    return Pipeline(manifest, labels, graphs, chosen.precision, codebook)
 
 
-def _graphs(root: Path, manifest: Manifest, backend: str, precision: str | None, options: Options) -> Graphs:
-    machine = Machine()
-    found = candidates(root, manifest, machine, backend=backend, precision=precision, options=options)
-    chosen = choose(found, explicit=backend != AUTO)
+def _chosen(
+    root: Path, manifest: Manifest, machine: Machine, backend: str, precision: str | None, options: Options
+) -> Candidate:
+    ways = partial(candidates, root, manifest, machine, backend=backend, options=options)
+    found = ways(precision=precision)
+    if precision not in (None, *manifest.precisions) and not any(each.computes for each in found):
+        raise no_such_precision(manifest, str(precision), found, ways())
+    chosen = choose(found, explicit=backend != AUTO, named=precision is not None)
     if chosen is None:
         raise nothing_fits(found, backend, manifest)
+    for doubt in chosen.unproven:
+        logger.warning("%s: %s", chosen.name, doubt)
+    return chosen
 
+
+def _graphs(root: Path, manifest: Manifest, machine: Machine, chosen: Candidate) -> Graphs:
     def engine(some: Mapping[str, Graph]) -> Backend:
         return backend_class(chosen.backend)(root, some, chosen.options, machine)
 
-    graphs = {graph.key: graph for graph in manifest.graphs if graph.precision == chosen.precision}
-    return Graphs(graphs, engine)
+    return Graphs({graph.key: graph for graph in manifest.graphs if graph.precision == chosen.reads}, engine)
 
 
 def default_batch_size(manifest: Manifest, schedule: Schedule | None = None) -> int:

@@ -53,16 +53,11 @@ class OnnxRuntime(Backend):
     def candidates(
         cls, root: Path, manifest: Manifest, machine: Machine, options: Options, precision: str | None
     ) -> list[Candidate]:
-        found = []
-        chosen = precision or manifest.precisions[0]
-        for provider in [options.provider] if options.provider else SPEEDS:
-            reasons, remedy = why_not(provider, chosen, machine, options.device or 0)
-            if provider == "cpu" and options.device is not None:
-                reasons = (*reasons, "the CPU has no --device")
-            asked = replace(options, provider=provider)
-            speed = SPEEDS.get(provider, 0)
-            found.append(Candidate("onnxruntime", chosen, asked, speed, reasons, (), remedy))
-        return found
+        return [
+            _candidate(provider, each, manifest, machine, options)
+            for provider in ([options.provider] if options.provider else SPEEDS)
+            for each in ([precision] if precision else _precisions(provider, manifest))
+        ]
 
     @property
     def provider(self) -> str:
@@ -130,6 +125,25 @@ class OnnxRuntime(Backend):
                     "The bundle is damaged: export it again.",
                 )
         return session
+
+
+def _precisions(provider: str, manifest: Manifest) -> list[str]:
+    """What is tried where no precision is named: the bundle's first, and on the CPU what else may be best."""
+    first, *others = manifest.precisions
+    return [first, *(each for each in others if provider == "cpu" and each in ("fp32", "int8"))]
+
+
+def _candidate(
+    provider: str, precision: str, manifest: Manifest, machine: Machine, options: Options
+) -> Candidate:
+    reasons, remedy = why_not(provider, precision, machine, options.device or 0)
+    if provider == "cpu" and options.device is not None:
+        reasons = (*reasons, "the CPU has no --device")
+    if precision not in manifest.precisions:
+        reasons = (*reasons, f"the bundle has no graphs in {precision}")
+    asked, speed = replace(options, provider=provider), SPEEDS.get(provider, 0)
+    on_cpu = provider == "cpu"
+    return Candidate("onnxruntime", precision, asked, speed, reasons, (), remedy, on_cpu=on_cpu)
 
 
 def _same(have: list[Any], want: tuple[TensorSpec, ...]) -> bool:

@@ -7,16 +7,19 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from runtime import machine as machine_module
-from runtime.doctor import command, diagnose
+from runtime.doctor import command, diagnose, lines
 from runtime.machine import (
+    Cpu,
     Gpu,
     Machine,
     Package,
@@ -27,6 +30,8 @@ from runtime.machine import (
     package,
     read_cpu,
 )
+from runtime.manifest import read_manifest
+from runtime.measured import Measured, write_measured
 
 Builder = Callable[..., Path]
 BARE = """
@@ -49,6 +54,15 @@ command()
 """
 
 
+@pytest.fixture(autouse=True)
+def without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests say which engines there are: a machine made up with OpenVINO has it nevertheless."""
+    missing = Package("openvino", None, "openvino is not installed: pip install openvino", missing=True)
+    fact = cached_property(lambda machine: missing)
+    fact.__set_name__(Machine, "openvino")
+    monkeypatch.setattr(Machine, "openvino", fact)
+
+
 def doctor(*arguments: object) -> Result:
     return CliRunner().invoke(command, [str(argument) for argument in arguments])
 
@@ -66,7 +80,7 @@ def test_with_nothing_installed(shared_bundle: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for what in ("onnxruntime", "tensorrt", "tensorrt-rtx", "cuda-bindings"):
+    for what in ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "cuda-bindings"):
         assert f"  {what:<16}missing" in done.stdout
     assert "auto takes      nothing: no engine can run it here" in done.stdout
     assert "pip install onnxruntime" in done.stdout
@@ -114,13 +128,74 @@ def test_json_has_all_of_it(gpu: Any, bundle: Path, build: Builder) -> None:
     assert found["gpus"] == [{"index": 0, "name": "Toy GPU", "capability": [8, 9], "memory": 24 << 30}]
     assert [each["name"] for each in found["packages"]] == [
         "onnxruntime",
+        "openvino",
         "tensorrt",
         "tensorrt-rtx",
         "cuda-bindings",
     ]
     assert found["bundle"]["auto"] == "tensorrt, fp32"
     assert found["bundle"]["engines"][0]["roles"] == {"decoder": ["1/4/8"], "student": ["1/4/8"]}
-    assert [way["usable"] for way in found["bundle"]["ways"]] == [True, False, True]
+    assert {way["name"]: way["usable"] for way in found["bundle"]["ways"]} == {
+        "tensorrt, fp32": True,
+        "onnxruntime, cuda, fp32": False,
+        "openvino, fp32": False,
+        "onnxruntime, cpu, fp32": True,
+    }
+
+
+def with_openvino() -> Machine:
+    return Machine(
+        cpu=Cpu("Toy Xeon", 8, ("AVX-512", "VNNI", "BF16", "AMX-BF16", "AMX-INT8")),
+        gpus=(),
+        cuda_problem="no driver",
+        driver=None,
+        cuda=None,
+        providers=("CPUExecutionProvider",),
+        onnxruntime=Package("onnxruntime", "1.31.0", None),
+        openvino=Package("openvino", "2026.4.1", None),
+        openvino_capabilities=("BF16", "WINOGRAD", "FP32", "INT8", "EXPORT_IMPORT"),
+        engine_packages={},
+        bindings=Package("cuda-bindings", None, "cuda-bindings is not installed: pip", missing=True),
+        distributions={},
+    )
+
+
+def test_the_engines_of_a_cpu_with_times_and_verdicts(bundle: Path) -> None:
+    """What auto takes and why, what was measured of each way, and what only runs when it is named."""
+    machine, manifest = with_openvino(), read_manifest(bundle, verify=False)
+    text = click.unstyle("\n".join(lines(diagnose(machine, bundle))))
+    assert "Toy Xeon, 8 cores, AVX-512 VNNI BF16 AMX-BF16 AMX-INT8" in text
+    assert "openvino        2026.4.1  computes in: fp32, bf16, int8" in text
+    assert "auto takes      openvino, fp32\n                  because it is the first that needs no" in text
+    assert "ask  openvino, bf16: the bundle states no limits for bf16" in text
+    common: dict[str, Any] = {"threads": None, "steps": 1, "batch": 1, "precision": "fp32"}
+    slow = Measured("openvino", "2026.4.1", mode="latency", total_ms=14.25, passed=True, **common)
+    bad = Measured(
+        "onnxruntime", "1.31.0", mode=None, total_ms=9.5, passed=False, why="2 tokens differ", **common
+    )
+    write_measured(bundle, manifest, machine, [slow, bad])
+    found = diagnose(machine, bundle)
+    text = click.unstyle("\n".join(lines(found)))
+    assert "because it is the fastest that met the bundle's limits here: 14.2 ms" in text
+    assert "yes  openvino, fp32: 14.25 ms, passed" in text
+    assert "ask  onnxruntime, cpu, fp32: 9.5 ms, failed; measured here: 2 tokens differ" in text
+    assert found.bundle
+    assert {way.name: (way.total_ms, way.verdict) for way in found.bundle.ways if "cuda" not in way.name} == {
+        "tensorrt": (None, "not measured"),
+        "openvino, fp32": (14.25, "passed"),
+        "openvino, bf16": (None, "not measured"),
+        "onnxruntime, cpu, fp32": (9.5, "failed"),
+    }
+
+
+def test_a_broken_openvino_is_a_problem_and_no_way(bundle: Path) -> None:
+    machine = with_openvino()
+    machine.__dict__["openvino"] = Package("openvino", "2026.4.1", "openvino is broken: libtbb.so.12")
+    found = diagnose(machine, bundle)
+    assert "openvino is broken: libtbb.so.12" in found.problems
+    assert found.bundle
+    assert found.bundle.auto == "onnxruntime, cpu, fp32"
+    assert [way.reasons for way in found.bundle.ways if way.name == "openvino, fp32"] == found.problems[:1]
 
 
 def damage_graph(bundle: Path, folder: Path) -> str:
