@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +10,14 @@ import click
 
 from runtime import console
 from runtime.errors import DDError, VerificationError
+from validate.bench import options
 
 if TYPE_CHECKING:
     from runtime.machine import Machine
     from validate.bench.peak import Peak
     from validate.bench.plan import Request
-    from validate.bench.rows import Environment, Row
+    from validate.bench.rows import Row
 
-TEACHER = "teacher"
-MODES = ("latency", "throughput")
-PACKAGES = ("ddexport", "numpy", "torch", "onnxruntime", "openvino")
 EPILOG = """
 \b
 Examples:
@@ -31,89 +28,7 @@ Examples:
 """
 
 
-def _words(value: str) -> list[str]:
-    return [word for part in value.split(",") if (word := part.strip())]
-
-
-def _names(known: Callable[[], Sequence[str]], what: str) -> Callable[..., Any]:
-    """A callback for a list of names; an unknown one is a usage error that lists those there are."""
-
-    def check(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
-        names = _words(value or "")
-        if value is not None and not names:
-            raise click.BadParameter(f"it names no {what}.", ctx, param)
-        for name in names:
-            if name not in (have := known()):
-                raise click.BadParameter(
-                    f"there is no {what} called {name!r}. There is: {', '.join(have)}.", ctx, param
-                )
-        return tuple(dict.fromkeys(names))
-
-    return check
-
-
-def _backends() -> Sequence[str]:
-    from validate.bench.plan import backend_names
-
-    return backend_names()
-
-
-def _precisions() -> Sequence[str]:
-    from validate.bench.plan import PRECISIONS
-
-    return PRECISIONS
-
-
-def _one(check: Callable[..., Any]) -> Callable[..., Any]:
-    """The same for one name."""
-
-    def checked(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-        found = check(ctx, param, value)
-        if len(found) > 1:
-            raise click.BadParameter(f"it takes one name, not {value!r}.", ctx, param)
-        return found[0] if found else None
-
-    return checked
-
-
-def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    words = _words(value)
-    if not words or not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise click.BadParameter(f"{value!r} is not a list of numbers above 0, like 1,4,8.", ctx, param)
-    return tuple(dict.fromkeys(int(word) for word in words))
-
-
-def _steps(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int | str, ...]:
-    found: dict[int | str, None] = {}
-    for word in _words(value or ""):
-        found[word if word == TEACHER else _numbers(ctx, param, word)[0]] = None
-    if value is not None and not found:
-        raise click.BadParameter("it names no steps, like 1,2,teacher.", ctx, param)
-    return tuple(found)
-
-
-def _one_steps(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
-    found = _steps(ctx, param, value)
-    if len(found) > 1:
-        raise click.BadParameter(f"it takes one number of steps, or {TEACHER}, not {value!r}.", ctx, param)
-    return found[0] if found else None
-
-
-def _percentiles(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
-    try:
-        found = [float(word) for word in _words(value)]
-    except ValueError:
-        found = []
-    if not found or not all(0 <= number <= 100 for number in found):
-        raise click.BadParameter(f"{value!r} is not a list of percentiles, like 50,90,99.", ctx, param)
-    return tuple(dict.fromkeys(found))
-
-
 _PATH = click.Path(path_type=Path)
-_BACKEND = _names(_backends, "backend")
-_PRECISION = _names(_precisions, "precision")
 
 
 @click.command("bench", cls=console.Command, epilog=EPILOG)
@@ -121,15 +36,17 @@ _PRECISION = _names(_precisions, "precision")
 @click.option(
     "--backend",
     "backends",
-    callback=_BACKEND,
+    callback=options.BACKEND,
     metavar="A,B,...",
     help="Backends of the runtime, and torch, torch-compile, published. All that are named stay in memory at"
     " once: name fewer where it is short.  [default: the runtime's]",
 )
-@click.option("--batch", "batches", callback=_numbers, default="1", show_default=True, metavar="N,N,...")
+@click.option(
+    "--batch", "batches", callback=options.numbers, default="1", show_default=True, metavar="N,N,..."
+)
 @click.option(
     "--steps",
-    callback=_steps,
+    callback=options.steps,
     default="1",
     show_default=True,
     metavar="N,...,teacher",
@@ -138,43 +55,45 @@ _PRECISION = _names(_precisions, "precision")
 @click.option(
     "--precision",
     "precisions",
-    callback=_PRECISION,
+    callback=options.PRECISION,
     metavar="NAME,...",
     help="fp32, fp16, bf16, int8.  [default: all that each backend can run]",
 )
 @click.option(
     "--against",
-    callback=_one(_BACKEND),
+    callback=options.one(options.BACKEND),
     metavar="BACKEND",
     help="How many times faster than that one each row is; it is timed too if it was not named.",
 )
 @click.option(
     "--against-steps",
-    callback=_one_steps,
+    callback=options.one(options.steps),
     metavar="N|teacher",
     help="The steps of --against.  [default: those of each row]",
 )
 @click.option(
     "--against-precision",
-    callback=_one(_PRECISION),
+    callback=options.one(options.PRECISION),
     default="fp32",
     show_default=True,
     metavar="NAME",
     help="The precision of --against.",
 )
 @click.option(
-    "--threads", callback=_numbers, metavar="N,...", help="Of each alternative.  [default: all cores]"
+    "--threads", callback=options.numbers, metavar="N,...", help="Of each alternative.  [default: all cores]"
 )
 @click.option(
     "--mode",
     "modes",
-    callback=_names(lambda: MODES, "mode"),
+    callback=options.MODE,
     metavar="NAME,...",
     help="latency and throughput, of backends that have the option.  [default: theirs]",
 )
 @click.option(
     "--processes",
-    callback=_numbers,
+    "--streams",
+    "processes",
+    callback=options.numbers,
     default="1",
     show_default=True,
     metavar="N,...",
@@ -198,7 +117,7 @@ _PRECISION = _names(_precisions, "precision")
 @click.option(
     "--percentile",
     "percentiles",
-    callback=_percentiles,
+    callback=options.percentiles,
     default="50,90,99",
     show_default=True,
     metavar="P,...",
@@ -237,7 +156,7 @@ def command(
     checkpoint: Path | None,
     vae: Path | None,
     teacher: Path | None,
-    **options: Any,
+    **asked: Any,
 ) -> None:
     """Time BUNDLE in every engine, round after round in turn, and hold what was timed against PyTorch.
 
@@ -247,8 +166,9 @@ def command(
     from runtime.files import check_writable
     from validate.bench.page import check_page
     from validate.bench.plan import Request
+    from validate.bench.report import environment_of, show, write
 
-    if options["against"] is None and options["against_steps"] is not None:
+    if asked["against"] is None and asked["against_steps"] is not None:
         raise click.UsageError("--against-steps says which steps of --against: give both.")
     if plot is not None:
         if plot.suffix.lower() != ".png":
@@ -257,14 +177,15 @@ def command(
     if update is not None:
         check_page(update)
     files = {"student": checkpoint, "tokenizer": vae, "teacher": teacher}
-    request = Request(files={role: str(path) if path else None for role, path in files.items()}, **options)
+    request = Request(files={role: str(path) if path else None for role, path in files.items()}, **asked)
     rows, peaks, skipped, machine = _measure(request)
-    environment = _environment(machine)
+    environment = environment_of(machine)
     if as_json:
         console.emit_json([row.to_dict() for row in rows])
     else:
-        _show(rows, peaks, environment, request.percentiles)
-    _write(rows, peaks, environment, skipped, request, _command_line(ctx), plot, update)
+        show(rows, peaks, environment, request.percentiles)
+    line = options.command_line(ctx)
+    write(rows, peaks, environment, skipped, request.percentiles, line, plot, update)
     _end(rows)
 
 
@@ -306,70 +227,6 @@ def _measure(
     return rows, peaks, skipped, machine
 
 
-def _environment(machine: Machine) -> Environment:
-    from datetime import datetime, timezone
-    from importlib.metadata import PackageNotFoundError, version
-
-    from validate.bench.rows import Environment
-
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    cpu = machine.cpu
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return Environment(cpu.name, cpu.cores, cpu.features or (), versions, date)
-
-
-def _show(
-    rows: Sequence[Row],
-    peaks: dict[tuple[int, str], Peak],
-    environment: Environment,
-    marks: Sequence[float],
-) -> None:
-    """The tables for people, on stdout."""
-    from validate.bench.table import parity_grid, times_grid, work_line
-
-    click.echo(environment.line)
-    for bundle in dict.fromkeys(row.bundle for row in rows):
-        own = [row for row in rows if row.bundle == bundle]
-        against = dict.fromkeys(row.against for row in own if row.speedup is not None)
-        click.echo(f"\n{click.style(own[0].model, bold=True)}: {work_line(own, peaks)}")
-        click.echo("\n" + times_grid(own, marks).text())
-        if against:
-            click.echo(f"speed-up: against {' / '.join(map(str, against))}, with its 95 % interval")
-        click.echo("\n" + parity_grid(own).text())
-
-
-def _write(
-    rows: Sequence[Row],
-    peaks: dict[tuple[int, str], Peak],
-    environment: Environment,
-    skipped: Sequence[str],
-    request: Request,
-    line: str,
-    plot: Path | None,
-    update: Path | None,
-) -> None:
-    """Plot and page, and on stderr what is to be said about single rows."""
-    from validate.bench.page import address, block
-    from validate.bench.page import update as update_page
-    from validate.bench.plot import write_plot
-    from validate.bench.table import remarks
-
-    if plot is not None and any(row.timed for row in rows):
-        write_plot(rows, environment.line, plot)
-        click.echo(f"plot: {plot}", err=True)
-    if update is not None:
-        picture = address(plot, update) if plot is not None and plot.exists() else None
-        update_page(update, block(rows, peaks, environment, line, request.percentiles, skipped, picture))
-        click.echo(f"updated: {update}", err=True)
-    for text in remarks(rows):
-        click.echo(text, err=True)
-
-
 def _end(rows: Sequence[Row]) -> None:
     """Raises VerificationError for a wrong row, else DDError for one that failed."""
     wrong = [row for row in rows if row.passed is False]
@@ -385,24 +242,3 @@ def _end(rows: Sequence[Row]) -> None:
 
 def _list(rows: Sequence[Row]) -> str:
     return "; ".join(f"{row.name}, batch {row.batch}, steps {row.steps}" for row in rows)
-
-
-def _command_line(ctx: click.Context) -> str:
-    """The command as it was given, from what click has read of it."""
-    words = ["ddexport", "bench"]
-    for param in ctx.command.params:
-        if ctx.get_parameter_source(param.name or "") is not click.core.ParameterSource.COMMANDLINE:
-            continue
-        value = ctx.params[param.name or ""]
-        if isinstance(param, click.Argument):
-            words += [str(each) for each in value]
-        elif isinstance(value, bool):
-            words.append((param.opts if value or not param.secondary_opts else param.secondary_opts)[0])
-        else:
-            many = isinstance(value, tuple)
-            words += [param.opts[0], ",".join(_plain(each) for each in value) if many else _plain(value)]
-    return shlex.join(words)
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,87 @@
+"""A tiny bundle with a teacher, and workers in the test's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.errors import DDError
+from validate.bench.case import Job
+from validate.bench.plan import Request
+from validate.bench.processes import WorkerError
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "var-dd-small"
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in float32, one block, five positions, with a teacher. Do not write into it."""
+    from ddexport.bundle import WeightRequest, export_bundle
+    from ddexport.recipe import load_recipe, recipe_from_dict
+
+    data = load_recipe(str(GOLDEN / "recipe.yaml")).to_dict() | {
+        "name": "tiny",
+        "sequence": {"length": 5, "width": 4, "codebook": 16, "split": 1},
+        "image": {"size": 4, "channels": 3},
+        "model": {"depth": 1, "width": 32, "heads": 2, "scales": [1, 2]},
+        "tokenizer": {"channels": 32, "multipliers": [1, 1], "residual_blocks": 1},
+        "schedules": {"1": {"known": [0]}, "2": {"known": [0, 1]}},
+        "teacher": {"cfg": 1.5, "top_k": 12, "top_p": 0.95, "temperature": 1.0},
+    }
+    target = tmp_path_factory.mktemp("bench") / "tiny"
+    export_bundle(recipe_from_dict(data), target, WeightRequest({}, random_seed=3, teacher=True))
+    return target
+
+
+class InProcess:
+    """A worker without a process: the same session, asked directly."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self._session, self._reply = job, None, None
+        self.closed = False
+
+    def ready(self) -> dict[str, Any]:
+        from validate.bench.worker import Session
+
+        if self._session is None:
+            self._session = self._try(Session, self.job)
+        return self._session.hello
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        self.send(request)
+        return self.receive()
+
+    def send(self, request: Mapping[str, Any]) -> None:
+        self._reply = self._try(self._session.answer, dict(request))
+
+    def receive(self) -> dict[str, Any]:
+        return self._reply
+
+    def close(self) -> None:
+        self.closed = True
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _try(self, function: Any, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except DDError as error:
+            raise WorkerError(error.message, error.hint) from error
+
+
+@pytest.fixture
+def in_process() -> type[InProcess]:
+    return InProcess
+
+
+@pytest.fixture
+def quick(bundle: Path) -> Request:
+    """Five rounds of everything, and no more."""
+    return Request((bundle,), duration=0.0, roofline=False, remember=False, threads=(1,))
