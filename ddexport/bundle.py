@@ -21,6 +21,7 @@ from ddexport.families import family
 from ddexport.families._base import Teacher as TeacherModule
 from ddexport.graph.external import SharedWeights
 from ddexport.graph.prove import prove
+from ddexport.graph.rewrites import LEFT_OUT, REWRITES, check_rewrites, rewrite
 from ddexport.graph.spec import GraphSpec, graph_specs, image_size, sequence_size
 from ddexport.graph.to_onnx import check_onnx, check_opset, default_opset, onnx_from_module
 from ddexport.graph.verify import Agreement
@@ -65,6 +66,7 @@ def export_bundle(
     opset: int | None = None,
     force: bool = False,
     stage: Stage = lambda name: nullcontext(),
+    without: Sequence[str] = (),
 ) -> Exported:
     """Writes the bundle of `recipe` to the directory `target`, whole and verified, or not at all.
 
@@ -77,6 +79,7 @@ def export_bundle(
         opset: of the graphs; by default 20, and 22 in bf16.
         force: replace an existing bundle.
         stage: a context manager that shows what is going on.
+        without: rewrites of the graphs to leave out (`graph.rewrites.REWRITES`); the manifest says which.
 
     Raises:
         PrecisionError: a precision is unknown, a pattern matches nothing, or a weight does not fit.
@@ -84,10 +87,12 @@ def export_bundle(
         CheckpointError: a file does not hold the recipe's model.
         ExportError: the opset is not supported, or has not the operators of a precision.
         RecipeError: the label list is not the recipe's.
+        RewriteError: there is no rewrite of a name in `without`.
         OutputError: `target` exists and `force` is false, or is no bundle, or cannot be written.
         VerificationError: a graph differs from its module; nothing is written.
     """
     check_precisions(precisions, recipe)
+    check_rewrites(without)
     if opset is not None:
         check_opset(opset, precisions)
     precisions = sorted(precisions, key=PRECISIONS.index)
@@ -97,9 +102,7 @@ def export_bundle(
     with staged_directory(target, force, _expected_bytes(recipe, roles), marker=FILE_NAME) as folder:
         with stage("loading weights"):
             parts = load_parts(recipe, request, sources)
-            for role in roles:
-                if role != "tokenizer":
-                    parts[role].tabulate()  # type: ignore[operator]
+            rewrite(parts, without)
             check_patterns(parts.values(), keep_fp32)
             weights = provenance(recipe, request, sources)
         teacher = _teacher(parts, recipe, folder) if TEACHER in parts else None
@@ -137,7 +140,7 @@ def export_bundle(
             published=recipe.published,
             licence=recipe.licence,
             recipe=recipe.to_dict(),
-            tools=_tools(),
+            tools={**_tools(), **_left_out(without)},
             teacher=teacher,
         )
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -231,6 +234,12 @@ def _expected_bytes(recipe: Recipe, roles: Sequence[str]) -> int:
     with torch.device("meta"):
         parts = [family(recipe.family).build(recipe, role) for role in roles]
     return sum(4 * value.numel() for part in parts for value in part.state_dict().values())
+
+
+def _left_out(without: Sequence[str]) -> dict[str, str]:
+    """What the manifest says of rewrites that were left out: nothing if there are none."""
+    names = [name for name in REWRITES if name in without]
+    return {LEFT_OUT: ", ".join(names)} if names else {}
 
 
 def _tools() -> dict[str, str]:

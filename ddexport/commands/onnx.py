@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ddexport.graph.rewrites import REWRITES
 from ddexport.precision.policy import FLOAT32, PRECISIONS
 from runtime import console
 
@@ -18,6 +19,7 @@ Examples:
   ddexport onnx --model var-d16 --random-weights 0 --teacher random -o build/var-d16-random
   ddexport onnx --model digits-var --precision fp32,fp16,bf16
   ddexport onnx --model digits-var --precision fp16 --keep-fp32 'blocks.3.*' -o build/mixed
+  ddexport onnx --model digits-var --without attention --without group-norm -o build/plain
 """
 
 existing = click.Path(path_type=Path)
@@ -31,6 +33,10 @@ def _named_precisions(context: click.Context, parameter: click.Parameter, value:
         if names.count(name) > 1:
             raise click.BadParameter(f"{name} is named twice.")
     return names
+
+
+def _described() -> str:
+    return "; ".join(f"{name}: {rule.what}" for name, rule in REWRITES.items()) + "."
 
 
 @click.command("onnx", cls=console.Command, epilog=EPILOG)
@@ -52,6 +58,9 @@ def _named_precisions(context: click.Context, parameter: click.Parameter, value:
               callback=_named_precisions, help=f"One or several of {', '.join(PRECISIONS)}.")  # fmt: skip
 @click.option("--keep-fp32", multiple=True, metavar="PATTERN",
               help="Modules that stay float32 in half graphs, as 'blocks.3.*'. Repeatable.")  # fmt: skip
+@click.option("--without", multiple=True, metavar="NAME", type=click.Choice(list(REWRITES)),
+              help="Leave out a rewrite of the graphs, to see what it gives. Repeatable."
+              f" {_described()}")  # fmt: skip
 @click.option("--opset", type=int, help="ONNX opset. [default: 20; bf16: 22]")
 @click.option("--force", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -66,6 +75,7 @@ def command(
     output: Path | None,
     precisions: tuple[str, ...],
     keep_fp32: tuple[str, ...],
+    without: tuple[str, ...],
     opset: int | None,
     force: bool,
     as_json: bool,
@@ -102,6 +112,7 @@ def command(
         opset=opset,
         force=force,
         stage=console.stage,
+        without=without,
     )
     if as_json:
         console.emit_json(

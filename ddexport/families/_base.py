@@ -63,6 +63,12 @@ class Student(nn.Module):
         """Replaces, in place, what depends on a small index alone by tables. Outputs stay equal."""
         raise NotImplementedError
 
+    def attend_in_groups(self) -> None:
+        """Replaces, in place, attention by one that leaves out what the mask forbids. Outputs stay equal.
+
+        Where that saves nothing, as in causal attention over a few hundred positions, nothing is to be done.
+        """
+
     def at_split(self, split: int) -> Student:
         """The same student with another split position; it shares every weight with this one."""
         twin = copy.copy(self)

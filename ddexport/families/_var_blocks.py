@@ -6,6 +6,8 @@ Shapes: B batch, N positions, C width, H heads.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +51,13 @@ class Attention(nn.Module):
         self.register_buffer("no_bias", torch.zeros(width, device="cpu"), persistent=False)
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(4.0)))
         self.proj = nn.Linear(width, width)
+        self.groups: tuple[int, ...] = ()  # where a student's groups start, and N; see `attend_in_groups`
 
     def forward(
         self, x: Tensor, mask: Tensor | None, cache: LayerCache | ExplicitCache | None = None
     ) -> Tensor:
-        # x [B, N, C]; mask [N, N] additive, or None to see every position
+        # x [B, N, C]; mask [N, N] additive, that of the first group if there are groups, or None to see every
+        # position
         B, N, C = x.shape
         weight = self.qkv.weight
         bias = torch.cat([self.q_bias, self.no_bias, self.v_bias]).to(weight.dtype)
@@ -69,9 +73,37 @@ class Attention(nn.Module):
             x = cache.attend(q, k, v, mask)
         elif mask is None:
             x = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        elif self.groups:
+            x = attend_in_groups(q, k, v, mask.to(q.dtype), self.groups)
         else:  # with a mask the fused kernel is the slower one on a CPU
             x = (q @ k.transpose(-2, -1) + mask.to(q.dtype)).softmax(-1) @ v
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
+
+
+def attend_in_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, starts: Sequence[int]) -> Tensor:
+    """Attention where a position sees the positions of strictly earlier scales and itself, and no more is
+    computed than it sees.
+
+    The first group is attended to as a whole, with its mask. Each other group is one scale: its positions see
+    all that comes before it, which needs no mask, and themselves, which is one product a position.
+
+    Args:
+        q, k, v: [B, H, N, D], queries scaled.
+        mask: [n, n] additive, of the first group.
+        starts: where the groups start, and N: 0, n, ...
+
+    Returns:
+        [B, H, N, D].
+    """
+    n = starts[1]
+    found = [(q[:, :, :n] @ k[:, :, :n].transpose(-2, -1) + mask).softmax(-1) @ v[:, :, :n]]
+    for start, end in pairwise(starts[1:]):
+        queries = q[:, :, start:end]
+        before = queries @ k[:, :, :start].transpose(-2, -1)
+        own = (queries * k[:, :, start:end]).sum(-1, keepdim=True)
+        weights = torch.cat([before, own], dim=-1).softmax(-1)  # [B, H, end - start, start + 1]
+        found.append(weights[..., :start] @ v[:, :, :start] + weights[..., start:] * v[:, :, start:end])
+    return torch.cat(found, dim=2)
 
 
 class Mlp(nn.Module):

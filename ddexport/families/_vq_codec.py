@@ -6,6 +6,7 @@ downsampling of 16.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -85,6 +86,30 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + h
 
 
+class ChannelNorm(nn.Module):
+    """`nn.GroupNorm` as one product and one sum a channel: x * a + b.
+
+    The map keeps its shape, so that engines keep it in the layout that their convolutions want; a group norm
+    of three axes has it reordered twice. Mean and spread are two passes: a mean of squares less the square of
+    the mean would cancel. The weights are shared with the norm it is made from.
+    """
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.groups, self.eps = norm.num_groups, norm.eps
+        self.weight, self.bias = norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W]
+        B, C = x.shape[:2]
+        grouped = (B, self.groups, C // self.groups)
+        mean = x.mean((2, 3)).view(grouped).mean(2, keepdim=True)  # [B, groups, 1]
+        centred = x - mean.expand(grouped).reshape(B, C, 1, 1)
+        spread = centred.square().mean((2, 3)).view(grouped).mean(2, keepdim=True)
+        a = torch.rsqrt(spread + self.eps) * self.weight.view(grouped[1:])
+        b = self.bias.view(grouped[1:]) - mean * a
+        return x * a.view(B, C, 1, 1) + b.view(B, C, 1, 1)
+
+
 class SpatialAttention(nn.Module):
     """Single-head attention over all pixels of a feature map."""
 
@@ -110,6 +135,32 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, 2H, 2W]
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class TransposedUpsample(nn.Module):
+    """`Upsample` as one transposed convolution: 4 x 4 products for four output pixels in place of 4 x 9.
+
+    Each output pixel sees two rows and two columns of the map before doubling; the weights of the taps that
+    fall on the same pixel are summed, in float64, and rounded once. The border is zero in both.
+    """
+
+    def __init__(self, source: Upsample) -> None:
+        super().__init__()
+        weight = source.conv.weight.detach().double()  # [outputs, inputs, 3, 3]
+        C = source.conv.in_channels
+        summed = weight.new_zeros((*weight.shape[:2], 4, 4))
+        # Output 2i + e reads doubled pixel 2i + e + k - 1 with tap k: it adds to tap 2 - k + e of the other.
+        for row, column, down, right in itertools.product(range(3), range(3), range(2), range(2)):
+            summed[:, :, 2 - row + down, 2 - column + right] += weight[:, :, row, column]
+        with torch.device("meta"):
+            self.conv = nn.ConvTranspose2d(C, C, 4, stride=2, padding=1)
+        folded = summed.transpose(0, 1).to(source.conv.weight.dtype).contiguous()
+        self.conv.weight = nn.Parameter(folded, requires_grad=False)
+        self.conv.bias = source.conv.bias
+        self.conv.eval()
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, C, 2H, 2W]
+        return self.conv(x)
 
 
 class Downsample(nn.Module):
@@ -192,3 +243,17 @@ class Decoder(nn.Module):
         for level in self.levels:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+    def fold_upsampling(self) -> None:
+        """Replaces, in place, each doubling with its convolution by one transposed convolution. Images stay
+        equal."""
+        for level in self.levels:
+            if isinstance(level.resample, Upsample):
+                level.resample = TransposedUpsample(level.resample)
+
+    def norm_by_channel(self) -> None:
+        """Replaces, in place, each group norm by one product and one sum a channel. Images stay equal."""
+        for module in list(self.modules()):
+            for name, norm in list(module.named_children()):
+                if isinstance(norm, nn.GroupNorm):
+                    setattr(module, name, ChannelNorm(norm))

@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from ddexport.recipe import Recipe
 
 
+FIRST_GROUP = 100
+"""Scales that end by this position attend together: their own products would be too small to save time."""
+
+
 @dataclass(frozen=True)
 class VarGeometry:
     """Sizes of a VAR transformer: `scales` are the side lengths of the token maps, without the class
@@ -152,6 +156,18 @@ class VarStudent(Student):
             self.conditioning = ConditioningTable(self.conditioning)
         if isinstance(self.noise_or_data, NoiseDataRows):
             self.noise_or_data = NoiseDataTable(self.noise_or_data)
+
+    def attend_in_groups(self, first: int = FIRST_GROUP) -> None:
+        """Large scales attend by themselves, to earlier positions and each position to itself; the mask keeps
+        the part that is left. Scales that end by position `first` stay together."""
+        starts = [0, *(1 + start for start in self.geometry.starts)]  # the class position in front
+        merged = max(start for start in starts if start <= max(first, 1))
+        groups = (0, *(start for start in starts if start >= merged))
+        if len(groups) == 2:
+            return
+        for block in self.blocks:
+            block.attention.groups = groups  # type: ignore[union-attr,assignment]
+        self.mask = self.mask[:merged, :merged].contiguous()
 
 
 class FeatureReader(nn.Module):

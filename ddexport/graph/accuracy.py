@@ -18,7 +18,7 @@ from runtime.errors import VerificationError
 
 Arrays = Mapping[str, np.ndarray]
 
-PRODUCTS = ("MatMul", "Gemm", "Conv")
+PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 """The operators that the time goes into."""
 
 TYPE_NAMES = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.manifest import Graph
 
-PRODUCTS = ("MatMul", "Gemm", "Conv")
+PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 ERROR_HEADINGS = ("batch", "output", "rms error", "largest", "tokens", "image")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ddexport.bundle import WeightRequest, load_parts
+from ddexport.graph.rewrites import left_out, rewrite
 from ddexport.recipe import embedded_weights, recipe_from_dict
 from runtime.errors import DDError
 from runtime.manifest import Manifest, sha256_of
@@ -18,7 +19,7 @@ class WeightsError(DDError):
 
 
 def parts_of_bundle(manifest: Manifest, files: Mapping[str, Path]) -> dict[str, nn.Module]:
-    """Student and tokenizer, float32, connected and tabulated as for the export.
+    """Student and tokenizer, float32, connected and rewritten as for the export.
 
     Args:
         manifest: of the bundle.
@@ -47,5 +48,5 @@ def parts_of_bundle(manifest: Manifest, files: Mapping[str, Path]) -> dict[str, 
                 )
         copy = next((source.weights for source in origin.files if source.weights), "ema")
         parts = load_parts(recipe, WeightRequest(files, copy or "ema"))
-    parts["student"].tabulate()  # type: ignore[operator]
+    rewrite(parts, left_out(manifest.tools))
     return parts

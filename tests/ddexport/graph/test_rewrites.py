@@ -1,0 +1,275 @@
+"""Exact rewrites: the modules of the graphs compute what the modules of the reference compute, whichever
+rewrites are applied, and engines find the operators that make them faster."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+from ddexport.bundle import Exported, WeightRequest, export_bundle, load_parts
+from ddexport.commands.onnx import command
+from ddexport.families import family
+from ddexport.families._var_blocks import attend_in_groups
+from ddexport.families._vq_codec import ChannelNorm, Decoder, TransposedUpsample, Upsample
+from ddexport.families.var_dd import VarStudent
+from ddexport.graph.accuracy import check_limits, output_errors
+from ddexport.graph.emulate import EmulatedGraph
+from ddexport.graph.rewrites import LEFT_OUT, REWRITES, RewriteError, left_out, rewrite
+from ddexport.graph.spec import graph_specs, sample_inputs
+from ddexport.graph.to_onnx import default_opset, onnx_from_module
+from ddexport.precision.cast import check_patterns, in_precision, regions
+from ddexport.precision.weights import parts_of_bundle
+from ddexport.recipe import Recipe, load_recipe
+
+Parts = dict[str, nn.Module]
+TOLERANCE = 1e-5
+SMALL_GROUPS = 6  # scales 1 and 2 and the class position end here: small models have groups too
+
+
+@pytest.fixture(scope="module", params=["golden", "random var", "random llamagen"])
+def model(request: pytest.FixtureRequest, golden_recipe: Recipe, golden_files: dict[str, Path]) -> Any:
+    """A recipe, and a function that loads its parts."""
+    if request.param == "golden":
+        return golden_recipe, lambda: load_parts(golden_recipe, WeightRequest(golden_files))
+    recipe = load_recipe("digits-llamagen") if "llamagen" in request.param else golden_recipe
+    return recipe, lambda: load_parts(recipe, WeightRequest({}, random_seed=3))
+
+
+@torch.no_grad()
+def outputs(parts: Parts, recipe: Recipe) -> dict[str, Tensor]:
+    """Both outputs of the student in a batch of both steps, and what the decoder makes of random vectors
+    before it cuts them to [0, 1]."""
+    given = sample_inputs(graph_specs(recipe)[0], recipe, batch=2, seed=1)
+    sequence, logits = parts["student"](*map(torch.from_numpy, given.values()))
+    tokenizer: Any = parts["tokenizer"]
+    latent = tokenizer.post_quant_conv(tokenizer.latent(torch.from_numpy(given["tokens"])))
+    return {"sequence": sequence, "logits": logits, "pixels": tokenizer.decoder(latent)}
+
+
+def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    for name, value in wanted.items():
+        assert (got[name] - value).abs().max() <= TOLERANCE * value.abs().max(), name
+
+
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewrites see groups in models of four scales, as they do at real size."""
+    whole = VarStudent.attend_in_groups
+    monkeypatch.setattr(VarStudent, "attend_in_groups", lambda self: whole(self, SMALL_GROUPS))
+
+
+@pytest.mark.usefixtures("small_groups")
+class TestOutputs:
+    def test_each_rewrite_alone_and_all_together(self, model: Any) -> None:
+        """Protects the promise that rewrites are exact: sequences, logits and pixels stay, to 1e-5."""
+        recipe, load = model
+        wanted = outputs(load(), recipe)
+        for names in (*((name,) for name in REWRITES), tuple(REWRITES)):
+            parts = load()
+            rewrite(parts, set(REWRITES) - set(names))
+            assert_equal(outputs(parts, recipe), wanted)
+
+    def test_without_all_nothing_is_changed(self, golden_recipe: Recipe) -> None:
+        parts = load_parts(golden_recipe, WeightRequest({}, random_seed=3))
+        before = [(name, type(m)) for part in parts.values() for name, m in part.named_modules()]
+        rewrite(parts, REWRITES)
+        assert before == [(name, type(m)) for part in parts.values() for name, m in part.named_modules()]
+        assert all(not block.attention.groups for block in parts["student"].blocks)  # type: ignore[union-attr]
+
+    def test_splits_share_the_groups(self, golden_recipe: Recipe) -> None:
+        """Students of other splits are copies that share the blocks: their mask must fit too."""
+        parts = load_parts(golden_recipe, WeightRequest({}, random_seed=3))
+        given = sample_inputs(graph_specs(golden_recipe)[0], golden_recipe, batch=2, seed=1)
+        tensors = [torch.from_numpy(value) for value in given.values()]
+        with torch.no_grad():
+            wanted = parts["student"].at_split(14)(*tensors)[1]  # type: ignore[operator]
+            rewrite(parts)
+            got = parts["student"].at_split(14)(*tensors)[1]  # type: ignore[operator]
+        torch.testing.assert_close(got, wanted, rtol=0, atol=TOLERANCE * float(wanted.abs().max()))
+
+
+class TestAttention:
+    def test_groups_of_real_models(self) -> None:
+        """All of 256x256 have ten scales: seven of them stay together, the others attend by themselves."""
+        for name in ("var-d16", "var-d20", "var-d24"):
+            with torch.device("meta"):
+                student: Any = family("var_dd").build(load_recipe(name), "student")
+            student.attend_in_groups()
+            assert {block.attention.groups for block in student.blocks} == {(0, 92, 156, 256, 425, 681)}
+            assert student.mask.shape == (92, 92)
+
+    def test_small_models_stay_as_they_are(self) -> None:
+        student: Any = family("var_dd").build(load_recipe("digits-var"), "student")
+        student.attend_in_groups()
+        assert {block.attention.groups for block in student.blocks} == {()}
+        assert student.mask.shape == (31, 31)
+
+    @pytest.mark.parametrize("first", [1, 2, 6, 15])
+    def test_is_attention_with_the_mask(self, first: int) -> None:
+        """Wherever the first group ends, in float64: the same to the last digits."""
+        student: Any = family("var_dd").build(load_recipe("digits-var"), "student")
+        mask, generator = student.mask.double(), torch.Generator().manual_seed(first)
+        q, k, v = (torch.randn(2, 3, 31, 8, generator=generator).double() for _ in range(3))
+        wanted = (q @ k.transpose(-2, -1) + mask).softmax(-1) @ v
+        student.attend_in_groups(first)
+        groups = student.blocks[0].attention.groups
+        assert groups[1] == first
+        got = attend_in_groups(q, k, v, student.mask.double(), groups)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-14)
+
+    @pytest.mark.parametrize("precision", ["fp16", "bf16"])
+    @pytest.mark.usefixtures("small_groups")
+    def test_half_graphs_stay_within_the_limits(self, precision: str, tmp_path: Path) -> None:
+        """The score of a position with itself is a sum of products that are rounded one by one: trained
+        weights, every rounding emulated, both steps."""
+        recipe = load_recipe("digits-var")
+        parts = load_parts(recipe, WeightRequest({}))
+        spec = graph_specs(recipe)[0]
+        given = sample_inputs(spec, recipe, batch=4, seed=2)
+        with torch.no_grad():
+            sequence, logits = parts["student"](*map(torch.from_numpy, given.values()))
+        rewrite({"student": parts["student"]})
+        path = tmp_path / "student.onnx"
+        half = in_precision(parts["student"], precision)
+        onnx_from_module(half, spec, recipe, path, default_opset(precision))
+        limits = recipe.parity[precision]
+        wanted = {"sequence": sequence.numpy(), "logits": logits.numpy()}
+        errors = output_errors(EmulatedGraph(path).run(given), wanted, given["known"], limits.token_margin)
+        assert max(error.rms for error in errors) > 0
+        check_limits(errors, limits, path.name)
+
+
+class TestDecoder:
+    @pytest.mark.parametrize("side", [1, 2, 5])
+    def test_upsampling_is_the_same_to_the_border(self, side: int) -> None:
+        """In float64, one pixel included, where every tap but four is in the border."""
+        torch.manual_seed(side)
+        plain = Upsample(6).double().requires_grad_(False)
+        x = torch.randn(2, 6, side, side, dtype=torch.float64)
+        torch.testing.assert_close(TransposedUpsample(plain)(x), plain(x), rtol=0, atol=1e-14)
+
+    def test_summed_weights_are_rounded_once(self) -> None:
+        """Weights that cancel in float32 sums: 1 + 2^-24 - 1 is 2^-24, not 0."""
+        plain = Upsample(1).requires_grad_(False)
+        plain.conv.weight.zero_()
+        plain.conv.weight[0, 0, 1:, 1:] = torch.tensor([[1.0, 2.0**-24], [-1.0, 0.0]])
+        assert float(TransposedUpsample(plain).conv.weight[0, 0, 1, 1]) == 2.0**-24
+
+    def test_a_norm_far_from_zero(self) -> None:
+        """Two passes: a mean of squares less the square of the mean has no digits left here."""
+        torch.manual_seed(0)
+        norm = nn.GroupNorm(32, 64, eps=1e-6).requires_grad_(False)
+        norm.weight.normal_()
+        norm.bias.normal_()
+        x = torch.randn(2, 64, 8, 8) + 3000
+        wanted = copy.deepcopy(norm).double()(x.double())
+        error = (ChannelNorm(norm)(x) - wanted).abs().max()
+        assert error < 2 * max(float((norm(x) - wanted).abs().max()), 1e-4)
+        square = x.view(2, 32, -1).square().mean(-1) - x.view(2, 32, -1).mean(-1).square()
+        assert (square - 1).abs().max() > 0.5
+
+    def test_paths_of_regions_stay(self, golden_recipe: Recipe) -> None:
+        """What is half, and what --keep-fp32 names, does not depend on the rewrites."""
+        tokenizer = load_parts(golden_recipe, WeightRequest({}, random_seed=3))["tokenizer"]
+        before = [path for path, _ in regions(tokenizer)]
+        rewrite({"tokenizer": tokenizer})
+        assert [path for path, _ in regions(tokenizer)] == before
+        assert any(path.endswith("resample.conv") for path in before)
+        check_patterns([tokenizer], ["decoder.levels.*.resample"])
+
+    def test_the_encoder_stays(self, golden_recipe: Recipe) -> None:
+        """It is not exported: references are tokenised with it as it is."""
+        tokenizer: Any = load_parts(golden_recipe, WeightRequest({}, random_seed=3))["tokenizer"]
+        rewrite({"tokenizer": tokenizer})
+        kinds = {type(m) for m in tokenizer.encoder.modules()}
+        assert nn.GroupNorm in kinds and ChannelNorm not in kinds
+
+
+class TestGraphs:
+    @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+    def test_engines_find_the_operators(self, half_export: Exported, precision: str) -> None:
+        """Weights are direct inputs of ConvTranspose, where quantisers and engines look for them, and it
+        computes in the precision of the graph."""
+        graph = half_export.manifest.graph("decoder", precision)
+        nodes = list(ir.load(half_export.path / graph.file).graph)
+        upsampling = [node for node in nodes if node.op_type == "ConvTranspose"]
+        assert len(upsampling) == 1
+        types = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+        for node in upsampling:
+            assert all(value is not None and value.is_initializer() for value in node.inputs[1:])
+            assert node.outputs[0].dtype == types[precision]
+        left = {"InstanceNormalization", "GroupNormalization"} & {node.op_type for node in nodes}
+        assert not left
+
+    def test_the_oracle_rounds_them(self, half_export: Exported) -> None:
+        """Every operator of a rewritten half graph that computes is followed by a rounding."""
+        from ddexport.graph.emulate import HALF_TYPES, MOVES, SOURCES, emulate_half
+
+        path = half_export.path / half_export.manifest.graph("decoder", "fp16").file
+        half = {n.name for n in ir.load(path).graph if n.outputs[0].dtype in HALF_TYPES}
+        model = ir.load(path)
+        emulate_half(model)
+        rounded = [n for n in model.graph if n.name in half and n.op_type not in MOVES | SOURCES]
+        assert "ConvTranspose" in {node.op_type for node in rounded}
+        for node in rounded:
+            assert {user.op_type for user, _ in node.outputs[0].uses()} == {"Cast"}
+
+
+class TestLeavingOut:
+    def test_the_manifest_says_so(
+        self,
+        golden_recipe: Recipe,
+        golden_files: dict[str, Path],
+        replayed_trace: Callable[..., None],
+        tmp_path: Path,
+    ) -> None:
+        """In the order of the table; and modules that are built again from the manifest are without too."""
+        without = ("group-norm", "tables")
+        made = export_bundle(golden_recipe, tmp_path / "b", WeightRequest(golden_files), without=without)
+        assert made.manifest.tools[LEFT_OUT] == "tables, group-norm"
+        assert left_out(made.manifest.tools) == ("tables", "group-norm")
+        tokenizer: Any = parts_of_bundle(made.manifest, golden_files)["tokenizer"]
+        kinds = {type(module) for module in tokenizer.decoder.modules()}
+        assert Decoder in kinds and nn.GroupNorm in kinds and TransposedUpsample in kinds
+
+    def test_a_bundle_with_all_says_nothing(self, golden_export: Exported) -> None:
+        assert LEFT_OUT not in golden_export.manifest.tools
+        assert left_out(golden_export.manifest.tools) == ()
+
+    def test_unknown_names(self, golden_recipe: Recipe, tmp_path: Path) -> None:
+        """An error that lists what there is, before any weight is read; a usage error on a command line."""
+        with pytest.raises(RewriteError, match="no rewrite 'tabels'") as caught:
+            export_bundle(golden_recipe, tmp_path / "b", WeightRequest({}), without=("tabels",))
+        assert caught.value.hint == "there is: tables, attention, upsampling, group-norm"
+        result = CliRunner().invoke(command, ["--model", "digits-var", "--without", "tabels"])
+        assert result.exit_code == 2
+        assert all(name in result.output for name in REWRITES)
+
+    def test_the_command_hands_them_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Protects `--without`: given twice, both reach the export."""
+        seen: dict[str, Any] = {}
+
+        def export(*_: Any, **options: Any) -> None:
+            seen.update(options)
+            raise RewriteError("stop here")
+
+        monkeypatch.setattr("ddexport.bundle.export_bundle", export)
+        CliRunner().invoke(
+            command, ["--model", "digits-var", "--without", "upsampling", "--without", "attention"]
+        )
+        assert seen["without"] == ("upsampling", "attention")
+
+
+def test_every_rewrite_describes_itself() -> None:
+    for rule in REWRITES.values():
+        assert rule.parts and rule.what and not rule.what.endswith(".")
+        assert np.isin(rule.parts, ("student", "tokenizer", "teacher")).all()
