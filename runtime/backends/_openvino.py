@@ -37,6 +37,7 @@ class Compiled:
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        self.used = False
         self._idle: deque[Any] = deque()
         self._spreading = threading.Lock()
         self._queue: Any = None
@@ -47,6 +48,7 @@ class Compiled:
 
     def run(self, feeds: Arrays, names: list[str]) -> dict[str, NDArray[Any]]:
         """Outputs, as arrays of their own, for inputs that are not copied."""
+        self.used = True
         try:
             request = self._idle.pop()
         except IndexError:
@@ -58,6 +60,7 @@ class Compiled:
     def spread(self, feeds: Arrays, outputs: Arrays) -> None:
         """Runs row by row, as many at once as there are streams, and writes each row where it belongs."""
         with self._spreading:
+            self.used = True
             if self._queue is None:
                 from openvino import AsyncInferQueue
 
@@ -129,6 +132,8 @@ class Model:
         fixed = batch if FIXED_BATCH and self._by_batch else None
         with self._lock:
             if fixed not in self._compiled:
+                for size in [size for size, kept in self._compiled.items() if not kept.used]:
+                    del self._compiled[size]  # compiled by `open`, and never asked for
                 while len(self._compiled) >= KEPT:
                     self._compiled.popitem(last=False)
                 self._compiled[fixed] = Compiled(self._compile(fixed))

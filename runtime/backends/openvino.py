@@ -59,12 +59,9 @@ class OpenVino(Backend):
     @property
     def batch_size(self) -> int | None:
         """In throughput mode as many as keep every stream busy to the end; no more are computed at once."""
-        streams = [model.streams for model in self._models.values()] if self._is_open else []
-        return max(streams) * IMAGES_A_STREAM if self._spreads and streams else None
-
-    @property
-    def _spreads(self) -> bool:
-        return self.options.mode == "throughput"
+        if not (self._is_open and self.options.mode == "throughput"):
+            return None
+        return max(model.streams for model in self._models.values()) * IMAGES_A_STREAM
 
     def _open_impl(self) -> None:
         if self.options.cache is not None:
