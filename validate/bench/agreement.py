@@ -81,10 +81,14 @@ class Judge:
         """(B,): the images whose tokens all agree, so that their pictures can be compared."""
         return self._agreeing(got, len(got.tokens))
 
+    def fits(self, got: Outputs) -> bool:
+        """Whether the outputs have the shapes of the reference's."""
+        return [one.shape for one in _every(self.expected)] == [one.shape for one in _every(got)]
+
     def judge(self, got: Outputs, precision: str, decoded: FloatArray | None = None) -> Agreement:
         """Parity of one run. decoded: the image of the reference's sequence, where none is comparable."""
         limits = limits_of(self.manifest, precision)
-        if any(a.shape != b.shape for a, b in zip(_every(self.expected), _every(got), strict=True)):
+        if not self.fits(got):
             return Agreement(passed=False, faults=("the outputs have other shapes than the reference's",))
         comparison = Comparison(self._students(got), [self._images(got, decoded)], self._teachers(got))
         found = measure(comparison, limits or NO_LIMITS)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from validate.bench.rounds import Sample
-from validate.bootstrap import bootstrap
+from validate.bootstrap import LEVEL
 
 PARTS = ("student", "teacher", "decoder", "total")
 FEWEST_PAIRS = 3
@@ -39,20 +39,20 @@ def speedup(baseline: Mapping[int, float], own: Mapping[int, float], seed: int =
     """Median of `baseline` over that of `own`, of the rounds that both have; None without such a round.
 
     baseline, own: what an image takes, by the number of the round. The interval is the central 95 % of a
-    bootstrap that draws rounds, both sides of a round together, so that what slowed a whole round cancels. It
-    is taken of the logarithm, and so is the other way round for the inverse ratio.
+    bootstrap that draws rounds, both sides of a round together, so that what slowed a whole round cancels.
     """
     rounds = sorted(set(baseline) & set(own))
     if not rounds:
         return None
     first, second = (np.array([side[number] for number in rounds]) for side in (baseline, own))
 
-    def of_rounds(index: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> float:
-        return float(np.log(np.median(first[index]) / np.median(second[index])))
-
-    value = of_rounds(np.arange(len(rounds)))
+    value = float(np.median(first) / np.median(second))
     if len(rounds) < FEWEST_PAIRS:
-        return Ratio(float(np.exp(value)), None, None)
-    spread = bootstrap(value, of_rounds, len(rounds), seed, RESAMPLES)
-    low, high = min(spread.low, value), max(spread.high, value)
-    return Ratio(*(float(np.exp(number)) for number in (value, low, high)))
+        return Ratio(value, None, None)
+    chosen = np.random.default_rng(seed).integers(len(rounds), size=(RESAMPLES, len(rounds)))
+    ratios = np.median(first[chosen], axis=1) / np.median(second[chosen], axis=1)
+    tail = (1 - LEVEL) / 2
+    # The order statistics themselves, so that the inverse ratio has the inverse interval.
+    low = float(np.quantile(ratios, tail, method="lower"))
+    high = float(np.quantile(ratios, 1 - tail, method="higher"))
+    return Ratio(value, min(low, value), max(high, value))

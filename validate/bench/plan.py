@@ -95,7 +95,7 @@ def make_plan(root: Path, manifest: Manifest, machine: Machine, request: Request
     for case in _cases(request, request.steps):
         for one in able:
             _add(entries, one, case, manifest, skipped)
-    baselines = {}
+    baselines: dict[Entry, Entry] = {}
     if request.against is not None and entries:
         wanted = {entry: _baseline(entry, able, request) for entry in entries}
         for entry, (alternative, case) in wanted.items():
@@ -104,7 +104,7 @@ def make_plan(root: Path, manifest: Manifest, machine: Machine, request: Request
                 for one in _judged(alternative, root, manifest, machine, skipped, able):
                     _add(entries, one, case, manifest, skipped)
             if there in entries:
-                baselines[entry] = there
+                baselines[entry] = baselines[there] = there
     ordered = sorted(entries, key=lambda entry: entry.case.order)  # stable: alternatives stay as asked for
     return Plan(tuple(ordered), _once(skipped), baselines)
 

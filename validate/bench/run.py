@@ -248,7 +248,7 @@ def _judged(entrant: Entrant, judge: Judge | str | None) -> Agreement:
         return Agreement(notes=(f"not compared: {judge}",))
     precision, decoded = entrant.entry.alternative.precision, None
     found = [Outputs.read(path) for path in entrant.files]
-    if not any(judge.comparable(one).any() for one in found):
+    if all(judge.fits(one) and not judge.comparable(one).any() for one in found):
         try:
             reply = entrant.gang.workers[0].ask({"do": "decode", "file": str(judge.file)})
             decoded = np.load(reply["file"], allow_pickle=False)

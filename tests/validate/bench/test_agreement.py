@@ -1,0 +1,168 @@
+"""What was timed is judged: faults are seen where they are, and excused only where rounding may be why."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.manifest import read_manifest
+from validate.bench.agreement import Agreement, Judge, limits_of, worst_of
+from validate.bench.case import REFERENCE, Job, inputs
+from validate.bench.outputs import Outputs
+from validate.bench.ways import Drawer
+from validate.metrics._base import StudentOutput
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle):
+    return read_manifest(bundle)
+
+
+@pytest.fixture(scope="module")
+def drawer(bundle, manifest, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("outputs"))
+    return Drawer(Job(str(bundle), REFERENCE, "fp32", 1, None, 0, folder, {}), manifest)
+
+
+@pytest.fixture(scope="module")
+def judge_of(drawer, manifest):
+    def judge(steps, batch=3):
+        schedule, given = manifest.schedule(steps), inputs(manifest, batch, 0)
+        _, expected = drawer.draw(schedule, given)
+        return Judge(manifest, schedule, given, expected, Path("expected.npz"))
+
+    return judge
+
+
+def changed(outputs, step=0, sequence=0.0, logits=0.0, image=0.0):
+    """The same outputs with everything of one kind moved."""
+    students = list(outputs.students)
+    old = students[step] if students else None
+    if old is not None:
+        students[step] = StudentOutput(old.sequence + np.float32(sequence), old.logits + np.float32(logits))
+    return dataclasses.replace(outputs, students=students, image=outputs.image + np.float32(image))
+
+
+@pytest.mark.parametrize("steps", [1, 2, "teacher"])
+def test_the_reference_agrees_with_itself(steps, judge_of):
+    judge = judge_of(steps)
+    found = judge.judge(judge.expected, "fp32")
+    assert found.passed is True and not found.faults and not found.notes
+    assert (found.tokens_equal, found.image_psnr, found.image_max) == (1.0, math.inf, 0.0)
+    assert found.embedding_error == (None if steps == "teacher" else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"sequence": 0.1}, "embeddings"),
+        ({"logits": 0.1}, "logits"),
+        ({"image": 0.1}, "image PSNR"),
+        ({"image": np.nan}, "image"),
+        ({"step": 1, "sequence": 0.1}, "step 2"),
+    ],
+)
+def test_a_fault_is_seen_where_it_is(fault, said, judge_of):
+    judge = judge_of(2)
+    found = judge.judge(changed(judge.expected, **fault), "fp32")
+    assert found.passed is False
+    assert any(said in text for text in found.faults)
+
+
+def other_token(outputs, row, margin):
+    """One image's first token is another one, which the reference's logits put `margin` below the largest."""
+    expected, got = outputs.students[0].logits.copy(), outputs.students[0].logits.copy()
+    order = expected[row, 0].argsort()
+    got[row, 0, order[-2]] = expected[row, 0, order[-1]] + 1e-6
+    expected[row, 0, order[-2]] = expected[row, 0, order[-1]] - margin
+    tokens = [array.copy() for array in outputs.tokens]
+    tokens[0][row, 0] = order[-2]
+    sequence = outputs.students[0].sequence
+    mine = dataclasses.replace(outputs, students=[StudentOutput(sequence, expected)])
+    theirs = dataclasses.replace(outputs, students=[StudentOutput(sequence, got)], tokens=tokens)
+    return mine, theirs
+
+
+@pytest.mark.parametrize(("margin", "passed"), [(5e-4, True), (5e-2, False)])
+def test_a_differing_token_is_excused_only_by_a_close_call(margin, passed, judge_of):
+    """And its image, which shows something else, is left out of the pictures that are compared."""
+    judge = judge_of(1)
+    expected, got = other_token(judge.expected, 1, margin)
+    picture = got.image.copy()
+    picture[1] = 1.0 - picture[1]
+    judge = dataclasses.replace(judge, expected=expected)
+    found = judge.judge(dataclasses.replace(got, image=picture), "fp32")
+    assert found.passed is passed
+    assert found.tokens_equal == pytest.approx(2 / 3)
+    assert found.image_max == 0.0
+    assert "1 of 3 images are left out: a token differs" in found.notes
+
+
+def test_where_no_image_can_be_compared_the_decoder_is_compared_alone(judge_of):
+    judge = judge_of(1, batch=1)
+    expected, got = other_token(judge.expected, 0, 5e-4)
+    judge = dataclasses.replace(judge, expected=expected)
+    assert not judge.comparable(got).any()
+    found = judge.judge(got, "fp32", decoded=expected.image + np.float32(0.2))
+    assert found.passed is False and found.image_psnr == pytest.approx(14.0, abs=0.1)
+
+
+def test_a_teacher_is_held_to_its_logits_up_to_the_first_token_that_differs(judge_of, manifest):
+    """What comes after another token was drawn from other inputs; what comes before may not differ."""
+    judge = judge_of("teacher", batch=1)
+    tokens = [judge.expected.tokens[0].copy()]
+    tokens[0][0, 1:] = (tokens[0][0, 1:] + 1) % 16
+    guided = judge.expected.guided.copy()
+    guided[0, 0] += 0.1 * np.arange(16, dtype=np.float32)
+    found = judge.judge(dataclasses.replace(judge.expected, guided=guided), "fp32")
+    assert found.passed is False and any("guided logits" in text for text in found.faults)
+    # The second AR step is compared, because the first one's tokens agree.
+    later = dataclasses.replace(judge.expected, tokens=tokens, guided=judge.expected.guided + np.float32(0))
+    found = judge.judge(later, "fp32", decoded=judge.expected.image)
+    assert found.tokens_equal == pytest.approx(1 / 5)
+    assert found.embedding_error is None
+
+
+def test_without_limits_there_is_no_verdict(judge_of):
+    judge = judge_of(1)
+    found = judge.judge(changed(judge.expected, sequence=0.1), "int8")
+    assert found.passed is None and found.embedding_error > 0
+    assert "the bundle states no limits for int8" in found.notes
+
+
+def test_other_shapes_are_a_fault(judge_of):
+    judge = judge_of(1)
+    smaller = dataclasses.replace(judge.expected, image=judge.expected.image[..., :2])
+    assert not judge.fits(smaller)
+    assert judge.judge(smaller, "fp32").passed is False
+
+
+def test_limits_that_are_not_whole_are_none(manifest):
+    parity = {"fp32": {"token_margin": 1.0}, "bf16": "much"}
+    assert limits_of(dataclasses.replace(manifest, parity=parity), "fp32") is None
+    assert limits_of(dataclasses.replace(manifest, parity=parity), "bf16") is None
+    assert limits_of(manifest, "fp32").image_max == 2
+
+
+def test_the_worst_run_of_a_row_counts():
+    """An engine that is wrong now and then is wrong."""
+    right = Agreement(1.0, 1e-6, 120.0, 0.0, True)
+    wrong = Agreement(0.5, 1e-2, 20.0, 9.0, False, ("far off",))
+    found = worst_of([right, wrong, right])
+    assert found == Agreement(0.5, 1e-2, 20.0, 9.0, False, ("far off",))
+    assert math.isnan(worst_of([right, dataclasses.replace(wrong, image_psnr=math.nan)]).image_psnr)
+    assert worst_of([right, dataclasses.replace(right, passed=None)]).passed is None
+
+
+def test_outputs_survive_their_file(judge_of, tmp_path):
+    for steps in (2, "teacher"):
+        outputs = judge_of(steps).expected
+        outputs.write(tmp_path / "o.npz")
+        again = Outputs.read(tmp_path / "o.npz")
+        assert again.digest() == outputs.digest()
+        assert again.arrays().keys() == outputs.arrays().keys()
+    assert changed(judge_of(1).expected, image=1e-6).digest() != judge_of(1).expected.digest()
