@@ -28,7 +28,9 @@ from ddexport.graph.verify import Agreement
 from ddexport.graph.wrappers import graph_module
 from ddexport.model_card import model_card
 from ddexport.precision.cast import PrecisionError, check_patterns, in_precision
-from ddexport.precision.policy import FLOAT32, PRECISIONS
+from ddexport.precision.policy import FLOAT32, INT8, PRECISIONS
+from ddexport.quantize.graphs import check_int8, with_int8
+from ddexport.quantize.policy import IMAGES
 from ddexport.recipe import Recipe, class_names
 from ddexport.sources import WeightRequest, load_parts, provenance, roles_of, sources_of
 from ddexport.staging import staged_directory
@@ -67,6 +69,7 @@ def export_bundle(
     force: bool = False,
     stage: Stage = lambda name: nullcontext(),
     without: Sequence[str] = (),
+    calibration: int = IMAGES,
 ) -> Exported:
     """Writes the bundle of `recipe` to the directory `target`, whole and verified, or not at all.
 
@@ -74,12 +77,13 @@ def export_bundle(
         recipe: the model.
         target: the directory to make.
         request: where its weights come from.
-        precisions: of "fp32", "fp16" and "bf16", each once; the bundle has them in this order.
+        precisions: of "fp32", "fp16", "bf16" and "int8", each once; the bundle has them in this order.
         keep_fp32: patterns of module paths that stay float32 in the half graphs.
         opset: of the graphs; by default 20, and 22 in bf16.
         force: replace an existing bundle.
         stage: a context manager that shows what is going on.
         without: rewrites of the graphs to leave out (`graph.rewrites.REWRITES`); the manifest says which.
+        calibration: how many images the ranges of the int8 graphs are taken from.
 
     Raises:
         PrecisionError: a precision is unknown, a pattern matches nothing, or a weight does not fit.
@@ -98,6 +102,8 @@ def export_bundle(
     precisions = sorted(precisions, key=PRECISIONS.index)
     sources = sources_of(recipe, request)
     roles = roles_of(recipe, request)
+    if INT8 in precisions:
+        check_int8(roles, calibration, keep_float=FLOAT32 in precisions)
     labels = class_names(recipe)
     with staged_directory(target, force, _expected_bytes(recipe, roles), marker=FILE_NAME) as folder:
         with stage("loading weights"):
@@ -108,7 +114,7 @@ def export_bundle(
         teacher = _teacher(parts, recipe, folder) if TEACHER in parts else None
         specs = graph_specs(recipe, teacher)
         graphs: list[Graph] = []
-        for precision, role in itertools.product(precisions, roles):
+        for precision, role in itertools.product(_traced(precisions), roles):
             part = in_precision(parts[role], precision, keep_fp32, role)
             some = [spec for spec in specs if spec.part == role]
             shared = _shared_weights(some, precision, folder)
@@ -119,6 +125,8 @@ def export_bundle(
                     _write_graph(module, spec, precision, recipe, folder, version, weights, stage, shared)
                 )
             del part, module  # one cast copy at a time beside the float32 parts
+        if INT8 in precisions:
+            graphs = with_int8(graphs, folder, recipe, calibration, FLOAT32 in precisions, stage)
         graphs, agreement = prove(folder, graphs, parts, specs, recipe, keep_fp32, stage)
         (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         manifest = Manifest(
@@ -158,12 +166,19 @@ def check_precisions(precisions: Sequence[str], recipe: Recipe) -> None:
         if list(precisions).count(precision) > 1:
             raise PrecisionError(f"the precision {precision} is named twice", "name each once")
         if precision != FLOAT32 and precision not in recipe.parity:
+            page = INT8 if precision == INT8 else "precision"
             raise PrecisionError(
                 f"recipe {recipe.name} states no parity limits for {precision}",
-                f"state them under parity.{precision}; docs/precision.md shows how they are found",
+                f"state them under parity.{precision}; docs/{page}.md shows how they are found",
             )
     if not precisions:
         raise PrecisionError("no precision is named", f"there is: {known}")
+
+
+def _traced(precisions: Sequence[str]) -> list[str]:
+    """The precisions whose graphs are traced: int8 is made from float32, whether that stays or not."""
+    needed = {FLOAT32 if precision == INT8 else precision for precision in precisions}
+    return sorted(needed, key=PRECISIONS.index)
 
 
 def _write_graph(

@@ -27,7 +27,7 @@ def model_card(recipe: Recipe, manifest: Manifest) -> str:
         "",
         *_weights(manifest),
         "",
-        *_half(manifest),
+        *_reduced(manifest),
         *_teacher(manifest),
         *_published(recipe, manifest),
         "## Licence and intended use",
@@ -47,15 +47,15 @@ def _weights(manifest: Manifest) -> list[str]:
     ]
 
 
-def _half(manifest: Manifest) -> list[str]:
-    """What the half graphs are, where there are any."""
+def _reduced(manifest: Manifest) -> list[str]:
+    """What the half and int8 graphs are, where there are any."""
     graphs = [graph for graph in manifest.graphs if graph.precision != FLOAT32]
     if not graphs:
         return []
     lines = [
-        "## Half precision",
+        "## Reduced precision",
         "",
-        "| graph | computes in half | rms error | kept in fp32 |",
+        "| graph | reduced | rms error | kept in fp32 |",
         "|---|---|---|---|",
     ]
     for graph in graphs:
@@ -64,8 +64,8 @@ def _half(manifest: Manifest) -> list[str]:
         rms = ", ".join(f"{name} {value:.1e}" for name, value in errors.items())
         kept = ", ".join(f"`{pattern}`" for pattern in accuracy["keep_fp32"])
         lines.append(f"| {graph.file} | {summary(graph)} | {rms} | {kept} |")
-    oracle = graphs[0].accuracy["oracle"]
-    return [*lines, "", f"Errors are relative to float32, on random inputs ({oracle}).", ""]
+    oracles = dict.fromkeys(f"{graph.precision}: {graph.accuracy['oracle']}" for graph in graphs)
+    return [*lines, "", f"Errors are relative to float32, on random inputs ({'; '.join(oracles)}).", ""]
 
 
 def _teacher(manifest: Manifest) -> list[str]:

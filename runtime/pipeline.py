@@ -38,6 +38,8 @@ from runtime.teacher import Choice, Sampling, by_stream, check_uniforms, choice_
 OUTPUTS = ("pil", "numpy", "sequence")
 MEMORY_TARGET = 2 << 30  # bytes; a CPU is no faster with more images at once
 MAX_BATCH = 64
+BEHIND = {"int8": "fp32"}
+"""The precision that a role is taken from where a precision lacks it: int8 has no teacher."""
 
 Output: TypeAlias = Literal["pil", "numpy", "sequence"]
 
@@ -242,7 +244,9 @@ def _graphs(root: Path, manifest: Manifest, machine: Machine, chosen: Candidate)
     def engine(some: Mapping[str, Graph]) -> Backend:
         return backend_class(chosen.backend)(root, some, chosen.options, machine)
 
-    return Graphs({graph.key: graph for graph in manifest.graphs if graph.precision == chosen.reads}, engine)
+    graphs = {graph.key: graph for graph in manifest.graphs if graph.precision == chosen.reads}
+    behind = [graph for graph in manifest.graphs if graph.precision == BEHIND.get(chosen.reads)]
+    return Graphs({**graphs, **{g.key: g for g in behind if g.key not in graphs}}, engine)
 
 
 def default_batch_size(manifest: Manifest, schedule: Schedule | None = None) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from ddexport.graph.rewrites import REWRITES
-from ddexport.precision.policy import FLOAT32, PRECISIONS
+from ddexport.precision.policy import FLOAT32, HALVES, INT8, PRECISIONS
+from ddexport.quantize.policy import IMAGES
 from runtime import console
 
 EPILOG = """
@@ -18,6 +19,7 @@ Examples:
   ddexport onnx --model var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth --teacher var_d16.pth
   ddexport onnx --model var-d16 --random-weights 0 --teacher random -o build/var-d16-random
   ddexport onnx --model digits-var --precision fp32,fp16,bf16
+  ddexport onnx --model digits-var --precision fp32,int8 --calibration 256
   ddexport onnx --model digits-var --precision fp16 --keep-fp32 'blocks.3.*' -o build/mixed
   ddexport onnx --model digits-var --without attention --without group-norm -o build/plain
 """
@@ -58,6 +60,9 @@ def _described() -> str:
               callback=_named_precisions, help=f"One or several of {', '.join(PRECISIONS)}.")  # fmt: skip
 @click.option("--keep-fp32", multiple=True, metavar="PATTERN",
               help="Modules that stay float32 in half graphs, as 'blocks.3.*'. Repeatable.")  # fmt: skip
+@click.option("--calibration", type=click.IntRange(min=1), metavar="N",
+              help="How many images of noise the ranges of int8 graphs are taken from; no data is needed."
+              f" [default: {IMAGES}]")  # fmt: skip
 @click.option("--without", multiple=True, metavar="NAME", type=click.Choice(list(REWRITES)),
               help="Leave out a rewrite of the graphs, to see what it gives. Repeatable."
               f" {_described()}")  # fmt: skip
@@ -75,6 +80,7 @@ def command(
     output: Path | None,
     precisions: tuple[str, ...],
     keep_fp32: tuple[str, ...],
+    calibration: int | None,
     without: tuple[str, ...],
     opset: int | None,
     force: bool,
@@ -83,12 +89,14 @@ def command(
     """Export a model to a bundle: student.onnx, decoder.onnx and all that the runtime needs.
 
     The graphs are checked against PyTorch before the bundle appears; a mismatch ends with exit code 3 and no
-    bundle. Half graphs (fp16, bf16) run with every rounding of a half engine, and are held to the recipe's
-    limits.
+    bundle. Half graphs (fp16, bf16) run with every rounding of a half engine, int8 graphs in ONNX Runtime,
+    and both are held to the recipe's limits. int8 is of student and decoder: a teacher needs fp32 beside it.
     """
     named = (("student", checkpoint), ("tokenizer", vae), ("teacher", _teacher_file(teacher, random_weights)))
     files = {role: path for role, path in named if path is not None}
-    if keep_fp32 and precisions == (FLOAT32,):
+    if calibration is not None and INT8 not in precisions:
+        raise click.UsageError("--calibration is of int8 graphs: ask for them with --precision")
+    if keep_fp32 and not set(precisions) & set(HALVES):
         raise click.UsageError(
             "--keep-fp32 keeps modules of fp16 and bf16 graphs: ask for one with --precision"
         )
@@ -113,6 +121,7 @@ def command(
         force=force,
         stage=console.stage,
         without=without,
+        calibration=IMAGES if calibration is None else calibration,
     )
     if as_json:
         console.emit_json(

@@ -1,5 +1,5 @@
 """How far a graph is from the float32 module, in the terms of `validate parity`, and how much of it computes
-in half: what a manifest says about each precision (docs/precision.md)."""
+in half or in integers: what a manifest says about each precision (docs/precision.md)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ddexport.precision.policy import INT8
 from ddexport.recipe import Limits
 from runtime.errors import VerificationError
 
@@ -26,6 +27,11 @@ TYPE_NAMES = {
     ir.DataType.FLOAT16: "fp16",
     ir.DataType.BFLOAT16: "bf16",
 }
+QUANTISER = ("QuantizeLinear", "DequantizeLinear")
+FIND_LAYER = (
+    "`ddexport debug layers` on a float32 bundle of these weights finds where error enters: give that to"
+    " --keep-fp32"
+)
 LARGEST_PSNR = 200.0  # of equal images, which JSON has no number for
 
 
@@ -91,7 +97,8 @@ class Accuracy:
     errors: tuple[OutputError, ...]
 
     def half_share(self) -> dict[str, float]:
-        """The share of the matrix products and convolutions that compute in half: of nodes, of weights."""
+        """The share of the matrix products and convolutions that compute in less than float32: of nodes, of
+        weights."""
         products = [count for count in self.operators if count.operator in PRODUCTS]
         half = [count for count in products if count.type != "fp32"]
         nodes, weights = sum(c.nodes for c in products), sum(c.weights for c in products)
@@ -112,20 +119,35 @@ class Accuracy:
 
 
 def operator_counts(path: Path) -> tuple[OperatorCount, ...]:
-    """The graph's float nodes by operator and type. Casts are left out: they compute nothing."""
+    """The graph's float nodes by operator and type; products between quantisers count as int8.
+
+    Casts and the quantisers themselves are left out: they compute nothing.
+    """
     nodes: defaultdict[tuple[str, str], int] = defaultdict(int)
     weights: defaultdict[tuple[str, str], int] = defaultdict(int)
     for node in ir.load(path).graph.all_nodes():
         kind = TYPE_NAMES.get(node.outputs[0].dtype)  # type: ignore[arg-type]
-        if kind is None or node.op_type == "Cast":
+        if kind is None or node.op_type in ("Cast", *QUANTISER):
             continue
+        product = node.op_type in PRODUCTS
+        kind = INT8 if product and _is_quantised(node) else kind
         nodes[node.op_type, kind] += 1
-        if node.op_type in PRODUCTS:
-            constants = (value.const_value for value in node.inputs[:2] if value is not None)
-            weights[node.op_type, kind] += sum(
-                constant.size for constant in constants if constant is not None
-            )
+        if product:
+            weights[node.op_type, kind] += sum(_constant_size(value) for value in node.inputs[:2])
     return tuple(OperatorCount(*key, nodes[key], weights[key]) for key in sorted(nodes))
+
+
+def _is_quantised(node: ir.Node) -> bool:
+    before = [None if value is None else value.producer() for value in node.inputs[:2]]
+    return all(each is not None and each.op_type == "DequantizeLinear" for each in before)
+
+
+def _constant_size(value: ir.Value | None) -> int:
+    """The number of elements of a weight, quantised or not; 0 of what is computed."""
+    producer = None if value is None else value.producer()
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        value = producer.inputs[0]
+    return 0 if value is None or value.const_value is None else value.const_value.size
 
 
 def check_sane(got: Arrays, file: str) -> None:
@@ -170,14 +192,12 @@ def output_errors(got: Arrays, wanted: Arrays, known: np.ndarray | None, margin:
     return found
 
 
-def check_limits(errors: Iterable[OutputError], limits: Limits, file: str) -> None:
-    """Raises `VerificationError` that names what is past its limit."""
+def check_limits(errors: Iterable[OutputError], limits: Limits, file: str, remedy: str = FIND_LAYER) -> None:
+    """Raises `VerificationError` that names what is past its limit, and `remedy`."""
     faults = [fault for error in errors for fault in error.faults(limits)]
     if faults:
         raise VerificationError(
-            f"{file} is too far from float32: {'; '.join(faults[:3])}",
-            "nothing was written; `ddexport debug layers` on a float32 bundle of these weights finds where"
-            " error enters: give that to --keep-fp32",
+            f"{file} is too far from float32: {'; '.join(faults[:3])}", f"nothing was written; {remedy}"
         )
 
 

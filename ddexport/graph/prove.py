@@ -1,5 +1,5 @@
-"""Proof of all graphs of a bundle before it is let out: float32 as the runtime will run it, half by the
-oracle that rounds."""
+"""Proof of all graphs of a bundle before it is let out: float32 and int8 as the runtime will run them, half
+by the oracle that rounds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,20 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from ddexport.graph.accuracy import Accuracy, Arrays, check_limits, check_sane, operator_counts, output_errors
+from ddexport.graph.accuracy import (
+    FIND_LAYER,
+    Accuracy,
+    Arrays,
+    check_limits,
+    check_sane,
+    operator_counts,
+    output_errors,
+)
 from ddexport.graph.emulate import EmulatedGraph
 from ddexport.graph.spec import BATCHES, GraphSpec
 from ddexport.graph.verify import Agreement, Trial, trial, verify_graph
 from ddexport.graph.wrappers import graph_module
-from ddexport.precision.policy import FLOAT32
+from ddexport.precision.policy import FLOAT32, HALVES, INT8
 from ddexport.recipe import Limits, Recipe
 from runtime.manifest import Graph
 from runtime.registry import load_plugin
@@ -25,6 +33,7 @@ from runtime.registry import load_plugin
 Stage = Callable[[str], AbstractContextManager[None]]
 ENGINE = "onnxruntime"
 REFERENCE = "PyTorch, float32"
+REMEDIES = {INT8: "calibrate on more images, --calibration N, or take fp16 or bf16"}
 # Without limits of its own precision nothing is excused.
 NO_LIMITS = Limits(token_margin=0.0, embedding_error=0.0, image_psnr=0.0, image_max=255)
 
@@ -44,7 +53,7 @@ def prove(
 
     Raises:
         VerificationError: an output is not finite or constant, a float32 graph differs from its module, or a
-            half one by more than the recipe's limits.
+            reduced one by more than the recipe's limits.
     """
     agreement: list[Agreement] = []
     proven: dict[str, Graph] = {}
@@ -66,11 +75,11 @@ def prove(
                     known = inputs.get("known")
                     errors += output_errors(got, _results(wanted, spec), known, limits.token_margin)
             if graph.precision != FLOAT32:
-                check_limits(errors, limits, graph.file)
+                check_limits(errors, limits, graph.file, REMEDIES.get(graph.precision, FIND_LAYER))
             accuracy = Accuracy(
                 oracle(graph.precision),
                 REFERENCE,
-                () if graph.precision == FLOAT32 else tuple(keep_fp32),
+                tuple(keep_fp32) if graph.precision in HALVES else (),
                 operator_counts(folder / graph.file),
                 tuple(errors),
             )
@@ -90,12 +99,12 @@ def _results(arrays: Arrays, spec: GraphSpec) -> Arrays:
 
 def oracle(precision: str) -> str:
     """What computes a graph of this precision here, in a few words."""
-    return ENGINE if precision == FLOAT32 else f"{ENGINE}, half rounding emulated"
+    return f"{ENGINE}, half rounding emulated" if precision in HALVES else ENGINE
 
 
 @contextmanager
 def _opened(folder: Path, graph: Graph) -> Iterator[Callable[[Arrays], Arrays]]:
-    if graph.precision != FLOAT32:
+    if graph.precision in HALVES:
         yield EmulatedGraph(folder / graph.file).run
         return
     with load_plugin("runtime.backends", ENGINE).ENGINE(folder, {graph.role: graph}) as backend:

@@ -15,7 +15,8 @@ from fnmatch import fnmatchcase
 
 FLOAT32 = "fp32"
 HALVES = ("fp16", "bf16")
-PRECISIONS = (FLOAT32, *HALVES)
+INT8 = "int8"
+PRECISIONS = (FLOAT32, *HALVES, INT8)
 """In the order of a manifest: the first one there is the runtime's default."""
 
 REGIONS = (

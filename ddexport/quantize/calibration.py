@@ -1,0 +1,103 @@
+"""What the quantised products of a model read, over samples that need no data: noise, labels, both steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ddexport.graph.emulate import ERRORS_ONLY, FOLDER_OPTION
+from ddexport.recipe import Recipe
+from runtime.noise import gaussian_noise
+
+SEED = 0x5EED_1278  # of the noise; no figure of this project is taken from it
+BATCH = 4
+
+Arrays = Mapping[str, NDArray[Any]]
+Ranges = Mapping[str, tuple[float, float]]
+
+
+class Observed:
+    """A float32 graph that notes the smallest and the largest number of some of its values.
+
+    `ranges` holds them by name; only values that were computed at least once are in it.
+    """
+
+    def __init__(self, path: Path, values: Sequence[str]) -> None:
+        """values: names of values of the graph at `path`, whose weights may lie beside it."""
+        import onnxruntime
+
+        model = ir.load(path)
+        self._outputs = [value.name for value in model.graph.outputs]
+        self._values = list(dict.fromkeys(values))
+        _add_extremes(model.graph, self._values)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = ERRORS_ONLY
+        options.add_session_config_entry(FOLDER_OPTION, str(path.parent.resolve()))
+        proto = ir.to_proto(model).SerializeToString()
+        self._session: Any = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+        self.ranges: dict[str, tuple[float, float]] = {}
+
+    def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
+        """The graph's own outputs by name."""
+        found = self._session.run(None, dict(feeds))
+        extremes = found[len(self._outputs) :]
+        for name, low, high in zip(self._values, extremes[::2], extremes[1::2], strict=True):
+            before = self.ranges.get(name, (math.inf, -math.inf))
+            self.ranges[name] = (min(before[0], float(low)), max(before[1], float(high)))
+        return dict(zip(self._outputs, found, strict=False))
+
+
+def calibrate(student: Observed, decoder: Observed, recipe: Recipe, images: int) -> None:
+    """Draws `images` images and lets both graphs note what they see.
+
+    Every image passes the student once for each `known` of the schedules: first with noise alone, then with
+    as many of its own positions kept. The decoder sees the sequence of one of these passes, in turn.
+    """
+    passes = student_passes(recipe)
+    for noise, labels, first in _batches(recipe, images):
+        drawn: NDArray[np.float32] | None = None
+        sequences = []
+        for known in passes:
+            tokens = noise
+            if drawn is not None:
+                tokens = np.concatenate([drawn[:, :known], noise[:, known:]], axis=1)
+            counts = np.full(len(labels), known, dtype=np.int64)
+            outputs = student.run({"tokens": tokens, "label": labels, "known": counts})
+            drawn = outputs["sequence"] if drawn is None else drawn
+            sequences.append(outputs["sequence"])
+        turn = (first + np.arange(len(labels))) % len(passes)
+        decoder.run({"sequence": np.stack(sequences)[turn, np.arange(len(labels))]})
+
+
+def student_passes(recipe: Recipe) -> tuple[int, ...]:
+    """How many positions hold data in the student's passes, 0 first."""
+    return tuple(sorted({0, *(k for schedule in recipe.schedules.values() for k in schedule.known)}))
+
+
+def _batches(recipe: Recipe, images: int) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64], int]]:
+    """Noise (B, L, Cv), labels (B,) spread over the classes, and the number of the first image."""
+    sequence = recipe.sequence
+    for first in range(0, images, BATCH):
+        indices = np.arange(first, min(first + BATCH, images))
+        labels = indices * recipe.classes // images
+        noise = gaussian_noise(SEED, indices.tolist(), sequence.length, sequence.width)
+        yield noise, labels.astype(np.int64), first
+
+
+def _add_extremes(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Two more outputs for each value: its least and its largest number."""
+    values = {value.name: value for node in graph for value in node.outputs}
+    for name in names:
+        for operator in ("ReduceMin", "ReduceMax"):
+            node = ir.node(operator, [values[name]], {"keepdims": 0})
+            output = node.outputs[0]
+            output.name = f"{name}.{operator}"
+            output.dtype, output.shape = ir.DataType.FLOAT, ir.Shape(())
+            graph.append(node)
+            graph.outputs.append(output)
