@@ -104,7 +104,7 @@ class ChannelNorm(nn.Module):
         grouped = (B, self.groups, C // self.groups)
         mean = x.mean((2, 3)).view(grouped).mean(2, keepdim=True)  # [B, groups, 1]
         centred = x - mean.expand(grouped).reshape(B, C, 1, 1)
-        spread = centred.square().mean((2, 3)).view(grouped).mean(2, keepdim=True)
+        spread = (centred * centred).mean((2, 3)).view(grouped).mean(2, keepdim=True)
         a = torch.rsqrt(spread + self.eps) * self.weight.view(grouped[1:])
         b = self.bias.view(grouped[1:]) - mean * a
         return x * a.view(B, C, 1, 1) + b.view(B, C, 1, 1)

@@ -23,8 +23,10 @@ HALVES = ("fp16", "bf16")
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 # What may compute in half: the products, and what lies between two of them.
-HALF_OPERATORS = {"MatMul", "Gemm", "Conv", "Add", "Mul", "Softmax", "Gelu", "Sigmoid", "Cast", "Reshape",
-                  "Transpose", "Split", "Concat", "Slice", "Squeeze", "Unsqueeze"}  # fmt: skip
+HALF_OPERATORS = {
+    *("MatMul", "Gemm", "Conv", "ConvTranspose", "Add", "Mul", "Softmax", "Gelu", "Sigmoid", "Cast"),
+    *("Reshape", "Transpose", "Split", "Concat", "Slice", "Squeeze", "Unsqueeze"),
+}
 
 
 def graph_of(exported: Exported, role: str, precision: str) -> ir.Graph:
