@@ -152,8 +152,11 @@ class Machine:
         """What OpenVINO says it can do on this CPU, as in `FP32`, `BF16`, `INT8`."""
         if self.openvino.problem:
             return ()
-        core = importlib.import_module("openvino").Core()
-        return tuple(map(str, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")))
+        try:
+            core = importlib.import_module("openvino").Core()
+            return tuple(map(str, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")))
+        except RuntimeError:  # an OpenVINO without its part for CPUs
+            return ()
 
     @cached_property
     def distributions(self) -> dict[str, str]:

@@ -386,6 +386,16 @@ def test_the_features_of_the_cpu(
     assert name is None or cpu.name == name
 
 
+def test_an_openvino_without_its_part_for_cpus_can_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Core:
+        def get_property(self, *arguments: str) -> Any:
+            raise RuntimeError("Device with CPU name is not registered")
+
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core))
+    assert Machine(openvino=Package("openvino", "2026.4.1", None)).openvino_capabilities == ()
+    assert Machine(openvino=Package("openvino", None, "missing", True)).openvino_capabilities == ()
+
+
 def test_installed_names_are_normal() -> None:
     assert importlib.metadata.version("onnxruntime") == installed()["onnxruntime"]
     assert all(name == name.lower() and "_" not in name for name in installed())

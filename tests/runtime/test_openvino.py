@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import threading
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 from onnx import helper
 
 import runtime
 from runtime.backends.onnxruntime import OnnxRuntime
 from runtime.errors import BackendError, OutputError
+from runtime.infer import command
 from runtime.machine import Machine
 from runtime.manifest import Graph, read_manifest
 from runtime.noise import gaussian_noise
@@ -387,6 +390,25 @@ def test_a_cache_that_cannot_be_made_is_an_error(shared_bundle: Path, tmp_path: 
 
 
 # Whole pipelines
+
+
+def test_the_command_line_has_mode_and_cache(shared_bundle: Path, tmp_path: Path) -> None:
+    """They rule out the other engines, so that `auto` comes to OpenVINO."""
+    words = [
+        shared_bundle,
+        "--mode",
+        "throughput",
+        "--model-cache",
+        tmp_path / "cache",
+        "--threads",
+        1,
+        "--json",
+    ]
+    result = CliRunner().invoke(command, [*map(str, words), "-o", str(tmp_path / "out.png")])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["backend"] == "openvino"
+    assert len(blobs(tmp_path / "cache")) == 2
+    assert CliRunner().invoke(command, [str(shared_bundle), "--mode", "fast"]).exit_code == 2
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, "teacher"])
