@@ -166,7 +166,7 @@ def command(
     from runtime.files import check_writable
     from validate.bench.page import check_page
     from validate.bench.plan import Request
-    from validate.bench.report import environment_of, show, write
+    from validate.bench.report import environment_of, say_work, show, write
 
     if asked["against"] is None and asked["against_steps"] is not None:
         raise click.UsageError("--against-steps says which steps of --against: give both.")
@@ -182,6 +182,7 @@ def command(
     environment = environment_of(machine)
     if as_json:
         console.emit_json([row.to_dict() for row in rows])
+        say_work(rows, peaks)
     else:
         show(rows, peaks, environment, request.percentiles)
     line = options.command_line(ctx)

@@ -162,9 +162,8 @@ def _judged(
             yield one
             return
     if wanted.processes > wanted.threads:
-        skipped.append(
-            Skipped(wanted.name, f"{wanted.processes} processes need as many threads, not {wanted.threads}")
-        )
+        why = f"they need as many threads, not {wanted.threads}"
+        skipped.append(Skipped(f"{wanted.processes} processes", why))
         return
     if wanted.backend in IN_TORCH:
         reason = torch_reason(wanted.backend, wanted.precision)
@@ -173,7 +172,7 @@ def _judged(
         candidate, reason = _candidate(wanted, root, manifest, machine)
         graphs = candidate.reads if candidate is not None else None
     if reason:
-        skipped.append(Skipped(wanted.name, reason))
+        skipped.append(Skipped(f"{wanted.backend} {wanted.precision}", reason))
     else:
         yield _Able(wanted, graphs)
 

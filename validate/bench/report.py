@@ -33,6 +33,13 @@ def environment_of(machine: Machine) -> Environment:
     return Environment(cpu.name, cpu.cores, cpu.features or (), versions, date)
 
 
+def say_work(rows: Sequence[Row], peaks: Peaks) -> None:
+    """The line on work and peaks, on stderr."""
+    for bundle in dict.fromkeys(row.bundle for row in rows):
+        own = [row for row in rows if row.bundle == bundle]
+        click.echo(f"{own[0].model}: {work_line(own, peaks)}", err=True)
+
+
 def show(
     rows: Sequence[Row],
     peaks: Peaks,

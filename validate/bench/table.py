@@ -67,8 +67,6 @@ def times_grid(rows: Sequence[Row], marks: Sequence[float] = ()) -> Grid:
         "rounds": [str(row.rounds) for row in rows],
         " ": [_mark(row, index in best) for index, row in enumerate(rows)],
     }
-    if len({row.threads for row in rows}) == 1:
-        del columns["threads"]
     for name in ("teacher ms", "of peak", "speed-up"):
         if not any(columns[name]):
             del columns[name]
@@ -79,6 +77,7 @@ def parity_grid(rows: Sequence[Row]) -> Grid:
     """What the timed outputs were like."""
     columns = {
         "": [row.name for row in rows],
+        "threads": [str(row.threads) for row in rows],
         "batch": [str(row.batch) for row in rows],
         "steps": [str(row.steps) for row in rows],
         "tokens equal": [_share(row.tokens_equal, 2) for row in rows],
@@ -144,7 +143,9 @@ def _flops(value: float) -> str:
     return f"{value / 1e9:.0f} GFLOP" if value >= 1e10 else f"{value / 1e9:.3g} GFLOP"
 
 
-def _grid(columns: Mapping[str, list[str]]) -> Grid:
+def _grid(columns: dict[str, list[str]]) -> Grid:
+    if len(set(columns["threads"])) == 1:  # the line about the machine says it
+        del columns["threads"]
     return Grid(list(columns), list(zip(*columns.values(), strict=True)))
 
 

@@ -127,7 +127,7 @@ def test_processes_share_the_threads(planned):
         (e.alternative.threads, e.alternative.processes, e.alternative.threads_each) for e in found.entries
     ]
     assert each == [(4, 1, 4), (4, 2, 2), (1, 1, 1)]
-    assert "2 processes need as many threads" in next(iter(reasons(found).values()))
+    assert reasons(found) == {"2 processes": "they need as many threads, not 1"}
 
 
 def test_the_names_are_those_of_the_runtime_and_pytorchs():
