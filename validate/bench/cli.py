@@ -166,6 +166,7 @@ def command(
     from runtime.files import check_writable
     from validate.bench.page import check_page
     from validate.bench.plan import Request
+    from validate.bench.processes import tidy_at_sigterm
     from validate.bench.report import environment_of, say_work, show, write
 
     if asked["against"] is None and asked["against_steps"] is not None:
@@ -178,7 +179,8 @@ def command(
         check_page(update)
     files = {"student": checkpoint, "tokenizer": vae, "teacher": teacher}
     request = Request(files={role: str(path) if path else None for role, path in files.items()}, **asked)
-    rows, peaks, skipped, machine = _measure(request)
+    with tidy_at_sigterm():
+        rows, peaks, skipped, machine = _measure(request)
     environment = environment_of(machine)
     if as_json:
         console.emit_json([row.to_dict() for row in rows])

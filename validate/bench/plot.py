@@ -46,7 +46,8 @@ def write_plot(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def _draw(panel: Any, name: str, rows: Sequence[Row]) -> None:
-    widest = max(row.total_ms or 0.0 for row in rows)
+    # Medians of parts may sum to more than the median of the whole.
+    widest = max(sum(_part(row, part) for part in PARTS) for row in rows)
     several_threads = len({row.threads for row in rows}) > 1
     for place, row in enumerate(rows):
         left = 0.0
@@ -81,7 +82,8 @@ def _label(row: Row, threads: bool) -> str:
 
 
 def _words(row: Row) -> str:
-    said = [f"{row.total_ms:.3g} ms"]
+    total = row.total_ms or 0.0
+    said = [f"{total:.3g} ms" if total < 100 else f"{total:,.0f} ms"]
     if row.speedup is not None:
         said.append(f"{row.speedup:.2f}x")
         if row.speedup_low is not None and row.speedup_high is not None:

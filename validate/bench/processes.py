@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -136,6 +137,24 @@ class Gang:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def tidy_at_sigterm() -> Iterator[None]:
+    """Lets SIGTERM unwind the stack, so that workers end and the files of the run go."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, leave)
+    except ValueError:  # not in the main thread, where nobody can
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _environment(threads: int) -> dict[str, str]:

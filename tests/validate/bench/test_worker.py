@@ -136,6 +136,17 @@ class TestProcesses:
                 raise error
             assert numbers and all(map(gone, numbers))
 
+    def test_a_terminated_parent_tidies_up(self, tmp_path):
+        """As `timeout` ends one: its workers end, and so do the files of the run."""
+        code = (
+            "import os, signal, tempfile\n"
+            "from validate.bench.processes import tidy_at_sigterm\n"
+            f"with tidy_at_sigterm(), tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):\n"
+            "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
+        assert done.returncode == 128 + 15 and not list(tmp_path.iterdir())
+
     def test_closing_twice_is_fine(self):
         one = worker("pass")
         one.close()
