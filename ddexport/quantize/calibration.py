@@ -15,7 +15,7 @@ from ddexport.graph.emulate import ERRORS_ONLY, FOLDER_OPTION
 from ddexport.recipe import Recipe
 from runtime.noise import gaussian_noise
 
-SEED = 0x5EED_1278  # of the noise; no figure of this project is taken from it
+SEED = 80_808  # of the noise; figures of accuracy are taken from other seeds
 BATCH = 4
 
 Arrays = Mapping[str, NDArray[Any]]

@@ -37,6 +37,7 @@ def quantised_model(path: Path, nodes: Sequence[str], ranges: Ranges) -> ir.Mode
 
     proto = onnx.load(path)
     producer, version = proto.producer_name, proto.producer_version
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}
     extremes = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
     quantizer = QDQQuantizer(
         proto,
@@ -59,6 +60,8 @@ def quantised_model(path: Path, nodes: Sequence[str], ranges: Ranges) -> ir.Mode
     model = ir.from_proto(quantizer.model.model)
     model.graph.sort()
     model.producer_name, model.producer_version = producer, version
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
     strip_trace(model)
     return model
 

@@ -1,0 +1,113 @@
+"""Quantised graphs, number by number: scales, zero points, what is and what is not rounded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from ddexport.quantize.qdq import quantised_model
+
+RANGE = (-1.5, 4.0)
+
+
+@pytest.fixture
+def weights() -> dict[str, np.ndarray]:
+    """Columns and channels of very different size, as per-channel scales are for."""
+    rng = np.random.default_rng(3)
+    matrix = rng.standard_normal((6, 5)) * np.array([1e-3, 1, 10, 0.1, 5])
+    kernel = rng.standard_normal((5, 6, 3, 3)) * np.array([1e-3, 1, 10, 0.1, 5])[:, None, None, None]
+    return {"matrix": matrix.astype(np.float32), "kernel": kernel.astype(np.float32)}
+
+
+def saved(path: Path, weights: dict[str, np.ndarray], convolution: bool) -> Path:
+    """y = product(x), and z = another product that is to stay as it is."""
+    operator, weight = ("Conv", "kernel") if convolution else ("MatMul", "matrix")
+    shape, after = (["batch", 6, 4, 4], [2, 2]) if convolution else (["batch", 6], [])
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["x", weight], ["y"], "inner"),
+         helper.make_node(operator, ["x", "other"], ["z"], "outer")],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 5, *after]) for name in "yz"],
+        [numpy_helper.from_array(weights[weight], weight), numpy_helper.from_array(weights[weight], "other")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    model.producer_name = "pytorch"
+    helper.set_model_props(model, {"model": "toy", "precision": "fp32"})
+    onnx.checker.check_model(model)
+    onnx.save(onnx.shape_inference.infer_shapes(model), path)
+    return path
+
+
+def quantised(path: Path) -> onnx.ModelProto:
+    import onnx_ir as ir
+
+    return ir.to_proto(quantised_model(path, ["inner"], {"x": RANGE}))
+
+
+def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return [np.asarray(each) for each in session.run(["y", "z"], {"x": x})]
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """What uint8 over RANGE leaves of x: zero is a number of its own."""
+    scale = (RANGE[1] - RANGE[0]) / 255
+    zero = np.rint(-RANGE[0] / scale)
+    return (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale
+
+
+@pytest.mark.parametrize("convolution", [False, True])
+def test_weights_have_a_scale_each_channel(
+    weights: dict[str, np.ndarray], convolution: bool, tmp_path: Path
+) -> None:
+    model = quantised(saved(tmp_path / "g.onnx", weights, convolution))
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    weight, axis = (weights["kernel"], 0) if convolution else (weights["matrix"], 1)
+    (name,) = [n for n, a in arrays.items() if a.dtype == np.int8 and a.size > 5]
+    rest = tuple(i for i in range(weight.ndim) if i != axis)
+    scale = np.abs(weight).max(rest, keepdims=True) / 127
+    assert np.abs(arrays[name].astype(np.float64) * scale - weight).max() <= scale.max() / 2 * 1.001
+    assert (np.abs(arrays[name]).max(rest) == 127).all()
+    np.testing.assert_array_equal(arrays["other"], weight)
+
+
+def test_products_are_those_of_rounded_numbers(weights: dict[str, np.ndarray], tmp_path: Path) -> None:
+    """Activations are rounded by the range that was measured, weights by their own, and the output by
+    nothing; what was not named is as it was."""
+    model = quantised(saved(tmp_path / "g.onnx", weights, convolution=False))
+    x = np.random.default_rng(4).uniform(*RANGE, (3, 6)).astype(np.float32)
+    y, z = run(model, x)
+    w = weights["matrix"]
+    scale = np.abs(w).max(0) / 127
+    np.testing.assert_allclose(y, rounded(x) @ (np.rint(w / scale) * scale), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(z, x @ w, rtol=1e-5, atol=1e-5)
+
+
+def test_what_lies_past_the_range_is_clipped(weights: dict[str, np.ndarray], tmp_path: Path) -> None:
+    """So that a range that was measured too small shows, and shows in this way."""
+    model = quantised(saved(tmp_path / "g.onnx", weights, convolution=False))
+    far = np.full((1, 6), 9.0, np.float32)
+    edge = np.full((1, 6), RANGE[1], np.float32)
+    np.testing.assert_array_equal(run(model, far)[0], run(model, edge)[0])
+
+
+def test_the_graph_says_nothing_about_its_making(weights: dict[str, np.ndarray], tmp_path: Path) -> None:
+    model = quantised(saved(tmp_path / "g.onnx", weights, convolution=True))
+    assert model.producer_name == "pytorch"
+    assert {entry.key: entry.value for entry in model.metadata_props} == {"model": "toy", "precision": "fp32"}
+    assert {entry.domain for entry in model.opset_import} == {""}
+    assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
+    onnx.checker.check_model(model, full_check=True)
+
+
+def test_logging_stays_as_it_was(weights: dict[str, np.ndarray], tmp_path: Path) -> None:
+    before = logging.getLogger().level
+    quantised(saved(tmp_path / "g.onnx", weights, convolution=True))
+    assert logging.getLogger().level == before
