@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from runtime.backends._providers import is_batched
 from runtime.engines import graph_digest
-from runtime.errors import BackendError, OutputError
+from runtime.errors import BackendError, DDError, OutputError
 from runtime.files import atomic_write, make_directory
 from runtime.manifest import Graph, TensorSpec, sha256_of
 
@@ -120,7 +120,7 @@ class Model:
             }
             self._for(1).spread(feeds, outputs)
             return outputs
-        except BackendError:
+        except DDError:  # of a batch size that could not be compiled
             raise
         except Exception as error:
             raise BackendError(

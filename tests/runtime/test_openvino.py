@@ -389,6 +389,18 @@ def test_a_cache_that_cannot_be_made_is_an_error(shared_bundle: Path, tmp_path: 
         engine(shared_bundle, cache=tmp_path / "file").open()
 
 
+def test_a_cache_that_is_lost_while_it_is_used_is_an_error_of_its_own(
+    shared_bundle: Path, tmp_path: Path
+) -> None:
+    """A new batch size is compiled in the middle of a run."""
+    cache = tmp_path / "cache"
+    with engine(shared_bundle, cache=cache) as backend:
+        shutil.rmtree(cache)
+        cache.write_text("")
+        with pytest.raises(OutputError, match="cannot be written"):
+            backend.run("decoder", feeds(shared_bundle, "decoder", 2))
+
+
 # Whole pipelines
 
 
