@@ -58,12 +58,25 @@ def quantised_model(path: Path, nodes: Sequence[str], ranges: Ranges) -> ir.Mode
     with _quiet():
         quantizer.quantize_model()
     model = ir.from_proto(quantizer.model.model)
+    _spare_others(model.graph, frozenset(nodes))
     model.graph.sort()
     model.producer_name, model.producer_version = producer, version
     model.metadata_props.clear()
     model.metadata_props.update(metadata)
     strip_trace(model)
     return model
+
+
+def _spare_others(graph: ir.Graph, nodes: frozenset[str]) -> None:
+    """The quantiser hands rounded values to all that read them; only the named nodes shall get them."""
+    for node in graph:
+        before = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        rounding = None if before is None else before.producer()
+        if rounding is None:  # a weight
+            continue
+        for user, place in tuple(node.outputs[0].uses()):
+            if user.name not in nodes:
+                user.replace_input_with(place, rounding.inputs[0])
 
 
 @contextmanager
