@@ -70,12 +70,11 @@ def _parts(path: Path) -> tuple[str, str]:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise OutputError(f"{path} cannot be read: {error}", "Name a Markdown file.") from error
-    if len(re.findall(re.escape(START), text)) != 1 or len(re.findall(re.escape(END), text)) != 1:
+    starts, ends = (list(re.finditer(rf"^{re.escape(mark)}[ \t\r]*$", text, re.M)) for mark in (START, END))
+    if len(starts) != 1 or len(ends) != 1:
         raise OutputError(
             f"{path} must have the lines {START} and {END} once each", "Put them where the tables shall be."
         )
-    before, _, rest = text.partition(START)
-    _, found, after = rest.partition(END)
-    if not found:
+    if ends[0].start() < starts[0].end():
         raise OutputError(f"{path} has {END} before {START}", "Swap them.")
-    return before, after
+    return text[: starts[0].start()], text[ends[0].end() :]

@@ -19,7 +19,7 @@ from runtime.manifest import Manifest
 from runtime.registry import plugins
 from runtime.selection import BACKENDS
 from validate.bench.agreement import Agreement, Judge, worst_of
-from validate.bench.case import PEAK, REFERENCE, Alternative, Case, Job, Times, inputs
+from validate.bench.case import IN_TORCH, PEAK, REFERENCE, Alternative, Case, Job, Times, inputs
 from validate.bench.figures import PARTS, part_ms, percentiles, speedup
 from validate.bench.outputs import Outputs
 from validate.bench.peak import ENGINES, PRECISIONS, Peak, best_of
@@ -265,10 +265,17 @@ def _fill_parity(row: Row, found: Agreement) -> None:
 
 def _fill_roofline(row: Row, root: Path, manifest: Manifest, peaks: Peaks) -> None:
     """The row's own rate, and its share of what this machine multiplies at its best in that precision."""
-    row.flops = flops_of(root, manifest, manifest.schedule(row.steps))
+    own = None if row.backend in IN_TORCH else row.precision
+    row.flops = flops_of(root, manifest, manifest.schedule(row.steps), own)
+    if not peaks:  # nobody wants them
+        return
     peak = peaks.get((row.threads, row.precision))
-    on_gpu = row.provider not in (None, "cpu") or row.backend == "tensorrt"
-    if peak is not None and peak.gflops and not on_gpu and row.images_per_s:
+    if row.provider not in (None, "cpu") or row.backend == "tensorrt":
+        row.notes.append("no share of the peak: what was measured is the processor's")
+    elif peak is None or not peak.gflops:
+        why = peak.why if peak is not None else "it is not measured"
+        row.notes.append(f"no share of the peak in {row.precision}: {why}")
+    elif row.images_per_s:
         row.peak_gflops = peak.gflops
         row.roofline = row.flops["total"] * row.images_per_s / (peak.gflops * 1e9)
 

@@ -6,29 +6,34 @@ from functools import cache
 from pathlib import Path
 
 from ddexport.graph.flops import count
-from runtime.graphs import student_key
+from runtime.graphs import keys_of, student_key
 from runtime.manifest import Manifest, Schedule
 
 
-def flops_of(root: Path, manifest: Manifest, schedule: Schedule) -> dict[str, float]:
-    """Floating-point operations of one image by part, and in all. Raises CountError.
+def flops_of(
+    root: Path, manifest: Manifest, schedule: Schedule, precision: str | None = None
+) -> dict[str, float]:
+    """Operations of one image by part, and in all. Raises CountError.
 
-    Of the float32 graphs, so that every alternative is held against the same work, whatever it leaves out. A
+    precision: of the graphs to count; the bundle's first where it is None, or has no graphs of its own. A
     teacher's products with its cache count the whole length of the cache, as the graph computes them.
     """
+    have = {graph.key for graph in manifest.graphs if graph.precision == precision}
+    if not have.issuperset(keys_of(manifest, schedule)):
+        precision = None
     parts: dict[str, float] = {}
     if schedule.known:
-        graph = manifest.graph("student", split=schedule.split)
+        graph = manifest.graph("student", precision, schedule.split)
         assert graph.key == student_key(manifest, schedule)
         parts["student"] = len(schedule.known) * _flops(root / graph.file, (("batch", 1),))
     span, teacher = schedule.teacher, manifest.teacher
     if span is not None and teacher is not None:
-        file, filled, total = root / manifest.graph("teacher").file, 0, 0
+        file, filled, total = root / manifest.graph("teacher", precision).file, 0, 0
         for _, end in teacher.steps(span):
             total += _flops(file, (("batch", 1), ("new", end - filled), ("capacity", span.end)))
             filled = end
         parts["teacher"] = total
-    parts["decoder"] = _flops(root / manifest.graph("decoder").file, (("batch", 1),))
+    parts["decoder"] = _flops(root / manifest.graph("decoder", precision).file, (("batch", 1),))
     return {**parts, "total": sum(parts.values())}
 
 

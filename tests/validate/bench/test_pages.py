@@ -127,7 +127,10 @@ class TestPage:
             text = page.read_bytes().decode()
             assert text == f"{before}{START}\n{self.text(rows)}\n{END}{after}"
 
-    @pytest.mark.parametrize("text", ["no marks", START, f"{END} {START}", f"{START}{END}{START}{END}"])
+    @pytest.mark.parametrize(
+        "text",
+        ["no marks", START, f"{END}\n{START}", f"{START}\n{END}\n{START}\n{END}", f"`{START}` and `{END}`"],
+    )
     def test_a_page_without_its_marks_is_refused_and_left_alone(self, text, tmp_path):
         page = tmp_path / "page.md"
         page.write_text(text)

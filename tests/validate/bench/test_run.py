@@ -111,6 +111,17 @@ def test_the_work_of_a_schedule(bundle):
     one, two, teacher = (flops_of(bundle, manifest, manifest.schedule(steps)) for steps in (1, 2, "teacher"))
     assert two["student"] == 2 * one["student"] and two["decoder"] == one["decoder"]
     assert teacher["total"] == teacher["teacher"] + teacher["decoder"]
+    # A precision without graphs of its own computes on others.
+    assert flops_of(bundle, manifest, manifest.schedule(1), "bf16") == one
+
+
+@pytest.mark.parametrize(
+    "peaks", [{(1, "fp32"): Peak("fp32", None, why="no engine")}, {(2, "fp32"): Peak("fp32", 9.0)}]
+)
+def test_a_peak_that_could_not_be_measured_has_its_reason(rows_of, in_process, peaks):
+    (row,) = rows_of(in_process, peaks, backends=("onnxruntime",), precisions=("fp32",))
+    assert row.roofline is None and row.flops is not None
+    assert any("no share of the peak in fp32" in note for note in row.notes)
 
 
 def test_a_worker_that_dies_is_a_row_that_says_so(rows_of, in_process):
