@@ -69,15 +69,13 @@ def emulated_precision(
     """
     from runtime.machine import Machine
 
+    if emulate is False or (not emulate and backend not in (AUTO, "onnxruntime")):
+        return None
     if precision is not None:
         manifest.graph("student", precision)
-    if emulate is False:
-        return None
     wanted = precision or manifest.precisions[0]
     if emulate:
         return wanted if wanted in HALVES else None
-    if backend not in (AUTO, "onnxruntime"):
-        return None
     found = candidates(
         root, manifest, Machine(), backend=backend, precision=precision, options=Options(threads=threads)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,21 +22,26 @@ IMAGES_A_STREAM = 8
 
 
 class _Arithmetic(NamedTuple):
-    """graphs: the precision of the graphs that are read. hint: OpenVINO's type for what the graph leaves in
-    float32. needs: the capability of the CPU, None where every one has it."""
+    """graphs: the precision of the graphs that are read. hints: OpenVINO's type for what the graph leaves in
+    float32, by the capability that the CPU needs for it, the first that it has. needs: the capability for
+    the precision itself, None where every CPU has it."""
 
     graphs: str
-    hint: str
+    hints: Mapping[str | None, str]
     needs: str | None
+
+    def hint(self, capabilities: Collection[str]) -> str:
+        return next(hint for needs, hint in self.hints.items() if needs is None or needs in capabilities)
 
 
 ARITHMETIC = {
-    "fp32": _Arithmetic("fp32", "f32", None),
-    "bf16": _Arithmetic("fp32", "bf16", "BF16"),
-    "fp16": _Arithmetic("fp32", "f16", "FP16"),
-    "int8": _Arithmetic("int8", "f32", "INT8"),
+    "fp32": _Arithmetic("fp32", {None: "f32"}, None),
+    "bf16": _Arithmetic("fp32", {None: "bf16"}, "BF16"),
+    "fp16": _Arithmetic("fp32", {None: "f16"}, "FP16"),
+    "int8": _Arithmetic("int8", {"BF16": "bf16", None: "f32"}, "INT8"),
 }
-"""The bundle's own half graphs are for GPUs: their casts would only be in the way of the engine's."""
+"""The bundle's own half graphs are for GPUs: their casts would only be in the way of the engine's. What int8
+graphs leave float moves half the bytes in bf16, which counts for more than its rounding beside theirs."""
 
 
 class OpenVino(Backend):
@@ -79,7 +84,7 @@ class OpenVino(Backend):
             raise BackendError(f"openvino cannot compute in {compute} here", _lacks(compute))
         settings: dict[str, Any] = {
             # Without it OpenVINO takes bf16 by itself where the CPU has it.
-            "INFERENCE_PRECISION_HINT": ARITHMETIC[compute].hint,
+            "INFERENCE_PRECISION_HINT": ARITHMETIC[compute].hint(self.machine.openvino_capabilities),
             # Else it may quantise activations in front of quantised weights.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
             "PERFORMANCE_HINT": (self.options.mode or MODES[0]).upper(),

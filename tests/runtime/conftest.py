@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime.engines import Engine, Profile, SizeRange, engine_folder, graph_digest, this_platform
-from runtime.machine import Machine
+from runtime.machine import Machine, Package
 from runtime.manifest import (
     FILE_NAME,
     FileInfo,
@@ -34,6 +34,16 @@ from runtime.manifest import (
     read_manifest,
     sha256_of,
 )
+
+
+@pytest.fixture(autouse=True)
+def without_openvino(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` takes ONNX Runtime on the CPU whether or not OpenVINO is installed, except where that is tested."""
+    if request.module.__name__.rpartition(".")[2] != "test_openvino":
+        missing = Package("openvino", None, "openvino is not installed: pip install openvino", missing=True)
+        fact = cached_property(lambda machine: missing)
+        fact.__set_name__(Machine, "openvino")
+        monkeypatch.setattr(Machine, "openvino", fact)
 
 
 def _beside(name: str) -> ModuleType:
