@@ -38,7 +38,7 @@ from runtime.manifest import (
 
 @pytest.fixture(autouse=True)
 def without_openvino(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto` takes ONNX Runtime on the CPU whether or not OpenVINO is installed, except where that is tested."""
+    """`auto` takes ONNX Runtime on the CPU, OpenVINO installed or not, except where that is tested."""
     if request.module.__name__.rpartition(".")[2] != "test_openvino":
         missing = Package("openvino", None, "openvino is not installed: pip install openvino", missing=True)
         fact = cached_property(lambda machine: missing)

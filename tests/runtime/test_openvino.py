@@ -254,7 +254,7 @@ def quantised(model: onnx.ModelProto) -> onnx.ModelProto:
 def test_int8_reads_the_int8_graphs(
     bundle: Path, add_graphs: Callable[..., None], replace_file: Callable[[str, bytes], None]
 ) -> None:
-    """And rounds as they say, to a step of the quantiser like ONNX Runtime, whatever the rest is computed in."""
+    """And rounds as they say: to a step of the quantiser like ONNX Runtime, whatever computes the rest."""
     add_graphs("int8")
     model = quantised(onnx.load(bundle / "decoder_int8.onnx"))
     replace_file("decoder_int8.onnx", model.SerializeToString())
