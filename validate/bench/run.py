@@ -166,7 +166,7 @@ def _references(
                 worker.ready()
                 reply = worker.ask({"do": "run", "batch": case.batch, "steps": case.steps, "keep": True})
             except WorkerError as error:
-                judges[case] = ". ".join(part for part in (error.message, error.hint) if part)
+                judges[case] = _words(error)
                 continue
             file, given = Path(reply["file"]), inputs(manifest, case.batch, request.seed)
             judges[case] = Judge(manifest, manifest.schedule(case.steps), given, Outputs.read(file), file)
@@ -175,7 +175,7 @@ def _references(
 
 def _gang(alternative: Alternative, stack: ExitStack, start: Start, make: Callable[..., Job]) -> Gang | str:
     """The open workers of an alternative, or why it cannot be opened."""
-    gang = stack.enter_context(Gang([]))
+    gang = stack.enter_context(Gang([]))  # known to the stack before there is a process in it
     with console.stage(f"opening {alternative.name}", keep=False):
         try:
             for number in range(alternative.processes):
@@ -183,7 +183,7 @@ def _gang(alternative: Alternative, stack: ExitStack, start: Start, make: Callab
                 gang.workers[-1].ready()
         except WorkerError as error:
             gang.close()
-            return error.message
+            return _words(error)
     return gang
 
 
@@ -203,7 +203,7 @@ def _prepared(entry: Entry, gang: Gang | str, request: Request) -> Entrant | str
             for _ in range(request.warmup if first < LONG else 0):
                 peak = _sum(reply["peak"] for reply in gang.ask({"do": "run", **asked}))
         except WorkerError as error:
-            return error.message
+            return _words(error)
     least = least_rounds(case.by_teacher, first)
     return Entrant(least=least, entry=entry, gang=gang, hello=gang.ready(), peak_mib=peak)
 
@@ -290,6 +290,10 @@ def _fill_ratios(
             ratio = speedup(walls[baseline], walls[entry], seed)
             if ratio is not None:
                 row.speedup, row.speedup_low, row.speedup_high = ratio.value, ratio.low, ratio.high
+
+
+def _words(error: WorkerError) -> str:
+    return ". ".join(part for part in (error.message, error.hint) if part)
 
 
 def _sum(values: Any) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,31 +32,39 @@ def open_torch(job: Job, manifest: Manifest) -> Any:
 
     torch.set_num_threads(job.threads)
     files = {role: Path(file) if file else None for role, file in job.files.items()}
-    wanted = job.backend in (TORCH, REFERENCE)
-    reference = build_reference(manifest, files, job.weights, teacher=wanted)
+    reference = build_reference(manifest, files, job.weights)
+
+    def teacher() -> Any:
+        """Read when it is first run: else it would count as memory of rows that have no use for it."""
+        return build_reference(manifest, files, job.weights, teacher=True)._teacher
+
     if job.backend == REFERENCE:
-        return ReferenceWay(reference)
+        return ReferenceWay(reference, teacher)
     kept = tuple(manifest.graph("student").accuracy.get("keep_fp32") or ())
     if job.precision in manifest.precisions:
         kept = tuple(manifest.graph("student", job.precision).accuracy.get("keep_fp32") or ())
     if job.backend == PUBLISHED:
         return PublishedWay(reference, manifest)
-    return TorchWay(reference, job.precision, kept, compiled=job.backend == COMPILED)
+    has_teacher = manifest.teacher is not None and job.backend == TORCH
+    return TorchWay(reference, job.precision, kept, teacher if has_teacher else None, job.backend == COMPILED)
 
 
 class ReferenceWay:
     """The float32 modules as `validate parity` has them."""
 
-    def __init__(self, reference: TorchReference) -> None:
+    def __init__(self, reference: TorchReference, teacher: Callable[[], Any]) -> None:
         import torch
 
-        self._reference = reference
+        self._reference, self._read_teacher = reference, teacher
         self.version, self.provider = str(torch.__version__), None
 
     def open(self, keys: Iterable[str]) -> None:
-        """Nothing to do."""
+        """Reads the teacher where it is wanted."""
+        if "teacher" in keys and self._reference._teacher is None:
+            self._reference._teacher = self._read_teacher()
 
     def run(self, key: str, feeds: Arrays) -> Arrays:
+        self.open([key])
         return self._reference.run(key, feeds)
 
     def close(self) -> None:
@@ -99,21 +108,24 @@ class TorchWay(_Modules):
     """The lean modules that the graphs are traced from, with their tables; in bf16 by the same policy."""
 
     def __init__(
-        self, reference: TorchReference, precision: str, keep_fp32: tuple[str, ...], compiled: bool = False
+        self,
+        reference: TorchReference,
+        precision: str,
+        keep_fp32: tuple[str, ...],
+        teacher: Callable[[], Any] | None = None,
+        compiled: bool = False,
     ) -> None:
+        """teacher: reads it, as a `ddexport.graph.wrappers.TeacherGraph`; None where there is none."""
         from ddexport.precision.cast import in_precision
 
         super().__init__()
-        student, tokenizer, graph = reference._student, reference._tokenizer, reference._teacher
+        student, tokenizer = reference._student, reference._tokenizer
         student.tabulate()
-        self._student = in_precision(student, precision, keep_fp32, "student")
-        self._tokenizer = in_precision(tokenizer, precision, keep_fp32, "decoder")
-        self._embed = tokenizer.embed
-        self._float_tokenizer, self._graph, self._teacher = tokenizer, graph, None
-        if graph is not None:
-            self._teacher = in_precision(graph.teacher, precision, keep_fp32, "teacher")
-        self._compiled = compiled
-        if not compiled and graph is not None:
+        self._cast: Callable[..., Any] = partial(in_precision, precision=precision, keep_fp32=keep_fp32)
+        self._student, self._tokenizer = self._cast(student), self._cast(tokenizer)
+        self._float_tokenizer, self._read_teacher, self._compiled = tokenizer, teacher, compiled
+        self._teacher: Any = None
+        if teacher is not None:
             self.teacher_alone = self._draw_teacher
 
     def _module(self, key: str) -> Module:
@@ -121,10 +133,11 @@ class TorchWay(_Modules):
 
         role, _, split = key.partition("@")
         if role == "teacher":
-            if self._teacher is None:
-                raise BackendError("the bundle has no teacher")
             from ddexport.graph.wrappers import TeacherGraph
 
+            if self._read_teacher is None:
+                raise BackendError("there is no teacher to run")
+            self._teacher = self._cast(self._read_teacher().teacher)
             module: Any = TeacherGraph(self._teacher, self._float_tokenizer).eval()
         elif role == "decoder":
             module = self._tokenizer
@@ -143,12 +156,12 @@ class TorchWay(_Modules):
         def choose(logits: Tensor, positions: slice) -> Tensor:
             return torch.from_numpy(pick(logits.float().numpy(), positions))
 
-        assert self._teacher is not None
+        self.open(["teacher"])
         began = time.perf_counter()
         with torch.inference_mode():
             draw = trainer(self._teacher.family).draw
             tokens = draw(self._teacher, self._float_tokenizer, torch.from_numpy(labels), choose, cfg)
-            sequence = self._embed(tokens)
+            sequence = self._float_tokenizer.embed(tokens)
         found = np.asarray(tokens.numpy(), dtype=np.int64)
         return Step(found, sequence.numpy(), "teacher", time.perf_counter() - began)
 
