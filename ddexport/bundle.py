@@ -21,7 +21,7 @@ from ddexport.families import family
 from ddexport.families._base import Teacher as TeacherModule
 from ddexport.graph.external import SharedWeights
 from ddexport.graph.prove import prove
-from ddexport.graph.rewrites import LEFT_OUT, REWRITES, check_rewrites, rewrite
+from ddexport.graph.rewrites import LEFT_OUT, REWRITES, check_rewrites, other_forms, rewrite
 from ddexport.graph.spec import GraphSpec, graph_specs, image_size, sequence_size
 from ddexport.graph.to_onnx import check_onnx, check_opset, default_opset, onnx_from_module
 from ddexport.graph.verify import Agreement
@@ -108,6 +108,7 @@ def export_bundle(
     with staged_directory(target, force, _expected_bytes(recipe, roles), marker=FILE_NAME) as folder:
         with stage("loading weights"):
             parts = load_parts(recipe, request, sources)
+            forms = {each: other_forms(parts, each, without) for each in _traced(precisions)}
             rewrite(parts, without)
             check_patterns(parts.values(), keep_fp32)
             weights = provenance(recipe, request, sources)
@@ -115,7 +116,7 @@ def export_bundle(
         specs = graph_specs(recipe, teacher)
         graphs: list[Graph] = []
         for precision, role in itertools.product(_traced(precisions), roles):
-            part = in_precision(parts[role], precision, keep_fp32, role)
+            part = in_precision({**parts, **forms[precision]}[role], precision, keep_fp32, role)
             some = [spec for spec in specs if spec.part == role]
             shared = _shared_weights(some, precision, folder)
             for spec in some:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ddexport.precision.policy import FLOAT32
 from runtime.errors import DDError
 
 if TYPE_CHECKING:
@@ -25,11 +26,13 @@ class RewriteError(DDError):
 
 @dataclass(frozen=True)
 class Rewrite:
-    """parts: the roles it concerns. what: what it does, in a line. apply: does it, in place."""
+    """parts: the roles it concerns. what: what it does, in a line. apply: does it, in place. not_in:
+    precisions whose graphs do without, because an engine cannot build them."""
 
     parts: tuple[str, ...]
     what: str
     apply: Callable[[nn.Module], None]
+    not_in: tuple[str, ...] = ()
 
 
 def _fold_upsampling(tokenizer: nn.Module) -> None:
@@ -63,6 +66,7 @@ REWRITES: Mapping[str, Rewrite] = {
         ("tokenizer",),
         "doubling and 3x3 convolution are one transposed convolution",
         _fold_upsampling,
+        not_in=("bf16",),  # TensorRT-RTX 1.7 has no transposed convolution in bfloat16
     ),
     "group-norm": Rewrite(
         ("tokenizer",),
@@ -91,8 +95,8 @@ def check_rewrites(names: Iterable[str]) -> None:
             )
 
 
-def rewrite(parts: Mapping[str, nn.Module], without: Iterable[str] = ()) -> None:
-    """Applies all rewrites to the parts by role, in place, but those named in `without`.
+def rewrite(parts: Mapping[str, nn.Module], without: Iterable[str] = (), precision: str = FLOAT32) -> None:
+    """Applies the rewrites of a precision to the parts by role, in place, but those named in `without`.
 
     Raises:
         RewriteError: there is no rewrite of such a name.
@@ -100,7 +104,25 @@ def rewrite(parts: Mapping[str, nn.Module], without: Iterable[str] = ()) -> None
     without = tuple(without)
     check_rewrites(without)
     for name, rule in REWRITES.items():
-        if name not in without:
-            for role in rule.parts:
-                if role in parts:
-                    rule.apply(parts[role])
+        if name in without or precision in rule.not_in:
+            continue
+        for role in rule.parts:
+            if role in parts:
+                rule.apply(parts[role])
+
+
+def other_forms(
+    parts: Mapping[str, nn.Module], precision: str, without: Iterable[str] = ()
+) -> dict[str, nn.Module]:
+    """Those parts by role that graphs of this precision are made of in a form of its own, rewritten.
+
+    They are copies that share what they can with `parts`, which are float32 and not rewritten yet. All other
+    parts have the same form in every precision.
+    """
+    from ddexport.precision.cast import shared_copy
+
+    rules = [rule for rule in REWRITES.values() if precision in rule.not_in]
+    roles = {role for rule in rules for role in rule.parts if role in parts}
+    forms = {role: shared_copy(parts[role]) for role in sorted(roles)}
+    rewrite(forms, without, precision)
+    return forms

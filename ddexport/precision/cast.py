@@ -41,8 +41,7 @@ def in_precision(
     if precision == FLOAT32:
         return module
     dtype, keep = DTYPES[precision], tuple(keep_fp32)
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    result = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    result = shared_copy(module)
     for path, name, owner, tensor in _half_tensors(result, keep):
         half = tensor.to(dtype)
         if not half.isfinite().equal(tensor.isfinite()):
@@ -57,6 +56,12 @@ def in_precision(
             if inner and matches(f"{path}.{inner}", keep) and _holds_weights(island):
                 _set_border(island, torch.float32, dtype)
     return result
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """A copy whose structure can be changed, with the same tensors."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
 
 def regions(module: nn.Module, keep_fp32: Iterable[str] = ()) -> Iterator[tuple[str, nn.Module]]:

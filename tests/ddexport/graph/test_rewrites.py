@@ -23,7 +23,7 @@ from ddexport.families._vq_codec import ChannelNorm, Decoder, TransposedUpsample
 from ddexport.families.var_dd import VarStudent
 from ddexport.graph.accuracy import check_limits, output_errors
 from ddexport.graph.emulate import EmulatedGraph
-from ddexport.graph.rewrites import LEFT_OUT, REWRITES, RewriteError, left_out, rewrite
+from ddexport.graph.rewrites import LEFT_OUT, REWRITES, RewriteError, left_out, other_forms, rewrite
 from ddexport.graph.spec import graph_specs, sample_inputs
 from ddexport.graph.to_onnx import default_opset, onnx_from_module
 from ddexport.precision.cast import check_patterns, in_precision, regions
@@ -194,16 +194,22 @@ class TestDecoder:
         assert nn.GroupNorm in kinds and ChannelNorm not in kinds
 
 
+def _scales_by_two(node: ir.Node) -> bool:
+    mode = node.attributes.get("mode")
+    return mode is not None and mode.as_string() == "nearest"
+
+
 class TestGraphs:
     @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
     def test_engines_find_the_operators(self, half_export: Exported, precision: str) -> None:
         """Weights are direct inputs of ConvTranspose, where quantisers and engines look for them, and it
-        computes in the precision of the graph."""
+        computes in the precision of the graph; in bf16, which TensorRT-RTX has none in, doubling stays."""
         graph = half_export.manifest.graph("decoder", precision)
         nodes = list(ir.load(half_export.path / graph.file).graph)
         upsampling = [node for node in nodes if node.op_type == "ConvTranspose"]
-        assert len(upsampling) == 1
-        types = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+        doubling = [node for node in nodes if node.op_type == "Resize" and _scales_by_two(node)]
+        assert (len(upsampling), len(doubling)) == ((0, 1) if precision == "bf16" else (1, 0))
+        types = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
         for node in upsampling:
             assert all(value is not None and value.is_initializer() for value in node.inputs[1:])
             assert node.outputs[0].dtype == types[precision]
@@ -222,6 +228,30 @@ class TestGraphs:
         assert "ConvTranspose" in {node.op_type for node in rounded}
         for node in rounded:
             assert {user.op_type for user, _ in node.outputs[0].uses()} == {"Cast"}
+
+
+class TestForms:
+    def test_bf16_has_its_own_decoder(self, golden_recipe: Recipe) -> None:
+        """It keeps the doubling, shares every tensor that is not summed, and computes the same."""
+        parts = load_parts(golden_recipe, WeightRequest({}, random_seed=3))
+        wanted = outputs(parts, golden_recipe)
+        forms = other_forms(parts, "bf16")
+        rewrite(parts)
+        assert set(forms) == {"tokenizer"}
+        kinds = {type(module) for module in forms["tokenizer"].decoder.modules()}  # type: ignore[union-attr]
+        assert Upsample in kinds and ChannelNorm in kinds
+        assert not kinds & {TransposedUpsample, nn.GroupNorm}
+        assert_equal(outputs({**parts, **forms}, golden_recipe), wanted)
+        own = {p.data_ptr() for p in forms["tokenizer"].parameters()}
+        named = parts["tokenizer"].named_parameters()
+        shared = {name: p for name, p in named if "decoder" not in name or "resample.conv.weight" not in name}
+        assert {p.data_ptr() for p in shared.values()} <= own
+
+    @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+    def test_others_have_none(self, golden_recipe: Recipe, precision: str) -> None:
+        """What has no form of its own is not copied."""
+        parts = load_parts(golden_recipe, WeightRequest({}, random_seed=3))
+        assert other_forms(parts, precision) == {}
 
 
 class TestLeavingOut:
