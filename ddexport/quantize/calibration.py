@@ -16,7 +16,7 @@ from ddexport.recipe import Recipe
 from runtime.noise import gaussian_noise
 
 SEED = 80_808  # of the noise; figures of accuracy are taken from other seeds
-BATCH = 4
+BATCH = 2
 
 Arrays = Mapping[str, NDArray[Any]]
 Ranges = Mapping[str, tuple[float, float]]
@@ -33,7 +33,7 @@ class Observed:
         import onnxruntime
 
         model = ir.load(path)
-        self._outputs = [value.name for value in model.graph.outputs]
+        self._outputs = [str(value.name) for value in model.graph.outputs]
         self._values = list(dict.fromkeys(values))
         _add_extremes(model.graph, self._values)
         options = onnxruntime.SessionOptions()

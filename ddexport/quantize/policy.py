@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-IMAGES = 64
-"""How many images ranges are taken from unless told otherwise: with more, the worst image gains little and
-the mean one loses (docs/int8.md)."""
+IMAGES = 16
+"""How many images ranges are taken from unless told otherwise: with fewer, the worst logit loses; with more,
+nothing is gained and the mean error grows (docs/int8.md)."""
 
 QUANTISED = ("MatMul", "Gemm", "Conv")
 """Operators that compute in int8 when their second input is a weight. Products of two activations, those of

@@ -57,7 +57,7 @@ def quantised_model(path: Path, nodes: Sequence[str], ranges: Ranges) -> ir.Mode
     )
     with _quiet():
         quantizer.quantize_model()
-    model = ir.from_proto(quantizer.model.model)
+    model: ir.Model = ir.from_proto(quantizer.model.model)
     _spare_others(model.graph, frozenset(nodes))
     model.graph.sort()
     model.producer_name, model.producer_version = producer, version
