@@ -144,6 +144,13 @@ _PATH = click.Path(path_type=Path)
     metavar="FILE.md",
     help="Replace what is between <!-- bench --> and <!-- /bench --> in a Markdown file by the tables.",
 )
+@click.option(
+    "--block",
+    default="",
+    callback=options.block_name,
+    metavar="NAME",
+    help="Which block of --update, of a page with several: <!-- bench NAME -->.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as a JSON list.")
 @console.debug_option
 @click.pass_context
@@ -153,6 +160,7 @@ def command(
     as_json: bool,
     plot: Path | None,
     update: Path | None,
+    block: str,
     checkpoint: Path | None,
     vae: Path | None,
     teacher: Path | None,
@@ -176,7 +184,7 @@ def command(
             raise click.BadParameter(f"{plot} does not end in .png.", ctx, param_hint="--plot")
         check_writable(plot)
     if update is not None:
-        check_page(update)
+        check_page(update, block)
     files = {"student": checkpoint, "tokenizer": vae, "teacher": teacher}
     request = Request(files={role: str(path) if path else None for role, path in files.items()}, **asked)
     with tidy_at_sigterm():
@@ -188,7 +196,7 @@ def command(
     else:
         show(rows, peaks, environment, request.percentiles)
     line = options.command_line(ctx)
-    write(rows, peaks, environment, skipped, request.percentiles, line, plot, update)
+    write(rows, peaks, environment, skipped, request.percentiles, line, plot, update, block)
     _end(rows)
 
 

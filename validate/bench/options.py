@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -75,6 +76,13 @@ def percentiles(ctx: click.Context, param: click.Parameter, value: str) -> tuple
     if not found or not all(0 <= number <= 100 for number in found):
         raise click.BadParameter(f"{value!r} is not a list of percentiles, like 50,90,99.", ctx, param)
     return tuple(dict.fromkeys(found))
+
+
+def block_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """A callback for a name that can stand in a comment of Markdown."""
+    if value and not re.fullmatch(r"[a-z0-9][a-z0-9-]*", value):
+        raise click.BadParameter(f"{value!r} is no name of small letters, digits and hyphens.", ctx, param)
+    return value
 
 
 def command_line(ctx: click.Context) -> str:

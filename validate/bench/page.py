@@ -16,6 +16,11 @@ from validate.bench.table import parity_grid, remarks, times_grid, work_line
 START, END = "<!-- bench -->", "<!-- /bench -->"
 
 
+def marks_of(name: str = "") -> tuple[str, str]:
+    """The lines around a block: a page may hold several, told apart by their names."""
+    return (f"<!-- bench {name} -->", f"<!-- /bench {name} -->") if name else (START, END)
+
+
 def block(
     rows: Sequence[Row],
     peaks: Mapping[tuple[int, str], Peak],
@@ -46,17 +51,18 @@ def block(
     return "\n\n".join(parts)
 
 
-def check_page(path: Path) -> None:
+def check_page(path: Path, name: str = "") -> None:
     """Raises OutputError if the page lacks its marks or cannot be written: better before the work."""
-    _parts(path)
+    _parts(path, name)
     check_writable(path)
 
 
-def update(path: Path, text: str) -> None:
+def update(path: Path, text: str, name: str = "") -> None:
     """Puts the text between the marks of a page; the rest stays as it is. Raises OutputError."""
-    before, after = _parts(path)
+    before, after = _parts(path, name)
+    start, end = marks_of(name)
     with atomic_write(path) as stream:
-        stream.write(f"{before}{START}\n{text}\n{END}{after}".encode())
+        stream.write(f"{before}{start}\n{text}\n{end}{after}".encode())
 
 
 def address(plot: Path, page: Path) -> str:
@@ -64,17 +70,18 @@ def address(plot: Path, page: Path) -> str:
     return Path(os.path.relpath(plot.resolve(), page.resolve().parent)).as_posix()
 
 
-def _parts(path: Path) -> tuple[str, str]:
+def _parts(path: Path, name: str) -> tuple[str, str]:
     """What stands before and after the marked block."""
+    start, end = marks_of(name)
     try:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise OutputError(f"{path} cannot be read: {error}", "Name a Markdown file.") from error
-    starts, ends = (list(re.finditer(rf"^{re.escape(mark)}[ \t\r]*$", text, re.M)) for mark in (START, END))
+    starts, ends = (list(re.finditer(rf"^{re.escape(mark)}[ \t\r]*$", text, re.M)) for mark in (start, end))
     if len(starts) != 1 or len(ends) != 1:
         raise OutputError(
-            f"{path} must have the lines {START} and {END} once each", "Put them where the tables shall be."
+            f"{path} must have the lines {start} and {end} once each", "Put them where the tables shall be."
         )
     if ends[0].start() < starts[0].end():
-        raise OutputError(f"{path} has {END} before {START}", "Swap them.")
+        raise OutputError(f"{path} has {end} before {start}", "Swap them.")
     return text[: starts[0].start()], text[ends[0].end() :]

@@ -67,14 +67,15 @@ def write(
     line: str,
     plot: Path | None,
     page: Path | None,
+    name: str = "",
 ) -> None:
-    """Plot and page, and on stderr what is to be said about single rows."""
+    """Plot and page (there the block of that name), and on stderr what is to be said about single rows."""
     if plot is not None and any(row.timed for row in rows):
         write_plot(rows, environment.line, plot)
         click.echo(f"plot: {plot}", err=True)
     if page is not None:
         picture = address(plot, page) if plot is not None and plot.exists() else None
-        update(page, block(rows, peaks, environment, line, marks, skipped, picture))
+        update(page, block(rows, peaks, environment, line, marks, skipped, picture), name)
         click.echo(f"updated: {page}", err=True)
     for text in remarks(rows):
         click.echo(text, err=True)

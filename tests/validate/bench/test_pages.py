@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from runtime.errors import DDError, OutputError
-from validate.bench.page import END, START, address, block, check_page, update
+from validate.bench.page import END, START, address, block, check_page, marks_of, update
 from validate.bench.peak import Peak
 from validate.bench.plot import write_plot
 from validate.bench.rows import Environment, Row, best_rows
@@ -126,6 +126,17 @@ class TestPage:
             update(page, self.text(rows))
             text = page.read_bytes().decode()
             assert text == f"{before}{START}\n{self.text(rows)}\n{END}{after}"
+
+    def test_blocks_with_names_do_not_touch_each_other(self, tmp_path):
+        page = tmp_path / "page.md"
+        page.write_text("\n".join([*marks_of(), *marks_of("one"), *marks_of("two"), "end"]))
+        update(page, "first", "one")
+        update(page, "second", "two")
+        update(page, "nameless")
+        lines = page.read_text().splitlines()
+        assert [lines[i] for i in (1, 4, 7)] == ["nameless", "first", "second"] and lines[-1] == "end"
+        with pytest.raises(OutputError, match="bench three"):
+            check_page(page, "three")
 
     @pytest.mark.parametrize(
         "text",
