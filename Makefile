@@ -8,7 +8,10 @@ BUNDLES := $(MODELS:%=build/%/bundle.json)
 # Small models run fastest on one thread a process; real ones choose for themselves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format parity quality distill docs clean help
+.PHONY: demo test lint format parity quality distill docs performance clean help
+# The models whose times are in docs/performance.md, with random weights.
+TIMED    := build/var-d16 build/llamagen-l
+BENCH    := $(BIN)/ddexport bench $(TIMED) --update docs/performance.md
 
 help:
 	@echo "make demo      set up, export the embedded models, draw digits in one step, prove them equal to PyTorch"
@@ -19,6 +22,7 @@ help:
 	@echo "make quality   the same for the quality of their images, 2,000 in one and in two steps"
 	@echo "make distill   train the embedded models again, from the digits to the student (over an hour)"
 	@echo "make docs      make the pictures of docs/ again"
+	@echo "make performance   time var-d16 and llamagen-l, and renew docs/performance.md (an hour, 20 GiB, an idle machine)"
 
 demo: $(VENV)/.export $(BUNDLES)
 	for model in $(MODELS); do \
@@ -61,6 +65,17 @@ docs: $(VENV)/.dev $(BUNDLES)
 	for model in $(MODELS); do \
 	    $(BIN)/python -m validate quality $$model --grid docs/images/$$model-grid.png || exit; \
 	done
+
+performance: $(VENV)/.dev $(TIMED:%=%/bundle.json)
+	OMP_NUM_THREADS= $(BENCH) --block cpu --plot docs/images/performance.png --steps 1,2 --against published \
+	    --backend onnxruntime,openvino,torch,torch-compile,published --duration 15
+	OMP_NUM_THREADS= $(BENCH) --block teacher --backend torch --precision fp32 --steps 1,2,teacher \
+	    --against torch --against-steps teacher --duration 15
+	OMP_NUM_THREADS= $(BENCH) --block throughput --backend openvino --precision bf16,int8 --batch 1,4,8 \
+	    --mode latency,throughput --threads 1,2 --duration 10
+
+$(TIMED:%=%/bundle.json): build/%/bundle.json: $(VENV)/.export
+	OMP_NUM_THREADS= $(BIN)/ddexport onnx --model $* --random-weights 0 --teacher random --precision fp32,int8 -o build/$*
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
