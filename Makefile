@@ -67,15 +67,15 @@ docs: $(VENV)/.dev $(BUNDLES)
 	done
 
 performance: $(VENV)/.dev $(TIMED:%=%/bundle.json)
-	OMP_NUM_THREADS= $(BENCH) --block cpu --plot docs/images/performance.png --steps 1,2 --against published \
+	env -u OMP_NUM_THREADS $(BENCH) --block cpu --plot docs/images/performance.png --steps 1,2 --against published \
 	    --backend onnxruntime,openvino,torch,torch-compile,published --duration 15
-	OMP_NUM_THREADS= $(BENCH) --block teacher --backend torch --precision fp32 --steps 1,2,teacher \
+	env -u OMP_NUM_THREADS $(BENCH) --block teacher --backend torch --precision fp32 --steps 1,2,teacher \
 	    --against torch --against-steps teacher --duration 15
-	OMP_NUM_THREADS= $(BENCH) --block throughput --backend openvino --precision bf16,int8 --batch 1,4,8 \
+	env -u OMP_NUM_THREADS $(BENCH) --block throughput --backend openvino --precision bf16,int8 --batch 1,4,8 \
 	    --mode latency,throughput --threads 1,2 --duration 10
 
 $(TIMED:%=%/bundle.json): build/%/bundle.json: $(VENV)/.export
-	OMP_NUM_THREADS= $(BIN)/ddexport onnx --model $* --random-weights 0 --teacher random --precision fp32,int8 -o build/$*
+	env -u OMP_NUM_THREADS $(BIN)/ddexport onnx --model $* --random-weights 0 --teacher random --precision fp32,int8 -o build/$*
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
