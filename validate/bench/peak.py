@@ -129,9 +129,8 @@ def _openvino(precision: str, size: int, threads: int) -> Product | None:
     }
     model = core.read_model(_graph(precision, size).SerializeToString(), b"")
     request = core.compile_model(model, "CPU", settings).create_infer_request()
-    request.set_tensor("x", openvino.Tensor(_matrices(size)[0], shared_memory=True))
-    product: Product = request.infer
-    return product
+    feeds = {"x": _matrices(size)[0]}  # held by the product: a shared tensor does not keep its array alive
+    return lambda: request.infer(feeds, share_inputs=True)
 
 
 ENGINES: dict[str, Callable[[str, int, int], Product | None]] = {
