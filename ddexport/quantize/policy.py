@@ -18,7 +18,8 @@ nothing is gained and the mean error grows (docs/int8.md)."""
 
 QUANTISED = ("MatMul", "Gemm", "Conv")
 """Operators that compute in int8 when their second input is a weight. Products of two activations, those of
-attention, stay float. So do transposed convolutions: no engine on a CPU has been found to gain from them."""
+attention, stay float. So do transposed convolutions: what they read is the decoder's stream itself, and its
+rounding costs seven decibels for six percent of the time (docs/int8.md)."""
 
 PRODUCTS = (*QUANTISED, "ConvTranspose")
 """What counts as a product where ends are looked for."""
