@@ -68,11 +68,11 @@ docs: $(VENV)/.dev $(BUNDLES)
 
 performance: $(VENV)/.dev $(TIMED:%=%/bundle.json)
 	env -u OMP_NUM_THREADS $(BENCH) --block cpu --plot docs/images/performance.png --steps 1,2 --against published \
-	    --backend onnxruntime,openvino,torch,torch-compile,published --duration 15
+	    --backend onnxruntime,openvino,torch,torch-compile,published --duration 10
 	env -u OMP_NUM_THREADS $(BENCH) --block teacher --backend torch --precision fp32 --steps 1,2,teacher \
-	    --against torch --against-steps teacher --duration 15
-	env -u OMP_NUM_THREADS $(BENCH) --block throughput --backend openvino --precision bf16,int8 --batch 1,4,8 \
-	    --mode latency,throughput --threads 1,2 --duration 10
+	    --against torch --against-steps teacher --duration 10
+	env -u OMP_NUM_THREADS $(BENCH) --block throughput --backend openvino --precision int8 --batch 1,4 \
+	    --mode latency,throughput --threads 1,2 --duration 3
 
 $(TIMED:%=%/bundle.json): build/%/bundle.json: $(VENV)/.export
 	env -u OMP_NUM_THREADS $(BIN)/ddexport onnx --model $* --random-weights 0 --teacher random --precision fp32,int8 -o build/$*
