@@ -166,7 +166,7 @@ def test_what_cannot_be_counted_says_so(tmp_path):
 
 
 def by_hand(B, L, C, V, Cv, S, depth):
-    """The student of VAR: embedding, per block qkv, two products of attention, projection, MLP; both heads."""
+    """VAR's student: embedding, per block qkv, two products of attention, projection, MLP; both heads."""
     N = L + 1
     block = 2 * N * C * 3 * C + 2 * 2 * N * N * C + 2 * N * C * C + 2 * 2 * N * C * 4 * C
     return B * (2 * L * Cv * C + depth * block + 2 * S * C * V + 2 * (L - S) * C * Cv)
