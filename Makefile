@@ -70,7 +70,7 @@ performance: $(VENV)/.dev $(TIMED:%=%/bundle.json)
 	env -u OMP_NUM_THREADS $(BENCH) --block cpu --plot docs/images/performance.png --steps 1,2 --against published \
 	    --backend onnxruntime,openvino,torch,torch-compile,published --duration 10
 	env -u OMP_NUM_THREADS $(BENCH) --block teacher --backend torch --precision fp32 --steps 1,2,teacher \
-	    --against torch --against-steps teacher --duration 10
+	    --against torch --against-steps teacher --warmup 0 --duration 1
 	env -u OMP_NUM_THREADS $(BENCH) --block throughput --backend openvino --precision int8 --batch 1,4 \
 	    --mode latency,throughput --threads 1,2 --duration 3
 
