@@ -362,3 +362,27 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
 def machine(gpu: FakeGpu) -> Machine:
     """The machine with the fake GPU."""
     return Machine()
+
+
+def rename_input(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            if name == "label":
+                node.input[place] = "klass"
+    model.graph.input[1].name = "klass"
+
+
+def fix_batch(model: onnx.ModelProto) -> None:
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+
+
+@pytest.fixture(params=[rename_input, fix_batch], ids=lambda lie: lie.__name__)
+def lying_bundle(
+    request: pytest.FixtureRequest, bundle: Path, replace_file: Callable[[str, bytes], None]
+) -> Path:
+    """The bundle with a student whose inputs or shapes are not those of the manifest; its hash is right."""
+    model = onnx.load(bundle / "student.onnx")
+    request.param(model)
+    replace_file("student.onnx", model.SerializeToString())
+    return bundle

@@ -20,6 +20,16 @@ REFERENCE, PEAK = "reference", "peak"
 """What workers also do: the float32 modules that outputs are held against, and the machine's own speed."""
 
 
+def way_name(backend: str, precision: str, mode: str | None, processes: int) -> str:
+    """For people: `openvino bf16, throughput, 2 processes`."""
+    parts = [f"{backend} {precision}"]
+    if mode:
+        parts.append(mode)
+    if processes > 1:
+        parts.append(f"{processes} processes")
+    return ", ".join(parts)
+
+
 @dataclass(frozen=True)
 class Alternative:
     """One way to compute: backend (of the runtime, or of `IN_TORCH`), precision, threads in all.
@@ -40,13 +50,7 @@ class Alternative:
 
     @property
     def name(self) -> str:
-        """For people: `openvino bf16, throughput, 2 processes`."""
-        parts = [f"{self.backend} {self.precision}"]
-        if self.mode:
-            parts.append(self.mode)
-        if self.processes > 1:
-            parts.append(f"{self.processes} processes")
-        return ", ".join(parts)
+        return way_name(self.backend, self.precision, self.mode, self.processes)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from validate.bench.case import way_name
+
 VERDICTS = {True: "ok", False: "WRONG", None: "?"}
 
 
@@ -60,12 +62,7 @@ class Row:
     @property
     def name(self) -> str:
         """For people, without what the table says elsewhere."""
-        parts = [f"{self.backend} {self.precision}"]
-        if self.mode:
-            parts.append(self.mode)
-        if self.processes > 1:
-            parts.append(f"{self.processes} processes")
-        return ", ".join(parts)
+        return way_name(self.backend, self.precision, self.mode, self.processes)
 
     @property
     def timed(self) -> bool:
