@@ -21,6 +21,7 @@ from runtime.schedules import Schedule, Span
 
 SCHEMA = 1
 ROLES = ("student", "tokenizer", "teacher")
+IMAGES = "images"
 FID = "fid"  # the entry of `parity` that is no precision
 TYPES: dict[str, Any] = {"int": int, "float": (int, float), "str": str}
 
@@ -76,12 +77,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Limits:
-    """What `validate parity` allows in one precision (docs/parity.md)."""
+    """What `validate parity` allows in one precision (docs/parity.md). provisional: guessed, not measured."""
 
     token_margin: float
     embedding_error: float
     image_psnr: float
     image_max: int
+    logits_rms: float | None = None
+    tokens_differing: float | None = None
+    histogram_bias: float | None = None
+    pixel_psnr: float | None = None
+    images_left_out: float | None = None
+    provisional: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ class Recipe:
     model: dict[str, Any]
     tokenizer: dict[str, Any]
     files: dict[str, Source]
-    parity: dict[str, Any]  # a precision -> Limits, and `fid` -> FidGate
+    parity: dict[str, Any]  # a precision -> Limits, `fid` -> FidGate, `images` -> how many are compared
     teacher: Sampling | None = None
     parameters: dict[str, int] = field(default_factory=dict)
     licence: dict[str, str] = field(default_factory=dict)
@@ -216,6 +223,8 @@ def recipe_from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
     fields["parity"] = {
         key: _fid_gate(value, f"{where}: parity.fid")
         if key == FID
+        else value
+        if key == IMAGES
         else _build(Limits, value, f"{where}: parity.{key}")
         for key, value in fields["parity"].items()
     }

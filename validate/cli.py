@@ -12,6 +12,7 @@ from runtime import console
 COMMANDS = {
     "parity": "validate.parity",
     "fid": "validate.fid",
+    "limits": "validate.limits",
     "report": "validate.page.command",
     "quality": "validate.quality",
     "speed": "validate.speed",

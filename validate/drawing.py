@@ -6,18 +6,21 @@ run was stopped; that is what makes two sides comparable image by image, and a r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.errors import VerificationError
+from runtime.errors import BackendError, VerificationError
 from runtime.images import to_uint8
 from runtime.noise import gaussian_noise, philox4x32
-from validate.batches import Model
+from runtime.pipeline import Pipeline
 from validate.metrics._base import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from validate.reference import TorchReference
 
 ByteImages: TypeAlias = npt.NDArray[np.uint8]
 Schedules: TypeAlias = Mapping[int, tuple[int, ...]]
@@ -64,33 +67,41 @@ class Order:
         return "uniform" if self.per_class is None else f"{self.per_class} of each class"
 
 
-def draw(
-    model: Model, order: Order, indices: range, schedules: Schedules, name: str
-) -> dict[int, ByteImages]:
-    """The images `indices` in every schedule, by its number of steps: uint8 (N, H, W, 3).
+Draw: TypeAlias = Callable[[Order, range], dict[int, ByteImages]]
+"""The images of some indices, uint8 (N, H, W, 3), by the number of steps."""
 
-    Steps that several schedules share are run once. `name` is what an error calls the model.
-    Raises VerificationError where an image is not finite.
-    """
-    labels, noise = order.labels(indices), order.noise(indices)
-    sequences: dict[tuple[int, ...], FloatArray] = {}
-    images: dict[int, ByteImages] = {}
-    for count, known in schedules.items():
-        tokens = noise
-        for step in range(len(known)):
-            prefix = known[: step + 1]
-            if prefix not in sequences:
-                kept = np.full(len(labels), known[step], dtype=np.int64)
-                tokens = np.concatenate([tokens[:, : known[step]], noise[:, known[step] :]], axis=1)
-                sequences[prefix] = model.student(tokens, labels, kept).sequence
-            tokens = sequences[prefix]
-        drawn = model.decode(tokens)
-        finite = np.isfinite(drawn).all(axis=(1, 2, 3))
-        if not finite.all():
-            image = indices.start + int(np.argmin(finite))
-            raise VerificationError(
-                f"image {image} of {name} is not finite in {count} step{'s' if count > 1 else ''}",
-                "the weights are damaged, or too large for this precision",
-            )
-        images[count] = to_uint8(drawn)
-    return images
+
+def by_pipeline(pipe: Pipeline, schedules: Schedules) -> Draw:
+    """As users draw them."""
+
+    def drawn(order: Order, indices: range) -> dict[int, ByteImages]:
+        labels, noise = order.labels(indices).tolist(), order.noise(indices)
+        how: dict[str, Any] = {"noise": noise, "output": "numpy", "batch_size": len(labels)}
+        try:
+            return {steps: np.asarray(pipe(labels, steps, **how).images) for steps in schedules}
+        except BackendError as error:
+            span = f"images {indices.start} to {indices.stop - 1}"
+            raise VerificationError(f"{span} of the bundle: {error.message}", error.hint) from error
+
+    return drawn
+
+
+def by_reference(reference: TorchReference, schedules: Schedules) -> Draw:
+    """By the reference's own loop. Raises VerificationError where an image is not finite."""
+    sampler = reference.sampler
+
+    def drawn(order: Order, indices: range) -> dict[int, ByteImages]:
+        labels, noise = order.labels(indices), order.noise(indices)
+        images = {}
+        for steps in schedules:
+            passes = sampler.sample(noise, labels, reference.plans[str(steps)])
+            pictures = sampler.decode(passes[-1].sequence)
+            if not np.isfinite(pictures).all():
+                raise VerificationError(
+                    f"the reference's images {indices.start} to {indices.stop - 1} are not finite in {steps} steps",
+                    "the weights are damaged",
+                )
+            images[steps] = to_uint8(pictures)
+        return images
+
+    return drawn

@@ -16,22 +16,21 @@ from ddexport.recipe import recipe_from_dict
 from runtime import console
 from runtime.files import make_directory, write_image
 from runtime.images import to_pil
-from runtime.manifest import ROLES, Manifest, read_manifest
-from runtime.pipeline import load
+from runtime.manifest import ROLES, Manifest
+from runtime.pipeline import Pipeline, load
 from runtime.schedules import by_student_alone
-from validate.batches import Model
-from validate.drawing import ByteImages, draw
+from validate.contents import check_contents, open_manifest
+from validate.drawing import ByteImages, Draw, by_pipeline, by_reference
 from validate.features._base import Extractor, load_extractor
 from validate.fid_figures import Resampling, figures_of, measurements_of
 from validate.fid_plan import NONE, Options, Plan, order_of, plan_of, require_enough
 from validate.fid_report import Compared, FidReport, Settings
 from validate.fid_state import State, digest_of
 from validate.paired import BUNDLE, REFERENCE, PairedRun, Sink, Sizes
-from validate.parity import BundleModel, Side, opened_side
-from validate.parity import Options as Asked
 from validate.reference import build_reference, describe_weights
 from validate.references import Reference
 from validate.references import load as load_reference
+from validate.runners import opened
 from validate.statistics import GROUPS
 
 WIDE = 512  # features: their covariances, one a group and side, take the memory, their roots the time
@@ -48,19 +47,13 @@ def run_fid(options: Options, state_root: Path | None = None) -> FidReport:
     """
     start = time.perf_counter()
     with console.stage(f"loading {options.bundle}", keep=False):
-        manifest = read_manifest(options.bundle)
-    asked = Asked(
-        bundle=options.bundle,
-        precision=options.precision,
-        backend=options.backend,
-        emulate=options.emulate,
-        threads=options.threads,
-    )
-    with opened_side(manifest, asked) as side:
-        plan = plan_of(manifest, side.precision, options)
+        manifest = open_manifest(options.bundle)
+    how = (options.backend, options.precision, options.emulate, options.threads)
+    with opened(options.bundle, manifest, *how) as pipe:
+        plan = plan_of(manifest, pipe.precision, options)
         extractor = load_extractor(plan.features, options.features_weights)
         require_enough(plan.order.images, extractor, options.allow_few)
-        job = _Job(options, manifest, side, plan, extractor)
+        job = _Job(options, manifest, pipe, plan, extractor)
         compared = job.compared()
         run = job.paired_run()
         state = job.state(state_root)
@@ -103,7 +96,7 @@ class _Job:
 
     options: Options
     manifest: Manifest
-    side: Side
+    pipe: Pipeline
     plan: Plan
     extractor: Extractor
 
@@ -120,11 +113,13 @@ class _Job:
     def paired_run(self) -> PairedRun:
         """Both sides, or the bundle alone, with nothing drawn yet."""
         options = self.options
-        sides: dict[str, Model] = {BUNDLE: self.side.model}
+        sides: dict[str, Draw] = {BUNDLE: by_pipeline(self.pipe, self.plan.schedules)}
         if options.reference_model:
             with console.stage("building the PyTorch reference", keep=False):
                 files = {"student": options.checkpoint, "tokenizer": options.vae}
-                sides[REFERENCE] = build_reference(self.manifest, files, options.weights, options.threads)
+                reference = build_reference(self.manifest, files, options.weights, options.threads)
+                check_contents(options.bundle, self.manifest, reference)
+                sides[REFERENCE] = by_reference(reference, self.plan.schedules)
         sizes = Sizes(self.extractor.width, self.extractor.classes, self._groups, SAMPLE)
         return PairedRun(self.plan.order, self.plan.schedules, self.extractor, sides, sizes)
 
@@ -160,9 +155,9 @@ class _Job:
             alone = by_student_alone(other.manifest.schedules, other.manifest.sequence.split)
             steps = max(alone)
             schedules = {steps: alone[steps]}
-            model = BundleModel(other)
+            draw = by_pipeline(other, schedules)
             for indices in console.progress(order.batches(self.plan.batch), f"drawing from {path}"):
-                yield draw(model, order, indices, schedules, f"the bundle {path}")[steps]
+                yield draw(order, indices)[steps]
 
     @property
     def _groups(self) -> int:
@@ -177,13 +172,13 @@ class _Job:
         """Everything that the counted numbers depend on, to the last bit."""
         manifest, paired = self.manifest, self.options.reference_model
         return {
-            "bundle": _hashes(self.manifest, self.side.precision),
+            "bundle": _hashes(self.manifest, self.pipe.precision),
             "recipe": dict(manifest.recipe) if paired else None,
             "weights": asdict(manifest.weights) if paired else None,
             "copy of the weights": self.options.weights,
             "reference model": paired,
-            "precision": self.side.precision,
-            "backend": self.side.engine,
+            "precision": self.pipe.precision,
+            "backend": self.pipe.backend.name,
             "threads": self.options.threads,
             "images": self.plan.order.images,
             "labels": self.plan.order.label_rule,
@@ -202,8 +197,8 @@ class _Job:
             bundle=str(self.options.bundle),
             name=manifest.name,
             weights=describe_weights(manifest),
-            precision=self.side.precision,
-            backend=self.side.engine,
+            precision=self.pipe.precision,
+            backend=self.pipe.backend.name,
             images=order.images,
             seed=order.seed,
             labels=order.label_rule,
@@ -216,7 +211,7 @@ class _Job:
             paired=self.options.reference_model,
             bootstrap=self._resamples,
             versions=_versions(),
-            hashes=_hashes(self.manifest, self.side.precision),
+            hashes=_hashes(self.manifest, self.pipe.precision),
             resumed_at=resumed,
             seconds=round(seconds, 2),
         )

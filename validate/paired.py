@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import DDError
-from validate.batches import Model
-from validate.drawing import ByteImages, Order, Schedules, draw
+from validate.drawing import ByteImages, Draw, Order, Schedules
 from validate.features._base import Extractor, Readings
 from validate.fid_state import State
 from validate.metrics._base import IntArray
@@ -112,7 +111,7 @@ class PairedRun:
         order: Order,
         schedules: Schedules,
         extractor: Extractor,
-        sides: Mapping[str, Model],
+        sides: Mapping[str, Draw],
         sizes: Sizes,
     ) -> None:
         self.order, self.schedules, self.sides = order, schedules, sides
@@ -151,9 +150,8 @@ class PairedRun:
     def _draw(self, indices: range, sink: Sink | None) -> dict[tuple[str, int], tuple[ByteImages, Readings]]:
         """Images and readings of one batch. Nothing is counted yet: it may be stopped at any point."""
         found = {}
-        for side, model in self.sides.items():
-            drawn = draw(model, self.order, indices, self.schedules, f"the {side}")
-            for steps, images in drawn.items():
+        for side, draw in self.sides.items():
+            for steps, images in draw(self.order, indices).items():
                 if sink is not None:
                     sink(side, steps, indices, images)
                 found[side, steps] = images, self._extractor(images)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +13,11 @@ from runtime import console
 from runtime.errors import OutputError, VerificationError
 
 if TYPE_CHECKING:
-    from runtime.manifest import Manifest
-    from runtime.pipeline import Pipeline
-    from validate.batches import Model
-    from validate.harness import Request
-    from validate.metrics._base import Comparison, FloatArray, IntArray, Limits, StudentOutput
+    from validate.compare import ReferenceRun
+    from validate.metrics._base import Comparison
     from validate.report import ParityReport
-    from validate.teacher_runs import Graphs
+
+IMAGES = 8  # unless the recipe says how many
 
 EPILOG = """
 \b
@@ -38,7 +34,7 @@ class Options:
     """What the command line asks for; see `--help`."""
 
     bundle: Path
-    images: int = 8
+    images: int | None = None
     seed: int = 0
     batch: int = 8
     precision: str | None = None
@@ -49,154 +45,63 @@ class Options:
     weights: str | None = None
     threads: int | None = None
     emulate: bool | None = None
+    device: str = "cpu"
 
 
-class Watched:
-    """A `validate.batches.Model` that says how many rows it has run."""
-
-    def __init__(self, model: Model, advance: Callable[[int], None]) -> None:
-        self._model, self._advance = model, advance
-
-    def student(self, tokens: FloatArray, label: IntArray, known: IntArray) -> StudentOutput:
-        """As the model's."""
-        output = self._model.student(tokens, label, known)
-        self._advance(len(label))
-        return output
-
-    def decode(self, sequence: FloatArray) -> FloatArray:
-        """As the model's."""
-        images = self._model.decode(sequence)
-        self._advance(len(sequence))
-        return images
-
-
-class BundleModel:
-    """An open bundle as a `validate.batches.Model`."""
-
-    def __init__(self, pipe: Pipeline) -> None:
-        self._backend = pipe.backend
-
-    def student(self, tokens: FloatArray, label: IntArray, known: IntArray) -> StudentOutput:
-        """tokens (B, L, Cv) float32, label (B,), known (B,) int64. Raises BackendError."""
-        from validate.metrics._base import StudentOutput
-
-        outputs = self._backend.run("student", {"tokens": tokens, "label": label, "known": known})
-        return StudentOutput(outputs["sequence"], outputs["logits"])
-
-    def decode(self, sequence: FloatArray) -> FloatArray:
-        """sequence (B, L, Cv) float32 -> images (B, 3, H, W) float32 in [0, 1]. Raises BackendError."""
-        images: FloatArray = self._backend.run("decoder", {"sequence": sequence})["image"]
-        return images
-
-
-@dataclass(frozen=True)
-class Side:
-    """The bundle's side of the comparison: what runs it, and in which precision; its graphs by key."""
-
-    model: Model
-    engine: str
-    precision: str
-    graphs: Graphs
-
-
-@contextmanager
-def opened_side(manifest: Manifest, options: Options) -> Iterator[Side]:
-    """The bundle on the engine that the options ask for, or emulated where that engine would not round.
-
-    Raises DDError where it cannot be run.
-    """
-    from runtime.pipeline import load
-    from validate.emulation import ENGINE, EmulatedBundle, emulated_precision
-
-    threads = options.threads
-    half = emulated_precision(
-        options.bundle, manifest, options.backend, options.precision, options.emulate, threads
-    )
-    if half is not None:
-        emulated = EmulatedBundle(options.bundle, manifest, half, threads)
-        yield Side(emulated, ENGINE, half, emulated)
-        return
-    with load(options.bundle, options.backend, threads, options.precision, verify=False) as pipe:
-        yield Side(BundleModel(pipe), pipe.backend.name, pipe.precision, pipe.backend)
-
-
-def run_parity(options: Options) -> tuple[ParityReport, Comparison]:
-    """Runs bundle and reference and measures. Raises DDError where one of them cannot be run."""
-    from runtime.manifest import read_manifest
-    from validate.harness import compare, measure
+def run_parity(
+    options: Options, complete: bool = True
+) -> tuple[ParityReport, Comparison, list[ReferenceRun]]:
+    """Runs bundle and reference and measures. complete: every limit has to be stated. Raises DDError where one of them cannot be run."""
+    from runtime.manifest import FILE_NAME, sha256_of
+    from runtime.teacher import Choice
+    from validate.compare import compare, measure, noise_for, request_of, run_reference
+    from validate.contents import check_contents, open_manifest
+    from validate.limits import limits_of
     from validate.reference import build_reference, describe_weights
     from validate.report import ParityReport, Settings
-    from validate.teacher_runs import WatchedGraphs, compare_teachers, teacher_request
+    from validate.runners import opened
+    from validate.weights import compare_weights
 
     start = time.perf_counter()
     with console.stage(f"loading {options.bundle}", keep=False):
-        manifest = read_manifest(options.bundle)
-    with opened_side(manifest, options) as side:
-        limits = _limits(manifest, side.precision)
-        with console.stage("building the reference", keep=False):
-            files = {"student": options.checkpoint, "tokenizer": options.vae, "teacher": options.teacher}
-            reference = build_reference(manifest, files, options.weights, options.threads, teacher=True)
-        request = _request(manifest, options)
-        drawn = teacher_request(options.bundle, manifest, side.precision, options.seed, request)
-        work = request.work + (drawn.work if drawn else 0)
-        with console.progress(work, f"comparing {options.images} images") as bar:
-            bundle = Watched(side.model, bar.advance)
-            comparison = compare(bundle, Watched(reference, bar.advance), request)
-            if drawn is not None:
-                graphs = WatchedGraphs(side.graphs, bar.advance)
-                modules = WatchedGraphs(reference, bar.advance)
-                comparison = comparison.with_more(compare_teachers(graphs, modules, drawn))
+        manifest = open_manifest(options.bundle)
+        digest = sha256_of(options.bundle / FILE_NAME)
+    with console.stage("building the reference", keep=False):
+        files = {"student": options.checkpoint, "tokenizer": options.vae, "teacher": options.teacher}
+        reference = build_reference(
+            manifest, files, options.weights, options.threads, teacher=True, device=options.device
+        )
+        check_contents(options.bundle, manifest, reference)
+    images = options.images or int(manifest.parity.get("images") or IMAGES)
+    request = request_of(images, options.seed, manifest.classes, options.batch)
+    how = (options.backend, options.precision, options.emulate, options.threads)
+    with opened(options.bundle, manifest, *how) as pipe:
+        limits = limits_of(manifest, pipe.precision, complete)
+        work = 3 * images * len(reference.plans)
+        with console.progress(work, f"comparing {images} images") as bar:
+            noise = noise_for(reference, request)
+            runs = run_reference(reference, request, noise, bar.advance)
+            teacher = reference.recipe.teacher if reference.recipe else None
+            choice = Choice(**vars(teacher)) if teacher else None
+            comparison = compare(pipe, runs, request, noise, choice, bar.advance)
         settings = Settings(
             bundle=str(options.bundle),
             name=manifest.name,
+            manifest=digest,
             weights=describe_weights(manifest),
-            precision=side.precision,
-            backend=side.engine,
-            images=options.images,
+            precision=pipe.precision,
+            backend=pipe.backend.name,
+            images=images,
             seed=options.seed,
             batch=options.batch,
             labels=tuple(request.labels.tolist()),
-            steps=tuple(sorted({*request.schedules, *(drawn.numbers if drawn else ())})),
+            steps=tuple(reference.plans),
             versions=_versions(),
             seconds=round(time.perf_counter() - start, 2),
         )
-    return ParityReport(settings, limits, tuple(measure(comparison, limits))), comparison
-
-
-def _limits(manifest: Manifest, precision: str) -> Limits:
-    """The limits of a precision, from the manifest. Raises VerificationError if it has none."""
-    from dataclasses import fields
-
-    from validate.metrics._base import Limits
-
-    given: dict[str, Any] = manifest.parity.get(precision) or {}
-    names = [field.name for field in fields(Limits)]
-    lacking = [name for name in names if not isinstance(given.get(name), (int, float))]
-    if lacking:
-        raise VerificationError(
-            f"bundle {manifest.name} states no parity limits for {precision}: {', '.join(lacking)} missing",
-            f"state them in the recipe under parity.{precision}, and export again",
-        )
-    return Limits(**{name: given[name] for name in names})
-
-
-def _request(manifest: Manifest, options: Options) -> Request:
-    """Labels spread over all classes, and the seed's noise."""
-    import numpy as np
-
-    from runtime.noise import gaussian_noise
-    from runtime.schedules import by_student_alone
-    from validate.harness import Request
-
-    sequence = manifest.sequence
-    spread = np.arange(options.images, dtype=np.int64) * manifest.classes // options.images
-    return Request(
-        labels=(spread + options.seed % manifest.classes) % manifest.classes,
-        noise=gaussian_noise(options.seed, range(options.images), sequence.length, sequence.width),
-        schedules=by_student_alone(manifest.schedules, sequence.split),
-        split=sequence.split,
-        batch=options.batch,
-    )
+    weights = compare_weights(options.bundle, manifest, pipe.precision, reference)
+    rows = (*weights, *measure(comparison, limits))
+    return ParityReport(settings, limits, rows), comparison, runs
 
 
 def _versions() -> dict[str, str]:
@@ -244,7 +149,7 @@ _POSITIVE = click.IntRange(min=1)
 
 @click.command("parity", cls=console.Command, epilog=EPILOG)
 @click.argument("bundle", type=_PATH)
-@click.option("--images", type=_POSITIVE, default=8, show_default=True, help="How many images to compare.")
+@click.option("--images", type=_POSITIVE, metavar="N", help="How many to compare.  [default: the recipe's, or 8]")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of the noise.")
 @click.option(
     "--batch", type=click.IntRange(min=2), default=8, show_default=True, help="The largest batch size tried."
@@ -266,20 +171,23 @@ _POSITIVE = click.IntRange(min=1)
     help="Which copy of the student's weights to compare with.  [default: the bundle's own]",
 )
 @click.option("--threads", type=_POSITIVE, metavar="N", help="Of engine and torch.  [default: their choice]")
+@click.option("--device", metavar="NAME", default="cpu", show_default=True, help="Where PyTorch runs: cpu, cuda.")
 @click.option("--report", type=_PATH, metavar="DIR", help="Where to write it.  [default: BUNDLE/parity]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @console.debug_option
 def command(report: Path | None, as_json: bool, **options: Any) -> None:
     """Compare BUNDLE with the PyTorch model it was made from, in every schedule, on the same noise.
 
-    Exit code 3 if a limit of the manifest is passed.
+    Exit code 3 if a limit of the manifest is passed. What passed also leaves parity/golden.npz in the bundle, by
+    which `ddexport doctor BUNDLE --check` checks it where it is deployed.
     """
+    from validate.golden import write_golden
     from validate.report import failure_line, table, verdict_line, write_report
 
     _require_validate_extra()
     request = Options(**options)
     directory = _report_directory(request.bundle, report)
-    result, comparison = run_parity(request)
+    result, comparison, runs = run_parity(request)
     if as_json:
         console.emit_json(result.to_dict())
     else:
@@ -288,6 +196,8 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
     if directory is not None:
         page = write_report(result, comparison, directory)
         click.echo(f"report: {page}", err=True)
+        if result.passed:
+            write_golden(directory / "golden.npz", result.settings, runs)
         hint = f"see {page}"
     for one in result.failures:
         click.echo(f"failed: {failure_line(one)}", err=True)

@@ -51,7 +51,7 @@ def token_margins(comparison: Comparison, limit: float) -> Image.Image:
     Differing tokens are marked in red below the axis. What lies left of `limit` could be excused; the largest
     logit error shows how far rounding really reaches.
     """
-    pairs = [pair for pair in comparison.students if pair.gate and not pair.itself]
+    pairs = [pair for pair in comparison.students if not pair.itself]
     values = np.concatenate([margins(pair.expected.logits)[pair.decided()] for pair in pairs])
     faults = np.concatenate([margins(pair.expected.logits)[pair.differing()] for pair in pairs])
     plot = Image.new("RGB", PLOT, "white")

@@ -13,10 +13,12 @@ import numpy.typing as npt
 
 from runtime.errors import DDError
 from runtime.manifest import Manifest, Source, sha256_of
-from validate.metrics._base import FloatArray, IntArray, StudentOutput
+from validate.devices import torch_device
+from validate.metrics._base import FloatArray
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
+    from validate.sampling import Plan, Sampler
 
 ROLES = ("student", "tokenizer")
 SHOWN_DIGITS = 12
@@ -27,28 +29,54 @@ class ReferenceFilesError(DDError):
 
 
 class TorchReference:
-    """Student and decoder as eager float32 modules on the CPU; a `validate.batches.Model`."""
+    """The bundle's modules in eager mode, float32, without the tables and rewrites of the export.
 
-    def __init__(self, student: Any, tokenizer: Any, teacher: Any = None) -> None:
+    plans: what each number of steps draws, and "teacher" where the bundle has one, as the recipe says.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        tokenizer: Any,
+        teacher: Any = None,
+        recipe: Recipe | None = None,
+        device: str = "cpu",
+    ) -> None:
         """teacher: its pass with guidance and an explicit cache, `ddexport.graph.wrappers.TeacherGraph`."""
         self._student, self._tokenizer, self._teacher = student, tokenizer, teacher
+        self.recipe, self.device = recipe, device
+        self.plans = plans_of(recipe, teacher is not None) if recipe else {}
 
-    def student(self, tokens: FloatArray, label: IntArray, known: IntArray) -> StudentOutput:
-        """tokens (B, L, Cv) float32, label (B,), known (B,) int64."""
-        import torch
+    @property
+    def codebook(self) -> FloatArray:
+        """The tokenizer's table (V, Cv)."""
+        table: FloatArray = self._tokenizer.codebook.detach().cpu().numpy()
+        return table
 
-        with torch.inference_mode():
-            feeds = (torch.from_numpy(array.copy()) for array in (tokens, label, known))
-            sequence, logits = self._student(*feeds)
-        return StudentOutput(sequence.numpy(), logits.numpy())
+    def weights(self, role: str) -> dict[str, npt.NDArray[Any]]:
+        """The parameters and buffers of the module that a graph was made from, by name."""
+        module = {"student": self._student, "decoder": self._tokenizer, "teacher": self.teacher}[role]
+        return {name: tensor.cpu().numpy() for name, tensor in module.state_dict().items()}
 
-    def decode(self, sequence: FloatArray) -> FloatArray:
-        """sequence (B, L, Cv) float32 -> images (B, 3, H, W) float32 in [0, 1]."""
-        import torch
+    @property
+    def teacher(self) -> Any:
+        """The auto-regressive module, or None."""
+        return None if self._teacher is None else self._teacher.teacher
 
-        with torch.inference_mode():
-            images: FloatArray = self._tokenizer(torch.from_numpy(sequence.copy())).numpy()
-        return images
+    @property
+    def sampler(self) -> Sampler:
+        """What draws images from these modules, independently of the runtime."""
+        from validate.sampling import Sampler, TokenChoice
+
+        module = self.teacher
+        if module is None:
+            return Sampler(self._student, self._tokenizer, device=self.device)
+        from ddexport.distill.trainers import trainer
+
+        assert self.recipe is not None
+        assert self.recipe.teacher is not None
+        draw, choice = trainer(module.family).draw, TokenChoice(**vars(self.recipe.teacher))
+        return Sampler(self._student, self._tokenizer, module, draw, choice, self.device)
 
     def run(self, key: str, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """What the graph of that key computes, on named arrays; the names are those of `runtime.contract`."""
@@ -72,6 +100,7 @@ def build_reference(
     weights: str | None = None,
     threads: int | None = None,
     teacher: bool = False,
+    device: str = "cpu",
 ) -> TorchReference:
     """Rebuilds what the bundle was exported from, by the recipe in its manifest.
 
@@ -81,6 +110,7 @@ def build_reference(
         weights: "ema" or "model"; by default the copy that the bundle was made from.
         threads: of torch, for the whole process; by default torch's own choice.
         teacher: whether the bundle's teacher, if it has one, is wanted too.
+        device: torch's name of where it computes.
 
     Raises:
         ReferenceFilesError: a file is missing, not wanted, or has another SHA-256 than the manifest's.
@@ -91,6 +121,7 @@ def build_reference(
     from ddexport.families._checkpoint import connect, load_part, random_part
     from ddexport.recipe import recipe_from_dict
 
+    where = torch_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     roles = (*ROLES, "teacher") if teacher and manifest.teacher is not None else ROLES
@@ -111,12 +142,30 @@ def build_reference(
             copy = weights or (sources[role].weights if role in sources else None) or "ema"
             parts[role] = load_part(recipe, role, path, copy)
     connect(parts["student"], parts["tokenizer"])
-    if "teacher" not in parts:
-        return TorchReference(parts["student"], parts["tokenizer"])
-    from ddexport.graph.wrappers import TeacherGraph
+    parts = {role: part.to(where) for role, part in parts.items()}
+    graph = None
+    if "teacher" in parts:
+        from ddexport.graph.wrappers import TeacherGraph
 
-    graph = TeacherGraph(parts["teacher"], parts["tokenizer"]).eval()
-    return TorchReference(parts["student"], parts["tokenizer"], graph)
+        graph = TeacherGraph(parts["teacher"], parts["tokenizer"]).eval()
+    return TorchReference(parts["student"], parts["tokenizer"], graph, recipe, device)
+
+
+def plans_of(recipe: Recipe, teacher: bool) -> dict[str, Plan]:
+    """The recipe's schedules by their number of steps, and "teacher", the whole auto-regressive model."""
+    from validate.sampling import Plan
+
+    plans = {
+        steps: Plan(
+            schedule.known,
+            schedule.split or recipe.sequence.split,
+            (schedule.teacher.start, schedule.teacher.end) if schedule.teacher else None,
+        )
+        for steps, schedule in sorted(recipe.schedules.items(), key=lambda item: int(item[0]))
+        if teacher or schedule.teacher is None
+    }
+    whole = {"teacher": Plan((), recipe.sequence.split, (0, recipe.sequence.length))}
+    return plans | (whole if teacher else {})
 
 
 def describe_weights(manifest: Manifest) -> str:

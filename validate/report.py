@@ -26,6 +26,7 @@ class Settings:
 
     bundle: str
     name: str
+    manifest: str  # SHA-256 of the bundle.json
     weights: str
     precision: str
     backend: str
@@ -33,7 +34,7 @@ class Settings:
     seed: int
     batch: int
     labels: tuple[int, ...]
-    steps: tuple[int, ...]
+    steps: tuple[str, ...]
     versions: dict[str, str]
     seconds: float
 
@@ -80,11 +81,16 @@ def table(report: ParityReport) -> str:
 
 
 def verdict_line(report: ParityReport) -> str:
-    """One sentence: whether parity holds."""
-    gated = sum(one.gated for one in report.measurements)
+    """One sentence: whether parity holds, and what was left out of it."""
+    gated = sum(row.gated for row in report.measurements)
+    left_out = [f"{row.note} in {row.scope}" for row in report.measurements if row.counts.get("left_out")
+                and row.rule == "images_left_out"]  # fmt: skip
+    provisional = " (provisional: nobody has measured this model)" if report.limits.provisional else ""
+    images = f"; images left out because a token differs: {', '.join(left_out)}" if left_out else ""
     if report.passed:
-        return f"parity holds: {gated} of {gated} measurements within their limits"
-    return f"parity fails: {len(report.failures)} of {gated} measurements past their limits"
+        return f"parity holds: {gated} of {gated} measurements within their limits{provisional}{images}"
+    failed = f"{len(report.failures)} of {gated} measurements past their limits"
+    return f"parity fails: {failed}{provisional}{images}"
 
 
 def failure_line(one: Measurement) -> str:

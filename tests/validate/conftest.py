@@ -1,4 +1,4 @@
-"""A toy model of a few matrices, for what needs no engine; bundles of real checkpoints, for what does."""
+"""Bundles of real checkpoints, and the toys of `toys.py` for what needs no engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,54 +13,10 @@ import numpy as np
 import pytest
 
 from runtime.manifest import file_info
-from validate.harness import Request
-from validate.metrics._base import Limits, StudentOutput
+from tests.validate.toys import CLASSES, LENGTH, WIDTH, Rows, ToyModel
+from validate.metrics._base import Limits
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "var-dd-small"
-LENGTH, WIDTH, CODEBOOK, SPLIT, CLASSES = 6, 3, 5, 2, 4
-
-
-@dataclass
-class ToyModel:
-    """A student and a decoder that treat every row alone, unless one of the faults below is switched on."""
-
-    logit_error: float = 0.0
-    embedding_error: float = 0.0
-    pixel_error: float = 0.0
-    split: int = SPLIT
-    shared_between_rows: float = 0.0  # of the first row's hidden state, added to all
-    grows_with_row: float = 0.0  # added to the hidden state once for each row before
-    flip_first_token: bool = False  # of the first step: another token than the reference's, in every row
-    batches: list[int] = field(default_factory=list)
-    inputs: list[np.ndarray] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        generator = np.random.default_rng(0)
-        self.logit_weight = generator.normal(size=(WIDTH, CODEBOOK)).astype(np.float32)
-        self.embedding_weight = generator.normal(size=(WIDTH, WIDTH)).astype(np.float32)
-        self.codebook = generator.normal(size=(CODEBOOK, WIDTH)).astype(np.float32)
-
-    def student(self, tokens: np.ndarray, label: np.ndarray, known: np.ndarray) -> StudentOutput:
-        self.batches.append(len(tokens))
-        self.inputs.append(tokens)
-        hidden = tokens + 0.1 * label[:, None, None].astype(np.float32)
-        hidden = hidden + 0.1 * np.tril(np.ones((LENGTH, LENGTH), np.float32)) @ tokens
-        hidden = hidden + np.float32(self.shared_between_rows) * hidden[:1]
-        hidden = hidden + np.float32(self.grows_with_row) * np.arange(len(tokens))[:, None, None]
-        logits = hidden @ self.logit_weight
-        logits[:, 0, 0] += np.float32(self.logit_error)
-        if self.flip_first_token:
-            lowest = logits[:, 0].argmin(-1)
-            logits[np.flatnonzero(known == 0), 0, lowest[known == 0]] += 100
-        drawn = hidden @ self.embedding_weight + np.float32(self.embedding_error)
-        drawn[:, : self.split] = self.codebook[logits[:, : self.split].argmax(-1)]
-        is_known = np.arange(LENGTH)[None, :] < known[:, None]
-        sequence = np.where(is_known[..., None], tokens, drawn)
-        return StudentOutput(sequence.astype(np.float32), logits[:, :SPLIT].astype(np.float32))
-
-    def decode(self, sequence: np.ndarray) -> np.ndarray:
-        image = 1.0 / (1.0 + np.exp(-sequence[:, :, :, None]))  # (N, L, 3, 1)
-        return (image[:, :3, :3].repeat(3, axis=3) + self.pixel_error).astype(np.float32)
 
 
 @pytest.fixture
@@ -71,20 +26,13 @@ def toy() -> type[ToyModel]:
 
 @pytest.fixture
 def limits() -> Limits:
-    return Limits(token_margin=1e-3, embedding_error=1e-4, image_psnr=60.0, image_max=2)
+    return Limits(1e-3, 1e-4, 60.0, 2, 1e-4, 0.0, 1e-4, 60.0, 0.1)
 
 
 @pytest.fixture
-def four_images() -> Request:
-    """Four rows, three schedules that share their first steps, batches of up to five."""
-    generator = np.random.default_rng(7)
-    return Request(
-        labels=np.arange(4, dtype=np.int64) % CLASSES,
-        noise=generator.normal(size=(4, LENGTH, WIDTH)).astype(np.float32),
-        schedules={1: (0,), 2: (0, 1), 3: (0, 1, 4)},
-        split=SPLIT,
-        batch=5,
-    )
+def four_images() -> Rows:
+    noise = np.random.default_rng(7).normal(size=(4, LENGTH, WIDTH)).astype(np.float32)
+    return Rows(np.arange(4, dtype=np.int64) % CLASSES, noise)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,8 @@ import pytest
 
 from runtime.errors import OutputError
 from validate import pictures
-from validate.harness import compare, measure
+from tests.validate.toys import compare
+from validate.compare import measure
 from validate.metrics._base import Comparison, Limits, Measurement
 from validate.report import ParityReport, Settings, failure_line, table, write_report
 

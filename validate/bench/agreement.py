@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from runtime.errors import VerificationError
 from runtime.manifest import Manifest, Schedule
 from runtime.teacher import Sampling, choice_of
+from validate import limits
 from validate.bench.case import Inputs
 from validate.bench.outputs import Outputs
-from validate.harness import measure
+from validate.compare import measure
 from validate.metrics._base import (
     BoolArray,
     Comparison,
@@ -56,11 +58,12 @@ class Agreement:
 
 def limits_of(manifest: Manifest, precision: str) -> Limits | None:
     """The manifest's limits of a precision; None if it states none, or not all."""
-    given = manifest.parity.get(precision)
-    names = [field.name for field in fields(Limits)]
-    if not isinstance(given, dict) or not all(isinstance(given.get(name), (int, float)) for name in names):
+    try:
+        stated = limits.limits_of(manifest, precision)
+    except VerificationError:
         return None
-    return Limits(**{name: given[name] for name in names})
+    # One image has too few tokens for a share of them, or a histogram, to mean anything.
+    return replace(stated, tokens_differing=None, histogram_bias=None)
 
 
 @dataclass(frozen=True)
@@ -87,22 +90,22 @@ class Judge:
 
     def judge(self, got: Outputs, precision: str, decoded: FloatArray | None = None) -> Agreement:
         """Parity of one run. decoded: the image of the reference's sequence, where none is comparable."""
-        limits = limits_of(self.manifest, precision)
+        allowed = limits_of(self.manifest, precision)
         if not self.fits(got):
             return Agreement(passed=False, faults=("the outputs have other shapes than the reference's",))
         comparison = Comparison(self._students(got), [self._images(got, decoded)], self._teachers(got))
-        found = measure(comparison, limits or NO_LIMITS)
+        found = measure(comparison, allowed or NO_LIMITS)
         differing, compared = self._tokens(got)
         faults = tuple(failure_line(one) for one in found if not one.passed)
         notes = list(self._notes(got, decoded, differing, compared))
-        if limits is None:
+        if allowed is None:
             notes.append(f"the bundle states no limits for {precision}")
         return Agreement(
             tokens_equal=1.0 - differing / compared if compared else None,
             embedding_error=_worst(found, "embeddings, relative error", max),
             image_psnr=_worst(found, "image PSNR, dB", min),
             image_max=_worst(found, "image, largest 8-bit difference", max),
-            passed=None if limits is None else not faults,
+            passed=None if allowed is None else not faults,
             faults=faults,
             notes=tuple(notes),
         )

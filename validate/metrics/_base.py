@@ -27,16 +27,25 @@ Direction = Literal["at most", "at least"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What is allowed in one precision: the manifest's `parity[precision]`.
+    """What is allowed in one precision: the manifest's `parity[precision]`; docs/parity.md says what each holds.
 
-    token_margin: a logit difference that rounding may cause. embedding_error: rms error / rms of the
-    reference. image_psnr: dB, images in [0, 1]. image_max: largest difference of an 8-bit value.
+    token_margin: a difference of one logit. logits_rms: of all. tokens_differing: share of the tokens decided.
+    histogram_bias: total variation of the mean probabilities of the tokens. embedding_error: rms error / rms.
+    image_psnr: dB, of the decoder's images in [0, 1]; pixel_psnr: of the 8-bit images that users get. image_max:
+    largest difference of an 8-bit value. images_left_out: share of the images whose tokens differ. provisional: the limits
+    are guesses, since nobody has measured the model. None: shown, but not held; `validate parity` wants all.
     """
 
     token_margin: float
     embedding_error: float
     image_psnr: float
     image_max: int
+    logits_rms: float | None = None
+    tokens_differing: float | None = None
+    histogram_bias: float | None = None
+    pixel_psnr: float | None = None
+    images_left_out: float | None = None
+    provisional: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Measurement:
     """One number, the limit it is held to, and where it is worst.
 
     `limit` None makes it information: it cannot fail. A value that is not a number never passes. `counts`
-    holds what the value was counted from, for the table and the JSON report.
+    holds what the value was counted from, for the table and the JSON report. rule: the field of `Limits`.
     """
 
     metric: str
@@ -56,6 +65,7 @@ class Measurement:
     where: str = ""
     note: str = ""
     counts: dict[str, int] = field(default_factory=dict)
+    rule: str = ""
 
     @property
     def gated(self) -> bool:
@@ -78,6 +88,7 @@ class Measurement:
             "name": self.name,
             "value": value,
             "limit": self.limit,
+            "rule": self.rule,
             "direction": self.direction,
             "passed": self.passed,
             "where": self.where,
@@ -118,8 +129,7 @@ class StudentPair:
     """The student run twice on the same rows: what is expected and what was got.
 
     known (N,) int64: leading positions that hold data, for each row. places: the name of each row, for
-    `where`. gate: False where the two had different inputs, so that a difference is information and not a
-    fault. itself: the bundle is compared with itself, in another batch, and not with the reference.
+    `where`. itself: the bundle is compared with itself, in another batch, and not with the reference.
     """
 
     scope: str
@@ -128,7 +138,6 @@ class StudentPair:
     known: IntArray
     split: int
     places: tuple[str, ...]
-    gate: bool = True
     itself: bool = False
 
     def decided(self) -> BoolArray:
@@ -145,7 +154,7 @@ class ImagePair:
     """Images (N, 3, H, W) float32 in [0, 1], expected and got.
 
     comparable (N,): False for an image whose tokens differ already, so that it shows another picture, not
-    an error of the decoder. Such images are counted, and left out.
+    an error of the decoder. Such images are counted, and left out. pixels: they were 8-bit images.
     """
 
     scope: str
@@ -154,6 +163,7 @@ class ImagePair:
     comparable: BoolArray
     places: tuple[str, ...]
     itself: bool = False
+    pixels: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,23 +184,45 @@ class TeacherPair:
 
 
 @dataclass(frozen=True)
+class DrawnPair:
+    """What reference and users' pipeline drew from the same noise: tokens (N, T) of all steps, sequences
+    (N, L, Cv) float32, and the images (N, H, W, C) uint8."""
+
+    scope: str
+    expected_tokens: IntArray
+    got_tokens: IntArray
+    expected: FloatArray
+    got: FloatArray
+    expected_pixels: npt.NDArray[np.uint8]
+    got_pixels: npt.NDArray[np.uint8]
+    places: tuple[str, ...]
+    itself: bool = False
+
+    @property
+    def comparable(self) -> BoolArray:
+        """(N,): the images of which every token agrees."""
+        return np.asarray((self.expected_tokens == self.got_tokens).all(axis=1))
+
+    def images(self) -> ImagePair:
+        """The 8-bit images as floats, channels first."""
+        both = (self.expected_pixels, self.got_pixels)
+        floats = [side.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255) for side in both]
+        return ImagePair(self.scope, *floats, self.comparable, self.places, self.itself, pixels=True)
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Everything that was run: what every metric is given."""
 
     students: list[StudentPair]
     images: list[ImagePair]
     teachers: list[TeacherPair] = field(default_factory=list)
-
-    def with_more(self, other: Comparison) -> Comparison:
-        """What was run here and there."""
-        return Comparison(
-            self.students + other.students, self.images + other.images, self.teachers + other.teachers
-        )
+    drawn: list[DrawnPair] = field(default_factory=list)
 
     def scopes(self) -> list[str]:
         """The names of what was compared: against the reference first, in the order in which it was run."""
-        pairs: list[StudentPair | ImagePair | TeacherPair]
-        pairs = [*self.students, *self.teachers, *self.images]
+        pairs: list[StudentPair | ImagePair | TeacherPair | DrawnPair]
+        pairs = [*self.students, *self.teachers, *self.images, *self.drawn]
         named = [(pair.itself, pair.scope) for pair in pairs]
         return [scope for _, scope in sorted(dict.fromkeys(named), key=lambda one: one[0])]
 

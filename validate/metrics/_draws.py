@@ -12,6 +12,7 @@ import numpy.typing as npt
 from runtime.noise import uniform_numbers
 from runtime.teacher import Choice, choose, weights
 from validate.metrics._base import BoolArray, FloatArray, IntArray, Limits, Measurement, TeacherPair
+from validate.metrics._distribution import distribution
 
 CELLS = 8  # of about equal mass, into which the codebook is cut for the chi-square of a row
 DRAWS = 64  # a row, so that a cell expects 8
@@ -24,6 +25,9 @@ MAX_DEVIATIONS = 5.0
 def measure(pair: TeacherPair, limits: Limits) -> list[Measurement]:
     """All rows of one pair."""
     found = [_logits_error(pair, limits), _differing_largest(pair, limits)]
+    if not pair.itself:
+        everywhere = np.ones(pair.expected.shape[:2], dtype=np.bool_)
+        found += distribution(pair.scope, pair.expected, pair.got, everywhere, limits)
     if not pair.choice.greedy:
         found.append(_differing_drawn(pair, limits))
         if not pair.itself:
@@ -123,7 +127,7 @@ def _logits_error(pair: TeacherPair, limits: Limits) -> Measurement:
     value = float(error[row, position])
     where = _place(pair, int(row), int(position)) if value else ""
     name = "guided logits, largest error"
-    return Measurement("tokens", pair.scope, name, value, limit=limits.token_margin, where=where)
+    return Measurement("tokens", pair.scope, name, value, limits.token_margin, where=where, rule="token_margin")
 
 
 def _differing_largest(pair: TeacherPair, limits: Limits) -> Measurement:

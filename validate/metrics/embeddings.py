@@ -7,6 +7,7 @@ import numpy as np
 from validate.metrics._base import (
     BoolArray,
     Comparison,
+    DrawnPair,
     IntArray,
     Limits,
     Measurement,
@@ -17,12 +18,20 @@ from validate.metrics._base import (
 
 
 def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
-    """For each pair of student runs: error of the embeddings, and of the positions that are copied."""
-    found: list[Measurement] = []
+    """Error of the embeddings and of the positions that are copied, and of the sequences end to end."""
+    rows: list[Measurement] = []
     for pair in comparison.students:
-        if pair.gate:
-            found += [*regressed(pair, limits.embedding_error), copied(pair, limits.embedding_error)]
-    return found
+        rows += [*regressed(pair, limits.embedding_error), copied(pair, limits.embedding_error)]
+    return rows + [drawn(pair, limits.embedding_error) for pair in comparison.drawn]
+
+
+def drawn(pair: DrawnPair, limit: float) -> Measurement:
+    """The sequences that were decoded, of the images whose tokens all agree; the others are counted elsewhere."""
+    mask = np.broadcast_to(pair.comparable[:, None], pair.expected.shape[:2])
+    error, row = relative_error(pair.expected, pair.got, mask)
+    where = pair.places[row] if error else ""
+    name = "sequence, relative error"
+    return Measurement("embeddings", pair.scope, name, error, limit, where=where, rule="embedding_error")
 
 
 def regressed(pair: StudentPair, limit: float) -> list[Measurement]:
@@ -53,7 +62,7 @@ def _relative(pair: StudentPair, name: str, limit: float, mask: BoolArray) -> Me
     error, row = relative_error(expected, got, mask)
     _, (_, position) = largest_difference(expected[[row]], got[[row]], mask[[row]])
     where = f"{pair.places[row]}, position {position}" if error else ""
-    return Measurement("embeddings", pair.scope, name, error, limit=limit, where=where)
+    return Measurement("embeddings", pair.scope, name, error, limit, where=where, rule="embedding_error")
 
 
 def _positions(pair: StudentPair) -> IntArray:

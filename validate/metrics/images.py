@@ -6,15 +6,29 @@ import math
 
 import numpy as np
 
-from validate.metrics._base import Comparison, FloatArray, ImagePair, Limits, Measurement
+from validate.metrics._base import Comparison, DrawnPair, FloatArray, ImagePair, Limits, Measurement
 
 
 def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
-    """PSNR and largest 8-bit difference of each pair of image batches."""
-    found: list[Measurement] = []
+    """PSNR and largest 8-bit difference of each pair of image batches, and the share that was left out."""
+    rows: list[Measurement] = []
     for pair in comparison.images:
-        found += measure(pair, limits)
-    return found
+        rows += measure(pair, limits)
+    for drawn in comparison.drawn:
+        rows += measure(drawn.images(), limits)
+        if not drawn.itself:
+            rows.append(left_out(drawn, limits.images_left_out))
+    return rows
+
+
+def left_out(pair: DrawnPair, limit: float | None) -> Measurement:
+    """The share of the images that no row compares, because a token differs."""
+    count = int((~pair.comparable).sum())
+    counts = {"images": len(pair.comparable), "left_out": count}
+    note = f"{count} of {len(pair.comparable)}"
+    value = count / len(pair.comparable)
+    name = "share of images left out"
+    return Measurement("images", pair.scope, name, value, limit, note=note, counts=counts, rule="images_left_out")
 
 
 def psnr(expected: FloatArray, got: FloatArray) -> float:
@@ -38,36 +52,26 @@ def measure(pair: ImagePair, limits: Limits) -> list[Measurement]:
     left_out = len(pair.comparable) - len(chosen)
     counts = {"compared": len(chosen), "left_out": left_out}
     note = f"{left_out} of {len(pair.comparable)} left out: a token differs" if left_out else ""
-    names = ("image PSNR, dB", "image, largest 8-bit difference")
+    rule = "pixel_psnr" if pair.pixels else "image_psnr"
+    names = ("8-bit image PSNR, dB" if pair.pixels else "image PSNR, dB", "image, largest 8-bit difference")
     if not len(chosen):
         return [Measurement("images", pair.scope, name, math.nan, note=note, counts=counts) for name in names]
     ratios = [psnr(pair.expected[i], pair.got[i]) for i in chosen]
     differences = [largest_8bit(pair.expected[i], pair.got[i]) for i in chosen]
     # argmin and argmax both take the first NaN, so an image that is not finite is always the worst one.
     low, high = int(np.argmin(ratios)), int(np.argmax(differences))
+    at_low = pair.places[chosen[low]] if ratios[low] != math.inf else ""
+    at_high = pair.places[chosen[high]] if differences[high] else ""
     return [
         Measurement(
-            "images",
-            pair.scope,
-            names[0],
-            ratios[low],
-            limit=float(limits.image_psnr),
-            direction="at least",
-            where=pair.places[chosen[low]] if ratios[low] != math.inf else "",
-            note=note,
-            counts=counts,
+            "images", pair.scope, names[0], ratios[low], getattr(limits, rule), "at least", at_low, note,
+            counts, rule,
         ),
         Measurement(
-            "images",
-            pair.scope,
-            names[1],
-            differences[high],
-            limit=float(limits.image_max),
-            where=pair.places[chosen[high]] if differences[high] else "",
-            note=note,
-            counts=counts,
+            "images", pair.scope, names[1], differences[high], limits.image_max, "at most", at_high, note,
+            counts, "image_max",
         ),
-    ]
+    ]  # fmt: skip
 
 
 def _to_8bit(image: FloatArray) -> FloatArray:

@@ -13,24 +13,35 @@ from validate.metrics import _draws
 from validate.metrics._base import (
     BoolArray,
     Comparison,
+    DrawnPair,
     FloatArray,
     Limits,
     Measurement,
     StudentPair,
     largest_difference,
 )
+from validate.metrics._distribution import distribution
 
 
 def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
-    """Differing tokens and the largest logit error of each pair of student runs, and what a teacher draws."""
-    found: list[Measurement] = []
+    """Tokens and logits of each pair of student runs, what a teacher draws, and the tokens end to end."""
+    rows: list[Measurement] = []
     for pair in comparison.students:
-        found.append(differing_tokens(pair, limits.token_margin))
-        if pair.gate:
-            found.append(logits_error(pair, limits.token_margin))
+        rows += [differing_tokens(pair, limits.token_margin), logits_error(pair, limits.token_margin)]
+        if not pair.itself:
+            rows += distribution(pair.scope, pair.expected.logits, pair.got.logits, pair.decided(), limits)
     for teacher in comparison.teachers:
-        found += _draws.measure(teacher, limits)
-    return found
+        rows += _draws.measure(teacher, limits)
+    return rows + [drawn_tokens(pair) for pair in comparison.drawn]
+
+
+def drawn_tokens(pair: DrawnPair) -> Measurement:
+    """End to end each side goes on from its own tokens, so that their number is information."""
+    differing = pair.expected_tokens != pair.got_tokens
+    note = f"of {differing.size}, each side keeping its own tokens"
+    counts = {"compared": differing.size, "differing": int(differing.sum())}
+    value = float(differing.sum())
+    return Measurement("tokens", pair.scope, "tokens that differ", value, note=note, counts=counts)
 
 
 def margins(logits: FloatArray) -> FloatArray:
@@ -47,7 +58,7 @@ def excused(pair: StudentPair, limit: float) -> BoolArray:
 
 
 def differing_tokens(pair: StudentPair, limit: float) -> Measurement:
-    """The number of differing tokens that nothing excuses; 0, unless the inputs differed already."""
+    """The number of differing tokens that nothing excuses."""
     decided, differing, pardoned = pair.decided(), pair.differing(), excused(pair, limit)
     faults = differing & ~pardoned
     counts = {
@@ -56,17 +67,6 @@ def differing_tokens(pair: StudentPair, limit: float) -> Measurement:
         "excused": int(pardoned.sum()),
     }
     name = "tokens that differ"
-    if not pair.gate:
-        note = f"of {counts['compared']}, each side keeping its own tokens"
-        return Measurement(
-            "tokens",
-            pair.scope,
-            name,
-            float(differing.sum()),
-            note=note,
-            counts=counts,
-            where=_worst(pair, differing),
-        )
     note = f"of {counts['compared']}" if decided.any() else "every token is kept from the step before"
     if pardoned.any():
         note += f"; {counts['excused']} more excused, margin below {limit:g}"
@@ -87,7 +87,8 @@ def logits_error(pair: StudentPair, limit: float) -> Measurement:
     everywhere = np.ones(pair.expected.logits.shape[:2], dtype=np.bool_)
     value, (row, position) = largest_difference(pair.expected.logits, pair.got.logits, everywhere)
     where = f"{pair.places[row]}, position {position}" if value else ""
-    return Measurement("tokens", pair.scope, "logits, largest error", value, limit=limit, where=where)
+    name = "logits, largest error"
+    return Measurement("tokens", pair.scope, name, value, limit, where=where, rule="token_margin")
 
 
 def _worst(pair: StudentPair, mask: BoolArray) -> str:

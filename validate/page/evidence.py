@@ -133,7 +133,7 @@ class Evidence:
 
 def closeness(comparison: Comparison, limit: float) -> dict[str, Any]:
     """The fields of `Evidence` that are about tokens: margins, errors of logits, mismatches."""
-    pairs = [pair for pair in comparison.students if pair.gate and not pair.itself]
+    pairs = [pair for pair in comparison.students if not pair.itself]
     decided = [margins(pair.expected.logits)[pair.decided()] for pair in pairs]
     errors = Histogram.of(np.zeros(0))
     for pair in pairs:

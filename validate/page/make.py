@@ -93,7 +93,7 @@ def _make_parity(making: Making, directory: Path) -> None:
     from validate.report import write_report
 
     with console.stage("parity"):
-        report, comparison = run_parity(
+        report, comparison, _ = run_parity(
             Options(
                 bundle=making.bundle,
                 images=making.images,

@@ -39,9 +39,18 @@ class Trainer(Protocol):
         """What the teacher reads to predict all tokens (B, L) at once, each from the AR steps before."""
 
     def draw(
-        self, teacher: Any, tokenizer: Tokenizer, labels: Tensor, choose: Choose, guidance: float
+        self,
+        teacher: Any,
+        tokenizer: Tokenizer,
+        labels: Tensor,
+        choose: Choose,
+        guidance: float,
+        end: int | None = None,
     ) -> Tensor:
-        """Sample AR step by AR step: labels (B,) -> tokens (B, L); `choose` picks from logits (B, n, V)."""
+        """Sample AR step by AR step: labels (B,) -> tokens (B, L), or those before position `end`.
+
+        `choose` picks from logits (B, n, V).
+        """
 
     def initialise_student(self, student: Any, teacher: Any, generator: torch.Generator) -> None:
         """Copy the teacher into the student, in place; what the teacher lacks starts small."""

@@ -62,13 +62,18 @@ def teacher_inputs(tokenizer: RasterTokenizer, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def draw(
-    teacher: LlamaGenTeacher, tokenizer: RasterTokenizer, labels: Tensor, choose: Choose, guidance: float
+    teacher: LlamaGenTeacher,
+    tokenizer: RasterTokenizer,
+    labels: Tensor,
+    choose: Choose,
+    guidance: float,
+    end: int | None = None,
 ) -> Tensor:
-    """Sample token by token: labels (B,) -> tokens (B, L). Guidance is the same at all; 1 is none."""
+    """Sample token by token: labels (B,) -> tokens (B, `end` or L). Guidance is the same at all; 1 is none."""
     cache, guide = teacher.new_cache(), guidance != UNGUIDED
     pair = torch.cat([labels, torch.full_like(labels, teacher.geometry.classes)]) if guide else labels
     tokens = [labels.new_empty(len(labels), 0)]
-    for i in range(teacher.geometry.length):
+    for i in range(end or teacher.geometry.length):
         logits = teacher.step(torch.cat([tokens[-1]] * 2) if guide else tokens[-1], pair, cache)
         if guide:
             logits = guided(logits, guidance)

@@ -92,15 +92,18 @@ def draw(
     labels: Tensor,
     choose: Choose,
     guidance: float,
+    end: int | None = None,
 ) -> Tensor:
-    """Sample scale by scale: labels (B,) -> tokens (B, L). Guidance grows with the scale: g * k / (K - 1)."""
+    """Sample scale by scale: labels (B,) -> tokens (B, `end` or L); guidance grows with the scale, g * k / (K - 1)."""
     scales = len(tokenizer.scales)
     cache = teacher.new_cache()
     pair = torch.cat([labels, torch.full_like(labels, teacher.geometry.classes)]) if guidance else labels
-    features = torch.zeros(len(labels), 1, tokenizer.codebook.shape[1])
-    f_hat = torch.zeros(())
+    features = torch.zeros(len(labels), 1, tokenizer.codebook.shape[1], device=labels.device)
+    f_hat = torch.zeros((), device=labels.device)
     tokens = []
     for k, (a, b) in enumerate(pairwise(tokenizer.starts)):
+        if end is not None and a >= end:
+            break
         doubled = torch.cat([features, features]) if guidance else features
         logits = teacher.step(doubled, pair, a, cache)
         if guidance:

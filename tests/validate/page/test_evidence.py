@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from validate.harness import compare
+from tests.validate.toys import compare
 from validate.metrics.tokens import margins
 from validate.page.evidence import (
     MAX_SIDE,

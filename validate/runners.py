@@ -1,21 +1,24 @@
-"""A half bundle on the CPU, with every rounding of a half engine: the honest side of a comparison.
+"""Opens a bundle as users do, a half precision on the CPU with every rounding of a half engine.
 
-ONNX Runtime's CPU provider keeps fp16 graphs in float32 between operators, so that a comparison with it
-would show a fraction of the error, and it cannot run bf16 graphs at all (docs/precision.md).
+ONNX Runtime's CPU provider keeps fp16 graphs in float32 between operators, so that a comparison with it would show
+a fraction of the error, and it cannot run bf16 graphs at all (docs/precision.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy.typing as npt
 
-from runtime.manifest import Manifest
+from runtime.labels import read_labels
+from runtime.manifest import Manifest, resolve
 from runtime.options import Options
+from runtime.pipeline import Pipeline, load
 from runtime.selection import AUTO, candidates, choose
-from validate.metrics._base import FloatArray, IntArray, StudentOutput
+from runtime.teacher import read_codebook
 
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
@@ -23,11 +26,10 @@ ENGINE = "onnxruntime, half rounding emulated"
 HALVES = ("fp16", "bf16")
 
 
-class EmulatedBundle:
-    """The graphs of a bundle in a half precision, each opened when it is first run.
+class EmulatedGraphs:
+    """The graphs of a half precision, each opened when it is first run; takes the place of `runtime.graphs.Graphs`."""
 
-    A `validate.batches.Model`, and by `run` what `validate.teacher_runs` asks of one side.
-    """
+    name, batch_size = ENGINE, None
 
     def __init__(self, root: Path, manifest: Manifest, precision: str, threads: int | None = None) -> None:
         self._root, self._threads = root, threads
@@ -40,18 +42,37 @@ class EmulatedBundle:
 
         if key not in self._graphs:
             self._graphs[key] = EmulatedGraph(self._root / self._files[key], self._threads)
-        found: Arrays = self._graphs[key].run(feeds)
-        return found
+        outputs: Arrays = self._graphs[key].run(feeds)
+        return outputs
 
-    def student(self, tokens: FloatArray, label: IntArray, known: IntArray) -> StudentOutput:
-        """tokens (B, L, Cv) float32, label (B,), known (B,) int64."""
-        outputs = self.run("student", {"tokens": tokens, "label": label, "known": known})
-        return StudentOutput(outputs["sequence"], outputs["logits"])
+    def close(self) -> None:
+        """Frees the engines."""
+        self._graphs.clear()
 
-    def decode(self, sequence: FloatArray) -> FloatArray:
-        """sequence (B, L, Cv) float32 -> images (B, 3, H, W) float32 in [0, 1]."""
-        images: FloatArray = self.run("decoder", {"sequence": sequence})["image"]
-        return images
+
+@contextmanager
+def opened(
+    root: Path,
+    manifest: Manifest,
+    backend: str = AUTO,
+    precision: str | None = None,
+    emulate: bool | None = None,
+    threads: int | None = None,
+) -> Iterator[Pipeline]:
+    """The bundle on the engine that is asked for, or emulated where that engine would not round.
+
+    The hashes of its files are not checked again. Raises DDError where it cannot be run.
+    """
+    half = emulated_precision(root, manifest, backend, precision, emulate, threads)
+    if half is None:
+        with load(root, backend, threads, precision, verify=False) as pipe:
+            yield pipe
+        return
+    labels = read_labels(resolve(root, manifest.labels.file), manifest.classes)
+    codebook = None if manifest.teacher is None else read_codebook(root, manifest)
+    graphs: Any = EmulatedGraphs(root, manifest, half, threads)
+    with Pipeline(manifest, labels, graphs, half, codebook) as pipe:
+        yield pipe
 
 
 def emulated_precision(

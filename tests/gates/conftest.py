@@ -1,0 +1,87 @@
+"""The embedded models' bundles in every precision, and the commands in one process, as users call them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import validate.compare
+import validate.parity
+from validate import cli
+
+MODELS = ("digits-var", "digits-llamagen")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The bundle of a model: from the folder that the Makefile names, or else exported. Do not write into it."""
+    from ddexport.bundle import WeightRequest, export_bundle
+    from ddexport.recipe import load_recipe
+
+    made: dict[str, Path] = {}
+
+    def bundle(model: str) -> Path:
+        if model not in made:
+            built = Path(os.environ.get("DIGITS_BUNDLES", "none")) / model
+            made[model] = built.absolute()
+            if not (built / "bundle.json").is_file():
+                made[model] = tmp_path_factory.mktemp("bundles") / model
+                request = WeightRequest({}, teacher=True)
+                export_bundle(load_recipe(model), made[model], request, precisions=PRECISIONS)
+        return made[model]
+
+    return bundle
+
+
+@pytest.fixture
+def planted(bundles: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """planted(model, precision, fault): a copy of the model's bundle with a fault in it."""
+
+    def plant(model: str, precision: str = "fp32", fault: Callable[[Path, str], None] | None = None) -> Path:
+        bundle = tmp_path / model
+        shutil.copytree(bundles(model), bundle, ignore=shutil.ignore_patterns("parity", "engines"))
+        if fault is not None:
+            fault(bundle, precision)
+        return bundle
+
+    return plant
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_reference() -> Iterator[None]:
+    """What the PyTorch side draws depends on recipe and request alone: it is drawn once, not once a fault."""
+    run, drawn = validate.compare.run_reference, {}
+
+    def run_once(reference: Any, request: Any, noise: Any, advance: Any) -> Any:
+        key = json.dumps([reference.recipe.to_dict(), request.labels.tolist(), request.seeds.tolist()])
+        if key not in drawn:
+            drawn[key] = run(reference, request, noise, advance)
+        return drawn[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validate.compare, "run_reference", run_once)
+        yield
+
+
+@pytest.fixture
+def parity() -> Callable[..., Result]:
+    """parity(bundle, precision, *options): the real command, in this process."""
+
+    def run(bundle: Path, precision: str = "fp32", *options: object) -> Result:
+        arguments = ["parity", str(bundle), "--backend", "onnxruntime", "--precision", precision, "--threads", "1"]
+        return CliRunner().invoke(cli.command, [*arguments, "--json", *map(str, options)])
+
+    return run
+
+
+def failed_rows(result: Result) -> set[str]:
+    """The names of the rows past their limit."""
+    return {row["name"] for row in json.loads(result.stdout)["measurements"] if not row["passed"]}

@@ -1,0 +1,174 @@
+"""`validate parity` ends with exit code 3 for every planted fault, and with 0 without one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+
+import runtime.pipeline
+import runtime.sampler
+from tests.gates import faults
+from tests.gates.conftest import MODELS, PRECISIONS, failed_rows
+
+both_models = pytest.mark.parametrize("model", MODELS)
+Parity = Callable[..., Result]
+Planted = Callable[..., Path]
+
+
+@both_models
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_unbroken_bundle_passes(planted: Planted, parity: Parity, model: str, precision: str) -> None:
+    """And leaves what PyTorch drew, which `doctor --check` draws again."""
+    bundle = planted(model)
+    result = parity(bundle, precision)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["passed"], report["images"]) == (True, 64)
+    assert (bundle / "parity" / "golden.npz").is_file()
+
+
+GRAPH_FAULTS = {
+    "runner-up": (faults.runner_up, "share of tokens that differ"),
+    "every eighth code": (faults.every_eighth_code, "token histogram, bias"),
+    "logits x 0.9": (faults.scaled_logits, "logits, rms error"),
+    "one weight": (faults.perturbed_weight, "logits, rms error"),
+}
+
+
+@both_models
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", GRAPH_FAULTS)
+def test_a_fault_of_the_graph_fails_in_every_precision(
+    planted: Planted, parity: Parity, model: str, precision: str, name: str
+) -> None:
+    edit, row = GRAPH_FAULTS[name]
+    result = parity(planted(model, precision, faults.in_graph(edit)), precision)
+    assert result.exit_code == 3, result.output
+    assert row in failed_rows(result)
+
+
+@both_models
+@pytest.mark.parametrize(
+    ("edit", "row"),
+    [
+        (faults.swapped_classes, "logits, largest error"),
+        (faults.negated_noise, "logits, largest error"),
+        (faults.swapped_codes, "kept and codebook entries, relative error"),
+    ],
+)
+def test_a_fault_of_the_float32_graph_fails(
+    planted: Planted, parity: Parity, model: str, edit: faults.Edit, row: str
+) -> None:
+    result = parity(planted(model, "fp32", faults.in_graph(edit)))
+    assert result.exit_code == 3, result.output
+    assert row in failed_rows(result)
+
+
+@both_models
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (faults.in_codebook(lambda table: np.roll(table, 1, axis=0)), "entries of codebook.npy are not"),
+        (faults.in_codebook(faults.swapped), "2 entries of codebook.npy are not"),
+        (faults.in_labels, "labels.names is"),
+        (faults.in_manifest(lambda m: m["schedules"]["2"].update(known=[0, 6])), "schedules.2.known is [0, 6]"),
+        (faults.in_manifest(lambda m: m["parity"]["fp32"].update(token_margin=9)), "token_margin is 9"),
+        (faults.in_manifest(lambda m: m["sequence"].update(split=m["sequence"]["split"] + 1)), "damaged"),
+    ],
+    ids=["rolled codebook", "swapped codebook", "labels", "known", "limits", "split"],
+)
+def test_a_fault_of_the_files_fails(
+    planted: Planted, parity: Parity, model: str, fault: Callable[[Path, str], None], words: str
+) -> None:
+    result = parity(planted(model, "fp32", fault))
+    assert result.exit_code == 3, result.output
+    assert words in result.stderr
+
+
+def wrong_known(recipe: dict[str, Any]) -> None:
+    recipe["schedules"]["2"]["known"] = [0, 3]
+
+
+def wrong_guidance(recipe: dict[str, Any]) -> None:
+    recipe["teacher"]["cfg"] = 1.5
+
+
+def wrong_split(recipe: dict[str, Any]) -> None:
+    recipe["sequence"]["split"] -= 1
+
+
+@both_models
+@pytest.mark.parametrize("change", [wrong_known, wrong_guidance, wrong_split])
+def test_a_recipe_that_is_wrong_on_both_sides_fails(
+    planted: Planted, parity: Parity, model: str, change: Callable[[dict[str, Any]], None]
+) -> None:
+    """The graphs, the manifest and the reference agree with each other: only what ships says otherwise."""
+
+    def plant(manifest: dict[str, Any]) -> None:
+        change(manifest["recipe"])
+        if change is not wrong_split:  # that one has to be exported; the recipe is looked at first
+            change(manifest)
+
+    result = parity(planted(model, "fp32", faults.in_manifest(plant)))
+    assert result.exit_code == 3, result.output
+    assert f"the {model} that ships has" in result.stderr
+
+
+def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step goes on from the whole sequence of the step before."""
+    step = runtime.sampler._student_step
+
+    def kept(student: Any, noise: Any, labels: Any, known: int, steps: list[Any], on_pass: Any) -> Any:
+        return step(student, steps[-1].sequence if steps else noise, labels, known, steps, on_pass)
+
+    monkeypatch.setattr(runtime.sampler, "_student_step", kept)
+
+
+def negated_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = runtime.pipeline.gaussian_noise
+    monkeypatch.setattr(runtime.pipeline, "gaussian_noise", lambda *arguments: -noise(*arguments))
+
+
+def one_position_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler keeps one position more than the schedule says."""
+    step = runtime.sampler._student_step
+
+    def shifted(student: Any, noise: Any, labels: Any, known: int, steps: list[Any], on_pass: Any) -> Any:
+        return step(student, noise, labels, known + bool(known), steps, on_pass)
+
+    monkeypatch.setattr(runtime.sampler, "_student_step", shifted)
+
+
+def swapped_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images of a batch come back in another order."""
+    to_uint8 = runtime.pipeline.to_uint8
+    monkeypatch.setattr(runtime.pipeline, "to_uint8", lambda image: to_uint8(image[::-1]))
+
+
+def truncated_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are cut off where they should be rounded: one of 255 in every second value."""
+    to_uint8 = runtime.pipeline.to_uint8
+    monkeypatch.setattr(runtime.pipeline, "to_uint8", lambda image: to_uint8(np.floor(image * 255) / 255))
+
+
+@both_models
+@pytest.mark.parametrize(
+    "fault", [without_noise, negated_seeds, one_position_more, swapped_images, truncated_pixels]
+)
+def test_a_fault_of_the_runtime_fails(
+    planted: Planted,
+    parity: Parity,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    fault: Callable[[pytest.MonkeyPatch], None],
+) -> None:
+    """Every graph is right; what users call is not."""
+    fault(monkeypatch)
+    result = parity(planted(model))
+    assert result.exit_code == 3, result.output

@@ -1,0 +1,114 @@
+"""A student and a decoder of a few matrices, for tests that need no engine, and what they give when compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from runtime.images import to_uint8
+from validate.drawing import ByteImages, Draw, Order, Schedules
+from validate.metrics._base import Comparison, DrawnPair, ImagePair, StudentOutput, StudentPair
+
+LENGTH, WIDTH, CODEBOOK, SPLIT, CLASSES = 6, 3, 5, 2, 4
+SCHEDULES = {1: (0,), 2: (0, 1), 3: (0, 1, 4)}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the toys are compared on: labels (N,) and noise (N, L, Cv)."""
+
+    labels: np.ndarray
+    noise: np.ndarray
+
+
+@dataclass
+class ToyModel:
+    """A student and a decoder that treat every row alone, unless one of the faults below is switched on."""
+
+    logit_error: float = 0.0
+    embedding_error: float = 0.0
+    pixel_error: float = 0.0
+    split: int = SPLIT
+    shared_between_rows: float = 0.0  # of the first row's hidden state, added to all
+    grows_with_row: float = 0.0  # added to the hidden state once for each row before
+    flip_first_token: bool = False  # of the first step: another token than the reference's, in every row
+    batches: list[int] = field(default_factory=list)
+    inputs: list[np.ndarray] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        generator = np.random.default_rng(0)
+        self.logit_weight = generator.normal(size=(WIDTH, CODEBOOK)).astype(np.float32)
+        self.embedding_weight = generator.normal(size=(WIDTH, WIDTH)).astype(np.float32)
+        self.codebook = generator.normal(size=(CODEBOOK, WIDTH)).astype(np.float32)
+
+    def student(self, tokens: np.ndarray, label: np.ndarray, known: np.ndarray) -> StudentOutput:
+        self.batches.append(len(tokens))
+        self.inputs.append(tokens)
+        hidden = tokens + 0.1 * label[:, None, None].astype(np.float32)
+        hidden = hidden + 0.1 * np.tril(np.ones((LENGTH, LENGTH), np.float32)) @ tokens
+        hidden = hidden + np.float32(self.shared_between_rows) * hidden[:1]
+        hidden = hidden + np.float32(self.grows_with_row) * np.arange(len(tokens))[:, None, None]
+        logits = hidden @ self.logit_weight
+        logits[:, 0, 0] += np.float32(self.logit_error)
+        if self.flip_first_token:
+            lowest = logits[:, 0].argmin(-1)
+            logits[np.flatnonzero(known == 0), 0, lowest[known == 0]] += 100
+        drawn = hidden @ self.embedding_weight + np.float32(self.embedding_error)
+        drawn[:, : self.split] = self.codebook[logits[:, : self.split].argmax(-1)]
+        is_known = np.arange(LENGTH)[None, :] < known[:, None]
+        sequence = np.where(is_known[..., None], tokens, drawn)
+        return StudentOutput(sequence.astype(np.float32), logits[:, :SPLIT].astype(np.float32))
+
+    def decode(self, sequence: np.ndarray) -> np.ndarray:
+        image = 1.0 / (1.0 + np.exp(-sequence[:, :, :, None]))  # (N, L, 3, 1)
+        return (image[:, :3, :3].repeat(3, axis=3) + self.pixel_error).astype(np.float32)
+
+
+def sampled(model: ToyModel, known: tuple[int, ...], labels: np.ndarray, noise: np.ndarray) -> list[StudentOutput]:
+    """The steps of a schedule."""
+    outputs: list[StudentOutput] = []
+    for count in known:
+        before = outputs[-1].sequence if outputs else noise
+        tokens = np.concatenate([before[:, :count], noise[:, count:]], axis=1)
+        outputs.append(model.student(tokens, labels, np.full_like(labels, count)))
+    return outputs
+
+
+def compare(bundle: ToyModel, reference: ToyModel, rows: Rows) -> Comparison:
+    """Of two toys what `validate.compare` makes of a bundle and its reference; steps start as the reference's."""
+    places = tuple(f"image {i} (label {label})" for i, label in enumerate(rows.labels))
+    comparison = Comparison([], [])
+    for steps, known in SCHEDULES.items():
+        expected = sampled(reference, known, rows.labels, rows.noise)
+        own = sampled(bundle, known, rows.labels, rows.noise)
+        before = expected[-2].sequence if len(expected) > 1 else rows.noise
+        tokens = np.concatenate([before[:, : known[-1]], rows.noise[:, known[-1] :]], axis=1)
+        counts = np.full_like(rows.labels, known[-1])
+        got = bundle.student(tokens, rows.labels, counts)
+        scope = f"step {steps} (known {', '.join(map(str, known))})"
+        comparison.students.append(StudentPair(scope, expected[-1], got, counts, SPLIT, places))
+        wanted, title = reference.decode(expected[-1].sequence), f"{steps} step{'s' if steps > 1 else ''}"
+        same, images = bundle.decode(expected[-1].sequence), bundle.decode(own[-1].sequence)
+        everything = np.ones(len(places), bool)
+        scope = f"{title}, decoder on the same sequence"
+        comparison.images.append(ImagePair(scope, wanted, same, everything, places))
+        tokens_of = [np.concatenate([one.tokens for one in side], axis=1) for side in (expected, own)]
+        sequences = (expected[-1].sequence, own[-1].sequence)
+        if np.isfinite(images).all():
+            pixels = (to_uint8(wanted), to_uint8(images))
+            comparison.drawn.append(DrawnPair(f"{title}, end to end", *tokens_of, *sequences, *pixels, places))
+    return comparison
+
+
+def draw_of(model: ToyModel, schedules: Schedules) -> Draw:
+    """One side of `validate fid`."""
+
+    def draw(order: Order, indices: range) -> dict[int, ByteImages]:
+        labels, noise = order.labels(indices), order.noise(indices)
+        return {
+            steps: to_uint8(model.decode(sampled(model, known, labels, noise)[-1].sequence))
+            for steps, known in schedules.items()
+        }
+
+    return draw

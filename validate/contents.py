@@ -1,0 +1,134 @@
+"""What a bundle says of itself, held against what ships with the project: recipe, labels, codebook, noise.
+
+A recipe that is wrong on both sides of a comparison shows in no row of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime._json import DAMAGED, read_json
+from runtime.errors import BundleError, VerificationError
+from runtime.manifest import FILE_NAME, Manifest, read_manifest, resolve
+from runtime.noise import gaussian_noise, uniform_numbers
+
+if TYPE_CHECKING:
+    from ddexport.recipe import Recipe
+    from validate.reference import TorchReference
+
+SHOWN = 5
+# Of docs/noise.md: the first numbers of image 4294967301 of seed 2**64 - 1.
+VECTOR_SEED, VECTOR_IMAGE = 2**64 - 1, 4294967301
+NOISE_VECTOR = (0.28189227, -1.47097623, 0.532521009, -1.00337565, 0.252837837, 0.514755428)
+UNIFORM_VECTOR = (0.0371752161, 0.2498824926, 0.5859116724, 0.0283897178, 0.0909183837, 0.0905515937)
+
+
+def open_manifest(root: Path) -> Manifest:
+    """The manifest of a bundle, its hashes checked. Raises VerificationError where it is damaged."""
+    try:
+        return read_manifest(root)
+    except BundleError as error:
+        if error.hint != DAMAGED:
+            raise
+        raise VerificationError(f"the bundle {root} is damaged: {error.message}", error.hint) from error
+
+
+def check_contents(root: Path, manifest: Manifest, reference: TorchReference) -> None:
+    """Raises VerificationError that names what is not as it ships, or not as the reference has it."""
+    recipe = reference.recipe
+    assert recipe is not None
+    faults = [*_recipe_faults(manifest), *_manifest_faults(manifest, recipe)]
+    faults += [*_label_faults(root, manifest, recipe), *_teacher_faults(root, manifest, reference), *_noise_faults()]
+    if faults:
+        more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise VerificationError(
+            f"bundle {manifest.name} is not what it should be: {'; '.join(faults[:SHOWN])}{more}",
+            "export it again; a model of your own needs a recipe with a name of its own",
+        )
+
+
+def _recipe_faults(manifest: Manifest) -> Iterator[str]:
+    from ddexport.recipe import load_recipe, recipe_names
+
+    if manifest.name in recipe_names():
+        shipped = load_recipe(manifest.name).to_dict()
+        yield from _differences(manifest.recipe, shipped, "recipe", f"the {manifest.name} that ships has")
+
+
+def _manifest_faults(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
+    """What the runtime reads against the recipe that the reference is built from."""
+    wanted = recipe.to_dict()
+    schedules = wanted["schedules"]
+    if manifest.teacher is None:
+        schedules = {steps: one for steps, one in schedules.items() if one["teacher"] is None}
+    said = json.loads(manifest.to_json())
+    for one in said["schedules"].values():
+        one.setdefault("split", None), one.setdefault("teacher", None)
+    keys = ("name", "title", "sequence", "classes", "parity", "published", "licence")
+    sides = [{key: side[key] for key in keys} for side in (said, wanted)]
+    sides[0] |= {"image": said["image"], "schedules": said["schedules"]}
+    size = wanted["image"]
+    image = {"height": size["size"], "width": size["size"], "channels": size["channels"]}
+    sides[1] |= {"image": image, "schedules": schedules}
+    if manifest.teacher is not None:
+        sides[0]["teacher"] = {key: said["teacher"][key] for key in wanted["teacher"]}
+        sides[1]["teacher"] = wanted["teacher"]
+    yield from _differences(*sides, "bundle.json", "its recipe has")
+
+
+def _label_faults(root: Path, manifest: Manifest, recipe: Recipe) -> Iterator[str]:
+    from ddexport.recipe import RecipeError, class_names
+
+    try:
+        wanted = class_names(recipe)
+    except RecipeError:  # a list of the user's own
+        return
+    names = read_json(resolve(root, manifest.labels.file))
+    yield from _differences(names, wanted, "labels", "the list that ships has")
+
+
+def _teacher_faults(root: Path, manifest: Manifest, reference: TorchReference) -> Iterator[str]:
+    teacher, module = manifest.teacher, reference.teacher
+    if teacher is None:
+        return
+    table = np.load(resolve(root, teacher.codebook.file), allow_pickle=False)
+    if table.shape != reference.codebook.shape:
+        yield f"{teacher.codebook.file} has shape {table.shape}, the tokenizer's {reference.codebook.shape}"
+    elif entries := int((table.view(np.uint32) != reference.codebook.view(np.uint32)).any(axis=1).sum()):
+        yield f"{entries} entries of {teacher.codebook.file} are not the tokenizer's"
+    if module is not None:
+        size = module.geometry
+        has = {"starts": list(teacher.starts), "guidance": teacher.guidance, "layers": teacher.layers}
+        has |= {"heads": teacher.heads, "head_width": teacher.head_width}
+        wanted = {"starts": list(size.starts), "guidance": module.guidance, "layers": size.depth}
+        wanted |= {"heads": size.heads, "head_width": size.head_width}
+        yield from _differences(has, wanted, "bundle.json: teacher", "the model has")
+
+
+def _noise_faults() -> Iterator[str]:
+    """The one thing that both sides share."""
+    noise = gaussian_noise(VECTOR_SEED, [VECTOR_IMAGE], 1, len(NOISE_VECTOR)).ravel()
+    uniforms = uniform_numbers(VECTOR_SEED, [VECTOR_IMAGE], len(UNIFORM_VECTOR)).ravel()
+    sides = (("noise", noise, NOISE_VECTOR), ("uniform numbers", uniforms, UNIFORM_VECTOR))
+    for name, got, wanted in sides:
+        if not np.allclose(got, wanted, rtol=0, atol=1e-6):
+            yield f"the {name} of the runtime are not those of docs/noise.md"
+
+
+def _differences(got: Any, wanted: Any, where: str, other: str) -> Iterator[str]:
+    """`where.key is ..., OTHER ...` for each leaf at which two pieces of plain data differ."""
+    if isinstance(got, dict) and isinstance(wanted, dict):
+        for key in [*wanted, *(key for key in got if key not in wanted)]:
+            yield from _differences(got.get(key), wanted.get(key), f"{where}.{key}", other)
+    elif got != wanted:
+        yield f"{where} is {_short(got)}, {other} {_short(wanted)}"
+
+
+def _short(value: Any) -> str:
+    text = "missing" if value is None else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,48 @@
+"""`parity/golden.npz`: what the PyTorch side drew, for checks where neither PyTorch nor the checkpoint is.
+
+docs/parity.md has the format; `runtime.golden` reads it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from runtime.files import write_arrays
+from validate.compare import ReferenceRun, request_of
+from validate.metrics.tokens import margins
+
+if TYPE_CHECKING:
+    from validate.report import Settings
+
+IMAGES = 8
+
+
+def write_golden(path: Path, settings: Settings, runs: list[ReferenceRun]) -> None:
+    """Writes those images whose tokens were clearest to the reference, which no rounding should change.
+
+    Raises OutputError.
+    """
+    seeds = request_of(settings.images, settings.seed, 1, settings.batch).seeds
+    closest = np.min([_smallest_margin(run) for run in runs], axis=0)
+    rows = np.sort(np.argsort(-closest, kind="stable")[:IMAGES])
+    arrays = {
+        "manifest": np.array(settings.manifest),
+        "steps": np.array([run.steps for run in runs]),
+        "seeds": seeds[rows],
+        "labels": np.array(settings.labels, dtype=np.int64)[rows],
+    }
+    for run in runs:
+        arrays[f"tokens_{run.steps}"] = run.passes[-1].tokens[rows]
+        arrays[f"sequences_{run.steps}"] = run.passes[-1].sequence[rows]
+        arrays[f"images_{run.steps}"] = run.pixels[rows]
+    write_arrays(path, arrays)
+
+
+def _smallest_margin(run: ReferenceRun) -> np.ndarray:
+    """(N,): of the student's decisions; a teacher's are draws, which a margin says nothing about."""
+    students = [one for one in run.passes if one.role == "student" and one.logits.shape[1] > one.known]
+    smallest = [margins(one.logits[:, one.known :]).min(axis=1) for one in students]
+    return np.min(smallest, axis=0) if smallest else np.full(len(run.pixels), np.inf)

@@ -1,0 +1,146 @@
+"""`validate limits`: how far an unbroken bundle is from PyTorch over several seeds, beside the recipe's limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime import console
+from runtime.errors import VerificationError
+
+if TYPE_CHECKING:
+    from runtime.manifest import Manifest
+    from validate.metrics._base import Limits, Measurement
+
+LOOSENESS = 2.0  # a limit is at most so many times the largest value of an unbroken bundle
+FIXED = {("images_left_out", "fp32"): 0.1, ("images_left_out", "fp16"): 0.1}  # nine images in ten are comparable
+
+EPILOG = """
+\b
+Examples:
+  python -m validate limits build/digits-var
+  python -m validate limits build/digits-var --precision int8 --backend openvino --seeds 10
+  python -m validate limits build/digits-var --precision fp16 --fid-images 2000 --json
+"""
+
+
+def limits_of(manifest: Manifest, precision: str, complete: bool = True) -> Limits:
+    """The limits of a precision, from the manifest. Raises VerificationError if one is missing."""
+    from validate.metrics._base import Limits
+
+    given: dict[str, Any] = manifest.parity.get(precision) or {}
+    names = [field.name for field in fields(Limits) if field.name != "provisional"]
+    needed = names if complete else [field.name for field in fields(Limits) if field.default is MISSING]
+    missing = [name for name in needed if not isinstance(given.get(name), (int, float))]
+    if missing:
+        raise VerificationError(
+            f"bundle {manifest.name} states no parity limits for {precision}: {', '.join(missing)} missing",
+            f"state them in the recipe under parity.{precision}, and export again;"
+            " `python -m validate limits BUNDLE` measures what they can be",
+        )
+    return Limits(**{name: given.get(name) for name in names}, provisional=given.get("provisional", False))
+
+
+@dataclass(frozen=True)
+class LimitRow:
+    """One limit, and the value nearest to breaking it over all seeds. ratio: the limit over the value; of decibels,
+    the ratio of the rms errors."""
+
+    limit_name: str
+    measured: float
+    limit: float | None
+    ratio: float | None
+
+    @property
+    def verdict(self) -> str:
+        """`ok`, `not stated`, `too tight` or `too loose`."""
+        if self.ratio is None:
+            return "not stated"
+        if self.ratio < 1:
+            return "too tight"
+        return "ok" if self.ratio <= LOOSENESS * (1 + 1e-9) else "too loose"
+
+
+def worst_of(measurements: Iterable[Measurement]) -> dict[str, Measurement]:
+    """The measurement furthest towards its limit, by the limit's name."""
+    worst: dict[str, Measurement] = {}
+    for one in measurements:
+        if not one.rule:
+            continue
+        known = worst.get(one.rule)
+        further = one.value > known.value if known and one.direction == "at most" else None
+        if known is None or further or (one.direction == "at least" and one.value < known.value):
+            worst[one.rule] = one
+    return worst
+
+
+def rows_of(measurements: Iterable[Measurement], precision: str) -> list[LimitRow]:
+    """Every limit beside what was measured."""
+    rows = []
+    for name, one in worst_of(measurements).items():
+        ratio: float | None
+        if one.limit is None:
+            ratio = None
+        elif one.direction == "at least":
+            ratio = 10 ** ((one.value - one.limit) / 20) if math.isfinite(one.value) else math.inf
+        else:
+            ratio = one.limit / one.value if one.value else (1.0 if one.limit == 0 else math.inf)
+        if ratio is not None and ratio >= 1 and FIXED.get((name, precision)) == one.limit:
+            ratio = 1.0
+        rows.append(LimitRow(name, one.value, one.limit, ratio))
+    return rows
+
+
+def table(rows: list[LimitRow]) -> str:
+    """For people."""
+    lines = [f"{'limit':20}{'measured':>12}{'limit':>12}{'ratio':>8}"]
+    for row in rows:
+        limit, ratio = ("" if value is None else f"{value:.4g}" for value in (row.limit, row.ratio))
+        lines.append(f"{row.limit_name:20}{row.measured:>12.4g}{limit:>12}{ratio:>8}  {row.verdict}")
+    return "\n".join(lines)
+
+
+@click.command("limits", cls=console.Command, epilog=EPILOG)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="How many, from 0 on.")
+@click.option("--images", type=click.IntRange(min=1), metavar="N", help="A seed.  [default: the recipe's, or 8]")
+@click.option("--fid-images", type=click.IntRange(min=2), metavar="N", help="Measure the limits of `validate fid` too.")
+@click.option("--precision", metavar="NAME", help="Which graphs of the bundle.  [default: its first]")
+@click.option("--backend", metavar="NAME", default="auto", help="The engine.  [default: the best installed]")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of engine and torch.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="The student's checkpoint.")
+@click.option("--vae", type=click.Path(path_type=Path), help="The tokenizer's checkpoint.")
+@click.option("--teacher", type=click.Path(path_type=Path), help="The teacher's checkpoint.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@console.debug_option
+def command(seeds: int, fid_images: int | None, as_json: bool, teacher: Path | None, **options: Any) -> None:
+    """Measure an unbroken BUNDLE over several seeds: the values that its recipe's limits are chosen from.
+
+    A limit is at most twice the largest value. Exit code 3 where one is looser, or too tight for a seed.
+    """
+    from validate.parity import Options, run_parity
+
+    measurements: list[Measurement] = []
+    precision = ""
+    for seed in range(seeds):
+        report, _, _ = run_parity(Options(seed=seed, teacher=teacher, **options), complete=False)
+        precision = report.settings.precision
+        measurements += report.measurements
+        if fid_images:
+            from validate.fid_plan import Options as FidOptions
+            from validate.fid_run import run_fid
+
+            measurements += run_fid(FidOptions(**{**options, "images": fid_images}, seed=seed)).measurements
+    rows = rows_of(measurements, precision)
+    if as_json:
+        console.emit_json([{**vars(row), "verdict": row.verdict} for row in rows])
+    else:
+        click.echo(table(rows))
+    wrong = [row.limit_name for row in rows if row.verdict != "ok"]
+    if wrong:
+        raise VerificationError(f"limits to correct: {', '.join(wrong)}", "docs/parity.md says how they are chosen")

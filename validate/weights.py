@@ -1,0 +1,96 @@
+"""The numbers in a bundle's reduced graphs, one by one against its float32 graphs, which parity holds to PyTorch.
+
+Rounding hides one wrong weight among millions from every statistic of the outputs; it cannot hide it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.manifest import Manifest
+from validate.metrics._base import Measurement
+
+if TYPE_CHECKING:
+    from validate.reference import TorchReference
+
+Weights: TypeAlias = dict[str, npt.NDArray[Any]]
+
+FLOAT32 = "fp32"
+SUFFIX, CALIBRATED = "_quantized", ("_scale", "_zero_point")  # what ONNX Runtime's quantizer adds to names
+TOLERANCE = 1e-4  # of a quantization step: float32 arithmetic
+
+
+def compare_weights(
+    root: Path, manifest: Manifest, precision: str, reference: TorchReference
+) -> list[Measurement]:
+    """How many weights of each graph are not those of the float32 graph, rounded; none of a float32 graph.
+
+    What the float32 graph has in another form is looked up in the reference by its name.
+    """
+    graphs = {(graph.key, graph.precision): root / graph.file for graph in manifest.graphs}
+    rows = []
+    for key in [key for key, stated in graphs if stated == precision and precision != FLOAT32]:
+        model = _load(graphs[key, precision])
+        wanted, note = reference.weights(key.partition("@")[0]), ""
+        twin = _initializers(_load(graphs[key, FLOAT32])) if (key, FLOAT32) in graphs else {}
+        traced_together = _names(model) <= set(twin)
+        if traced_together:
+            wanted = twin
+        else:
+            note = "those that PyTorch has by name: there is no float32 graph of the same trace"
+        wrong = dict(_wrong(model, wanted, traced_together))
+        worst = max(wrong, key=lambda weight: wrong[weight], default="")
+        scope, count = f"{graphs[key, precision].name}, against float32", float(sum(wrong.values()))
+        rows.append(Measurement("weights", scope, "weights that differ", count, 0.0, where=worst, note=note))
+    return rows
+
+
+def _names(model: Any) -> set[str]:
+    """Of the weights, as the float32 graph has them; the numbers of a quantization are not among them."""
+    names = {tensor.name for tensor in model.graph.initializer}
+    return {name.removesuffix(SUFFIX) for name in names if not name.endswith(CALIBRATED)}
+
+
+def _wrong(model: Any, wanted: Weights, exact: bool) -> Iterator[tuple[str, int]]:
+    """Name and number of wrong values of every weight that has some. exact: one without its like counts whole."""
+    reduced = _initializers(model)
+    quantized: set[str] = set()
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in reduced:
+            continue
+        values, scale, zero = (reduced[name] for name in node.input)
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+        shape = [-1 if scale.ndim and number == axis % values.ndim else 1 for number in range(values.ndim)]
+        step = np.abs(scale.reshape(shape).astype(np.float64)) if scale.ndim else np.float64(scale)
+        restored = (values.astype(np.float64) - zero.reshape(shape if zero.ndim else ())) * step
+        quantized.update(node.input)
+        like = wanted.get(node.input[0].removesuffix(SUFFIX))
+        if like is None or like.shape != restored.shape:
+            yield from [(node.input[0], restored.size)] if exact else []
+        elif count := int((np.abs(restored - like) > (0.5 + TOLERANCE) * step + 1e-12).sum()):
+            yield node.input[0], count
+    for name, array in reduced.items():
+        if name in quantized or name.endswith(CALIBRATED):
+            continue  # of activations: calibrated, so only the outputs can tell
+        like = wanted.get(name)
+        if like is None or like.shape != array.shape:
+            yield from [(name, array.size)] if exact else []
+        elif count := int((like.astype(array.dtype) != array).sum()):
+            yield name, count
+
+
+def _load(path: Path) -> Any:
+    import onnx
+
+    return onnx.load(path)
+
+
+def _initializers(model: Any) -> Weights:
+    from onnx import numpy_helper
+
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
