@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from runtime import console
-from runtime.errors import OutputError, VerificationError
+from runtime.errors import DDError, OutputError, VerificationError
 
 EPILOG = """
 \b
@@ -32,8 +32,6 @@ def _steps(context: click.Context, parameter: click.Parameter, value: str | None
 
 def _require_validate_extra() -> None:
     from importlib.util import find_spec
-
-    from runtime.errors import DDError
 
     missing = [name for name in ("torch", "safetensors", "yaml") if find_spec(name) is None]
     if missing:
@@ -132,7 +130,7 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
     """Measure the images of BUNDLE (FID, KID, Inception Score, precision, recall), paired with PyTorch's.
 
     Both draw from the same labels and noise; how far they may be apart is in the manifest. Exit code 3 if a
-    limit is passed. A run that was stopped goes on where it was.
+    limit is passed, 1 if there is no verdict. A run that was stopped goes on where it was.
     """
     if options["images"] and options["per_class"]:
         raise click.UsageError("--per-class says how many images: give one of --images and --per-class.")
@@ -151,5 +149,8 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
         click.echo(f"report: {write_report(result, directory)}", err=True)
     for one in result.failures:
         click.echo(f"failed: {failure_line(one)}", err=True)
-    if not result.passed:
-        raise VerificationError(verdict_line(result), "docs/image-quality.md says what each limit holds")
+    hint = "docs/image-quality.md says what the limits hold, and when there is a verdict"
+    if result.failures:
+        raise VerificationError(verdict_line(result), hint)
+    if result.no_verdict and result.settings.paired:
+        raise DDError(verdict_line(result), hint)

@@ -16,15 +16,15 @@ from ddexport.recipe import recipe_from_dict
 from runtime import console
 from runtime.files import make_directory, write_image
 from runtime.images import to_pil
-from runtime.manifest import ROLES, Manifest, read_manifest
+from runtime.manifest import FILE_NAME, ROLES, Manifest, read_manifest, sha256_of
 from runtime.pipeline import load
 from runtime.schedules import by_student_alone
 from validate.batches import Model
 from validate.drawing import ByteImages, draw
-from validate.features._base import Extractor, load_extractor
+from validate.features._base import Extractor, is_random, load_extractor
 from validate.fid_figures import Resampling, figures_of, measurements_of
 from validate.fid_plan import NONE, Options, Plan, order_of, plan_of, require_enough
-from validate.fid_report import Compared, FidReport, Settings
+from validate.fid_report import LEAST_RESAMPLES, Compared, FidReport, Settings
 from validate.fid_state import State, digest_of
 from validate.paired import BUNDLE, REFERENCE, PairedRun, Sink, Sizes
 from validate.parity import BundleModel, Side, opened_side
@@ -36,7 +36,7 @@ from validate.statistics import GROUPS
 
 WIDE = 512  # features: their covariances, one a group and side, take the memory, their roots the time
 GROUPS_NARROW = 100  # more than are usual, where they cost nothing: steadier intervals
-RESAMPLES, RESAMPLES_WIDE = 200, 40
+RESAMPLES, RESAMPLES_WIDE = 200, LEAST_RESAMPLES
 SAMPLE = 10_000  # images a side whose features are kept, for neighbours and kernels
 
 
@@ -49,6 +49,7 @@ def run_fid(options: Options, state_root: Path | None = None) -> FidReport:
     start = time.perf_counter()
     with console.stage(f"loading {options.bundle}", keep=False):
         manifest = read_manifest(options.bundle)
+        digest = sha256_of(options.bundle / FILE_NAME)
     asked = Asked(
         bundle=options.bundle,
         precision=options.precision,
@@ -60,7 +61,7 @@ def run_fid(options: Options, state_root: Path | None = None) -> FidReport:
         plan = plan_of(manifest, side.precision, options)
         extractor = load_extractor(plan.features, options.features_weights)
         require_enough(plan.order.images, extractor, options.allow_few)
-        job = _Job(options, manifest, side, plan, extractor)
+        job = _Job(options, manifest, digest, side, plan, extractor)
         compared = job.compared()
         run = job.paired_run()
         state = job.state(state_root)
@@ -103,6 +104,7 @@ class _Job:
 
     options: Options
     manifest: Manifest
+    digest: str  # SHA-256 of the manifest's file, as it was when the run began
     side: Side
     plan: Plan
     extractor: Extractor
@@ -141,13 +143,8 @@ class _Job:
         with console.stage("computing the figures", keep=False):
             figures = figures_of(run, compared, how)
             measurements = measurements_of(run, figures, gate, how)
-        limits = {
-            "difference": gate.difference_for(run.done),
-            "distance": gate.distance,
-            "changed": gate.changed,
-        }
         settings = self._settings(compared, resumed, time.perf_counter() - start)
-        return FidReport(settings, limits, tuple(figures), tuple(measurements))
+        return FidReport(settings, asdict(gate), tuple(figures), tuple(measurements))
 
     def _another_bundle(self, path: Path) -> Iterator[ByteImages]:
         """Images of another bundle in its student's most steps, as many as are measured; of the next seed,
@@ -200,6 +197,7 @@ class _Job:
         manifest, order = self.manifest, self.plan.order
         return Settings(
             bundle=str(self.options.bundle),
+            manifest=self.digest,
             name=manifest.name,
             weights=describe_weights(manifest),
             precision=self.side.precision,
@@ -219,6 +217,8 @@ class _Job:
             hashes=_hashes(self.manifest, self.side.precision),
             resumed_at=resumed,
             seconds=round(seconds, 2),
+            allow_few=self.options.allow_few,
+            random_features=is_random(self.options.features_weights),
         )
 
 

@@ -98,6 +98,11 @@ class Extractor(ABC):
                 )
 
 
+def is_random(weights: str | Path | None) -> bool:
+    """Whether `random:SEED` is asked for in place of a file."""
+    return str(weights).startswith(RANDOM)
+
+
 def load_extractor(name: str, weights: str | Path | None = None) -> Extractor:
     """The extractor called `name`; `weights`: a file, "random:SEED", or None for those that ship.
 
@@ -106,7 +111,7 @@ def load_extractor(name: str, weights: str | Path | None = None) -> Extractor:
     kind: type[Extractor] = load_plugin(
         "validate.features", name, kind="feature extractor", error=FeatureError
     ).EXTRACTOR
-    if weights is None or not str(weights).startswith(RANDOM):
+    if not is_random(weights):
         return kind.load(None if weights is None else Path(weights))
     seed = str(weights)[len(RANDOM) :]
     if not seed.isdecimal():
