@@ -100,6 +100,13 @@ _POSITIVE = click.IntRange(min=1)
     help="Half precisions with every rounding of a half engine.  [default: emulate on the CPU alone]",
 )
 @click.option("--threads", type=_POSITIVE, metavar="N", help="Of engine and torch.  [default: their choice]")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="NAME",
+    help="Where PyTorch computes features and reference: cpu, cuda, cuda:1.",
+)
 @click.option("--checkpoint", type=_PATH, help="The student's checkpoint that the bundle was made from.")
 @click.option("--vae", type=_PATH, help="The tokenizer's checkpoint that the bundle was made from.")
 @click.option(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from validate.references import Reference
 
 METRIC = "fid"
+PROTOCOL_IMAGES, PROTOCOL_FEATURES = 50_000, "inception"  # what published figures are measured with
+APART = (
+    "other seeds and labels explain about 0.1; more may come of other Inception weights or resizing,"
+    " random weights, another precision"
+)
 KID, SCORE, PRECISION, RECALL = "KID", "Inception Score", "precision", "recall"
 
 Trio: TypeAlias = tuple[Estimate, Estimate | None, Estimate | None]  # bundle, reference, difference
@@ -73,6 +78,28 @@ def measurements_of(run: PairedRun, figures: list[Figure], gate: Gate, how: Resa
         found += [_difference(one.steps, one.difference, gate) for one in fids if one.difference]
         found += _between(steps, pair, run, gate, how)
     return found
+
+
+def published_of(
+    run: PairedRun, compared: Reference | None, figures: list[Figure], published: Mapping[str, Any]
+) -> list[Measurement]:
+    """The published FID of every schedule that has one, for information; [] where the protocol is another.
+
+    published: by the number of steps, as the manifest has it.
+    """
+    extractor, order = run.extractor, run.order
+    features = extractor.name == PROTOCOL_FEATURES and not extractor.random_weights
+    statistics = compared is not None and compared.features is None
+    if not (features and statistics and order.images == PROTOCOL_IMAGES and order.per_class is None):
+        return []
+    return [
+        Measurement(
+            METRIC, scope_of(one.steps), "FID, published", value,
+            note=f"measured less published: {one.bundle.value - value:+.2f}; {APART}",
+        )
+        for one in figures
+        if one.name == FID and isinstance(value := published.get(str(one.steps)), (int, float))
+    ]  # fmt: skip
 
 
 def _difference(steps: int, difference: Estimate, gate: Gate) -> Measurement:

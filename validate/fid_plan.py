@@ -37,6 +37,7 @@ class Options:
     backend: str = "auto"
     emulate: bool | None = None
     threads: int | None = None
+    device: str = "cpu"
     checkpoint: Path | None = None
     vae: Path | None = None
     weights: str | None = None

@@ -99,6 +99,7 @@ class Settings:
     seconds: float = 0.0
     allow_few: bool = False
     random_features: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)

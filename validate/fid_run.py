@@ -20,9 +20,10 @@ from runtime.manifest import FILE_NAME, ROLES, Manifest, read_manifest, sha256_o
 from runtime.pipeline import load
 from runtime.schedules import by_student_alone
 from validate.batches import Model
+from validate.devices import torch_device
 from validate.drawing import ByteImages, draw
-from validate.features._base import Extractor, is_random, load_extractor
-from validate.fid_figures import Resampling, figures_of, measurements_of
+from validate.features._base import Extractor, load_extractor
+from validate.fid_figures import Resampling, figures_of, measurements_of, published_of
 from validate.fid_plan import NONE, Options, Plan, order_of, plan_of, require_enough
 from validate.fid_report import LEAST_RESAMPLES, Compared, FidReport, Settings
 from validate.fid_state import State, digest_of
@@ -47,6 +48,7 @@ def run_fid(options: Options, state_root: Path | None = None) -> FidReport:
     Raises DDError for everything that can be wrong with bundle, options, files and places.
     """
     start = time.perf_counter()
+    torch_device(options.device)  # said before the work
     with console.stage(f"loading {options.bundle}", keep=False):
         manifest = read_manifest(options.bundle)
         digest = sha256_of(options.bundle / FILE_NAME)
@@ -59,7 +61,7 @@ def run_fid(options: Options, state_root: Path | None = None) -> FidReport:
     )
     with opened_side(manifest, asked) as side:
         plan = plan_of(manifest, side.precision, options)
-        extractor = load_extractor(plan.features, options.features_weights)
+        extractor = load_extractor(plan.features, options.features_weights, options.device)
         require_enough(plan.order.images, extractor, options.allow_few)
         job = _Job(options, manifest, digest, side, plan, extractor)
         compared = job.compared()
@@ -126,7 +128,9 @@ class _Job:
         if options.reference_model:
             with console.stage("building the PyTorch reference", keep=False):
                 files = {"student": options.checkpoint, "tokenizer": options.vae}
-                sides[REFERENCE] = build_reference(self.manifest, files, options.weights, options.threads)
+                sides[REFERENCE] = build_reference(
+                    self.manifest, files, options.weights, options.threads, device=options.device
+                )
         sizes = Sizes(self.extractor.width, self.extractor.classes, self._groups, SAMPLE)
         return PairedRun(self.plan.order, self.plan.schedules, self.extractor, sides, sizes)
 
@@ -143,6 +147,7 @@ class _Job:
         with console.stage("computing the figures", keep=False):
             figures = figures_of(run, compared, how)
             measurements = measurements_of(run, figures, gate, how)
+            measurements += published_of(run, compared, figures, self.manifest.published.get("fid") or {})
         settings = self._settings(compared, resumed, time.perf_counter() - start)
         return FidReport(settings, asdict(gate), tuple(figures), tuple(measurements))
 
@@ -182,6 +187,7 @@ class _Job:
             "precision": self.side.precision,
             "backend": self.side.engine,
             "threads": self.options.threads,
+            "device": self.options.device,
             "images": self.plan.order.images,
             "labels": self.plan.order.label_rule,
             "seed": self.plan.order.seed,
@@ -218,7 +224,8 @@ class _Job:
             resumed_at=resumed,
             seconds=round(seconds, 2),
             allow_few=self.options.allow_few,
-            random_features=is_random(self.options.features_weights),
+            random_features=self.extractor.random_weights,
+            device=self.options.device,
         )
 
 

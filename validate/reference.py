@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from runtime.errors import DDError
 from runtime.manifest import Manifest, Source, sha256_of
+from validate.devices import torch_device
 from validate.metrics._base import FloatArray, IntArray, StudentOutput
 
 if TYPE_CHECKING:
@@ -27,27 +28,30 @@ class ReferenceFilesError(DDError):
 
 
 class TorchReference:
-    """Student and decoder as eager float32 modules on the CPU; a `validate.batches.Model`."""
+    """Student and decoder as eager float32 modules on one device; a `validate.batches.Model`."""
 
-    def __init__(self, student: Any, tokenizer: Any, teacher: Any = None) -> None:
+    def __init__(self, student: Any, tokenizer: Any, teacher: Any = None, device: str = "cpu") -> None:
         """teacher: its pass with guidance and an explicit cache, `ddexport.graph.wrappers.TeacherGraph`."""
         self._student, self._tokenizer, self._teacher = student, tokenizer, teacher
+        self._device = device
 
     def student(self, tokens: FloatArray, label: IntArray, known: IntArray) -> StudentOutput:
         """tokens (B, L, Cv) float32, label (B,), known (B,) int64."""
         import torch
 
         with torch.inference_mode():
-            feeds = (torch.from_numpy(array.copy()) for array in (tokens, label, known))
+            feeds = (torch.from_numpy(array.copy()).to(self._device) for array in (tokens, label, known))
             sequence, logits = self._student(*feeds)
-        return StudentOutput(sequence.numpy(), logits.numpy())
+        return StudentOutput(sequence.cpu().numpy(), logits.cpu().numpy())
 
     def decode(self, sequence: FloatArray) -> FloatArray:
         """sequence (B, L, Cv) float32 -> images (B, 3, H, W) float32 in [0, 1]."""
         import torch
 
         with torch.inference_mode():
-            images: FloatArray = self._tokenizer(torch.from_numpy(sequence.copy())).numpy()
+            images: FloatArray = (
+                self._tokenizer(torch.from_numpy(sequence.copy()).to(self._device)).cpu().numpy()
+            )
         return images
 
     def run(self, key: str, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -59,8 +63,8 @@ class TorchReference:
         if split:
             module = self._student.at_split(int(split))
         with torch.inference_mode():
-            outputs = module(*(torch.from_numpy(array.copy()) for array in feeds.values()))
-        arrays = [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
+            outputs = module(*(torch.from_numpy(array.copy()).to(self._device) for array in feeds.values()))
+        arrays = [output.cpu().numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
         caches = [f"new_{name}" for name in feeds if name.startswith(("key_", "value_"))]
         names = {"student": ["sequence", "logits"], "decoder": ["image"], "teacher": ["logits", *caches]}
         return dict(zip(names[role], arrays, strict=True))
@@ -72,6 +76,7 @@ def build_reference(
     weights: str | None = None,
     threads: int | None = None,
     teacher: bool = False,
+    device: str = "cpu",
 ) -> TorchReference:
     """Rebuilds what the bundle was exported from, by the recipe in its manifest.
 
@@ -81,6 +86,7 @@ def build_reference(
         weights: "ema" or "model"; by default the copy that the bundle was made from.
         threads: of torch, for the whole process; by default torch's own choice.
         teacher: whether the bundle's teacher, if it has one, is wanted too.
+        device: of PyTorch, see `validate.devices`, which also keeps its products in float32.
 
     Raises:
         ReferenceFilesError: a file is missing, not wanted, or has another SHA-256 than the manifest's.
@@ -110,13 +116,15 @@ def build_reference(
             path = _file_of(manifest, recipe, role, sources.get(role), files)
             copy = weights or (sources[role].weights if role in sources else None) or "ema"
             parts[role] = load_part(recipe, role, path, copy)
-    connect(parts["student"], parts["tokenizer"])
+    torch_device(device)
+    connect(parts["student"], parts["tokenizer"])  # before: a codebook that nobody gave yet cannot be moved
+    parts = {role: part.to(device) for role, part in parts.items()}
     if "teacher" not in parts:
-        return TorchReference(parts["student"], parts["tokenizer"])
+        return TorchReference(parts["student"], parts["tokenizer"], device=device)
     from ddexport.graph.wrappers import TeacherGraph
 
-    graph = TeacherGraph(parts["teacher"], parts["tokenizer"]).eval()
-    return TorchReference(parts["student"], parts["tokenizer"], graph)
+    graph = TeacherGraph(parts["teacher"], parts["tokenizer"]).eval().to(device)
+    return TorchReference(parts["student"], parts["tokenizer"], graph, device)
 
 
 def describe_weights(manifest: Manifest) -> str:

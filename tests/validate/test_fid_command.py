@@ -463,6 +463,12 @@ class TestBadInput:
         self.expect(fid(digits_bundle, "--report", tmp_path / "file"), 1, "file")
         self.expect(fid(digits_bundle, "--save-images", tmp_path / "file" / "png"), 1, "file")
 
+    def test_a_device_that_is_not_there(self, digits_bundle, fid, monkeypatch):
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+        self.expect(
+            fid(digits_bundle, "--device", "cuda"), 1, "--device cuda: this PyTorch sees no CUDA device"
+        )
+
     def test_no_bundle(self, fid, tmp_path):
         self.expect(fid(tmp_path / "none"), 1, "not a bundle")
 

@@ -19,6 +19,7 @@ from validate.fid_figures import (
     Resampling,
     figures_of,
     measurements_of,
+    published_of,
 )
 from validate.fid_report import Compared, Estimate, FidReport, Figure, Settings, scope_of, table, verdict_line
 from validate.metrics._base import Measurement
@@ -177,6 +178,45 @@ class TestGate:
 
     def test_a_figure_that_is_no_number_does_not_pass(self):
         assert not Measurement("fid", "1 step", "FID, difference", float("nan"), 0.01).passed
+
+
+class TestPublished:
+    """The row that says how far a run is from the paper's figure, measured as the paper's was."""
+
+    @pytest.fixture
+    def run(self, toy):
+        run = measured(toy, toy())
+        run.extractor.name = "inception"
+        run.order = dataclasses.replace(run.order, images=50_000)
+        return run
+
+    @pytest.fixture
+    def bare(self, compared):
+        return dataclasses.replace(compared, features=None)
+
+    def test_the_published_figure_stands_beside_the_measured_one(self, run, bare):
+        figures = figures_of(run, bare, HOW)
+        (row,) = published_of(run, bare, figures, {"1": 9.94, "2": 7.82})
+        assert (row.value, row.gated, row.scope) == (9.94, False, "1 step")
+        assert f"measured less published: {figures[0].bundle.value - 9.94:+.2f}" in row.note
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            lambda run, bare: setattr(run, "order", dataclasses.replace(run.order, images=49_999)),
+            lambda run, bare: setattr(run, "order", dataclasses.replace(run.order, per_class=12_500)),
+            lambda run, bare: setattr(run.extractor, "name", "inception_tf"),
+            lambda run, bare: setattr(run.extractor, "random_weights", True),
+            lambda run, bare: object.__setattr__(bare, "features", np.zeros((500, 6), np.float32)),
+        ],
+    )
+    def test_another_protocol_has_no_such_row(self, run, bare, other):
+        other(run, bare)
+        assert published_of(run, bare, figures_of(run, bare, HOW), {"1": 9.94}) == []
+
+    @pytest.mark.parametrize("published", [{}, {"2": 7.82}, {"1": "9.94"}])
+    def test_nor_has_a_schedule_without_a_published_figure(self, run, bare, published):
+        assert published_of(run, bare, figures_of(run, bare, HOW), published) == []
 
 
 class TestReport:
