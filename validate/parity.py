@@ -122,7 +122,7 @@ def opened_side(manifest: Manifest, options: Options) -> Iterator[Side]:
 
 def run_parity(options: Options) -> tuple[ParityReport, Comparison]:
     """Runs bundle and reference and measures. Raises DDError where one of them cannot be run."""
-    from runtime.manifest import read_manifest
+    from runtime.manifest import FILE_NAME, read_manifest, sha256_of
     from validate.harness import compare, measure
     from validate.reference import build_reference, describe_weights
     from validate.report import ParityReport, Settings
@@ -131,6 +131,7 @@ def run_parity(options: Options) -> tuple[ParityReport, Comparison]:
     start = time.perf_counter()
     with console.stage(f"loading {options.bundle}", keep=False):
         manifest = read_manifest(options.bundle)
+        digest = sha256_of(options.bundle / FILE_NAME)
     with opened_side(manifest, options) as side:
         limits = _limits(manifest, side.precision)
         with console.stage("building the reference", keep=False):
@@ -148,6 +149,7 @@ def run_parity(options: Options) -> tuple[ParityReport, Comparison]:
                 comparison = comparison.with_more(compare_teachers(graphs, modules, drawn))
         settings = Settings(
             bundle=str(options.bundle),
+            manifest=digest,
             name=manifest.name,
             weights=describe_weights(manifest),
             precision=side.precision,

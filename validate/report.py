@@ -25,6 +25,7 @@ class Settings:
     """What was compared, and how: everything needed to run it again."""
 
     bundle: str
+    manifest: str  # SHA-256 of the bundle.json
     name: str
     weights: str
     precision: str
