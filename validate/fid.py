@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from runtime import console
-from runtime.errors import OutputError, VerificationError
+from runtime.errors import DDError, OutputError, VerificationError
 
 EPILOG = """
 \b
@@ -32,8 +32,6 @@ def _steps(context: click.Context, parameter: click.Parameter, value: str | None
 
 def _require_validate_extra() -> None:
     from importlib.util import find_spec
-
-    from runtime.errors import DDError
 
     missing = [name for name in ("torch", "safetensors", "yaml") if find_spec(name) is None]
     if missing:
@@ -102,6 +100,13 @@ _POSITIVE = click.IntRange(min=1)
     help="Half precisions with every rounding of a half engine.  [default: emulate on the CPU alone]",
 )
 @click.option("--threads", type=_POSITIVE, metavar="N", help="Of engine and torch.  [default: their choice]")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="NAME",
+    help="Where PyTorch computes features and reference: cpu, cuda, cuda:1.",
+)
 @click.option("--checkpoint", type=_PATH, help="The student's checkpoint that the bundle was made from.")
 @click.option("--vae", type=_PATH, help="The tokenizer's checkpoint that the bundle was made from.")
 @click.option(
@@ -132,7 +137,7 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
     """Measure the images of BUNDLE (FID, KID, Inception Score, precision, recall), paired with PyTorch's.
 
     Both draw from the same labels and noise; how far they may be apart is in the manifest. Exit code 3 if a
-    limit is passed. A run that was stopped goes on where it was.
+    limit is passed, 1 if there is no verdict. A run that was stopped goes on where it was.
     """
     if options["images"] and options["per_class"]:
         raise click.UsageError("--per-class says how many images: give one of --images and --per-class.")
@@ -151,5 +156,8 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
         click.echo(f"report: {write_report(result, directory)}", err=True)
     for one in result.failures:
         click.echo(f"failed: {failure_line(one)}", err=True)
-    if not result.passed:
-        raise VerificationError(verdict_line(result), "docs/image-quality.md says what each limit holds")
+    hint = "docs/image-quality.md says what the limits hold, and when there is a verdict"
+    if result.failures:
+        raise VerificationError(verdict_line(result), hint)
+    if result.no_verdict and result.settings.paired:
+        raise DDError(verdict_line(result), hint)

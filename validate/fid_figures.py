@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import sqrt
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from validate.bootstrap import bootstrap, figure
-from validate.fid_report import Estimate, Figure, scope_of
+from validate.fid_report import CHANGED, DIFFERENCE, DISTANCE, FID, Estimate, Figure, scope_of
 from validate.metrics._base import IntArray, Measurement
 from validate.metrics.frechet import FrechetTo, frechet_distance, require_samples
 from validate.metrics.inception_score import SPLITS, ScoreSums
@@ -23,23 +22,23 @@ if TYPE_CHECKING:
     from validate.references import Reference
 
 METRIC = "fid"
-FID, KID, SCORE, PRECISION, RECALL = "FID", "KID", "Inception Score", "precision", "recall"
+PROTOCOL_IMAGES, PROTOCOL_FEATURES = 50_000, "inception"  # what published figures are measured with
+APART = (
+    "other seeds and labels explain about 0.1; more may come of other Inception weights or resizing,"
+    " random weights, another precision"
+)
+KID, SCORE, PRECISION, RECALL = "KID", "Inception Score", "precision", "recall"
 
 Trio: TypeAlias = tuple[Estimate, Estimate | None, Estimate | None]  # bundle, reference, difference
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The limits of one precision, for so many `images`; None: shown, but not held."""
+    """The limits of one precision; None: shown, but not held."""
 
-    images: int
     difference: float | None = None
     distance: float | None = None
     changed: float | None = None
-
-    def difference_for(self, images: int) -> float | None:
-        """The limit of the FID difference: chance differences grow as 1 / sqrt(N) in smaller sets."""
-        return None if self.difference is None else self.difference * sqrt(max(1.0, self.images / images))
 
 
 @dataclass(frozen=True)
@@ -76,21 +75,39 @@ def measurements_of(run: PairedRun, figures: list[Figure], gate: Gate, how: Resa
     found: list[Measurement] = []
     for steps, pair in run.pairs.items():
         fids = [one for one in figures if one.steps == steps and one.name == FID]
-        found += [_difference(one, gate, run.done) for one in fids]
+        found += [_difference(one.steps, one.difference, gate) for one in fids if one.difference]
         found += _between(steps, pair, run, gate, how)
     return found
 
 
-def _difference(one: Figure, gate: Gate, images: int) -> Measurement:
-    assert one.difference is not None  # of a pair
-    return Measurement(
-        METRIC,
-        scope_of(one.steps),
-        "FID, difference",
-        abs(one.difference.value),
-        gate.difference_for(images),
-        note=one.difference.text(sign=True),
-    )
+def published_of(
+    run: PairedRun, compared: Reference | None, figures: list[Figure], published: Mapping[str, Any]
+) -> list[Measurement]:
+    """The published FID of every schedule that has one, for information; [] where the protocol is another.
+
+    published: by the number of steps, as the manifest has it.
+    """
+    extractor, order = run.extractor, run.order
+    features = extractor.name == PROTOCOL_FEATURES and not extractor.random_weights
+    statistics = compared is not None and compared.features is None
+    if not (features and statistics and order.images == PROTOCOL_IMAGES and order.per_class is None):
+        return []
+    return [
+        Measurement(
+            METRIC, scope_of(one.steps), "FID, published", value,
+            note=f"measured less published: {one.bundle.value - value:+.2f}; {APART}",
+        )
+        for one in figures
+        if one.name == FID and isinstance(value := published.get(str(one.steps)), (int, float))
+    ]  # fmt: skip
+
+
+def _difference(steps: int, difference: Estimate, gate: Gate) -> Measurement:
+    """What is held is how far the interval reaches from zero: fewer images widen it, and never the limit."""
+    ends = [end for end in (difference.value, difference.low, difference.high) if end is not None]
+    note = f"{'far end of ' if difference.low is not None else ''}{difference.text(sign=True)}"
+    largest = float(np.abs(ends).max())  # NaN where one is
+    return Measurement(METRIC, scope_of(steps), DIFFERENCE, largest, gate.difference, note=note)
 
 
 def _between(steps: int, pair: PairTally, run: PairedRun, gate: Gate, how: Resampling) -> list[Measurement]:
@@ -101,11 +118,11 @@ def _between(steps: int, pair: PairTally, run: PairedRun, gate: Gate, how: Resam
     apart = f"image {int(pair.worst)}" if pair.largest else ""
     return [
         Measurement(
-            METRIC, scope, "feature distance, paired", _relative(pair, reference), gate.distance,
+            METRIC, scope, DISTANCE, _relative(pair, reference), gate.distance,
             note="1 for unrelated images",
         ),
         Measurement(
-            METRIC, scope, "images that differ", changed / images, gate.changed,
+            METRIC, scope, CHANGED, changed / images, gate.changed,
             note=f"{changed:,} of {images:,} by more than {VISIBLE} of 255",
             counts={"changed": changed, "identical": identical, "images": images},
         ),

@@ -12,7 +12,7 @@ from runtime.manifest import Manifest
 from runtime.pipeline import default_batch_size
 from runtime.schedules import by_student_alone
 from validate.drawing import Order
-from validate.features._base import Extractor
+from validate.features._base import Extractor, is_random
 from validate.fid_figures import Gate
 from validate.statistics import TooFewSamples
 
@@ -37,6 +37,7 @@ class Options:
     backend: str = "auto"
     emulate: bool | None = None
     threads: int | None = None
+    device: str = "cpu"
     checkpoint: Path | None = None
     vae: Path | None = None
     weights: str | None = None
@@ -119,7 +120,7 @@ def _gate(
 ) -> Gate:
     """The limits of a precision. Raises VerificationError where a comparison has none: that is no pass."""
     if not options.reference_model:
-        return Gate(1)
+        return Gate()
     limits = (entry.get("limits") or {}).get(precision)
     if not limits or not isinstance(limits.get("difference"), (int, float)):
         raise VerificationError(
@@ -127,10 +128,9 @@ def _gate(
             f"state them in the recipe under parity.fid.limits.{precision} and export again,"
             " or measure the bundle alone with --no-reference-model",
         )
-    own = features == entry.get("features")
+    own = features == entry.get("features") and not is_random(options.features_weights)
     # The unit of a Frechet distance is that of its features: a limit says nothing about others.
     return Gate(
-        int(entry.get("images", 1)),
         float(limits["difference"]) if own else None,
         limits.get("distance"),
         limits.get("changed"),

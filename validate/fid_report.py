@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,9 @@ from validate.metrics._base import Measurement
 
 SCHEMA = 1
 NAME_WIDTH, CELL_WIDTH = 30, 32
+FID = "FID"
+DIFFERENCE, DISTANCE, CHANGED = "FID, difference", "feature distance, paired", "images that differ"
+LEAST_RESAMPLES = 40  # of a 95 % interval: one beyond either end
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Settings:
     """What was measured, and how: everything needed to run it again."""
 
     bundle: str
+    manifest: str  # SHA-256 of the bundle.json
     name: str
     weights: str
     precision: str
@@ -94,6 +97,9 @@ class Settings:
     hashes: dict[str, str] = field(default_factory=dict)
     resumed_at: int = 0
     seconds: float = 0.0
+    allow_few: bool = False
+    random_features: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -111,15 +117,38 @@ class FidReport:
         return tuple(one for one in self.measurements if not one.passed)
 
     @property
-    def passed(self) -> bool:
-        """Whether every gated measurement keeps to its limit."""
-        return not self.failures
+    def no_verdict(self) -> str:
+        """Why rows that keep to their limits are no pass; "" where they are one, or where one does not."""
+        settings, rows = self.settings, [one for one in self.measurements if one.name == DIFFERENCE]
+        if self.failures:
+            return ""
+        if not settings.paired:
+            return "measured alone, without PyTorch beside it"
+        compared = {one.scope for one in rows} == {scope_of(steps) for steps in settings.steps}
+        differences = [one.difference for one in self.figures if one.name == FID]
+        interval = all(one is not None and one.low is not None for one in differences)
+        reasons = {
+            "no FID compares the two sides (--reference none)": not compared,
+            "--allow-few is for trials of the tools": settings.allow_few,
+            "random feature weights measure nothing": settings.random_features,
+            f"the limits are not for the features {settings.features}": not all(one.gated for one in rows)
+            and not settings.random_features,
+            f"no interval of the FID difference (--bootstrap {LEAST_RESAMPLES} at least)": not interval
+            or settings.bootstrap < LEAST_RESAMPLES,
+        }
+        return "; ".join(reason for reason, holds in reasons.items() if holds)
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether every gated measurement keeps to its limit; None: there is no verdict."""
+        return False if self.failures else None if self.no_verdict else True
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data: the JSON report, and what `--json` prints."""
         return {
             "schema": SCHEMA,
             "passed": self.passed,
+            "no_verdict": self.no_verdict or None,
             **asdict(self.settings),
             "steps": list(self.settings.steps),
             "limits": self.limits,
@@ -140,22 +169,21 @@ def write_report(report: FidReport, directory: Path) -> Path:
 def table(report: FidReport) -> str:
     """Figures and measurements as text, by schedule."""
     lines = [_title(report.settings)]
-    for steps, figures in groupby(report.figures, key=lambda one: one.steps):
-        heads = ("bundle", "PyTorch", "difference") if report.settings.paired else ("bundle",)
-        scope = scope_of(steps)
-        lines += ["", f"{scope:{NAME_WIDTH}}" + "".join(f"{head:<{CELL_WIDTH}}" for head in heads).rstrip()]
-        lines += [_figure_line(figure) for figure in figures]
-        rows = [one for one in report.measurements if one.scope == scope]
-        lines += ["  bundle against PyTorch"] if rows else []
-        lines += [_measurement_line(one) for one in rows]
+    heads = ("bundle", "PyTorch", "difference") if report.settings.paired else ("bundle",)
+    schedules = map(scope_of, report.settings.steps)
+    for scope in dict.fromkeys((*schedules, *(one.scope for one in report.measurements))):
+        figures = [one for one in report.figures if scope_of(one.steps) == scope]
+        titles = "".join(f"{head:<{CELL_WIDTH}}" for head in heads) if figures else ""
+        lines += ["", f"{scope:{NAME_WIDTH}}{titles}".rstrip(), *map(_figure_line, figures)]
+        lines += [_measurement_line(one) for one in report.measurements if one.scope == scope]
     return "\n".join([*lines, "", verdict_line(report)])
 
 
 def verdict_line(report: FidReport) -> str:
     """One sentence: whether the gate holds."""
     gated = sum(one.gated for one in report.measurements)
-    if not report.settings.paired:
-        return "figures of the bundle alone: nothing was held to a limit"
+    if report.no_verdict:
+        return f"no verdict: {report.no_verdict}"
     if report.passed:
         return f"image quality holds: {gated} of {gated} measurements within their limits"
     return f"image quality fails: {len(report.failures)} of {gated} measurements past their limits"

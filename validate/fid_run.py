@@ -16,15 +16,16 @@ from ddexport.recipe import recipe_from_dict
 from runtime import console
 from runtime.files import make_directory, write_image
 from runtime.images import to_pil
-from runtime.manifest import ROLES, Manifest
+from runtime.manifest import FILE_NAME, ROLES, Manifest, sha256_of
 from runtime.pipeline import Pipeline, load
 from runtime.schedules import by_student_alone
 from validate.contents import check_contents, open_manifest
+from validate.devices import torch_device
 from validate.drawing import ByteImages, Draw, by_pipeline, by_reference
 from validate.features._base import Extractor, load_extractor
-from validate.fid_figures import Resampling, figures_of, measurements_of
+from validate.fid_figures import Resampling, figures_of, measurements_of, published_of
 from validate.fid_plan import NONE, Options, Plan, order_of, plan_of, require_enough
-from validate.fid_report import Compared, FidReport, Settings
+from validate.fid_report import LEAST_RESAMPLES, Compared, FidReport, Settings
 from validate.fid_state import State, digest_of
 from validate.paired import BUNDLE, REFERENCE, PairedRun, Sink, Sizes
 from validate.reference import build_reference, describe_weights
@@ -35,7 +36,7 @@ from validate.statistics import GROUPS
 
 WIDE = 512  # features: their covariances, one a group and side, take the memory, their roots the time
 GROUPS_NARROW = 100  # more than are usual, where they cost nothing: steadier intervals
-RESAMPLES, RESAMPLES_WIDE = 200, 40
+RESAMPLES, RESAMPLES_WIDE = 200, LEAST_RESAMPLES
 SAMPLE = 10_000  # images a side whose features are kept, for neighbours and kernels
 
 
@@ -46,14 +47,16 @@ def run_fid(options: Options, state_root: Path | None = None) -> FidReport:
     Raises DDError for everything that can be wrong with bundle, options, files and places.
     """
     start = time.perf_counter()
+    torch_device(options.device)  # said before the work
     with console.stage(f"loading {options.bundle}", keep=False):
         manifest = open_manifest(options.bundle)
+        digest = sha256_of(options.bundle / FILE_NAME)
     how = (options.backend, options.precision, options.emulate, options.threads)
     with opened(options.bundle, manifest, *how) as pipe:
         plan = plan_of(manifest, pipe.precision, options)
-        extractor = load_extractor(plan.features, options.features_weights)
+        extractor = load_extractor(plan.features, options.features_weights, options.device)
         require_enough(plan.order.images, extractor, options.allow_few)
-        job = _Job(options, manifest, pipe, plan, extractor)
+        job = _Job(options, manifest, digest, pipe, plan, extractor)
         compared = job.compared()
         run = job.paired_run()
         state = job.state(state_root)
@@ -96,6 +99,7 @@ class _Job:
 
     options: Options
     manifest: Manifest
+    digest: str  # SHA-256 of the manifest's file, as it was when the run began
     pipe: Pipeline
     plan: Plan
     extractor: Extractor
@@ -117,7 +121,9 @@ class _Job:
         if options.reference_model:
             with console.stage("building the PyTorch reference", keep=False):
                 files = {"student": options.checkpoint, "tokenizer": options.vae}
-                reference = build_reference(self.manifest, files, options.weights, options.threads)
+                reference = build_reference(
+                    self.manifest, files, options.weights, options.threads, device=options.device
+                )
                 check_contents(options.bundle, self.manifest, reference)
                 sides[REFERENCE] = by_reference(reference, self.plan.schedules)
         sizes = Sizes(self.extractor.width, self.extractor.classes, self._groups, SAMPLE)
@@ -136,13 +142,9 @@ class _Job:
         with console.stage("computing the figures", keep=False):
             figures = figures_of(run, compared, how)
             measurements = measurements_of(run, figures, gate, how)
-        limits = {
-            "difference": gate.difference_for(run.done),
-            "distance": gate.distance,
-            "changed": gate.changed,
-        }
+            measurements += published_of(run, compared, figures, self.manifest.published.get("fid") or {})
         settings = self._settings(compared, resumed, time.perf_counter() - start)
-        return FidReport(settings, limits, tuple(figures), tuple(measurements))
+        return FidReport(settings, asdict(gate), tuple(figures), tuple(measurements))
 
     def _another_bundle(self, path: Path) -> Iterator[ByteImages]:
         """Images of another bundle in its student's most steps, as many as are measured; of the next seed,
@@ -180,6 +182,7 @@ class _Job:
             "precision": self.pipe.precision,
             "backend": self.pipe.backend.name,
             "threads": self.options.threads,
+            "device": self.options.device,
             "images": self.plan.order.images,
             "labels": self.plan.order.label_rule,
             "seed": self.plan.order.seed,
@@ -195,6 +198,7 @@ class _Job:
         manifest, order = self.manifest, self.plan.order
         return Settings(
             bundle=str(self.options.bundle),
+            manifest=self.digest,
             name=manifest.name,
             weights=describe_weights(manifest),
             precision=self.pipe.precision,
@@ -214,6 +218,9 @@ class _Job:
             hashes=_hashes(self.manifest, self.pipe.precision),
             resumed_at=resumed,
             seconds=round(seconds, 2),
+            allow_few=self.options.allow_few,
+            random_features=self.extractor.random_weights,
+            device=self.options.device,
         )
 
 

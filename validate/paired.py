@@ -115,7 +115,7 @@ class PairedRun:
         sizes: Sizes,
     ) -> None:
         self.order, self.schedules, self.sides = order, schedules, sides
-        self._extractor = extractor
+        self.extractor = extractor
         self.sets = {(side, steps): SetTally(sizes) for side in sides for steps in schedules}
         self.pairs = {steps: PairTally(sizes.groups) for steps in schedules if len(sides) > 1}
         self.done = 0
@@ -154,7 +154,7 @@ class PairedRun:
             for steps, images in draw(self.order, indices).items():
                 if sink is not None:
                     sink(side, steps, indices, images)
-                found[side, steps] = images, self._extractor(images)
+                found[side, steps] = images, self.extractor(images)
         return found
 
     def _count(self, indices: range, drawn: Mapping[tuple[str, int], tuple[ByteImages, Readings]]) -> None:

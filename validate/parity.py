@@ -51,7 +51,10 @@ class Options:
 def run_parity(
     options: Options, complete: bool = True
 ) -> tuple[ParityReport, Comparison, list[ReferenceRun]]:
-    """Runs bundle and reference and measures. complete: every limit has to be stated. Raises DDError where one of them cannot be run."""
+    """Runs bundle and reference and measures. complete: every limit has to be stated.
+
+    Raises DDError where one of the two cannot be run.
+    """
     from runtime.manifest import FILE_NAME, sha256_of
     from runtime.teacher import Choice
     from validate.compare import compare, measure, noise_for, request_of, run_reference

@@ -25,8 +25,8 @@ class Settings:
     """What was compared, and how: everything needed to run it again."""
 
     bundle: str
-    name: str
     manifest: str  # SHA-256 of the bundle.json
+    name: str
     weights: str
     precision: str
     backend: str

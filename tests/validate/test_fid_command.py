@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import runtime
-from runtime.manifest import file_info
+from runtime.manifest import file_info, sha256_of
 from validate import cli, fid_state, paired
 from validate.features._base import load_extractor
 from validate.references import DATA
@@ -54,12 +54,12 @@ def statistics(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fid(statistics: Path, tmp_path: Path) -> Callable[..., Result]:
-    """fid(bundle, *options): one step, a few images, no intervals, unless told otherwise."""
+    """fid(bundle, *options): one step, a few images, the fewest resamples, unless told otherwise."""
 
     def run(bundle: Path, *options: object) -> Result:
         given = [str(option) for option in options]
         for name, value in (
-            ("--images", IMAGES), ("--batch", BATCH), ("--steps", 1), ("--bootstrap", 0), ("--threads", 1),
+            ("--images", IMAGES), ("--batch", BATCH), ("--steps", 1), ("--bootstrap", 40), ("--threads", 1),
             ("--reference", statistics), ("--report", tmp_path / "report"),
         ):  # fmt: skip
             if name not in given and not (name == "--images" and "--per-class" in given):
@@ -116,7 +116,7 @@ def figures(result: Result) -> Any:
 class TestGoodBundles:
     def test_the_embedded_model_passes_in_one_and_two_steps(self, digits_bundle, fid, tmp_path):
         """As the recipe says: real digits, all figures, and a report that is what `--json` prints."""
-        result = fid(digits_bundle, "--steps", "1,2", "--reference", "data", "--bootstrap", 20, "--json")
+        result = fid(digits_bundle, "--steps", "1,2", "--reference", "data", "--json")
         assert result.exit_code == 0, result.output
         printed = json.loads(result.stdout)
         assert printed == json.loads((tmp_path / "report" / "fid-fp32.json").read_text())
@@ -129,11 +129,12 @@ class TestGoodBundles:
         assert not (tmp_path / "report" / "fid-state").exists()
         assert not (digits_bundle / "parity").exists()
 
-    def test_a_bundle_alone_gets_figures_and_no_verdict(self, digits_bundle, fid):
+    def test_a_bundle_alone_gets_figures_and_no_verdict(self, digits_bundle, fid, tmp_path):
         result = fid(digits_bundle, "--no-reference-model")
         assert result.exit_code == 0, result.output
-        assert "nothing was held to a limit" in result.stdout
-        assert "PyTorch" not in result.stdout
+        assert result.stdout.endswith("no verdict: measured alone, without PyTorch beside it\n")
+        assert "PyTorch" not in result.stdout.split("no verdict")[0]
+        assert json.loads((tmp_path / "report" / "fid-fp32.json").read_text())["passed"] is None
 
     def test_the_images_are_those_of_the_runtime(self, digits_bundle, fid, tmp_path):
         """What was measured is what a user gets for the same labels and seed, batch or not."""
@@ -174,10 +175,32 @@ class TestGoodBundles:
         assert value > 0.1
         assert json.loads(result.stdout)["compared"]["images"] == IMAGES
 
-    def test_without_a_reference_set(self, digits_bundle, fid):
-        result = fid(digits_bundle, "--reference", "none", "--json")
-        assert result.exit_code == 0, result.output
-        assert "feature distance, paired" in {row["name"] for row in figures(result)[1]}
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            (("--reference", "none"), "no FID compares the two sides"),
+            (("--images", 12, "--allow-few"), "--allow-few"),
+            (("--bootstrap", 1), "no interval"),
+        ],
+    )
+    def test_what_a_run_cannot_tell_is_no_pass(self, digits_bundle, fid, tmp_path, options, reason):
+        """A good bundle, so that every row keeps to its limit; figures are shown and written all the same."""
+        result = fid(digits_bundle, *options)
+        assert result.exit_code == 1, result.output
+        verdict = result.stdout.splitlines()[-1]
+        assert verdict.startswith("no verdict: ") and reason in verdict and verdict in result.stderr
+        assert "images that differ" in result.stdout
+        written = json.loads((tmp_path / "report" / "fid-fp32.json").read_text())
+        assert (written["passed"], f"no verdict: {written['no_verdict']}") == (None, verdict)
+        assert written["manifest"] == sha256_of(digits_bundle / "bundle.json")
+
+    def test_random_features_hold_nothing(self, digits_bundle, fid):
+        """The gate once said `holds 2 of 2` here: no reference, random Inception, a few images."""
+        few = ("--images", 2, "--allow-few", "--reference", "none", "--bootstrap", 0, "--json")
+        result = fid(digits_bundle, *few, "--features", "inception", "--features-weights", "random:0")
+        assert result.exit_code == 1, result.output
+        data = json.loads(result.stdout)
+        assert data["passed"] is None and "random feature weights" in data["no_verdict"]
 
     def test_a_read_only_bundle_is_measured_without_a_report(self, digits_bundle, statistics, tmp_path):
         bundle = shutil.copytree(digits_bundle, tmp_path / "copy")
@@ -249,7 +272,7 @@ class TestStops:
         self, digits_bundle, fid, tmp_path, monkeypatch
     ):
         """The figures of a run in two parts are those of a run in one, bit for bit."""
-        whole = fid(digits_bundle, "--json", "--bootstrap", 20, "--report", tmp_path / "whole")
+        whole = fid(digits_bundle, "--json", "--report", tmp_path / "whole")
         fine, calls = paired.PairedRun._draw, []
 
         def draw(self, indices, sink):
@@ -260,10 +283,10 @@ class TestStops:
 
         with monkeypatch.context() as patch:
             patch.setattr(paired.PairedRun, "_draw", draw)
-            stopped = fid(digits_bundle, "--json", "--bootstrap", 20)
+            stopped = fid(digits_bundle, "--json")
         assert stopped.exit_code == 130
         assert "stopped after 100 of 150 images: the same command goes on from there" in stopped.stderr
-        again = fid(digits_bundle, "--json", "--bootstrap", 20)
+        again = fid(digits_bundle, "--json")
         assert again.exit_code == 0, again.output
         assert json.loads(again.stdout)["resumed_at"] == 100
         assert figures(again) == figures(whole)
@@ -275,7 +298,7 @@ class TestStops:
         """SIGKILL, which no handler sees, in the middle of the third batch."""
         state = tmp_path / "state"
         options = [
-            "--images", IMAGES, "--batch", BATCH, "--steps", 1, "--threads", 1, "--bootstrap", 0,
+            "--images", IMAGES, "--batch", BATCH, "--steps", 1, "--threads", 1, "--bootstrap", 40,
             "--reference", statistics, "--report", tmp_path / "report", "--state", state, "--json",
         ]  # fmt: skip
         code = (
@@ -372,9 +395,6 @@ class TestBadInput:
         result = fid(digits_bundle, "--images", 64)
         self.expect(result, 1, "64 images do not determine", "64 features", "draw 65 at least", "--allow-few")
 
-    def test_allow_few_measures_all_the_same(self, digits_bundle, fid):
-        assert fid(digits_bundle, "--images", 12, "--allow-few").exit_code == 0
-
     def test_one_image_is_never_enough(self, digits_bundle, fid):
         self.expect(fid(digits_bundle, "--images", 1, "--allow-few"), 1, "draw 2 at least")
 
@@ -442,6 +462,12 @@ class TestBadInput:
         (tmp_path / "file").touch()
         self.expect(fid(digits_bundle, "--report", tmp_path / "file"), 1, "file")
         self.expect(fid(digits_bundle, "--save-images", tmp_path / "file" / "png"), 1, "file")
+
+    def test_a_device_that_is_not_there(self, digits_bundle, fid, monkeypatch):
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+        self.expect(
+            fid(digits_bundle, "--device", "cuda"), 1, "--device cuda: this PyTorch sees no CUDA device"
+        )
 
     def test_no_bundle(self, fid, tmp_path):
         self.expect(fid(tmp_path / "none"), 1, "not a bundle")

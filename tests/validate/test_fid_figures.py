@@ -19,8 +19,9 @@ from validate.fid_figures import (
     Resampling,
     figures_of,
     measurements_of,
+    published_of,
 )
-from validate.fid_report import Estimate, FidReport, Settings, scope_of, table, verdict_line
+from validate.fid_report import Compared, Estimate, FidReport, Figure, Settings, scope_of, table, verdict_line
 from validate.metrics._base import Measurement
 from validate.metrics.frechet import frechet_distance, gaussian_fit
 from validate.paired import BUNDLE, REFERENCE, PairedRun, Sizes
@@ -28,7 +29,7 @@ from validate.references import Reference
 from validate.statistics import TooFewSamples
 
 HOW = Resampling(60)
-GATE = Gate(400, difference=0.01, distance=1e-4, changed=0.01)
+GATE = Gate(difference=0.01, distance=1e-4, changed=0.01)
 
 
 class Colours(Extractor):
@@ -160,28 +161,76 @@ class TestGate:
 
     def test_a_limit_that_is_left_out_is_not_held(self, toy, compared):
         run = measured(toy, toy(embedding_error=0.5))
-        assert failed(run, compared, Gate(400, difference=1e9)) == set()
+        assert failed(run, compared, Gate(difference=1e9)) == set()
 
-    def test_small_sets_have_a_wider_limit(self):
-        """Chance differences grow as one over the root of the count."""
-        assert GATE.difference_for(400) == GATE.difference_for(40_000) == 0.01
-        assert GATE.difference_for(100) == pytest.approx(0.02)
-        assert Gate(400).difference_for(100) is None
+    @pytest.mark.parametrize("apart", [Estimate(0.01, -0.05, 0.03), Estimate(-0.05, -0.04, 0.03)])
+    def test_the_far_end_of_the_interval_is_held(self, toy, compared, apart):
+        """An estimate below the limit is no pass where its interval reaches past it."""
+        figures = [Figure(1, FID, Estimate(1.0), Estimate(1.0), apart)]
+        row, *_ = measurements_of(measured(toy, toy()), figures, Gate(difference=0.049), HOW)
+        assert (row.value, row.limit, row.passed) == (0.05, 0.049, False)
+        assert apart.text(sign=True) in row.note
+
+    def test_fewer_images_do_not_widen_the_limit(self, toy, compared):
+        run = measured(toy, toy(), images=40)
+        row, *_ = measurements_of(run, figures_of(run, compared, HOW), GATE, HOW)
+        assert row.limit == GATE.difference
 
     def test_a_figure_that_is_no_number_does_not_pass(self):
         assert not Measurement("fid", "1 step", "FID, difference", float("nan"), 0.01).passed
 
 
+class TestPublished:
+    """The row that says how far a run is from the paper's figure, measured as the paper's was."""
+
+    @pytest.fixture
+    def run(self, toy):
+        run = measured(toy, toy())
+        run.extractor.name = "inception"
+        run.order = dataclasses.replace(run.order, images=50_000)
+        return run
+
+    @pytest.fixture
+    def bare(self, compared):
+        return dataclasses.replace(compared, features=None)
+
+    def test_the_published_figure_stands_beside_the_measured_one(self, run, bare):
+        figures = figures_of(run, bare, HOW)
+        (row,) = published_of(run, bare, figures, {"1": 9.94, "2": 7.82})
+        assert (row.value, row.gated, row.scope) == (9.94, False, "1 step")
+        assert f"measured less published: {figures[0].bundle.value - 9.94:+.2f}" in row.note
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            lambda run, bare: setattr(run, "order", dataclasses.replace(run.order, images=49_999)),
+            lambda run, bare: setattr(run, "order", dataclasses.replace(run.order, per_class=12_500)),
+            lambda run, bare: setattr(run.extractor, "name", "inception_tf"),
+            lambda run, bare: setattr(run.extractor, "random_weights", True),
+            lambda run, bare: object.__setattr__(bare, "features", np.zeros((500, 6), np.float32)),
+        ],
+    )
+    def test_another_protocol_has_no_such_row(self, run, bare, other):
+        other(run, bare)
+        assert published_of(run, bare, figures_of(run, bare, HOW), {"1": 9.94}) == []
+
+    @pytest.mark.parametrize("published", [{}, {"2": 7.82}, {"1": "9.94"}])
+    def test_nor_has_a_schedule_without_a_published_figure(self, run, bare, published):
+        assert published_of(run, bare, figures_of(run, bare, HOW), published) == []
+
+
 class TestReport:
-    def report(self, run, compared):
-        figures = figures_of(run, compared, HOW)
+    def report(self, run, compared, how=HOW, gate=GATE, **changes):
+        figures = figures_of(run, compared, how)
         settings = Settings(
-            bundle="b", name="toy", weights="w", precision="fp32", backend="numpy", images=400, seed=1,
-            labels="uniform", batch=100, steps=(1,), features="colours", features_identity="colours:0",
-            features_width=6, compared=None, paired=len(run.sides) > 1, bootstrap=60,
+            bundle="b", manifest="m", name="toy", weights="w", precision="fp32", backend="numpy", images=400,
+            seed=1, labels="uniform", batch=100, steps=(1,), features="colours", features_identity="c:0",
+            features_width=6, compared=compared and Compared("data", 500, None), paired=len(run.sides) > 1,
+            bootstrap=how.resamples,
         )  # fmt: skip
-        limits = {"difference": 0.01, "distance": 1e-4, "changed": 0.01}
-        return FidReport(settings, limits, tuple(figures), tuple(measurements_of(run, figures, GATE, HOW)))
+        settings = dataclasses.replace(settings, **changes)
+        rows = measurements_of(run, figures, gate, how)
+        return FidReport(settings, dataclasses.asdict(gate), tuple(figures), tuple(rows))
 
     def test_the_table_shows_every_row_and_the_verdict(self, toy, compared):
         report = self.report(measured(toy, toy(embedding_error=0.5)), compared)
@@ -194,6 +243,41 @@ class TestReport:
 
     def test_a_bundle_alone_claims_nothing(self, toy, compared):
         report = self.report(measured(toy, toy(), sides=1), compared)
-        assert report.passed
-        assert "nothing was held to a limit" in table(report)
-        assert "PyTorch" not in table(report).split("\n", 1)[1]
+        assert report.passed is None
+        assert table(report).endswith("no verdict: measured alone, without PyTorch beside it")
+        assert "PyTorch" not in table(report).split("no verdict")[0]
+
+    def test_equal_images_hold(self, toy, compared):
+        report = self.report(measured(toy, toy()), compared)
+        assert (report.passed, report.no_verdict) == (True, "")
+        assert verdict_line(report) == "image quality holds: 3 of 3 measurements within their limits"
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"compared": None}, "no FID compares the two sides"),
+            ({"gate": Gate(distance=1e-4)}, "the limits are not for the features colours"),
+            ({"how": Resampling(39)}, "no interval of the FID difference"),
+            ({"allow_few": True}, "--allow-few"),
+            ({"random_features": True}, "random feature weights"),
+        ],
+    )
+    def test_what_cannot_be_told_is_no_pass(self, toy, compared, changes, reason):
+        """Equal sides, so that every row keeps to its limit."""
+        report = self.report(measured(toy, toy()), **{"compared": compared} | changes)
+        assert report.passed is None
+        assert verdict_line(report) == f"no verdict: {report.no_verdict}" and reason in report.no_verdict
+        data = report.to_dict()
+        assert (data["passed"], data["no_verdict"]) == (None, report.no_verdict)
+
+    def test_a_failure_stays_one_without_a_verdict(self, toy, compared):
+        report = self.report(measured(toy, toy(embedding_error=0.5)), compared, random_features=True)
+        assert (report.passed, report.no_verdict) == (False, "")
+
+    def test_rows_of_other_scopes_are_in_the_table_and_count(self, toy):
+        """Also where there is no figure at all."""
+        report = self.report(measured(toy, toy()), None)
+        row = Measurement("contents", "manifest", "limits", 1.0, 0.0)
+        bad = dataclasses.replace(report, figures=(), measurements=(*report.measurements, row))
+        assert bad.passed is False
+        assert "images that differ" in table(bad) and "limits" in table(bad) and "FAIL" in table(bad)

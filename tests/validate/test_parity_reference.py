@@ -57,6 +57,19 @@ def test_embedded_weights_need_no_option_and_give_the_published_outputs():
     assert np.abs(reference.decode(output.sequence) - golden["onestep_image"]).max() < 2e-5
 
 
+def test_modules_and_inputs_move_to_the_device(monkeypatch):
+    """`meta` has no numbers, and refuses what was left on the CPU: all that fails is the copy back."""
+    monkeypatch.setattr("validate.reference.torch_device", lambda name: None)
+    reference = build_reference(manifest_of("embedded"), {}, device="meta")
+    golden = np.load(GOLDEN / "expected.npz")
+    for call in (
+        lambda: reference.student(golden["noise"], golden["labels"], np.zeros(2, np.int64)),
+        lambda: reference.decode(golden["onestep_step0_sequence"]),
+    ):
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            call()
+
+
 def test_the_reference_does_not_write_into_its_inputs():
     reference = build_reference(manifest_of("embedded"), {})
     noise = gaussian_noise(0, range(1), 30, 8)

@@ -17,6 +17,7 @@ from validate.report import ParityReport, Settings, failure_line, table, write_r
 
 SETTINGS = Settings(
     bundle="build/toy",
+    manifest="0" * 64,
     name="toy <b>",
     weights="random weights, seed 1",
     precision="fp32",

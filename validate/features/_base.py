@@ -47,6 +47,7 @@ class Extractor(ABC):
     classes: int | None
     identity: str
     batch: int = 50  # images a pass, so that memory does not grow with what is asked at once
+    random_weights: bool = False  # set where `random` made them
 
     @classmethod
     @abstractmethod
@@ -59,6 +60,11 @@ class Extractor(ABC):
     def random(cls, seed: int) -> Extractor:
         """With random weights, for trials of the tools. Raises FeatureError where that makes no sense."""
         raise FeatureError(f"the features {cls.name!r} have no random weights", "Leave the weights out.")
+
+    def to(self, device: str) -> None:
+        """Moves the network to a device of PyTorch. Raises FeatureError where it runs on the CPU alone."""
+        if device != "cpu":
+            raise FeatureError(f"{self.name!r} features are computed on the CPU alone", "Leave --device out.")
 
     def __call__(self, images: ByteImages) -> Readings:
         """images: (N, H, W, 3) uint8, N >= 1. Raises FeatureError: a size that it cannot read, or a result
@@ -98,20 +104,29 @@ class Extractor(ABC):
                 )
 
 
-def load_extractor(name: str, weights: str | Path | None = None) -> Extractor:
+def is_random(weights: str | Path | None) -> bool:
+    """Whether `random:SEED` is asked for in place of a file."""
+    return str(weights).startswith(RANDOM)
+
+
+def load_extractor(name: str, weights: str | Path | None = None, device: str = "cpu") -> Extractor:
     """The extractor called `name`; `weights`: a file, "random:SEED", or None for those that ship.
 
-    Raises FeatureError: no such extractor, no or bad weights.
+    Raises FeatureError: no such extractor, no or bad weights, or it does not run on the device.
     """
     kind: type[Extractor] = load_plugin(
         "validate.features", name, kind="feature extractor", error=FeatureError
     ).EXTRACTOR
-    if weights is None or not str(weights).startswith(RANDOM):
-        return kind.load(None if weights is None else Path(weights))
-    seed = str(weights)[len(RANDOM) :]
-    if not seed.isdecimal():
-        raise FeatureError(f"{weights!s} names no seed", "Write random:0, or give the path of a file.")
-    return kind.random(int(seed))
+    if is_random(weights):
+        seed = str(weights)[len(RANDOM) :]
+        if not seed.isdecimal():
+            raise FeatureError(f"{weights!s} names no seed", "Write random:0, or give the path of a file.")
+        extractor = kind.random(int(seed))
+        extractor.random_weights = True
+    else:
+        extractor = kind.load(None if weights is None else Path(weights))
+    extractor.to(device)
+    return extractor
 
 
 def digest_of_arrays(arrays: Iterable[tuple[str, npt.NDArray[Any]]]) -> str:

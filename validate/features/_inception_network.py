@@ -127,7 +127,7 @@ def prepare_tf1(images: Tensor) -> Tensor:
 
 def _resized_tf1(x: Tensor, dimension: int) -> Tensor:
     size = x.shape[dimension]
-    position = torch.arange(SIDE, dtype=torch.float32) * (size / SIDE)
+    position = torch.arange(SIDE, dtype=torch.float32, device=x.device) * (size / SIDE)
     low = position.long().clamp(max=size - 1)
     share = (position - low).view(-1, *[1] * (3 - dimension))
     a = x.index_select(dimension, low)

@@ -45,11 +45,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A network that runs: images (N, 3, 299, 299) -> features (N, 2048), logits (N, 1008) or None."""
+    """A network that runs: images (N, 3, 299, 299) -> features (N, 2048), logits (N, 1008) or None.
+
+    network: what `run` runs, and whose device the images must be on; None where it is no module of PyTorch.
+    """
 
     run: Run
     digest: str
     classifier: bool
+    network: FidInception | None = None
 
 
 def load_weights(path: Path | None) -> Loaded:
@@ -150,9 +154,9 @@ def _ready(state: dict[str, Tensor], classifier: bool) -> Loaded:
     def run(images: Tensor) -> tuple[FloatArray, FloatArray | None]:
         with torch.no_grad():
             features, logits = network(images)
-        return features.numpy(), logits.numpy() if classifier else None
+        return features.cpu().numpy(), logits.cpu().numpy() if classifier else None
 
-    return Loaded(run, digest, classifier)
+    return Loaded(run, digest, classifier, network)
 
 
 def _load_onnx(path: Path) -> Loaded:

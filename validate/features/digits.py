@@ -80,8 +80,7 @@ class DigitFeatures(Extractor):
 
     def __init__(self, judge: DigitJudge, scale: Tensor) -> None:
         """judge in eval mode; scale (64,) float64, the unit of each feature."""
-        self.judge = judge
-        self.scale = scale
+        self.judge, self.scale, self._device = judge, scale, "cpu"
         state = {key: value.numpy() for key, value in judge.state_dict().items() if "num_batches" not in key}
         self.identity = f"digits:{digest_of_arrays({**state, 'scale': scale.numpy()}.items())}"
 
@@ -91,6 +90,11 @@ class DigitFeatures(Extractor):
         path = weights or judge_path()
         return cls(load_judge(path), load_scale(path))
 
+    def to(self, device: str) -> None:
+        """As promised."""
+        self.judge.to(device)
+        self._device = device
+
     def _read(self, images: ByteImages) -> Readings:
         if images.shape[1:3] != (SIDE, SIDE):
             raise FeatureError(
@@ -98,11 +102,13 @@ class DigitFeatures(Extractor):
                 f" {images.shape[2]} x {images.shape[1]}",
                 "Choose other features: --features inception --features-weights FILE.",
             )
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self._device)
+        pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.no_grad():
             features = self.judge.features(pixels.mean(1, keepdim=True))
             probabilities = self.judge.head(features).softmax(1)
-        return Readings((features.double() / self.scale).float().numpy(), probabilities.numpy())
+        scaled = features.cpu().double() / self.scale
+        return Readings(scaled.float().numpy(), probabilities.cpu().numpy())
 
 
 EXTRACTOR = DigitFeatures

@@ -31,7 +31,7 @@ class InceptionFeatures(Extractor):
 
     def __init__(self, loaded: Loaded) -> None:
         """With a network that is ready to run."""
-        self.run = loaded.run
+        self.run, self._network, self._device = loaded.run, loaded.network, "cpu"
         self.classes = CLASSES if loaded.classifier else None
         self.identity = f"{self.name}:{loaded.digest}"
 
@@ -45,10 +45,17 @@ class InceptionFeatures(Extractor):
         """Random weights: distances between images are real, and compare with nothing published."""
         return cls(random_weights(seed))
 
+    def to(self, device: str) -> None:
+        """As promised; an ONNX file runs on the CPU alone."""
+        if self._network is None:
+            return super().to(device)
+        self._network.to(device)
+        self._device = device
+
     def _read(self, images: ByteImages) -> Readings:
         if min(images.shape[1:3]) < 2:
             raise FeatureError(f"images of {images.shape[2]} x {images.shape[1]} pixels", "Give larger ones.")
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self._device).permute(0, 3, 1, 2).float()
         features, logits = self.run(self.prepare(pixels))
         return Readings(features, None if logits is None else _softmax(logits))
 

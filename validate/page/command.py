@@ -75,9 +75,9 @@ def command(
     """One self-contained HTML page about BUNDLE: what it is, and what was measured of it.
 
     Reads the reports in BUNDLE/parity; what is missing is named with the command that makes it. Exit code 3
-    if a measurement is past its limit.
+    if a measurement is past its limit, 1 if no report holds this export to its limits.
     """
-    from runtime.errors import VerificationError
+    from runtime.errors import DDError, VerificationError
     from validate.page.make import Making
     from validate.page.view import summary, verdict
 
@@ -93,5 +93,8 @@ def command(
         click.echo(f"not measured: {one.what}: {one.command}", err=True)
     if opened:
         click.launch(page.resolve().as_uri())
-    if facts.failures:
-        raise VerificationError(verdict(facts)[1], f"see {page}")
+    kind, words = verdict(facts)
+    if kind == "bad":
+        raise VerificationError(words, f"see {page}")
+    if kind == "open":
+        raise DDError(words, f"see {page}; --run makes what is missing")

@@ -1,7 +1,8 @@
 """What is known of a bundle: its manifest, and the reports that lie in BUNDLE/parity.
 
-A report that is missing is a fact too, with the command that makes it; one that cannot be read, or is of
-another bundle, becomes a remark. Nothing here trusts a report: what is shown as a number was read as one.
+A report that is missing is a fact too, with the command that makes it; one that cannot be read, or was made
+from another manifest, becomes a remark. Nothing here trusts a report: what is shown as a number was read as
+one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,16 @@ from validate.page.reports import Drawn, Measured, Report, ReportError, read_com
 FOLDER = "parity"
 FILE_OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", TEACHER: "--teacher"}
 MAX_BYTES = 64 << 20
+WHAT = {
+    "parity": "parity with PyTorch",
+    "fid": "image quality",
+    "evidence": "samples, worst cases and margins",
+    "latency": "latency",
+}
+OF_MODELS = (
+    "comparison",
+    "latency",
+)  # shown for information: `validate speed` and `comparison` name no bundle
 
 
 @dataclass(frozen=True)
@@ -64,46 +75,71 @@ def collect(bundle: Path, shown: str | None = None) -> Facts:
     manifest = read_manifest(bundle, verify=True)
     labels = read_labels(resolve(bundle, manifest.labels.file), manifest.classes)
     facts = Facts(bundle, manifest, sha256_of(bundle / FILE_NAME), tuple(labels.names))
+    commands = _commands(manifest, shown or str(bundle))
     for path, data in _reports(bundle / FOLDER, facts.remarks):
-        for reads, found, wanted in _readers(facts):
+        for kind, found, reads, wanted in _readers(facts):
             if wanted(path.name, data):
-                _take(path, partial(reads, path, data), found, facts.remarks)
+                if _stale(data, kind, facts):
+                    again = commands[kind] + _other_precision(data, manifest)
+                    facts.remarks.append(
+                        f"{path.name} is left out: it is not of this {FILE_NAME}; make it again: {again}"
+                    )
+                else:
+                    _take(path, partial(reads, path, data), found, facts.remarks)
                 break
     # A later run may have been written beside an earlier one: `parity.json` comes after `parity-fp32.json`.
     facts.parity = list({one.precision: one for one in facts.parity}.values())
     order = {precision: place for place, precision in enumerate(manifest.precisions)}
     for found in (facts.parity, facts.fid, facts.evidence, facts.latency):
         found.sort(key=lambda one: order.get(one.precision, len(order)))
-    facts.missing = _missing(facts, shown or str(bundle))
+    for report in (*facts.parity, *facts.fid):
+        if report.no_verdict and not report.failures:
+            facts.remarks.append(f"{report.file} has no verdict: {report.no_verdict}")
+    facts.missing = [
+        Missing(WHAT[kind], command)
+        for kind, command in commands.items()
+        if kind in WHAT and not getattr(facts, kind)
+    ]
     return facts
 
 
-def _readers(facts: Facts) -> list[tuple[Callable[[Path, Any], Any], list[Any], Callable[[str, Any], bool]]]:
-    """What reads a file, where the result goes, and which files it is for."""
+def _readers(
+    facts: Facts,
+) -> list[tuple[str, list[Any], Callable[[Path, Any], Any], Callable[[str, Any], bool]]]:
+    """A kind of report: its name, where the results go, what reads a file, and which files are of it."""
 
     def of_measurements(name: str, data: Any) -> bool:
         return isinstance(data, dict) and "measurements" in data
 
     return [
         (
-            lambda path, data: _evidence(data, facts),
+            "evidence",
             facts.evidence,
+            lambda path, data: evidence_from_dict(data),
             lambda name, _: name.startswith("evidence"),
         ),
         (
-            lambda path, data: read_report(path, data, "fid", facts.manifest),
+            "fid",
             facts.fid,
+            lambda path, data: read_report(path, data, "fid", facts.manifest),
             lambda name, data: of_measurements(name, data) and "figures" in data,
         ),
-        (lambda path, data: read_report(path, data, "parity", facts.manifest), facts.parity, of_measurements),
         (
-            lambda path, data: read_comparison(data, facts.manifest),
+            "parity",
+            facts.parity,
+            lambda path, data: read_report(path, data, "parity", facts.manifest),
+            of_measurements,
+        ),
+        (
+            "comparison",
             facts.comparison,
+            lambda path, data: read_comparison(data, facts.manifest),
             lambda name, _: name.startswith("comparison"),
         ),
         (
-            lambda path, data: latencies(path.name, data),
+            "latency",
             facts.latency,
+            lambda path, data: latencies(path.name, data),
             lambda name, _: any(word in name for word in ("latency", "speed", "bench")),
         ),
     ]
@@ -128,27 +164,28 @@ def _reports(folder: Path, remarks: list[str]) -> Iterable[tuple[Path, Any]]:
             remarks.append(f"{path.name} is left out: {error}")
 
 
-def _evidence(data: Any, facts: Facts) -> Evidence:
-    found = evidence_from_dict(data)
-    if found.manifest != facts.manifest_sha256:
-        raise EvidenceError("it is of another export of this bundle; make it again with --run")
-    return found
+def _stale(data: Any, kind: str, facts: Facts) -> bool:
+    """Whether a report is of another manifest than the one that lies there, or does not say of which."""
+    stated = data.get("manifest") if isinstance(data, dict) else None
+    return stated != facts.manifest_sha256 and (stated is not None or kind not in OF_MODELS)
 
 
-def _missing(facts: Facts, shown: str) -> list[Missing]:
-    found, manifest = [], facts.manifest
+def _other_precision(data: Any, manifest: Manifest) -> str:
+    precision = data.get("precision") if isinstance(data, dict) else None
+    return f" --precision {precision}" if precision in manifest.precisions[1:] else ""
+
+
+def _commands(manifest: Manifest, shown: str) -> dict[str, str]:
+    """What makes the reports of a kind."""
     given = manifest.weights.files if manifest.weights.kind == "checkpoint" else ()
     options = {one.role: f" {FILE_OPTIONS[one.role]} {one.file}" for one in given}
     files = "".join(options.values())
     pairs = "".join(option for role, option in options.items() if role != TEACHER)
-    if not facts.parity:
-        found.append(Missing("parity with PyTorch", f"python -m validate parity {shown}{files}"))
-    if not facts.fid:
-        found.append(Missing("image quality", f"python -m validate fid {shown}{pairs}"))
-    if not facts.evidence:
-        found.append(
-            Missing("samples, worst cases and margins", f"python -m validate report {shown} --run{files}")
-        )
-    if not facts.latency:
-        found.append(Missing("latency", f"python -m validate report {shown} --run{files}"))
-    return found
+    again = f"python -m validate report {shown} --run{files}"
+    return {
+        "parity": f"python -m validate parity {shown}{files}",
+        "fid": f"python -m validate fid {shown}{pairs}",
+        "evidence": again,
+        "latency": again,
+        "comparison": f"python -m validate comparison {manifest.name} --json",
+    }

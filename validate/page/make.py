@@ -55,7 +55,8 @@ def make_missing(facts: Facts, making: Making) -> list[str]:
     if not _has(facts.parity, precision) or not _has(facts.evidence, precision):
         _make_parity(making, directory)
     if not _has(facts.latency, precision):
-        _write(directory / f"latency-{precision}.json", {"rows": [row.to_dict() for row in _times(making)]})
+        rows = [row.to_dict() for row in _times(making)]
+        _write(directory / f"latency-{precision}.json", {"manifest": facts.manifest_sha256, "rows": rows})
     if not _has(facts.fid, precision):
         _tried("image quality", lambda: _make_fid(facts, making, directory), troubles)
     return troubles

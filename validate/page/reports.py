@@ -1,7 +1,7 @@
 """The JSON reports of `validate parity`, `fid` and `comparison`, read with suspicion.
 
-What is shown as a number was read as one, and whether a value keeps to its limit is decided here, whatever
-the report says.
+What is shown as a number was read as one. Whether a value keeps to its limit is decided here, whatever the
+report says, and the limits of image quality are the manifest's.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from runtime.manifest import Manifest
+from validate.fid_report import CHANGED, DIFFERENCE, DISTANCE
 
 T = TypeVar("T")
 
@@ -75,7 +77,7 @@ class Report:
     figures: tuple[Quality, ...] = ()
     features: str = ""
     compared_with: str = ""
-    paired: bool = True
+    no_verdict: str = ""
 
     @property
     def gated(self) -> tuple[Measured, ...]:
@@ -103,26 +105,24 @@ def read_report(path: Path, data: Mapping[str, Any], kind: str, manifest: Manife
     """A report of parity or image quality. Raises ReportError, also for one of another bundle."""
     if data.get("name") != manifest.name:
         raise ReportError(f"it is of another bundle, {data.get('name')!r}")
-    stated = {info.file: info.sha256 for info in manifest.files()}
-    hashes = data.get("hashes")
-    for name, digest in hashes.items() if isinstance(hashes, dict) else ():
-        if stated.get(name, digest) != digest:
-            raise ReportError(f"it was made with another {name}; make it again")
+    precision = str(data.get("precision", ""))
+    limits = _stated_limits(manifest, precision) if kind == "fid" else {}
+    unsaid = "" if data.get("passed") is True else "it does not say that it passed"
     compared = data.get("compared")
     versions = data.get("versions")
     return Report(
         file=path.name,
         kind=kind,
-        precision=str(data.get("precision", "")),
+        precision=precision,
         backend=str(data.get("backend", "")),
         images=_whole(data.get("images")),
         seed=_whole(data.get("seed", 0)),
         versions={str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},
-        measurements=tuple(_each(data["measurements"], _measured)),
+        measurements=tuple(_each(data["measurements"], partial(_measured, limits))),
         figures=tuple(_each(data.get("figures") or [], _quality)),
         features=str(data.get("features", "")),
         compared_with=str(compared.get("spec", "")) if isinstance(compared, dict) else "",
-        paired=data.get("paired", True) is True,
+        no_verdict=str(data.get("no_verdict") or unsaid),
     )
 
 
@@ -148,8 +148,22 @@ def _each(items: Any, read: Callable[[Mapping[str, Any]], T]) -> list[T]:
     return [read(one) for one in items]
 
 
-def _measured(data: Mapping[str, Any]) -> Measured:
-    limit = None if data.get("limit") is None else _number(data["limit"])
+def _stated_limits(manifest: Manifest, precision: str) -> dict[str, Any]:
+    """The manifest's limits of image quality, by the names of their rows."""
+    stated: Any = manifest.parity
+    for key in ("fid", "limits", precision):
+        stated = stated.get(key) if isinstance(stated, dict) else None
+    limits = stated if isinstance(stated, dict) else {}
+    rows = {"difference": DIFFERENCE, "distance": DISTANCE, "changed": CHANGED}
+    return {row: limits.get(key) for key, row in rows.items()}
+
+
+def _measured(limits: Mapping[str, Any], data: Mapping[str, Any]) -> Measured:
+    """A row; `limits` are those that it does not say itself, by its name."""
+    limit = data.get("limit")
+    if limit is not None:
+        limit = limits.get(str(data.get("name")), limit)
+    limit = None if limit is None else _number(limit)
     value = _number(data.get("value"))
     direction = "at least" if data.get("direction") == "at least" else "at most"
     kept = limit is None or (value <= limit if direction == "at most" else value >= limit)

@@ -15,6 +15,7 @@ from validate.page.evidence import Evidence
 from validate.page.facts import Facts
 from validate.page.reports import Interval, Measured, Quality, Report
 
+KINDS = {"parity": "parity", "fid": "image quality"}
 TEMPLATE, STYLE = "page.html.j2", "page.css"
 CARDS = {  # measurements that are shown large: what the page calls them, and their unit
     "tokens that differ": ("tokens that differ", ""),
@@ -80,7 +81,7 @@ def summary(facts: Facts) -> dict[str, Any]:
         "bundle": facts.bundle,
         "name": manifest.name,
         "title": manifest.title,
-        "verdict": {"good": "passed", "bad": "failed"}.get(kind, "not measured"),
+        "verdict": {"good": "passed", "bad": "failed"}.get(kind, "no verdict"),
         "summary": words,
         "random_weights": manifest.weights.kind == "random",
         "weights": manifest.weights,
@@ -101,15 +102,16 @@ def summary(facts: Facts) -> dict[str, Any]:
 
 def verdict(facts: Facts) -> tuple[str, str]:
     """The class of the page's pill and its words."""
-    gated = [one for report in (*facts.parity, *facts.fid) for one in report.gated]
+    reports = (*facts.parity, *facts.fid)
     if facts.failures:
-        return "bad", f"{len(facts.failures)} of {len(gated)} measurements past their limits"
-    if not gated:
-        return "open", "nothing was measured yet"
-    kinds = " and ".join(
-        name for name, found in (("parity", facts.parity), ("image quality", facts.fid)) if found
-    )
-    return "good", f"{len(gated)} of {len(gated)} measurements within their limits: {kinds}"
+        gated = sum(len(report.gated) for report in reports)
+        return "bad", f"{len(facts.failures)} of {gated} measurements past their limits"
+    counted = [report for report in reports if report.gated and not report.no_verdict]
+    if not counted:
+        return "open", "no verdict: no report holds this bundle to its limits"
+    gated = sum(len(report.gated) for report in counted)
+    kinds = " and ".join(dict.fromkeys(KINDS[report.kind] for report in counted))
+    return "good", f"{gated} of {gated} measurements within their limits: {kinds}"
 
 
 def cards(facts: Facts) -> list[dict[str, Any]]:
@@ -134,7 +136,7 @@ def _card(title: str, one: Measured, unit: str, report: Report) -> dict[str, Any
         "value": (number(one.value) if abs(one.value) >= 1 else f"{one.value:.2g}") + unit,
         "limit": f"{sign} {number(one.limit)}{unit}",
         "of": f"{report.precision}, {report.images:,} images",
-        "kind": "good" if one.passed else "bad",
+        "kind": "bad" if not one.passed else "open" if report.no_verdict else "good",
     }
 
 

@@ -90,6 +90,22 @@ def test_digits_ship_and_have_no_random_weights():
         load_extractor("digits", "random:0")
 
 
+def test_features_are_computed_where_they_are_asked_for():
+    """There is no accelerator here: what is said of it, and that the CPU by name changes nothing."""
+    named = load_extractor("digits", device="cpu")(images())
+    assert (named.features == load_extractor("digits")(images()).features).all()
+    with pytest.raises(FeatureError, match="'means' features are computed on the CPU alone"):
+        Means().to("cuda")
+
+
+@pytest.mark.parametrize("extractor", [("digits",), ("inception_tf", "random:0")])
+def test_network_and_batches_move_to_the_device(extractor):
+    """`meta` has no numbers, and refuses what was left on the CPU: all that fails is the copy back."""
+    extractor = load_extractor(*extractor, device="meta")
+    with pytest.raises((NotImplementedError, RuntimeError), match="Cannot copy out of meta tensor"):
+        extractor(images())
+
+
 def test_digits_are_the_judges_features_in_their_units():
     extractor, judge = load_extractor("digits"), load_judge(judge_path())
     readings = extractor(images())

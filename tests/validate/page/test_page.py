@@ -9,11 +9,12 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from runtime.errors import BundleError
-from runtime.manifest import file_info, read_manifest
+from runtime.manifest import file_info, read_manifest, sha256_of
 from validate.page.command import command
 from validate.page.facts import collect
 from validate.page.make import Making, make_missing
@@ -47,7 +48,7 @@ class Elements(HTMLParser):
         assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
 
 
-def fid_report(name: str, **changes) -> dict:
+def fid_report(bundle: Path, **changes) -> dict:
     figures = [
         {
             "steps": steps,
@@ -60,7 +61,9 @@ def fid_report(name: str, **changes) -> dict:
     ]
     row = {"scope": "1 step", "name": "FID, difference", "value": 1e-6, "limit": 0.01, "direction": "at most"}
     report = {
-        "name": name,
+        "name": read_manifest(bundle).name,
+        "manifest": sha256_of(bundle / "bundle.json"),
+        "passed": True,
         "precision": "fp32",
         "backend": "toy",
         "images": 500,
@@ -73,13 +76,21 @@ def fid_report(name: str, **changes) -> dict:
     return report | changes
 
 
+def state_limit(bundle: Path, difference: float) -> None:
+    """Of the FID difference, in the manifest."""
+    data = json.loads((bundle / "bundle.json").read_text())
+    data["parity"]["fid"] = {"limits": {"fp32": {"difference": difference}}}
+    (bundle / "bundle.json").write_text(json.dumps(data))
+
+
 @pytest.fixture(scope="session")
 def reported(random_bundle, tmp_path_factory) -> Path:
     """A bundle of random weights with every report that --run makes of it, and one of image quality."""
     bundle = tmp_path_factory.mktemp("reported") / "bundle"
     shutil.copytree(random_bundle, bundle)
+    state_limit(bundle, 0.01)
     make_missing(collect(bundle), Making(bundle, images=2))
-    (bundle / "parity" / "fid-fp32.json").write_text(json.dumps(fid_report(read_manifest(bundle).name)))
+    (bundle / "parity" / "fid-fp32.json").write_text(json.dumps(fid_report(bundle)))
     return bundle
 
 
@@ -149,7 +160,7 @@ def test_it_is_for_phones_paper_and_the_dark(reported):
 def test_a_bundle_without_reports_says_which_commands_make_them(golden_bundle):
     facts = collect(golden_bundle)
     page = render(facts, "today")
-    assert verdict(facts) == ("open", "nothing was measured yet")
+    assert verdict(facts) == ("open", "no verdict: no report holds this bundle to its limits")
     assert len(facts.missing) == 4
     for one in facts.missing:
         assert one.command in page
@@ -175,8 +186,6 @@ def hostile_manifest(bundle: Path) -> None:
 
 def hostile_reports(bundle: Path) -> None:
     """Every text of every report, with the hash of the manifest made right again."""
-    from runtime.manifest import sha256_of
-
     digest = sha256_of(bundle / "bundle.json")
     for path in (bundle / "parity").glob("*.json"):
         data = json.loads(path.read_text(), object_hook=_poisoned)
@@ -216,45 +225,100 @@ def test_nothing_that_a_bundle_says_becomes_markup(copy):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "content", "said"),
     [
         ("parity.json", "{", "left out"),
         ("parity.json", "[" * 100_000, "left out"),
-        ("parity.json", json.dumps({"name": "other", "measurements": []}), "of another bundle, 'other'"),
-        (
-            "parity.json",
-            json.dumps({"name": "tiny", "images": 1, "measurements": [{"value": "x"}]}),
-            "not a number",
-        ),
-        ("parity.json", json.dumps({"name": "tiny", "images": 1, "measurements": {}}), "no list"),
-        (
-            "fid-fp32.json",
-            json.dumps(fid_report("tiny", figures=[{"steps": 1, "name": "FID"}])),
-            "without a value",
-        ),
-        (
-            "fid-fp32.json",
-            json.dumps(fid_report("tiny", hashes={"student.onnx": "0"})),
-            "another student.onnx",
-        ),
-        ("evidence-fp32.json", "{}", "left out"),
-        ("comparison.json", json.dumps({"model": "other"}), "another model"),
-        ("comparison.json", json.dumps({"model": "tiny", "rows": [{}]}), "without figures"),
+        ("parity.json", {"name": "other"}, "of another bundle, 'other'"),
+        ("parity.json", {"measurements": [{"value": "x"}]}, "not a number"),
+        ("parity.json", {"measurements": {}}, "no list"),
+        ("fid-fp32.json", {"figures": [{"steps": 1, "name": "FID"}]}, "without a value"),
+        ("evidence-fp32.json", {"errors": {}}, "left out"),
+        ("evidence-fp32.json", "[]", "not of this bundle.json"),
+        ("comparison.json", '{"model": "other"}', "another model"),
+        ("comparison.json", '{"model": "tiny", "rows": [{}]}', "without figures"),
     ],
 )
-def test_a_report_that_cannot_be_used_is_left_out_and_said(copy, name, text, said):
-    (copy / "parity" / name).write_text(text)
+def test_a_report_that_cannot_be_used_is_left_out_and_said(copy, name, content, said):
+    """A whole text, or changes of the report that is there."""
+    path = copy / "parity" / name
+    text = content if isinstance(content, str) else json.dumps(json.loads(path.read_text()) | content)
+    path.write_text(text)
     facts = collect(copy)
     assert len(facts.remarks) == 1 and name in facts.remarks[0] and said in facts.remarks[0]
     assert "is left out" in render(facts, "today")
 
 
-def test_evidence_of_an_earlier_export_is_not_shown(copy):
+def test_reports_do_not_outlive_a_change_of_the_decoder(copy):
+    """All colours brighter, hashes and sizes made right again: it was `passed, 79 of 79` once."""
+    import onnx
+    from onnx import numpy_helper
+
+    path = copy / "decoder.onnx"
+    model = onnx.load(path)
+    bias = next(one for one in model.graph.initializer if list(one.dims) == [3])
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.5), bias.name))
+    onnx.save(model, path)
     manifest = json.loads((copy / "bundle.json").read_text())
-    (copy / "bundle.json").write_text(json.dumps(manifest | {"created": "2026-01-01T00:00:00Z"}))
+    graph = next(one for one in manifest["graphs"] if one["role"] == "decoder")
+    graph["files"] = [dataclasses.asdict(file_info(path, copy))]
+    (copy / "bundle.json").write_text(json.dumps(manifest))
+    result = CliRunner().invoke(command, [str(copy), "--json"])
+    assert result.exit_code == 1, result.output
+    data = json.loads(result.stdout)
+    assert data["verdict"] == "no verdict" and "no report holds this bundle" in result.stderr
+    assert data["parity"] == data["fid"] == data["evidence"] == data["latency"] == []
+    stale = {"evidence-fp32.json", "fid-fp32.json", "latency-fp32.json", "parity-fp32.json", "parity.json"}
+    assert {remark.split()[0] for remark in data["remarks"]} == stale
+    for remark in data["remarks"]:
+        assert "not of this bundle.json; make it again: python -m validate" in remark and str(copy) in remark
+
+
+@pytest.mark.parametrize("stated", [None, "0" * 64])
+@pytest.mark.parametrize("name", ["fid-fp32.json", "parity.json", "evidence-fp32.json"])
+def test_a_report_names_the_manifest_it_is_of(copy, name, stated):
+    path = copy / "parity" / name
+    data = json.loads(path.read_text())
+    del data["manifest"]
+    path.write_text(json.dumps(data | ({"manifest": stated} if stated else {})))
+    (remark,) = collect(copy).remarks
+    assert remark.startswith(f"{name} is left out: it is not of this bundle.json")
+
+
+def test_times_of_no_bundle_are_shown_as_they_are(copy):
+    """`validate speed` and the benchmark time models: their tables say nothing of one export."""
+    rows = [{"backend": "x", "precision": "fp32", "batch": 1, "total_ms": 3.0}]
+    (copy / "parity" / "bench.json").write_text(json.dumps(rows))
+    assert [row.total_ms for row in collect(copy).latency if row.backend == "x"] == [3.0]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"passed": None, "no_verdict": "it rained"}, {"passed": False}, {"passed": None}, {"passed": "yes"}],
+)
+def test_a_report_that_claims_no_pass_is_none(copy, said):
+    """Its rows are shown, and none of them counts."""
+    path = copy / "parity" / "fid-fp32.json"
+    path.write_text(json.dumps(fid_report(copy) | said))
     facts = collect(copy)
-    assert facts.evidence == [] and "another export" in facts.remarks[0]
-    assert any("--run" in one.command for one in facts.missing)
+    kind, words = verdict(facts)
+    assert kind == "good" and words.endswith("limits: parity")
+    assert facts.remarks == [
+        f"fid-fp32.json has no verdict: {said.get('no_verdict', 'it does not say that it passed')}"
+    ]
+    assert {card["kind"] for card in cards(facts) if card["title"] == "FID difference"} == {"open"}
+    for parity in (copy / "parity").glob("parity*.json"):
+        parity.unlink()
+    result = CliRunner().invoke(command, [str(copy)])
+    assert result.exit_code == 1 and "no verdict" in result.stderr
+
+
+def test_limits_of_image_quality_are_the_manifests(copy):
+    """Whatever the report says they are."""
+    state_limit(copy, 1e-7)
+    (copy / "parity" / "fid-fp32.json").write_text(json.dumps(fid_report(copy)))
+    (failure,) = collect(copy).failures
+    assert (failure.name, failure.limit) == ("FID, difference", 1e-7)
 
 
 def test_a_bundle_that_was_changed_has_no_page(copy):
