@@ -88,6 +88,7 @@ class Limits:
     histogram_bias: float | None = None
     pixel_psnr: float | None = None
     images_left_out: float | None = None
+    drawn_left_out: float | None = None
     provisional: bool = False
 
 
@@ -102,6 +103,7 @@ class FidLimits:
     difference: float
     distance: float | None = None
     changed: float | None = None
+    provisional: bool = False
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ def _fid_gate(data: Any, where: str) -> FidGate:
     for precision, limit in limits.items():
         for key, value in vars(limit).items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (number and value >= 0):
+            if key != "provisional" and value is not None and not (number and value >= 0):
                 raise RecipeError(
                     f"{where}.limits.{precision}: {key}: {value!r} is no limit", "give a number from 0 on"
                 )

@@ -1,4 +1,5 @@
-"""`ddexport doctor --check`: draws again, where the bundle lies, what PyTorch drew when its parity was proven.
+"""`ddexport doctor --check`: draws again, where the bundle lies, what PyTorch drew when its parity was
+proven.
 
 `validate parity` leaves `parity/golden.npz` in the bundle; neither PyTorch nor a checkpoint is needed here.
 """
@@ -23,8 +24,8 @@ MAKE = "Make it where the bundle was exported: python -m validate parity BUNDLE"
 
 @dataclass(frozen=True)
 class Golden:
-    """What PyTorch drew: seeds uint64 (8,), labels int64 (8,), and for each number of steps tokens int64 (8, T),
-    sequences float32 (8, L, Cv) and images uint8 (8, H, W, C)."""
+    """What PyTorch drew: seeds uint64 (8,), labels int64 (8,), and for each number of steps tokens int64 (8,
+    T), sequences float32 (8, L, Cv) and images uint8 (8, H, W, C)."""
 
     steps: tuple[str, ...]
     seeds: NDArray[np.uint64]
@@ -38,8 +39,8 @@ class Golden:
 
 @dataclass(frozen=True)
 class Check:
-    """How far the images of one number of steps are from PyTorch's. psnr and largest: of the 8-bit images whose
-    tokens agree; left_out: how many do not. faults: what is past its limit."""
+    """How far the images of one number of steps are from PyTorch's. psnr and largest: of the 8-bit images
+    whose tokens agree; left_out: how many do not. faults: what is past its limit."""
 
     steps: str
     images: int
@@ -51,8 +52,8 @@ class Check:
 
 
 def read_golden(root: Path) -> Golden:
-    """The file of a bundle. Raises BundleError if there is none or it is damaged, VerificationError if it is of
-    another manifest."""
+    """The file of a bundle. Raises BundleError if there is none or it is damaged, VerificationError if it is
+    of another manifest."""
     path = root / FILE
     if not path.is_file():
         raise BundleError(f"the bundle {root} has no {FILE}", MAKE)
@@ -78,7 +79,9 @@ def check(pipe: Pipeline, golden: Golden) -> list[Check]:
     limits = pipe.manifest.parity.get(pipe.precision)
     names = ("tokens_differing", "images_left_out", "pixel_psnr", "image_max")
     if not isinstance(limits, dict) or not all(isinstance(limits.get(name), (int, float)) for name in names):
-        raise VerificationError(f"the bundle states no parity limits for {pipe.precision}", "Export it again.")
+        raise VerificationError(
+            f"the bundle states no parity limits for {pipe.precision}", "Export it again."
+        )
     return [_check(pipe, golden, steps, limits) for steps in golden.steps]
 
 
@@ -108,4 +111,3 @@ def _check(pipe: Pipeline, golden: Golden, steps: str, limits: dict[str, float])
     )
     faults = tuple(text for kept, text in rules if not kept)
     return Check(steps, len(same), share, left_out, float(psnr), largest, faults)
-

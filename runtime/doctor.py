@@ -288,7 +288,9 @@ Examples:
 
 @click.command(name="doctor", cls=console.Command, epilog=EPILOG)
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
-@click.option("--check", "checked", is_flag=True, help="Draw what PyTorch drew (parity/golden.npz), and compare.")
+@click.option(
+    "--check", "checked", is_flag=True, help="Draw what PyTorch drew (parity/golden.npz), and compare."
+)
 @click.option("--backend", metavar="NAME", help="The engine to check.  [default: auto]")
 @click.option("--precision", metavar="NAME", help="The precision to check.  [default: the engine's]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -298,8 +300,8 @@ def command(
 ) -> None:
     """Say what this machine has to run bundles with, and what BUNDLE would run on and why.
 
-    Ends with 1 if the bundle is bad, else with 0, whatever is missing. With --check the bundle draws instead what
-    PyTorch drew when its parity was proven, without PyTorch: exit code 3 if a limit is passed.
+    Ends with 1 if the bundle is bad, else with 0, whatever is missing. With --check the bundle draws instead
+    what PyTorch drew when its parity was proven, without PyTorch: exit code 3 if a limit is passed.
     """
     if checked:
         if bundle is None:
@@ -326,22 +328,28 @@ def _check(bundle: Path, backend: str, precision: str | None, as_json: bool) -> 
 
     golden = read_golden(bundle)
     with load(bundle, backend, precision=precision) as pipe:
-        with console.stage(f"drawing {len(golden.seeds)} images in {len(golden.steps)} schedules", keep=False):
+        with console.stage(
+            f"drawing {len(golden.seeds)} images in {len(golden.steps)} schedules", keep=False
+        ):
             checks = check(pipe, golden)
         name = f"{pipe.backend.name} in {pipe.precision}"
     if as_json:
         console.emit_json({"backend": name, "checks": [vars(one) for one in checks]})
     else:
         for one in checks:
-            title = one.steps if one.steps == "teacher" else f"{one.steps} step{'s' if one.steps != '1' else ''}"
+            title = (
+                one.steps if one.steps == "teacher" else f"{one.steps} step{'s' if one.steps != '1' else ''}"
+            )
             figures = f"{one.images - one.left_out} of {one.images} images with equal tokens"
             verdict = "FAIL: " + "; ".join(one.faults) if one.faults else "ok"
-            click.echo(f"  {title:10}{figures}, PSNR {one.psnr:.1f} dB, 8-bit difference {one.largest}  {verdict}")
+            click.echo(
+                f"  {title:10}{figures}, PSNR {one.psnr:.1f} dB, 8-bit difference {one.largest}  {verdict}"
+            )
     failed = [one.steps for one in checks if one.faults]
     if failed:
         raise VerificationError(
             f"{name} does not draw what PyTorch drew, in steps: {', '.join(failed)}",
-            "Try another --backend or --precision; where the bundle was exported, `validate parity` says more.",
+            "Try another --backend or --precision; `validate parity` says more, where PyTorch is.",
         )
     if not as_json:
         click.echo(f"{name} draws what PyTorch drew")

@@ -2,10 +2,10 @@
 
 Three kinds of comparison, because each shows what the others hide:
 
-- Every step on the same input: the bundle's graphs are given what the reference kept, so that one flipped token in
-  step 1 cannot make all of step 2 look wrong.
-- End to end: the `Pipeline` that users call against the reference's own loop (`validate.sampling`).
-- The bundle against itself: no row may depend on its neighbours in the batch, and a seed gives its noise.
+- Every step on the same input: the bundle's graphs are given what the reference kept, so that one flipped
+token in step 1 cannot make all of step 2 look wrong. - End to end: the `Pipeline` that users call against the
+reference's own loop (`validate.sampling`). - The bundle against itself: no row may depend on its neighbours
+in the batch, and a seed gives its noise.
 
 Shapes: N images, L positions, Cv width of a code, S split, V codebook.
 """
@@ -49,7 +49,8 @@ SMALL_SIZES = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Request:
-    """Labels (N,) int64 and a seed (N,) uint64 for each: it gives the noise of its image 0. batch: the largest."""
+    """Labels (N,) int64 and a seed (N,) uint64 for each: it gives the noise of its image 0. batch: the
+    largest."""
 
     labels: IntArray
     seeds: np.ndarray[Any, np.dtype[np.uint64]]
@@ -105,9 +106,7 @@ def noise_for(reference: TorchReference, request: Request) -> Noise:
 
     assert reference.recipe is not None
     size = reference.recipe.sequence
-    return Noise(
-        noise_of(request.seeds, size.length, size.width), uniforms_of(request.seeds, size.length)
-    )
+    return Noise(noise_of(request.seeds, size.length, size.width), uniforms_of(request.seeds, size.length))
 
 
 def run_reference(
@@ -145,7 +144,8 @@ def compare(
     choice: Choice | None,
     advance: Callable[[int], None],
 ) -> Comparison:
-    """All comparisons of an open bundle with what the reference drew. choice: how the teacher's tokens are drawn.
+    """All comparisons of an open bundle with what the reference drew. choice: how the teacher's tokens are
+    drawn.
 
     Raises VerificationError where a graph does not run or the outputs cannot be lined up.
     """
@@ -206,22 +206,26 @@ class _Bundle:
         self.pipe, self.request = pipe, request
 
     def student(
-        self, tokens: FloatArray, labels: IntArray, known: int | IntArray, split: int, batch: int | None = None
+        self,
+        tokens: FloatArray,
+        labels: IntArray,
+        known: int | IntArray,
+        split: int,
     ) -> StudentOutput:
         """tokens (N, L, Cv), labels (N,), known: of all or (N,)."""
         key = "student" if split == self.pipe.manifest.sequence.split else f"student@{split}"
-        size, counts = batch or self.request.batch, np.broadcast_to(known, labels.shape).astype(np.int64)
+        size, counts = self.request.batch, np.broadcast_to(known, labels.shape).astype(np.int64)
         parts = []
         for start in range(0, len(labels), size):
             rows = slice(start, start + size)
-            feeds = {"tokens": tokens[rows], "label": labels[rows], "known": counts[rows]}
+            feeds: dict[str, Any] = {"tokens": tokens[rows], "label": labels[rows], "known": counts[rows]}
             outputs = self.pipe.backend.run(key, feeds)
             parts.append(StudentOutput(outputs["sequence"], outputs["logits"]))
         return StudentOutput.concatenate(parts)
 
-    def decode(self, sequence: FloatArray, batch: int | None = None) -> FloatArray:
+    def decode(self, sequence: FloatArray) -> FloatArray:
         """sequence (N, L, Cv) -> images (N, 3, H, W) in [0, 1]."""
-        size = batch or self.request.batch
+        size = self.request.batch
         parts = [
             self.pipe.backend.run("decoder", {"sequence": sequence[start : start + size]})["image"]
             for start in range(0, len(sequence), size)
@@ -237,7 +241,8 @@ class _Bundle:
         return ImagePair(scope, run.images, images, everything, self.request.places)
 
     def guided(self, one: Pass, plan: Plan, rows: slice) -> FloatArray:
-        """The teacher's guided logits (n, P, V) on the tokens that the reference drew, with the bundle's caches."""
+        """The teacher's guided logits (n, P, V) on the tokens that the reference drew, with the bundle's
+        caches."""
         teacher = self.pipe.manifest.teacher
         assert teacher is not None
         assert plan.teacher is not None
@@ -255,7 +260,8 @@ class _Bundle:
     def against_itself(
         self, steps: list[tuple[Pass, StudentOutput, int]]
     ) -> tuple[list[StudentPair], list[ImagePair]]:
-        """One batch of the largest size, its rows of all steps in turn; then its last rows in small batches."""
+        """One batch of the largest size, its rows of all steps in turn; then its last rows in small
+        batches."""
         size, split, labels = self.request.batch, self.pipe.manifest.sequence.split, self.request.labels
         picks = [(steps[i % len(steps)], i // len(steps) % len(labels)) for i in range(size)]
         tokens = np.stack([one.inputs[row] for (one, _, _), row in picks])
@@ -303,7 +309,7 @@ def _end_to_end(bundle: _Bundle, run: ReferenceRun, noise: Noise) -> list[DrawnP
     """What users get: all images by the reference's noise, and the first one by its seed alone."""
     request, pipe = bundle.request, bundle.pipe
     steps = "teacher" if run.steps == "teacher" else int(run.steps)
-    given = {"uniforms": noise.uniforms} if run.plan.teacher else {}
+    given: dict[str, Any] = {"uniforms": noise.uniforms} if run.plan.teacher else {}
     result = pipe(
         request.labels.tolist(),
         steps,
@@ -319,13 +325,23 @@ def _end_to_end(bundle: _Bundle, run: ReferenceRun, noise: Noise) -> list[DrawnP
         run.plan.teacher and not np.array_equal(first.uniforms, noise.uniforms[:1])  # type: ignore[arg-type]
     ):
         raise VerificationError(
-            f"the noise of seed {request.seeds[0]} is not what docs/noise.md says", "runtime/noise.py is at fault"
+            f"the noise of seed {request.seeds[0]} is not what docs/noise.md says",
+            "runtime/noise.py is at fault",
         )
     pixels, alone = np.asarray(result.images), np.asarray(first.images)
     sequences = (run.passes[-1].sequence, result.steps[-1].sequence)
     own = (result.steps[-1].sequence[:1], first.steps[-1].sequence)
     return [
-        DrawnPair(scope, run.tokens, tokens, *sequences, run.pixels, pixels, request.places),
+        DrawnPair(
+            scope,
+            run.tokens,
+            tokens,
+            *sequences,
+            run.pixels,
+            pixels,
+            request.places,
+            by_teacher=run.plan.teacher is not None,
+        ),
         DrawnPair(
             f"{run.title}, by its seed alone",
             tokens[:1],

@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime._json import DAMAGED, read_json
 from runtime.errors import BundleError, VerificationError
-from runtime.manifest import FILE_NAME, Manifest, read_manifest, resolve
+from runtime.manifest import Manifest, read_manifest, resolve
 from runtime.noise import gaussian_noise, uniform_numbers
 
 if TYPE_CHECKING:
@@ -43,7 +43,11 @@ def check_contents(root: Path, manifest: Manifest, reference: TorchReference) ->
     recipe = reference.recipe
     assert recipe is not None
     faults = [*_recipe_faults(manifest), *_manifest_faults(manifest, recipe)]
-    faults += [*_label_faults(root, manifest, recipe), *_teacher_faults(root, manifest, reference), *_noise_faults()]
+    faults += [
+        *_label_faults(root, manifest, recipe),
+        *_teacher_faults(root, manifest, reference),
+        *_noise_faults(),
+    ]
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise VerificationError(
@@ -67,18 +71,16 @@ def _manifest_faults(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
     if manifest.teacher is None:
         schedules = {steps: one for steps, one in schedules.items() if one["teacher"] is None}
     said = json.loads(manifest.to_json())
-    for one in said["schedules"].values():
-        one.setdefault("split", None), one.setdefault("teacher", None)
-    keys = ("name", "title", "sequence", "classes", "parity", "published", "licence")
-    sides = [{key: side[key] for key in keys} for side in (said, wanted)]
-    sides[0] |= {"image": said["image"], "schedules": said["schedules"]}
-    size = wanted["image"]
-    image = {"height": size["size"], "width": size["size"], "channels": size["channels"]}
-    sides[1] |= {"image": image, "schedules": schedules}
+    for schedule in said["schedules"].values():
+        schedule |= {key: schedule.get(key) for key in ("split", "teacher")}  # left out where they are None
+    side, channels = wanted["image"]["size"], wanted["image"]["channels"]
+    wanted |= {"schedules": schedules, "image": {"height": side, "width": side, "channels": channels}}
+    keys = ["name", "title", "sequence", "classes", "parity", "published", "licence", "image", "schedules"]
     if manifest.teacher is not None:
-        sides[0]["teacher"] = {key: said["teacher"][key] for key in wanted["teacher"]}
-        sides[1]["teacher"] = wanted["teacher"]
-    yield from _differences(*sides, "bundle.json", "its recipe has")
+        said["teacher"] = {key: said["teacher"][key] for key in wanted["teacher"]}
+        keys.append("teacher")
+    for key in keys:
+        yield from _differences(said[key], wanted[key], f"bundle.json: {key}", "its recipe has")
 
 
 def _label_faults(root: Path, manifest: Manifest, recipe: Recipe) -> Iterator[str]:

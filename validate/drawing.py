@@ -98,7 +98,7 @@ def by_reference(reference: TorchReference, schedules: Schedules) -> Draw:
             pictures = sampler.decode(passes[-1].sequence)
             if not np.isfinite(pictures).all():
                 raise VerificationError(
-                    f"the reference's images {indices.start} to {indices.stop - 1} are not finite in {steps} steps",
+                    f"images {indices.start} to {indices.stop - 1} of the reference are not finite",
                     "the weights are damaged",
                 )
             images[steps] = to_uint8(pictures)

@@ -39,6 +39,7 @@ class Gate:
     difference: float | None = None
     distance: float | None = None
     changed: float | None = None
+    provisional: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def _difference(steps: int, difference: Estimate, gate: Gate) -> Measurement:
     ends = [end for end in (difference.value, difference.low, difference.high) if end is not None]
     note = f"{'far end of ' if difference.low is not None else ''}{difference.text(sign=True)}"
     largest = float(np.abs(ends).max())  # NaN where one is
-    return Measurement(METRIC, scope_of(steps), DIFFERENCE, largest, gate.difference, note=note)
+    return Measurement(
+        METRIC, scope_of(steps), DIFFERENCE, largest, gate.difference, note=note, rule=DIFFERENCE
+    )
 
 
 def _between(steps: int, pair: PairTally, run: PairedRun, gate: Gate, how: Resampling) -> list[Measurement]:
@@ -119,12 +122,12 @@ def _between(steps: int, pair: PairTally, run: PairedRun, gate: Gate, how: Resam
     return [
         Measurement(
             METRIC, scope, DISTANCE, _relative(pair, reference), gate.distance,
-            note="1 for unrelated images",
+            note="1 for unrelated images", rule=DISTANCE,
         ),
         Measurement(
             METRIC, scope, CHANGED, changed / images, gate.changed,
             note=f"{changed:,} of {images:,} by more than {VISIBLE} of 255",
-            counts={"changed": changed, "identical": identical, "images": images},
+            counts={"changed": changed, "identical": identical, "images": images}, rule=CHANGED,
         ),
         Measurement(METRIC, scope, "largest 8-bit difference", float(pair.largest), where=apart),
         Measurement(

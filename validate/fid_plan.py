@@ -134,6 +134,7 @@ def _gate(
         float(limits["difference"]) if own else None,
         limits.get("distance"),
         limits.get("changed"),
+        bool(limits.get("provisional")),
     )
 
 

@@ -184,9 +184,11 @@ def verdict_line(report: FidReport) -> str:
     gated = sum(one.gated for one in report.measurements)
     if report.no_verdict:
         return f"no verdict: {report.no_verdict}"
+    provisional = " (provisional: nobody has measured this model)" if report.limits.get("provisional") else ""
     if report.passed:
-        return f"image quality holds: {gated} of {gated} measurements within their limits"
-    return f"image quality fails: {len(report.failures)} of {gated} measurements past their limits"
+        return f"image quality holds: {gated} of {gated} measurements within their limits{provisional}"
+    failed = len(report.failures)
+    return f"image quality fails: {failed} of {gated} measurements past their limits{provisional}"
 
 
 def failure_line(one: Measurement) -> str:

@@ -1,4 +1,5 @@
-"""`validate limits`: how far an unbroken bundle is from PyTorch over several seeds, beside the recipe's limits."""
+"""`validate limits`: how far an unbroken bundle is from PyTorch over several seeds, beside the recipe's
+limits."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from validate.metrics._base import Limits, Measurement
 
 LOOSENESS = 2.0  # a limit is at most so many times the largest value of an unbroken bundle
-FIXED = {("images_left_out", "fp32"): 0.1, ("images_left_out", "fp16"): 0.1}  # nine images in ten are comparable
+FIXED = {
+    ("images_left_out", "fp32"): 0.1,
+    ("images_left_out", "fp16"): 0.1,
+}  # nine images in ten are comparable
 
 EPILOG = """
 \b
@@ -43,13 +47,14 @@ def limits_of(manifest: Manifest, precision: str, complete: bool = True) -> Limi
             f"state them in the recipe under parity.{precision}, and export again;"
             " `python -m validate limits BUNDLE` measures what they can be",
         )
-    return Limits(**{name: given.get(name) for name in names}, provisional=given.get("provisional", False))
+    values: dict[str, Any] = {name: given.get(name) for name in names}
+    return Limits(**values, provisional=given.get("provisional", False))
 
 
 @dataclass(frozen=True)
 class LimitRow:
-    """One limit, and the value nearest to breaking it over all seeds. ratio: the limit over the value; of decibels,
-    the ratio of the rms errors."""
+    """One limit, and the value nearest to breaking it over all seeds. ratio: the limit over the value; of
+    decibels, the ratio of the rms errors."""
 
     limit_name: str
     measured: float
@@ -107,9 +112,15 @@ def table(rows: list[LimitRow]) -> str:
 
 @click.command("limits", cls=console.Command, epilog=EPILOG)
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="How many, from 0 on.")
-@click.option("--images", type=click.IntRange(min=1), metavar="N", help="A seed.  [default: the recipe's, or 8]")
-@click.option("--fid-images", type=click.IntRange(min=2), metavar="N", help="Measure the limits of `validate fid` too.")
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="How many, from 0 on."
+)
+@click.option(
+    "--images", type=click.IntRange(min=1), metavar="N", help="A seed.  [default: the recipe's, or 8]"
+)
+@click.option(
+    "--fid-images", type=click.IntRange(min=2), metavar="N", help="Measure the limits of `validate fid` too."
+)
 @click.option("--precision", metavar="NAME", help="Which graphs of the bundle.  [default: its first]")
 @click.option("--backend", metavar="NAME", default="auto", help="The engine.  [default: the best installed]")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of engine and torch.")
@@ -143,4 +154,6 @@ def command(seeds: int, fid_images: int | None, as_json: bool, teacher: Path | N
         click.echo(table(rows))
     wrong = [row.limit_name for row in rows if row.verdict != "ok"]
     if wrong:
-        raise VerificationError(f"limits to correct: {', '.join(wrong)}", "docs/parity.md says how they are chosen")
+        raise VerificationError(
+            f"limits to correct: {', '.join(wrong)}", "docs/parity.md says how they are chosen"
+        )

@@ -152,7 +152,9 @@ _POSITIVE = click.IntRange(min=1)
 
 @click.command("parity", cls=console.Command, epilog=EPILOG)
 @click.argument("bundle", type=_PATH)
-@click.option("--images", type=_POSITIVE, metavar="N", help="How many to compare.  [default: the recipe's, or 8]")
+@click.option(
+    "--images", type=_POSITIVE, metavar="N", help="How many to compare.  [default: the recipe's, or 8]"
+)
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of the noise.")
 @click.option(
     "--batch", type=click.IntRange(min=2), default=8, show_default=True, help="The largest batch size tried."
@@ -174,15 +176,17 @@ _POSITIVE = click.IntRange(min=1)
     help="Which copy of the student's weights to compare with.  [default: the bundle's own]",
 )
 @click.option("--threads", type=_POSITIVE, metavar="N", help="Of engine and torch.  [default: their choice]")
-@click.option("--device", metavar="NAME", default="cpu", show_default=True, help="Where PyTorch runs: cpu, cuda.")
+@click.option(
+    "--device", metavar="NAME", default="cpu", show_default=True, help="Where PyTorch runs: cpu, cuda."
+)
 @click.option("--report", type=_PATH, metavar="DIR", help="Where to write it.  [default: BUNDLE/parity]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @console.debug_option
 def command(report: Path | None, as_json: bool, **options: Any) -> None:
     """Compare BUNDLE with the PyTorch model it was made from, in every schedule, on the same noise.
 
-    Exit code 3 if a limit of the manifest is passed. What passed also leaves parity/golden.npz in the bundle, by
-    which `ddexport doctor BUNDLE --check` checks it where it is deployed.
+    Exit code 3 if a limit of the manifest is passed. What passed also leaves parity/golden.npz in the bundle,
+    by which `ddexport doctor BUNDLE --check` checks it where it is deployed.
     """
     from validate.golden import write_golden
     from validate.report import failure_line, table, verdict_line, write_report

@@ -83,8 +83,8 @@ def table(report: ParityReport) -> str:
 def verdict_line(report: ParityReport) -> str:
     """One sentence: whether parity holds, and what was left out of it."""
     gated = sum(row.gated for row in report.measurements)
-    left_out = [f"{row.note} in {row.scope}" for row in report.measurements if row.counts.get("left_out")
-                and row.rule == "images_left_out"]  # fmt: skip
+    rows = [row for row in report.measurements if row.rule.endswith("left_out") and row.value]
+    left_out = [f"{row.note} in {row.scope.partition(',')[0]}" for row in rows]
     provisional = " (provisional: nobody has measured this model)" if report.limits.provisional else ""
     images = f"; images left out because a token differs: {', '.join(left_out)}" if left_out else ""
     if report.passed:

@@ -1,7 +1,7 @@
 """Opens a bundle as users do, a half precision on the CPU with every rounding of a half engine.
 
-ONNX Runtime's CPU provider keeps fp16 graphs in float32 between operators, so that a comparison with it would show
-a fraction of the error, and it cannot run bf16 graphs at all (docs/precision.md).
+ONNX Runtime's CPU provider keeps fp16 graphs in float32 between operators, so that a comparison with it would
+show a fraction of the error, and it cannot run bf16 graphs at all (docs/precision.md).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ HALVES = ("fp16", "bf16")
 
 
 class EmulatedGraphs:
-    """The graphs of a half precision, each opened when it is first run; takes the place of `runtime.graphs.Graphs`."""
+    """The graphs of a half precision, each opened when it is first run; takes the place of
+    `runtime.graphs.Graphs`."""
 
     name, batch_size = ENGINE, None
 

@@ -1,8 +1,8 @@
 """How the PyTorch reference samples: student steps, the teacher's AR steps and the choice of their tokens.
 
-What the runtime computes in numpy is computed here a second time, in torch and from the papers, so that a fault
-of the runtime's sampler shows as a difference. Nothing but the noise and the errors may come from `runtime`
-(an import contract in pyproject.toml); the noise is held to the vectors of docs/noise.md instead.
+What the runtime computes in numpy is computed here a second time, in torch and from the papers, so that a
+fault of the runtime's sampler shows as a difference. Nothing but the noise and the errors may come from
+`runtime` (an import contract in pyproject.toml); the noise is held to the vectors of docs/noise.md instead.
 
 Shapes: N images, L positions, Cv width of a code, S split, V codebook. Source: arXiv 2412.17153, algorithm 2.
 """
@@ -39,7 +39,8 @@ class TokenChoice:
 
 @dataclass(frozen=True)
 class Plan:
-    """One schedule. known: of each student step, the positions that hold data. teacher: from where to where."""
+    """One schedule. known: of each student step, the positions that hold data. teacher: from where to
+    where."""
 
     known: tuple[int, ...]
     split: int
@@ -47,7 +48,8 @@ class Plan:
 
     @property
     def passes(self) -> list[tuple[str, int]]:
-        """("student" or "teacher", known positions) in order: the student starts where the teacher does not."""
+        """("student" or "teacher", known positions) in order: the student starts where the teacher does
+        not."""
         passes = [("student", known) for known in self.known]
         if self.teacher is not None:
             passes.insert(1 if self.teacher[0] else 0, ("teacher", self.teacher[0]))
@@ -58,8 +60,8 @@ class Plan:
 class Pass:
     """One student step, or all AR steps of the teacher together.
 
-    inputs: float32 (N, L, Cv), what the student was given; of the teacher its prefix as tokens, int64 (N, known).
-    logits: float32 (N, S, V), or guided logits (N, end - start, V). tokens: int64 (N, S) or (N, end).
+    inputs: float32 (N, L, Cv), what the student was given; of the teacher its prefix as tokens, int64 (N,
+    known). logits: float32 (N, S, V), or guided logits (N, end - start, V). tokens: int64 (N, S) or (N, end).
     sequence: float32 (N, L, Cv).
     """
 
@@ -143,7 +145,8 @@ class Sampler:
     def _teacher(
         self, noise: Tensor, label: Tensor, plan: Plan, sequence: Tensor, tokens: Tensor, uniforms: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """AR steps behind the student's prefix, of which the regressed embeddings count as the nearest codes."""
+        """AR steps behind the student's prefix, of which the regressed embeddings count as the nearest
+        codes."""
         assert plan.teacher is not None
         assert self.choice is not None
         assert self.draw_tokens is not None
@@ -170,8 +173,8 @@ class Sampler:
 def chosen_tokens(logits: Tensor, uniforms: Tensor, choice: TokenChoice) -> Tensor:
     """One token a position: logits (N, n, V), uniforms (N, n) float64 -> int64 (N, n).
 
-    The k most likely tokens are kept, and of them the fewest whose mass reaches p. The token drawn is the first,
-    in index order, at which the cumulated mass exceeds the uniform share of the whole.
+    The k most likely tokens are kept, and of them the fewest whose mass reaches p. The token drawn is the
+    first, in index order, at which the cumulated mass exceeds the uniform share of the whole.
     """
     if choice.top_k == 1:
         return logits.argmax(-1)

@@ -1,4 +1,5 @@
-"""The numbers in a bundle's reduced graphs, one by one against its float32 graphs, which parity holds to PyTorch.
+"""The numbers in a bundle's reduced graphs, one by one against its float32 graphs, which parity holds to
+PyTorch.
 
 Rounding hides one wrong weight among millions from every statistic of the outputs; it cannot hide it here.
 """
@@ -57,7 +58,8 @@ def _names(model: Any) -> set[str]:
 
 
 def _wrong(model: Any, wanted: Weights, exact: bool) -> Iterator[tuple[str, int]]:
-    """Name and number of wrong values of every weight that has some. exact: one without its like counts whole."""
+    """Name and number of wrong values of every weight that has some. exact: one without its like counts
+    whole."""
     reduced = _initializers(model)
     quantized: set[str] = set()
     for node in model.graph.node:

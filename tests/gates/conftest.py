@@ -22,7 +22,8 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The bundle of a model: from the folder that the Makefile names, or else exported. Do not write into it."""
+    """The bundle of a model: from the folder that the Makefile names, or else exported. Do not write into
+    it."""
     from ddexport.bundle import WeightRequest, export_bundle
     from ddexport.recipe import load_recipe
 
@@ -76,7 +77,16 @@ def parity() -> Callable[..., Result]:
     """parity(bundle, precision, *options): the real command, in this process."""
 
     def run(bundle: Path, precision: str = "fp32", *options: object) -> Result:
-        arguments = ["parity", str(bundle), "--backend", "onnxruntime", "--precision", precision, "--threads", "1"]
+        arguments = [
+            "parity",
+            str(bundle),
+            "--backend",
+            "onnxruntime",
+            "--precision",
+            precision,
+            "--threads",
+            "1",
+        ]
         return CliRunner().invoke(cli.command, [*arguments, "--json", *map(str, options)])
 
     return run

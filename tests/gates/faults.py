@@ -95,7 +95,9 @@ def initializer(graph: onnx.GraphProto, accept: Callable[[onnx.TensorProto], boo
     tensor = next(tensor for tensor in graph.initializer if accept(tensor))
 
     def put(array: np.ndarray) -> None:
-        tensor.CopyFrom(numpy_helper.from_array(array.astype(numpy_helper.to_array(tensor).dtype), tensor.name))
+        tensor.CopyFrom(
+            numpy_helper.from_array(array.astype(numpy_helper.to_array(tensor).dtype), tensor.name)
+        )
 
     return numpy_helper.to_array(tensor).copy(), put
 
@@ -152,9 +154,7 @@ def runner_up(graph: onnx.GraphProto) -> None:
             helper.make_node("Mul", ["planted_moved", signs], ["planted_changes"]),
             helper.make_node("GatherElements", [raw, "planted_codes"], ["planted_old"], axis=-1),
             helper.make_node("Add", ["planted_old", "planted_changes"], ["planted_new"]),
-            helper.make_node(
-                "ScatterElements", [raw, "planted_codes", "planted_new"], [out], axis=-1
-            ),
+            helper.make_node("ScatterElements", [raw, "planted_codes", "planted_new"], [out], axis=-1),
         ]
 
     after_logits(graph, nodes)
@@ -163,7 +163,9 @@ def runner_up(graph: onnx.GraphProto) -> None:
 def swapped_classes(graph: onnx.GraphProto) -> None:
     """The student draws class 7 for 3, and 3 for 7."""
     table = constant(graph, "planted_classes", [0, 1, 2, 7, 4, 5, 6, 3, 8, 9], np.int64)
-    before_use(graph, "label", [helper.make_node("Gather", [table, "label"], ["planted_label"])], "planted_label")
+    before_use(
+        graph, "label", [helper.make_node("Gather", [table, "label"], ["planted_label"])], "planted_label"
+    )
 
 
 def negated_noise(graph: onnx.GraphProto) -> None:
@@ -174,7 +176,9 @@ def perturbed_weight(graph: onnx.GraphProto) -> None:
     """One number of a matrix in a block's attention, by twice the largest of it."""
     types = ("FLOAT", "FLOAT16", "BFLOAT16", "INT8")
     accepted = {getattr(onnx.TensorProto, name) for name in types}
-    wide = [t for t in graph.initializer if len(t.dims) == 2 and min(t.dims) >= 96 and t.data_type in accepted]
+    wide = [
+        t for t in graph.initializer if len(t.dims) == 2 and min(t.dims) >= 96 and t.data_type in accepted
+    ]
     name = wide[len(wide) // 2].name
     array, put = initializer(graph, lambda tensor: tensor.name == name)
     if array.dtype == np.int8:

@@ -77,7 +77,10 @@ def test_a_fault_of_the_float32_graph_fails(
         (faults.in_codebook(lambda table: np.roll(table, 1, axis=0)), "entries of codebook.npy are not"),
         (faults.in_codebook(faults.swapped), "2 entries of codebook.npy are not"),
         (faults.in_labels, "labels.names is"),
-        (faults.in_manifest(lambda m: m["schedules"]["2"].update(known=[0, 6])), "schedules.2.known is [0, 6]"),
+        (
+            faults.in_manifest(lambda m: m["schedules"]["2"].update(known=[0, 6])),
+            "schedules.2.known is [0, 6]",
+        ),
         (faults.in_manifest(lambda m: m["parity"]["fp32"].update(token_margin=9)), "token_margin is 9"),
         (faults.in_manifest(lambda m: m["sequence"].update(split=m["sequence"]["split"] + 1)), "damaged"),
     ],

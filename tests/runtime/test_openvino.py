@@ -473,6 +473,7 @@ def test_the_embedded_models_agree_graph_by_graph(digits: Path, mode: str) -> No
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16")
 def test_bf16_of_the_embedded_models_keeps_to_the_bundles_limits(digits: Path) -> None:
     from validate.harness import compare, measure
+
     from validate.parity import BundleModel, _limits, _request
     from validate.parity import Options as Request
     from validate.reference import build_reference

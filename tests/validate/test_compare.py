@@ -1,4 +1,5 @@
-"""A bundle against its reference: what is compared, in which row a fault shows, and which files are wanted."""
+"""A bundle against its reference: what is compared, in which row a fault shows, and which files are
+wanted."""
 
 from __future__ import annotations
 
@@ -24,7 +25,6 @@ from validate.reference import ReferenceFilesError, TorchReference, build_refere
 TESTS = Path(__file__).parents[1]
 LIMITS = Limits(1e-3, 1e-4, 60.0, 2, 1e-4, 0.0, 1e-4, 60.0, 0.1)
 CHOICE = Choice(cfg=2.0, top_k=12, top_p=0.95, temperature=1.0)
-
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,11 @@ def test_a_bundle_agrees_with_its_reference(pipe: Pipeline, reference: TorchRefe
     for title in ("1 step", "3 steps", "teacher alone"):
         parts = ("decoder on the same sequence", "end to end", "by its seed alone")
         assert scopes >= {f"{title}, {part}" for part in parts}
-    assert scopes >= {"steps mixed in a batch", "batch sizes 1, 2, 3, 5", "teacher alone, teacher, one image alone"}
+    assert scopes >= {
+        "steps mixed in a batch",
+        "batch sizes 1, 2, 3, 5",
+        "teacher alone, teacher, one image alone",
+    }
     assert {row.name for row in rows if row.scope == "teacher alone, teacher (positions 0 to 13)"} == {
         "guided logits, largest error",
         "logits, rms error",
@@ -137,7 +141,9 @@ def test_a_bundle_agrees_with_its_reference(pipe: Pipeline, reference: TorchRefe
 def test_a_fault_is_seen_where_it_is(
     pipe: Pipeline, reference: TorchReference, key: str, output: str, error: float, where: str, name: str
 ) -> None:
-    failed = [row for row in measured(pipe, reference, Faulty(pipe.backend, key, output, error)) if not row.passed]
+    failed = [
+        row for row in measured(pipe, reference, Faulty(pipe.backend, key, output, error)) if not row.passed
+    ]
     assert any(where in row.scope and row.name == name for row in failed)
     if key != "teacher":
         assert not any("teacher (positions" in row.scope for row in failed)
@@ -145,7 +151,9 @@ def test_a_fault_is_seen_where_it_is(
 
 def test_tokens_are_forced_so_that_one_flip_is_one_flip(pipe: Pipeline, reference: TorchReference) -> None:
     """A fault in the first AR step does not change what the steps behind it are compared on."""
-    first = Faulty(pipe.backend, "teacher", "logits", 3.0, lambda feeds, n: np.full(n, not feeds["filled"][0]))
+    first = Faulty(
+        pipe.backend, "teacher", "logits", 3.0, lambda feeds, n: np.full(n, not feeds["filled"][0])
+    )
     rows = measured(pipe, reference, first)
     scope, name = "teacher alone, teacher (positions 0 to 13)", "tokens that differ, drawn"
     (drawn,) = [row for row in rows if (row.scope, row.name) == (scope, name)]
@@ -166,7 +174,10 @@ def test_a_row_that_depends_on_its_batch_fails_against_itself(
     reference = build_reference(read_manifest(golden_bundle), golden_files, threads=1)
     with load(golden_bundle, "onnxruntime", threads=1) as pipe:
         rows = measured(pipe, reference, Faulty(pipe.backend, "student", "sequence", 0.1, where))
-    assert {row.scope for row in rows if not row.passed} & {"steps mixed in a batch", "batch sizes 1, 2, 3, 5"}
+    assert {row.scope for row in rows if not row.passed} & {
+        "steps mixed in a batch",
+        "batch sizes 1, 2, 3, 5",
+    }
 
 
 def test_runs_never_exceed_the_batch(pipe: Pipeline, reference: TorchReference) -> None:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
-
 import validate.emulation
+from click.testing import CliRunner, Result
+from validate.emulation import ENGINE, emulated_precision
+
 from runtime.errors import BundleError
 from runtime.manifest import Manifest, read_manifest
 from runtime.options import Options
 from runtime.selection import Candidate
 from validate import cli
-from validate.emulation import ENGINE, emulated_precision
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "var-dd-small"
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from runtime.errors import OutputError
-from validate import pictures
 from tests.validate.toys import compare
+from validate import pictures
 from validate.compare import measure
 from validate.metrics._base import Comparison, Limits, Measurement
 from validate.report import ParityReport, Settings, failure_line, table, write_report

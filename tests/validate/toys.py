@@ -1,4 +1,5 @@
-"""A student and a decoder of a few matrices, for tests that need no engine, and what they give when compared."""
+"""A student and a decoder of a few matrices, for tests that need no engine, and what they give when
+compared."""
 
 from __future__ import annotations
 
@@ -65,7 +66,9 @@ class ToyModel:
         return (image[:, :3, :3].repeat(3, axis=3) + self.pixel_error).astype(np.float32)
 
 
-def sampled(model: ToyModel, known: tuple[int, ...], labels: np.ndarray, noise: np.ndarray) -> list[StudentOutput]:
+def sampled(
+    model: ToyModel, known: tuple[int, ...], labels: np.ndarray, noise: np.ndarray
+) -> list[StudentOutput]:
     """The steps of a schedule."""
     outputs: list[StudentOutput] = []
     for count in known:
@@ -76,7 +79,8 @@ def sampled(model: ToyModel, known: tuple[int, ...], labels: np.ndarray, noise: 
 
 
 def compare(bundle: ToyModel, reference: ToyModel, rows: Rows) -> Comparison:
-    """Of two toys what `validate.compare` makes of a bundle and its reference; steps start as the reference's."""
+    """Of two toys what `validate.compare` makes of a bundle and its reference; steps start as the
+    reference's."""
     places = tuple(f"image {i} (label {label})" for i, label in enumerate(rows.labels))
     comparison = Comparison([], [])
     for steps, known in SCHEDULES.items():
@@ -97,7 +101,9 @@ def compare(bundle: ToyModel, reference: ToyModel, rows: Rows) -> Comparison:
         sequences = (expected[-1].sequence, own[-1].sequence)
         if np.isfinite(images).all():
             pixels = (to_uint8(wanted), to_uint8(images))
-            comparison.drawn.append(DrawnPair(f"{title}, end to end", *tokens_of, *sequences, *pixels, places))
+            comparison.drawn.append(
+                DrawnPair(f"{title}, end to end", *tokens_of, *sequences, *pixels, places)
+            )
     return comparison
 
 

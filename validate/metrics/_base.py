@@ -27,13 +27,15 @@ Direction = Literal["at most", "at least"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What is allowed in one precision: the manifest's `parity[precision]`; docs/parity.md says what each holds.
+    """What is allowed in one precision: the manifest's `parity[precision]`; docs/parity.md says what each
+    holds.
 
-    token_margin: a difference of one logit. logits_rms: of all. tokens_differing: share of the tokens decided.
-    histogram_bias: total variation of the mean probabilities of the tokens. embedding_error: rms error / rms.
-    image_psnr: dB, of the decoder's images in [0, 1]; pixel_psnr: of the 8-bit images that users get. image_max:
-    largest difference of an 8-bit value. images_left_out: share of the images whose tokens differ. provisional: the limits
-    are guesses, since nobody has measured the model. None: shown, but not held; `validate parity` wants all.
+    token_margin: a difference of one logit. logits_rms: of all. tokens_differing: share of the tokens
+    decided. histogram_bias: total variation of the mean probabilities of the tokens. embedding_error: rms
+    error / rms. image_psnr: dB, of the decoder's images in [0, 1]; pixel_psnr: of the 8-bit images that users
+    get. image_max: largest difference of an 8-bit value. images_left_out: share of the images whose tokens
+    differ. provisional: the limits are guesses, since nobody has measured the model. None: shown, but not
+    held; `validate parity` wants all.
     """
 
     token_margin: float
@@ -45,6 +47,7 @@ class Limits:
     histogram_bias: float | None = None
     pixel_psnr: float | None = None
     images_left_out: float | None = None
+    drawn_left_out: float | None = None
     provisional: bool = False
 
 
@@ -197,6 +200,7 @@ class DrawnPair:
     got_pixels: npt.NDArray[np.uint8]
     places: tuple[str, ...]
     itself: bool = False
+    by_teacher: bool = False
 
     @property
     def comparable(self) -> BoolArray:
@@ -205,9 +209,9 @@ class DrawnPair:
 
     def images(self) -> ImagePair:
         """The 8-bit images as floats, channels first."""
-        both = (self.expected_pixels, self.got_pixels)
-        floats = [side.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255) for side in both]
-        return ImagePair(self.scope, *floats, self.comparable, self.places, self.itself, pixels=True)
+        sides = (self.expected_pixels, self.got_pixels)
+        expected, got = (side.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255) for side in sides)
+        return ImagePair(self.scope, expected, got, self.comparable, self.places, self.itself, pixels=True)
 
 
 @dataclass(frozen=True)

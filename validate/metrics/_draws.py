@@ -127,7 +127,9 @@ def _logits_error(pair: TeacherPair, limits: Limits) -> Measurement:
     value = float(error[row, position])
     where = _place(pair, int(row), int(position)) if value else ""
     name = "guided logits, largest error"
-    return Measurement("tokens", pair.scope, name, value, limits.token_margin, where=where, rule="token_margin")
+    return Measurement(
+        "tokens", pair.scope, name, value, limits.token_margin, where=where, rule="token_margin"
+    )
 
 
 def _differing_largest(pair: TeacherPair, limits: Limits) -> Measurement:

@@ -26,7 +26,8 @@ def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
 
 
 def drawn(pair: DrawnPair, limit: float) -> Measurement:
-    """The sequences that were decoded, of the images whose tokens all agree; the others are counted elsewhere."""
+    """The sequences that were decoded, of the images whose tokens all agree; the others are counted
+    elsewhere."""
     mask = np.broadcast_to(pair.comparable[:, None], pair.expected.shape[:2])
     error, row = relative_error(pair.expected, pair.got, mask)
     where = pair.places[row] if error else ""

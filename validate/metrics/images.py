@@ -17,18 +17,21 @@ def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
     for drawn in comparison.drawn:
         rows += measure(drawn.images(), limits)
         if not drawn.itself:
-            rows.append(left_out(drawn, limits.images_left_out))
+            rows.append(left_out(drawn, limits))
     return rows
 
 
-def left_out(pair: DrawnPair, limit: float | None) -> Measurement:
-    """The share of the images that no row compares, because a token differs."""
-    count = int((~pair.comparable).sum())
-    counts = {"images": len(pair.comparable), "left_out": count}
-    note = f"{count} of {len(pair.comparable)}"
-    value = count / len(pair.comparable)
-    name = "share of images left out"
-    return Measurement("images", pair.scope, name, value, limit, note=note, counts=counts, rule="images_left_out")
+def left_out(pair: DrawnPair, limits: Limits) -> Measurement:
+    """The share of the images that no row compares, because a token differs.
+
+    A teacher's tokens are draws, one behind the other: the least difference of a logit leaves many images
+    out.
+    """
+    rule = "drawn_left_out" if pair.by_teacher else "images_left_out"
+    count, images = int((~pair.comparable).sum()), len(pair.comparable)
+    counts, note = {"images": images, "left_out": count}, f"{count} of {images}"
+    name, limit = "share of images left out", getattr(limits, rule)
+    return Measurement("images", pair.scope, name, count / images, limit, note=note, counts=counts, rule=rule)
 
 
 def psnr(expected: FloatArray, got: FloatArray) -> float:

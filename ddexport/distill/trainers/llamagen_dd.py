@@ -69,7 +69,8 @@ def draw(
     guidance: float,
     end: int | None = None,
 ) -> Tensor:
-    """Sample token by token: labels (B,) -> tokens (B, `end` or L). Guidance is the same at all; 1 is none."""
+    """Sample token by token: labels (B,) -> tokens (B, `end` or L). Guidance is the same at all; 1 is
+    none."""
     cache, guide = teacher.new_cache(), guidance != UNGUIDED
     pair = torch.cat([labels, torch.full_like(labels, teacher.geometry.classes)]) if guide else labels
     tokens = [labels.new_empty(len(labels), 0)]

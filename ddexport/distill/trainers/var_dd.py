@@ -94,7 +94,8 @@ def draw(
     guidance: float,
     end: int | None = None,
 ) -> Tensor:
-    """Sample scale by scale: labels (B,) -> tokens (B, `end` or L); guidance grows with the scale, g * k / (K - 1)."""
+    """Sample scale by scale: labels (B,) -> tokens (B, `end` or L); guidance grows with the scale, g * k / (K
+    - 1)."""
     scales = len(tokenizer.scales)
     cache = teacher.new_cache()
     pair = torch.cat([labels, torch.full_like(labels, teacher.geometry.classes)]) if guidance else labels
