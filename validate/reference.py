@@ -121,7 +121,7 @@ def build_reference(
     from ddexport.families._checkpoint import connect, load_part, random_part
     from ddexport.recipe import recipe_from_dict
 
-    where = torch_device(device)
+    torch_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     roles = (*ROLES, "teacher") if teacher and manifest.teacher is not None else ROLES
@@ -142,7 +142,7 @@ def build_reference(
             copy = weights or (sources[role].weights if role in sources else None) or "ema"
             parts[role] = load_part(recipe, role, path, copy)
     connect(parts["student"], parts["tokenizer"])
-    parts = {role: part.to(where) for role, part in parts.items()}
+    parts = {role: part.to(device) for role, part in parts.items()}
     graph = None
     if "teacher" in parts:
         from ddexport.graph.wrappers import TeacherGraph

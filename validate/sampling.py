@@ -23,7 +23,7 @@ from runtime.noise import gaussian_noise, uniform_numbers
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 Module: TypeAlias = Any  # torch.nn.Module: its stubs are not analysed
-# (teacher, tokenizer, labels, choose, guidance, end) -> tokens (N, end): `draw` of ddexport.distill.trainers.
+# (teacher, tokenizer, labels, choose, guidance, prefix, end) -> tokens (N, end): `draw` of ddexport.distill.trainers.
 DrawTokens: TypeAlias = Callable[..., Tensor]
 
 
@@ -157,12 +157,10 @@ class Sampler:
         guided: list[Tensor] = []
 
         def choose(logits: Tensor, positions: slice) -> Tensor:
-            if positions.stop <= first:
-                return prefix[:, positions]
             guided.append(logits)
             return chosen_tokens(logits, uniforms[:, positions], choice)
 
-        tokens = self.draw_tokens(self.teacher, self.tokenizer, label, choose, choice.cfg, end)
+        tokens = self.draw_tokens(self.teacher, self.tokenizer, label, choose, choice.cfg, prefix, end)
         sequence = torch.cat([codebook[tokens], noise[:, end:]], 1)
         return prefix, torch.cat(guided, 1), sequence, tokens
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from runtime.errors import VerificationError
+from runtime.manifest import read_manifest
 from runtime.noise import gaussian_noise
-from validate.drawing import Order, draw
+from runtime.pipeline import load
+from validate.drawing import Order, by_pipeline, by_reference
+from validate.reference import build_reference
 
 LENGTH, WIDTH = 6, 3
 SCHEDULES = {1: (0,), 2: (0, 1), 3: (0, 1, 4)}
@@ -56,38 +60,21 @@ def test_batches_cover_every_image_once():
     assert max(len(batch) for batch in batches) == 4
 
 
-def test_drawing_is_few_step_sampling(toy):
-    """Against the sampler written out: each step keeps the first positions, the rest is noise again."""
-    model, one = toy(), order()
-    drawn = draw(model, one, range(8, 14), SCHEDULES, "it")
-    labels, noise = one.labels(range(8, 14)), one.noise(range(8, 14))
-    for steps, known in SCHEDULES.items():
-        tokens = noise
-        for count in known:
-            tokens = np.concatenate([tokens[:, :count], noise[:, count:]], axis=1)
-            tokens = model.student(tokens, labels, np.full(6, count)).sequence
-        expected = np.rint(model.decode(tokens).transpose(0, 2, 3, 1) * 255)
-        assert drawn[steps].dtype == np.uint8
-        assert np.array_equal(drawn[steps], expected)
-
-
-def test_steps_that_schedules_share_are_run_once(toy):
-    """Two schedules would cost three passes of the student otherwise; here three cost three and not six."""
-    model = toy()
-    draw(model, order(), range(4), SCHEDULES, "it")
-    assert len(model.batches) == 3
-
-
-def test_an_image_that_is_not_finite_is_a_failed_verification(toy):
-    """Never a figure made of NaN."""
-    model = toy()
-    fine = model.decode
-
-    def decode(sequence):
-        images = fine(sequence)
-        images[2, 0, 0, 0] = np.nan
-        return images
-
-    model.decode = decode
-    with pytest.raises(VerificationError, match=r"image 10 of the bundle is not finite in 1 step$"):
-        draw(model, order(), range(8, 14), {1: (0,)}, "the bundle")
+def test_both_sides_draw_the_same_images_by_different_ways(golden_bundle, golden_files):
+    """The pipeline that users call, and the reference's own loop; with what is not finite a failed
+    verification."""
+    manifest = read_manifest(golden_bundle)
+    schedules = {1: (0,), 2: (0, 5)}
+    size, indices = manifest.sequence, range(8, 14)
+    order = Order(20, 3, manifest.classes, size.length, size.width)
+    reference = build_reference(manifest, golden_files, threads=1)
+    with load(golden_bundle, "onnxruntime", threads=1) as pipe:
+        drawn = by_pipeline(pipe, schedules)(order, indices)
+        wanted = by_reference(reference, schedules)(order, indices)
+        for steps in schedules:
+            assert np.abs(drawn[steps].astype(int) - wanted[steps]).max() <= 1
+        assert np.abs(drawn[1].astype(int) - drawn[2]).max() > 1
+    with torch.no_grad():
+        reference._tokenizer.decoder.conv_out.bias.fill_(np.nan)
+    with pytest.raises(VerificationError, match="images 8 to 13 of the reference are not finite"):
+        by_reference(reference, schedules)(order, indices)

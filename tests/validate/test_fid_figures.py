@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tests.validate.toys import draw_of
 from validate.drawing import Order
 from validate.features._base import Extractor, Readings
 from validate.fid_figures import (
@@ -62,7 +63,7 @@ class Mirrored:
 
 def measured(toy, bundle, images=400, sides=2):
     order = Order(images, seed=1, classes=4, length=6, width=3)
-    models = {BUNDLE: bundle, REFERENCE: toy()}
+    models = {BUNDLE: draw_of(bundle, {1: (0,)}), REFERENCE: draw_of(toy(), {1: (0,)})}
     run = PairedRun(order, {1: (0,)}, Colours(), dict(list(models.items())[:sides]), Sizes(6, 3, 20, 1000))
     run.run(100, None, lambda count: None)
     return run

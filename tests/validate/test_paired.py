@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.validate.toys import draw_of
 from validate import fid_state, paired
 from validate.drawing import Order
 from validate.features._base import Extractor, Readings
@@ -33,7 +34,7 @@ class Corners(Extractor):
 def make(toy, images=60, rows=1000, groups=5, seed=3, **fault):
     """A run of a toy bundle with a fault against a toy reference without."""
     order = Order(images, seed, classes=4, length=6, width=3)
-    sides = {BUNDLE: toy(**fault), REFERENCE: toy()}
+    sides = {BUNDLE: draw_of(toy(**fault), SCHEDULES), REFERENCE: draw_of(toy(), SCHEDULES)}
     return PairedRun(order, SCHEDULES, Corners(), sides, Sizes(4, 4, groups, rows))
 
 
@@ -108,15 +109,15 @@ class TestResuming:
         """Ctrl-C at any batch: what was counted is saved, and not one bit of the end differs."""
         whole = arrays(measured(make(toy, embedding_error=0.3)))
         run = make(toy, embedding_error=0.3)
-        calls, fine = [], run.sides[BUNDLE].decode
+        calls, fine = [], run.sides[BUNDLE]
 
-        def decode(sequence):
+        def draw(order, indices):
             calls.append(1)
-            if len(calls) > 2 * stop:
+            if len(calls) > stop:
                 raise KeyboardInterrupt
-            return fine(sequence)
+            return fine(order, indices)
 
-        run.sides[BUNDLE].decode = decode
+        run.sides[BUNDLE] = draw
         with pytest.raises(KeyboardInterrupt):
             measured(run, state=State(tmp_path, {"run": 1}))
         again = make(toy, embedding_error=0.3)

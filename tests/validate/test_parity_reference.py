@@ -50,11 +50,11 @@ def test_embedded_weights_need_no_option_and_give_the_published_outputs():
     """The golden arrays are the published code's: the reference itself is held against them here."""
     golden = np.load(GOLDEN / "expected.npz")
     reference = build_reference(manifest_of("embedded"), {})
-    known = np.zeros(2, np.int64)
-    output = reference.student(golden["noise"], golden["labels"], known)
-    assert np.abs(output.logits - golden["onestep_step0_raw_logits"][:, :5]).max() < 2e-5
-    assert np.abs(output.sequence - golden["onestep_step0_sequence"]).max() < 2e-5
-    assert np.abs(reference.decode(output.sequence) - golden["onestep_image"]).max() < 2e-5
+    feeds = {"tokens": golden["noise"], "label": golden["labels"], "known": np.zeros(2, np.int64)}
+    output = reference.run("student", feeds)
+    assert np.abs(output["logits"] - golden["onestep_step0_raw_logits"][:, :5]).max() < 2e-5
+    assert np.abs(output["sequence"] - golden["onestep_step0_sequence"]).max() < 2e-5
+    assert np.abs(reference.sampler.decode(output["sequence"]) - golden["onestep_image"]).max() < 2e-5
 
 
 def test_modules_and_inputs_move_to_the_device(monkeypatch):
@@ -62,9 +62,10 @@ def test_modules_and_inputs_move_to_the_device(monkeypatch):
     monkeypatch.setattr("validate.reference.torch_device", lambda name: None)
     reference = build_reference(manifest_of("embedded"), {}, device="meta")
     golden = np.load(GOLDEN / "expected.npz")
+    sampler = reference.sampler
     for call in (
-        lambda: reference.student(golden["noise"], golden["labels"], np.zeros(2, np.int64)),
-        lambda: reference.decode(golden["onestep_step0_sequence"]),
+        lambda: sampler.sample(golden["noise"], golden["labels"], reference.plans["1"]),
+        lambda: sampler.decode(golden["onestep_step0_sequence"]),
     ):
         with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
             call()
@@ -74,7 +75,7 @@ def test_the_reference_does_not_write_into_its_inputs():
     reference = build_reference(manifest_of("embedded"), {})
     noise = gaussian_noise(0, range(1), 30, 8)
     before = noise.copy()
-    reference.decode(reference.student(noise, np.zeros(1, np.int64), np.zeros(1, np.int64)).sequence)
+    reference.sampler.sample(noise, np.zeros(1, np.int64), reference.plans["2"])
     assert np.array_equal(noise, before)
 
 
@@ -105,7 +106,7 @@ def test_random_weights_are_made_again_from_the_seed():
     def logits(seed: int) -> np.ndarray:
         reference = build_reference(manifest_of("random", weights=Weights("random", seed, ())), {})
         noise = gaussian_noise(0, range(1), 30, 8)
-        return reference.student(noise, np.zeros(1, np.int64), np.zeros(1, np.int64)).logits
+        return reference.sampler.sample(noise, np.zeros(1, np.int64), reference.plans["1"])[0].logits
 
     assert np.array_equal(logits(1), logits(1))
     assert not np.allclose(logits(1), logits(2), atol=0.1)

@@ -45,11 +45,12 @@ class Trainer(Protocol):
         labels: Tensor,
         choose: Choose,
         guidance: float,
+        prefix: Tensor | None = None,
         end: int | None = None,
     ) -> Tensor:
         """Sample AR step by AR step: labels (B,) -> tokens (B, L), or those before position `end`.
 
-        `choose` picks from logits (B, n, V).
+        `choose` picks from logits (B, n, V). prefix: tokens (B, n) that are there already.
         """
 
     def initialise_student(self, student: Any, teacher: Any, generator: torch.Generator) -> None:

@@ -67,14 +67,15 @@ def draw(
     labels: Tensor,
     choose: Choose,
     guidance: float,
+    prefix: Tensor | None = None,
     end: int | None = None,
 ) -> Tensor:
     """Sample token by token: labels (B,) -> tokens (B, `end` or L). Guidance is the same at all; 1 is
     none."""
     cache, guide = teacher.new_cache(), guidance != UNGUIDED
     pair = torch.cat([labels, torch.full_like(labels, teacher.geometry.classes)]) if guide else labels
-    tokens = [labels.new_empty(len(labels), 0)]
-    for i in range(end or teacher.geometry.length):
+    tokens = [labels.new_empty(len(labels), 0) if prefix is None else prefix]
+    for i in range(tokens[0].shape[1], end or teacher.geometry.length):
         logits = teacher.step(torch.cat([tokens[-1]] * 2) if guide else tokens[-1], pair, cache)
         if guide:
             logits = guided(logits, guidance)

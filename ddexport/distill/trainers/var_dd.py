@@ -92,27 +92,36 @@ def draw(
     labels: Tensor,
     choose: Choose,
     guidance: float,
+    prefix: Tensor | None = None,
     end: int | None = None,
 ) -> Tensor:
-    """Sample scale by scale: labels (B,) -> tokens (B, `end` or L); guidance grows with the scale, g * k / (K
-    - 1)."""
-    scales = len(tokenizer.scales)
+    """Sample scale by scale: labels (B,) -> tokens (B, `end` or L). Guidance grows with it: g * k / (K - 1).
+
+    `prefix`, tokens (B, n) of whole scales, is read in one pass with the first scale drawn, in which all
+    positions see each other, as in the published sampler.
+    """
+    scales, given = len(tokenizer.scales), 0 if prefix is None else prefix.shape[1]
     cache = teacher.new_cache()
     pair = torch.cat([labels, torch.full_like(labels, teacher.geometry.classes)]) if guidance else labels
-    features = torch.zeros(len(labels), 1, tokenizer.codebook.shape[1], device=labels.device)
+    unread = [torch.zeros(len(labels), 1, tokenizer.codebook.shape[1], device=labels.device)]
     f_hat = torch.zeros((), device=labels.device)
-    tokens = []
+    tokens: list[Tensor] = []
     for k, (a, b) in enumerate(pairwise(tokenizer.starts)):
-        if end is not None and a >= end:
+        if a == end:
             break
-        doubled = torch.cat([features, features]) if guidance else features
-        logits = teacher.step(doubled, pair, a, cache)
-        if guidance:
-            logits = guided(logits, guidance * k / max(1, scales - 1))
-        tokens.append(choose(logits, slice(a, b)))
+        if prefix is not None and a < given:
+            tokens.append(prefix[:, a:b])
+        else:
+            features = torch.cat(unread, 1)
+            doubled = torch.cat([features, features]) if guidance else features
+            logits = teacher.step(doubled, pair, b - features.shape[1], cache)[:, a - b :]
+            unread = []
+            if guidance:
+                logits = guided(logits, guidance * k / max(1, scales - 1))
+            tokens.append(choose(logits, slice(a, b)))
         f_hat = f_hat + tokenizer.contribution(tokenizer.embed(tokens[-1]), k)
         if k + 1 < scales:
-            features = tokenizer.next_features(f_hat, k + 1)
+            unread.append(tokenizer.next_features(f_hat, k + 1))
     return torch.cat(tokens, 1)
 
 
