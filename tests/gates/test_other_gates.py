@@ -1,0 +1,143 @@
+"""`validate fid`, `validate report` and `doctor --check` on planted faults: none of them says that all is well."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from runtime.doctor import command as doctor_command
+from tests.gates import faults
+from tests.gates.conftest import MODELS
+from tests.gates.test_parity_gate import without_noise
+from validate import cli
+
+both_models = pytest.mark.parametrize("model", MODELS)
+Planted = Callable[..., Path]
+
+
+def validate(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.command, [*map(str, arguments)])
+
+
+def fid(bundle: Path, *options: object) -> Result:
+    return validate("fid", bundle, "--backend", "onnxruntime", "--threads", 1, "--images", 200, *options)
+
+
+def doctor(bundle: Path, *options: object) -> Result:
+    arguments = [str(bundle), "--check", "--backend", "onnxruntime", *map(str, options)]
+    return CliRunner().invoke(doctor_command, arguments)
+
+
+@both_models
+def test_fid_sees_what_users_draw(planted: Planted, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    """Without re-noising the second step's images differ; the graphs are right."""
+    bundle = planted(model)
+    assert fid(bundle, "--steps", 2).exit_code == 0
+    without_noise(monkeypatch)
+    result = fid(bundle, "--steps", 2)
+    assert result.exit_code == 3, result.output
+    assert "images that differ" in result.stderr
+
+
+@both_models
+@pytest.mark.parametrize(
+    "fault",
+    [faults.in_codebook(lambda table: np.roll(table, 1, axis=0)), faults.in_graph(faults.runner_up)],
+    ids=["rolled codebook", "runner-up"],
+)
+def test_fid_fails_on_a_fault_of_the_bundle(
+    planted: Planted, model: str, fault: Callable[[Path, str], None]
+) -> None:
+    assert fid(planted(model, "fp32", fault), "--steps", 1).exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--reference", "none"), "no FID compares the two sides"),
+        (("--allow-few",), "--allow-few"),
+        (("--features", "inception", "--features-weights", "random:0", "--images", 4, "--allow-few"), "random"),
+        (("--bootstrap", 0), "interval"),
+    ],
+)
+def test_fid_without_a_measure_gives_no_verdict(
+    planted: Planted, options: tuple[object, ...], reason: str
+) -> None:
+    result = fid(planted("digits-var"), "--steps", 1, *options)
+    assert result.exit_code == 1, result.output
+    line = result.stdout.strip().splitlines()[-1]
+    assert line.startswith("no verdict: ")
+    assert reason in line
+
+
+@both_models
+def test_a_report_of_another_bundle_is_not_believed(planted: Planted, model: str) -> None:
+    """The decoder is broken after the reports were written."""
+    bundle = planted(model)
+    parity = validate("parity", bundle, "--backend", "onnxruntime", "--images", 8, "--threads", 1)
+    assert parity.exit_code == 0, parity.stderr
+    before = validate("report", bundle, "-o", bundle / "page.html")
+    assert before.exit_code == 0, before.stderr
+    faults.in_graph(faults.brighter, "decoder")(bundle, "fp32")
+    after = validate("report", bundle, "-o", bundle / "page.html")
+    assert after.exit_code != 0
+    assert "passed" not in after.stdout
+    assert doctor(bundle).exit_code == 3  # the golden file is of the other manifest too
+
+
+class TestDoctor:
+    """Neither PyTorch nor a checkpoint is asked for."""
+
+    @pytest.fixture(scope="class")
+    def proven(self, bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+        """proven(model): a bundle with its golden file."""
+        import shutil
+
+        made: dict[str, Path] = {}
+
+        def prove(model: str) -> Path:
+            if model not in made:
+                made[model] = tmp_path_factory.mktemp("proven") / model
+                shutil.copytree(bundles(model), made[model], ignore=shutil.ignore_patterns("parity"))
+                result = validate("parity", made[model], "--backend", "onnxruntime", "--threads", 1)
+                assert result.exit_code == 0, result.stderr
+            return made[model]
+
+        return prove
+
+    @both_models
+    @pytest.mark.parametrize("precision", ["fp32", "int8"])
+    def test_an_unbroken_bundle_draws_what_pytorch_drew(self, proven: Any, model: str, precision: str) -> None:
+        result = doctor(proven(model), "--precision", precision, "--json")
+        assert result.exit_code == 0, result.output
+        checks = json.loads(result.stdout)["checks"]
+        assert {one["steps"] for one in checks} >= {"1", "2", "teacher"}
+        assert all(one["images"] == 8 for one in checks)
+
+    @both_models
+    def test_a_sampler_that_is_wrong_where_it_is_deployed_fails(
+        self, proven: Any, monkeypatch: pytest.MonkeyPatch, model: str
+    ) -> None:
+        without_noise(monkeypatch)
+        result = doctor(proven(model))
+        assert result.exit_code == 3, result.output
+        assert "does not draw what PyTorch drew, in steps: 2" in result.stderr
+
+    def test_without_the_file_it_says_how_to_make_it(self, planted: Planted) -> None:
+        result = doctor(planted("digits-var"))
+        assert result.exit_code == 1
+        assert "python -m validate parity" in result.stderr
+
+    def test_a_damaged_file_is_told(self, planted: Planted) -> None:
+        bundle = planted("digits-var")
+        (bundle / "parity").mkdir()
+        (bundle / "parity" / "golden.npz").write_bytes(b"PK\x03\x04")
+        result = doctor(bundle)
+        assert result.exit_code == 1
+        assert "golden.npz is damaged" in result.stderr
