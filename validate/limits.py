@@ -39,6 +39,8 @@ def limits_of(manifest: Manifest, precision: str, complete: bool = True) -> Limi
 
     given: dict[str, Any] = manifest.parity.get(precision) or {}
     names = [field.name for field in fields(Limits) if field.name != "provisional"]
+    if manifest.teacher is None:
+        names.remove("drawn_left_out")
     needed = names if complete else [field.name for field in fields(Limits) if field.default is MISSING]
     missing = [name for name in needed if not isinstance(given.get(name), (int, float))]
     if missing:

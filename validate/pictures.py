@@ -28,7 +28,7 @@ class AREA:
 
 def worst_images(comparison: Comparison) -> Image.Image:
     """The images that differ most: bundle, reference and their difference, one row each."""
-    shown = ranked([pair for pair in comparison.images if not pair.itself])
+    shown = ranked(comparison.pictures())
     height = LINE + len(shown) * (TILE + LINE + GAP) + GAP
     sheet = Image.new("RGB", (3 * TILE + 4 * GAP, height), "white")
     draw = ImageDraw.Draw(sheet)

@@ -23,7 +23,8 @@ from runtime.noise import gaussian_noise, uniform_numbers
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 Module: TypeAlias = Any  # torch.nn.Module: its stubs are not analysed
-# (teacher, tokenizer, labels, choose, guidance, prefix, end) -> tokens (N, end): `draw` of ddexport.distill.trainers.
+# (teacher, tokenizer, labels, choose, guidance, prefix, end) -> tokens (N, end): `draw` of
+# ddexport.distill.trainers.
 DrawTokens: TypeAlias = Callable[..., Tensor]
 
 

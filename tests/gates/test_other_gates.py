@@ -1,4 +1,5 @@
-"""`validate fid`, `validate report` and `doctor --check` on planted faults: none of them says that all is well."""
+"""`validate fid`, `validate report` and `doctor --check` on planted faults: none of them says that all is
+well."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from validate import cli
 
 both_models = pytest.mark.parametrize("model", MODELS)
 Planted = Callable[..., Path]
+FEW = ("--images", 4, "--allow-few", "--reference", "none")
 
 
 def validate(*arguments: object) -> Result:
@@ -62,7 +64,7 @@ def test_fid_fails_on_a_fault_of_the_bundle(
     [
         (("--reference", "none"), "no FID compares the two sides"),
         (("--allow-few",), "--allow-few"),
-        (("--features", "inception", "--features-weights", "random:0", "--images", 4, "--allow-few"), "random"),
+        (("--features", "inception", "--features-weights", "random:0", *FEW), "random feature weights"),
         (("--bootstrap", 0), "interval"),
     ],
 )
@@ -113,7 +115,9 @@ class TestDoctor:
 
     @both_models
     @pytest.mark.parametrize("precision", ["fp32", "int8"])
-    def test_an_unbroken_bundle_draws_what_pytorch_drew(self, proven: Any, model: str, precision: str) -> None:
+    def test_an_unbroken_bundle_draws_what_pytorch_drew(
+        self, proven: Any, model: str, precision: str
+    ) -> None:
         result = doctor(proven(model), "--precision", precision, "--json")
         assert result.exit_code == 0, result.output
         checks = json.loads(result.stdout)["checks"]

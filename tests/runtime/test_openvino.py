@@ -471,21 +471,8 @@ def test_the_embedded_models_agree_graph_by_graph(digits: Path, mode: str) -> No
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16")
-def test_bf16_of_the_embedded_models_keeps_to_the_bundles_limits(digits: Path) -> None:
-    from validate.harness import compare, measure
-
-    from validate.parity import BundleModel, _limits, _request
-    from validate.parity import Options as Request
-    from validate.reference import build_reference
-
-    manifest = read_manifest(digits)
-    request = _request(manifest, Request(digits, images=40))
-    reference = build_reference(manifest, {}, None, 1)
-    with runtime.load(digits, "openvino", threads=1, precision="bf16") as pipe:
-        comparison = compare(BundleModel(pipe), reference, request)
-    measured = measure(comparison, _limits(manifest, "bf16"))
-    assert [str(each) for each in measured if not each.passed] == []
-    assert any(each.gated for each in measured)
+def test_bf16_is_computed_in_bf16(digits: Path) -> None:
+    """That it keeps to the bundle's limits is what `make parity` shows."""
     with engine(digits) as exact, engine(digits, compute="bf16") as half:
         given = feeds(digits, "decoder", 2)
         assert abs(exact.run("decoder", given)["image"] - half.run("decoder", given)["image"]).max() > 1e-3

@@ -36,6 +36,15 @@ def failed_rows(result: Result) -> set[tuple[str, str]]:
     return {(one["scope"], one["name"]) for one in rows if "end to end" not in one["scope"]}
 
 
+def changed(bundle: Path, tmp_path: Path, change) -> Path:
+    """A copy with another manifest."""
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    manifest = json.loads((copy / "bundle.json").read_text())
+    change(manifest)
+    (copy / "bundle.json").write_text(json.dumps(manifest))
+    return copy
+
+
 @pytest.fixture
 def sources(golden_files) -> tuple[object, ...]:
     return ("--checkpoint", golden_files["student"], "--vae", golden_files["tokenizer"])
@@ -61,7 +70,7 @@ class TestGoodBundles:
         assert result.exit_code == 0, result.output
         assert "parity holds" in result.stdout
         names = {path.name for path in (bundle / "parity").iterdir()}
-        assert names == {"parity.json", "report.html", "worst.png", "margins.png"}
+        assert names == {"parity.json", "report.html", "worst.png", "margins.png", "golden.npz"}
 
     def test_the_report_is_what_json_prints(self, golden_bundle, sources, tmp_path):
         options = ("--report", tmp_path / "r", "--json", "--images", 3, "--batch", 4, "--seed", 5)
@@ -70,7 +79,7 @@ class TestGoodBundles:
         printed = json.loads(result.stdout)
         assert printed == json.loads((tmp_path / "r" / "parity.json").read_text())
         assert (printed["images"], printed["seed"], len(printed["labels"])) == (3, 5, 3)
-        assert printed["steps"] == [1, 2]
+        assert printed["steps"] == ["1", "2"]
         assert "batch sizes 1, 2, 3, 4" in {one["scope"] for one in printed["measurements"]}
         assert not (golden_bundle / "parity").exists()
 
@@ -149,13 +158,11 @@ class TestPlantedFaults:
         assert failed[0]["where"].endswith("position 4")
 
     def test_a_recipe_with_another_split_than_the_graphs(self, golden_bundle, sources, tmp_path):
-        bundle = shutil.copytree(golden_bundle, tmp_path / "copy")
-        manifest = json.loads((bundle / "bundle.json").read_text())
-        manifest["recipe"]["sequence"]["split"] = 14
-        (bundle / "bundle.json").write_text(json.dumps(manifest))
+        """The recipe is no shipped one; the manifest contradicts it all the same."""
+        bundle = changed(golden_bundle, tmp_path, lambda m: m["recipe"]["sequence"].update(split=14))
         result = parity(bundle, *sources)
         assert result.exit_code == 3
-        assert "logits has shape (8, 5, 64), the reference's (8, 14, 64)" in result.stderr
+        assert "bundle.json: sequence.split is 5, its recipe has 14" in result.stderr
 
     def test_the_other_copy_of_the_weights(self, golden_bundle, sources, tmp_path):
         """The golden file holds two; the bundle was made of the averaged one."""
@@ -163,15 +170,29 @@ class TestPlantedFaults:
         assert result.exit_code == 3
         assert ("step 1 (known 0)", TOKENS) in failed_rows(result)
 
-    def test_a_limit_in_the_manifest_is_the_one_that_counts(self, golden_bundle, sources, tmp_path):
+    def test_a_limit_of_the_recipe_is_the_one_that_counts(self, golden_bundle, sources, tmp_path):
         """A limit below rounding fails a good bundle."""
-        bundle = shutil.copytree(golden_bundle, tmp_path / "copy")
-        manifest = json.loads((bundle / "bundle.json").read_text())
-        manifest["parity"]["fp32"]["embedding_error"] = 1e-12
-        (bundle / "bundle.json").write_text(json.dumps(manifest))
-        result = parity(bundle, *sources, "--json")
+
+        def tight(manifest):
+            for limits in (manifest["parity"], manifest["recipe"]["parity"]):
+                limits["fp32"]["embedding_error"] = 1e-12
+
+        result = parity(changed(golden_bundle, tmp_path, tight), *sources, "--json")
         assert result.exit_code == 3
         assert {name for _, name in failed_rows(result)} == {EMBEDDINGS}
+
+    def test_a_graph_that_does_not_run(self, planted, sources, tmp_path):
+        """Its shapes are not those that it states: the bundle is at fault, and not the user."""
+
+        def edit(graph):
+            (output,) = [one for one in graph.output if one.name == "image"]
+            output.type.tensor_type.shape.dim[2].dim_value = 32
+            del graph.value_info[:]
+            graph.node.append(halved(graph))
+
+        result = parity(planted("decoder", edit), *sources, "--report", tmp_path / "report")
+        assert result.exit_code == 3, result.output
+        assert "the bundle does not run: " in result.stderr
 
 
 class TestBadInput:
@@ -213,11 +234,12 @@ class TestBadInput:
         assert result.stdout == ""
 
     def test_a_manifest_without_limits(self, golden_bundle, sources, tmp_path):
-        bundle = shutil.copytree(golden_bundle, tmp_path / "copy")
-        manifest = json.loads((bundle / "bundle.json").read_text())
-        del manifest["parity"]["fp32"]["image_psnr"]
-        (bundle / "bundle.json").write_text(json.dumps(manifest))
-        self.expect(parity(bundle, *sources), 3, "no parity limits for fp32: image_psnr missing")
+        def without(manifest):
+            for limits in (manifest["parity"], manifest["recipe"]["parity"]):
+                limits["fp32"]["pixel_psnr"] = None
+
+        bundle = changed(golden_bundle, tmp_path, without)
+        self.expect(parity(bundle, *sources), 3, "no parity limits for fp32: pixel_psnr missing")
 
     def test_a_batch_of_one_is_refused(self, tmp_path):
         """Nothing could be compared with itself."""
@@ -249,6 +271,17 @@ class TestGroup:
             cwd=Path(cli.__file__).parents[1],
         )
         assert done.returncode == 0, done.stderr
+
+
+def halved(graph):
+    """A node that takes every second row of what was the image."""
+    from onnx import helper, numpy_helper
+
+    producer(graph, "image").output[0] = "whole_image"
+    for name, value in (("rows_from", 0), ("rows_to", 64), ("rows_axis", 2), ("rows_step", 2)):
+        graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
+    inputs = ["whole_image", "rows_from", "rows_to", "rows_axis", "rows_step"]
+    return helper.make_node("Slice", inputs, ["image"])
 
 
 def split_one_earlier(graph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -10,12 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from validate.metrics import embeddings, images, tokens
-from validate.metrics._base import ImagePair, Limits, Measurement, StudentOutput, StudentPair, relative_error
+from validate.metrics._base import (
+    DrawnPair,
+    ImagePair,
+    Limits,
+    Measurement,
+    StudentOutput,
+    StudentPair,
+    relative_error,
+)
+from validate.metrics._distribution import distribution
 
 BELOW = np.nextafter(np.float32(0.25), np.float32(0))
 
 
-def pair(expected, got, *, known=0, split=None, sequences=None, gate=True, itself=False) -> StudentPair:
+def pair(expected, got, *, known=0, split=None, sequences=None, itself=False) -> StudentPair:
     """Logits (N, S, V) of both sides; sequences of zeros unless given."""
     expected, got = np.asarray(expected, np.float32), np.asarray(got, np.float32)
     split = expected.shape[1] if split is None else split
@@ -28,7 +38,6 @@ def pair(expected, got, *, known=0, split=None, sequences=None, gate=True, itsel
         np.full(len(expected), known, np.int64),
         split,
         tuple(f"image {i}" for i in range(len(expected))),
-        gate,
         itself,
     )
 
@@ -77,10 +86,37 @@ class TestTokens:
         assert not found.passed
         assert found.where == "image 0, position 0"
 
-    def test_end_to_end_is_information(self, limits: Limits):
-        both = pair([[[9.0, 0.0]]], [[[0.0, 9.0]]], gate=False)
-        found = tokens.differing_tokens(both, limits.token_margin)
-        assert (found.value, found.gated, found.passed) == (1.0, False, True)
+    def test_end_to_end_tokens_are_information_and_images_left_out_are_not(self, limits: Limits):
+        numbers, zeros = np.array([[1, 2], [3, 4]]), np.zeros((2, 1, 1), np.float32)
+        pixels = np.zeros((2, 4, 4, 3), np.uint8)
+        got = np.array([[1, 2], [3, 5]])
+        drawn = DrawnPair("1 step", numbers, got, zeros, zeros, pixels, pixels, ("a", "b"))
+        differing = tokens.drawn_tokens(drawn)
+        assert (differing.value, differing.gated) == (1.0, False)
+        left_out = images.left_out(drawn, limits)
+        assert (left_out.value, left_out.limit, left_out.passed) == (0.5, 0.1, False)
+        by_teacher = images.left_out(dataclasses.replace(drawn, by_teacher=True), limits)
+        assert (by_teacher.rule, by_teacher.gated) == ("drawn_left_out", False)
+
+    def test_a_bias_shows_in_the_histogram_and_rounding_does_not(self, limits: Limits):
+        """Against the total variation distance by hand; noise of the same size averages out."""
+        rng = np.random.default_rng(0)
+        logits = rng.normal(size=(50, 8, 16)).astype(np.float32)
+        favoured = logits + np.float32(0.5) * (np.arange(16) % 8 == 0)
+        noisy = logits + rng.normal(0, 0.17, logits.shape).astype(np.float32)
+        rows = {}
+        for name, got in (("bias", favoured), ("noise", noisy)):
+            decided = np.ones((50, 8), bool)
+            rows[name] = {one.rule: one for one in distribution("step", logits, got, decided, limits)}
+        means = [
+            (np.exp(one) / np.exp(one).sum(-1, keepdims=True)).mean((0, 1)) for one in (logits, favoured)
+        ]
+        by_hand = abs(means[0] - means[1]).sum() / 2
+        assert rows["bias"]["histogram_bias"].value == pytest.approx(by_hand, rel=1e-5)
+        assert rows["bias"]["logits_rms"].value == pytest.approx(0.5 * (2 / 16) ** 0.5, rel=1e-5)
+        assert rows["noise"]["histogram_bias"].value < by_hand / 5
+        share = (logits.argmax(-1) != favoured.argmax(-1)).mean()
+        assert rows["bias"]["tokens_differing"].value == share > 0
 
     @given(st.integers(0, 2**32 - 1), st.floats(1e-3, 5.0), st.floats(1e-3, 5.0))
     def test_a_looser_limit_never_finds_more_faults(self, seed, limit, other):

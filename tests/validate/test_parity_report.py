@@ -26,7 +26,7 @@ SETTINGS = Settings(
     seed=0,
     batch=5,
     labels=(0, 1, 2, 3),
-    steps=(1, 2),
+    steps=("1", "2"),
     versions={"numpy": np.__version__},
     seconds=0.1,
 )

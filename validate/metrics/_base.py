@@ -223,6 +223,10 @@ class Comparison:
     teachers: list[TeacherPair] = field(default_factory=list)
     drawn: list[DrawnPair] = field(default_factory=list)
 
+    def pictures(self) -> list[ImagePair]:
+        """Every pair of images of bundle and reference."""
+        return [pair for pair in [*self.images, *(one.images() for one in self.drawn)] if not pair.itself]
+
     def scopes(self) -> list[str]:
         """The names of what was compared: against the reference first, in the order in which it was run."""
         pairs: list[StudentPair | ImagePair | TeacherPair | DrawnPair]

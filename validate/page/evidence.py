@@ -154,7 +154,7 @@ def closeness(comparison: Comparison, limit: float) -> dict[str, Any]:
 def worst_cases(comparison: Comparison, count: int = 4) -> tuple[Worst, ...]:
     """The images that differ most from the reference's, each once, where it is worst."""
     found = []
-    for pair, index, size in pictures.ranked([pair for pair in comparison.images if not pair.itself])[:count]:
+    for pair, index, size in pictures.ranked(comparison.pictures())[:count]:
         factor = pictures.amplification(size)
         difference = np.abs(pair.got[index].astype(np.float64) - pair.expected[index]) * factor
         sides = (pair.expected[index], pair.got[index], difference)
