@@ -19,6 +19,7 @@ from runtime.errors import BackendError, BundleError, ScheduleError
 from runtime.manifest import Schedule, Span, read_manifest
 from runtime.noise import uniform_numbers
 from runtime.teacher import (
+    CHUNK,
     Choice,
     Sampling,
     by_stream,
@@ -134,6 +135,38 @@ def test_tokens_follow_the_filtered_distribution(top_k: int, top_p: float, tempe
     chi = ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum()
     freedom = kept.sum() - 1
     assert abs(chi - freedom) < 5 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.49, 1), (0.5, 1), (0.501, 2), (0.75, 2), (0.76, 4), (0.9, 4), (0.999, 4)]
+)
+def test_top_p_keeps_the_token_that_crosses_it_and_no_more(top_p: float, kept: int) -> None:
+    """Of the probabilities 1/2, 1/4, 1/8 and 1/8, in an order in which position says nothing."""
+    choice = Choice(cfg=1.0, top_k=9, top_p=top_p, temperature=float(1 / np.log(2)))
+    mass = weights(np.array([[-2, 0, -2, -1]], np.float32), choice)[0]
+    wanted = np.array([0.25, 1, 0.25, 0.5])
+    np.testing.assert_array_equal(mass, np.where(wanted >= np.sort(wanted)[-kept], wanted, 0))
+
+
+def test_a_number_of_zero_draws_the_first_token_that_is_left() -> None:
+    """And one just below 1 the last: those filtered out in front and behind never come."""
+    logits = np.array([[[0, 5, 4, 0], [5, 0, 0, 4]]], np.float32)
+    choice = Choice(cfg=1.0, top_k=2, top_p=1.0, temperature=1.0)
+    assert choose(logits, np.zeros((1, 2)), choice).tolist() == [[1, 0]]
+    assert choose(logits, np.full((1, 2), np.nextafter(1, 0)), choice).tolist() == [[2, 3]]
+
+
+def test_more_logits_than_are_chosen_from_at_once() -> None:
+    """VAR's last scale from three images on. Sixteen equal logits a position, at a place of its own: the
+    number says which, floor(16 u)."""
+    batch, positions, codes = 3, 256, 4096
+    assert batch * positions * codes > CHUNK
+    first = (37 * np.arange(batch * positions) % 255 * 16).reshape(batch, positions)
+    logits = np.full((batch, positions, codes), -1e9, np.float32)
+    np.put_along_axis(logits, first[..., None] + np.arange(16), 0, axis=-1)
+    numbers = uniform_numbers(1, range(batch), positions)
+    choice = Choice(cfg=1.0, top_k=codes, top_p=1.0, temperature=1.0)
+    np.testing.assert_array_equal(choose(logits, numbers, choice), first + np.floor(16 * numbers))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -284,6 +317,14 @@ def test_nearest_codes(seed: int, codes: int, width: int) -> None:
     np.testing.assert_allclose(chosen, distances.min(-1), rtol=1e-4, atol=1e-5)
     assert nearest_codes(codebook[None], codebook).tolist() == [list(range(codes))]
     assert nearest_codes(vectors[:, :0], codebook).shape == (2, 0)
+
+
+def test_nearest_codes_of_more_than_are_compared_at_once() -> None:
+    """Every entry is nearest to itself, a bit beside it as well."""
+    codebook = np.stack([np.arange(4096), -np.arange(4096)], axis=1).astype(np.float32)
+    chosen = np.random.default_rng(0).permutation(4096).reshape(2, 2048)
+    assert chosen.size * len(codebook) > CHUNK
+    np.testing.assert_array_equal(nearest_codes(codebook[chosen] + np.float32(0.2), codebook), chosen)
 
 
 @pytest.mark.parametrize(
