@@ -8,7 +8,7 @@ BUNDLES := $(MODELS:%=build/%/bundle.json)
 # Small models run fastest on one thread a process; real ones choose for themselves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format parity quality distill docs performance clean help
+.PHONY: demo test mutants lint format parity quality distill docs performance clean help
 # The models whose times are in docs/performance.md, with random weights.
 TIMED    := build/var-d16 build/llamagen-l
 BENCH    := $(BIN)/ddexport bench $(TIMED) --update docs/performance.md
@@ -16,6 +16,7 @@ BENCH    := $(BIN)/ddexport bench $(TIMED) --update docs/performance.md
 help:
 	@echo "make demo      set up, export the embedded models, draw digits in one step, prove them equal to PyTorch"
 	@echo "make test      set up and run the tests"
+	@echo "make mutants   change the sampler, the noise and the teacher's draws in hundreds of ways, and list those that no test notices (half an hour)"
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make format    apply ruff's formatting and fixes"
 	@echo "make parity    hold the embedded models' bundles against PyTorch"
@@ -36,6 +37,11 @@ demo: $(VENV)/.export $(BUNDLES)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+
+mutants: $(VENV)/.dev
+	rm -rf mutants
+	$(BIN)/mutmut run --max-children 2
+	$(BIN)/mutmut results
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -78,7 +84,7 @@ $(TIMED:%=%/bundle.json): build/%/bundle.json: $(VENV)/.export
 	env -u OMP_NUM_THREADS $(BIN)/ddexport onnx --model $* --random-weights 0 --teacher random --precision fp32,int8 -o build/$*
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis mutants
 
 $(BUNDLES): build/%/bundle.json: $(VENV)/.export $(wildcard recipes/digits-* recipes/weights/digits-*)
 	$(BIN)/ddexport onnx --model $* -o build/$* --force

@@ -246,6 +246,8 @@ def _parse(text: bytes, where: str) -> Recipe:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not YAML: {str(error).splitlines()[0]}", "correct the file") from error
+    except Exception as error:  # a value that is not what its tag or form says, or nested thousands deep
+        raise RecipeError(f"{where} holds no value of YAML: {error}", "correct the file") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{where} is not a recipe: it holds no keys", "start from one in recipes/")
     return recipe_from_dict(data, where)

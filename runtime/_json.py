@@ -8,6 +8,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,7 +95,8 @@ def _value(kind: Any, data: Any, where: str, file: str) -> Any:
     if record is not None and data is not None:  # an optional one
         return _value(record, data, where, file)
     if type(data) is int and float in options and int not in options:
-        data = float(data)
+        with suppress(OverflowError):  # then it is refused below
+            data = float(data)
     if type(data) not in options:  # not isinstance: true is no number
         names = {tuple: "a list", Mapping: "an object"}.get(origin)
         names = names or " or ".join(option.__name__ for option in options)
@@ -105,7 +107,7 @@ def _value(kind: Any, data: Any, where: str, file: str) -> Any:
 def _key(kind: Any, key: str, where: str, file: str) -> Any:
     if kind is not int:
         return key
-    if not (key.isascii() and key.isdigit() and key == str(int(key))):
+    if not (key.isascii() and key.isdigit() and len(key) < 20 and key == str(int(key))):
         raise BundleError(f"{file}: {where} has the key {key!r}, which is no number", DAMAGED)
     return int(key)
 

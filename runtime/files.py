@@ -105,9 +105,11 @@ def read_noise(path: Path) -> Replay:
             noise = arrays["noise"]
             labels = arrays["labels"].astype(np.int64) if "labels" in names else None
             uniforms = arrays["uniforms"] if "uniforms" in names else None
+    except NoiseError:
+        raise
     except FileNotFoundError as error:
         raise NoiseError(f"the noise file {path} does not exist", "Check the path.") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # the bytes are untrusted: a damaged zip can make its reader raise anything
         raise NoiseError(f"{path} cannot be read as an npz: {error}", WHAT_NOISE_IS) from error
     if labels is not None and len(labels) != len(noise):
         raise NoiseError(f"{path} has {len(noise)} noises but {len(labels)} labels", WHAT_NOISE_IS)

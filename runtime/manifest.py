@@ -175,6 +175,9 @@ class Manifest:
             raise _wrong(f"{where}.split", "is for students whose split is not that of the sequence")
         if graph.file not in [info.file for info in graph.files]:
             raise _wrong(f"{where}.files", f"does not list {graph.file}")
+        if graph.role == TEACHER and self.teacher and self.teacher.layers > len(graph.inputs):
+            # before the contract lists them: it could be any number
+            raise _wrong(f"{where}.inputs", f"has no caches for {self.teacher.layers} layers")
         promised = contract(graph.role, self.sequence, self.image, self.teacher, graph.split)
         for side, have, want in zip(
             ("inputs", "outputs"), (graph.inputs, graph.outputs), promised, strict=True
@@ -246,8 +249,12 @@ def sha256_of(path: Path) -> str:
 
 
 def _check_file(root: Path, info: FileInfo, verify: bool) -> None:
-    path = resolve(root, info.file)
-    if not path.is_file():
+    try:
+        path = resolve(root, info.file)
+        found = path.is_file()
+    except (OSError, ValueError) as error:  # no file can have this name
+        raise BundleError(f"the bundle {root} lacks its file {info.file!r}", DAMAGED) from error
+    if not found:
         raise BundleError(f"the bundle {root} lacks its file {info.file}", DAMAGED)
     size = path.stat().st_size
     if size != info.bytes:

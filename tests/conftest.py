@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from ddexport.bundle import Exported
     from ddexport.recipe import Recipe
+
+settings.register_profile("ddexport", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("ddexport")
 
 GOLDEN = Path(__file__).parent / "golden" / "var-dd-small"
 

@@ -272,7 +272,10 @@ def _published_shapes(module: nn.Module, layout: Layout) -> dict[str, tuple[int,
 
 def _is_sound(tensor: Tensor) -> bool:
     dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_complex()
-    return dense and not tensor.is_quantized and bool(tensor.isfinite().all())
+    try:
+        return dense and not tensor.is_quantized and bool(tensor.float().isfinite().all())
+    except RuntimeError:  # numbers of four bits and the like
+        return False
 
 
 def _holds(check: object, tensor: Tensor) -> bool:

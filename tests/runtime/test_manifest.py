@@ -101,6 +101,7 @@ LIES: list[tuple[Edit, str]] = [
     (lambda m: m["sequence"].update(split=7), "sequence.split is 7, past the length 6"),
     (lambda m: m.update(schedules={}), "schedules is empty"),
     (lambda m: m["schedules"].update(two={"known": [0, 2]}), "the key 'two', which is no number"),
+    (lambda m: m["schedules"].update({"1" * 5000: {"known": [0]}}), "which is no number"),
     (lambda m: m["schedules"]["2"].update(known=[0]), "schedules.2.known must be 2 rising numbers"),
     (lambda m: m["schedules"]["2"].update(known=[1, 2]), "schedules.2.known must be"),
     (lambda m: m["schedules"]["2"].update(known=[0, 6]), "schedules.2.known must be"),
@@ -150,6 +151,12 @@ def test_a_link_within_the_bundle_is_fine(bundle: Path) -> None:
     (bundle / "labels.json").rename(bundle / "real.json")
     (bundle / "labels.json").symlink_to("real.json")
     assert read_manifest(bundle).labels.file == "labels.json"
+
+
+@pytest.mark.parametrize("name", ["\0", "\ud800", "a" * 300])
+def test_a_name_that_no_file_can_have(name: str, bundle: Path, edit_manifest: EditManifest) -> None:
+    edit_manifest(lambda m: m["labels"].update(file=name))
+    assert f"lacks its file {name!r}" in refused(bundle).message
 
 
 @pytest.mark.parametrize("verify", [True, False])

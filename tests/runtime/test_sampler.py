@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -47,10 +48,12 @@ def cases(draw: DrawFn) -> tuple[FakeStudent, np.ndarray, np.ndarray, Schedule]:
 @given(cases())
 def test_every_step_gets_kept_positions_then_original_noise(case: Any) -> None:
     student, noise, labels, schedule = case
-    before = noise.copy()
-    steps = sample(student, noise, labels, schedule)
+    before, counts, began = noise.copy(), [], time.perf_counter()
+    steps = sample(student, noise, labels, schedule, on_pass=counts.append)
     np.testing.assert_array_equal(noise, before)  # the caller's noise is not written to
     assert len(student.feeds) == len(steps) == len(schedule.known)
+    assert counts == [len(labels)] * len(steps)
+    assert 0 < sum(step.seconds for step in steps) < time.perf_counter() - began
     for number, (known, feeds) in enumerate(zip(schedule.known, student.feeds, strict=True)):
         np.testing.assert_array_equal(feeds["label"], labels)
         assert feeds["known"].tolist() == [known] * len(labels)

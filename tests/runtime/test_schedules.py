@@ -100,6 +100,8 @@ LIES: list[tuple[str, Edit]] = [
     ("teacher.guidance is 'falling'", lambda c: c["teacher"].update(guidance="falling")),
     ("teacher must have cfg of at least 0", lambda c: c["teacher"].update(top_p=1.5)),
     ("teacher.cfg must be float", lambda c: c["teacher"].update(cfg="much")),
+    ("teacher.cfg must be float, but is 1000", lambda c: c["teacher"].update(cfg=10**400)),
+    ("graphs[2].inputs has no caches for 1000000000000 layers", lambda c: c["teacher"].update(layers=10**12)),
     ("bundle.json lacks the key teacher.codebook", lambda c: c["teacher"].pop("codebook")),
     ("graphs lacks the teacher in fp32", lambda c: drop(c, "teacher")),
     ("graphs lacks the student@4 in fp32", lambda c: drop(c, "student@4")),

@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
 from runtime.contract import FileInfo
-from runtime.errors import BackendError, BundleError, ScheduleError
+from runtime.errors import BackendError, BundleError, NoiseError, ScheduleError
 from runtime.manifest import Schedule, Span, read_manifest
 from runtime.noise import uniform_numbers
 from runtime.teacher import (
+    CHUNK,
     Choice,
     Sampling,
     by_stream,
+    check_uniforms,
     choice_of,
     choose,
     draw,
@@ -136,12 +138,56 @@ def test_tokens_follow_the_filtered_distribution(top_k: int, top_p: float, tempe
     assert abs(chi - freedom) < 5 * np.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.49, 1), (0.5, 1), (0.501, 2), (0.75, 2), (0.76, 4), (0.9, 4), (0.999, 4)]
+)
+def test_top_p_keeps_the_token_that_crosses_it_and_no_more(top_p: float, kept: int) -> None:
+    """Of the probabilities 1/2, 1/4, 1/8 and 1/8, in an order in which position says nothing."""
+    choice = Choice(cfg=1.0, top_k=9, top_p=top_p, temperature=float(1 / np.log(2)))
+    mass = weights(np.array([[-2, 0, -2, -1]], np.float32), choice)[0]
+    wanted = np.array([0.25, 1, 0.25, 0.5])
+    np.testing.assert_array_equal(mass, np.where(wanted >= np.sort(wanted)[-kept], wanted, 0))
+
+
+def test_top_k_keeps_the_largest_of_many_and_top_p_of_one_everything() -> None:
+    """More than a sort does in one go; and a token too small to change the sum of all."""
+    logits = np.random.default_rng(0).permutation(1000).astype(np.float32)
+    mass = weights(logits[None], Choice(cfg=1.0, top_k=100, top_p=1.0, temperature=50.0))[0]
+    np.testing.assert_array_equal(mass > 0, logits >= 900)
+    mass = weights(np.array([[-50, 0]], np.float32), Choice(cfg=1.0, top_k=2, top_p=1.0, temperature=1.0))[0]
+    np.testing.assert_allclose(mass, [np.exp(-50.0), 1])
+
+
+def test_a_number_of_zero_draws_the_first_token_that_is_left() -> None:
+    """And one just below 1 the last: those filtered out in front and behind never come."""
+    logits = np.array([[[0, 5, 4, 0], [5, 0, 0, 4]]], np.float32)
+    choice = Choice(cfg=1.0, top_k=2, top_p=1.0, temperature=1.0)
+    assert choose(logits, np.zeros((1, 2)), choice).tolist() == [[1, 0]]
+    assert choose(logits, np.full((1, 2), np.nextafter(1, 0)), choice).tolist() == [[2, 3]]
+
+
+def test_more_logits_than_are_chosen_from_at_once() -> None:
+    """VAR's last scale from three images on. Sixteen equal logits a position, at a place of its own: the
+    number says which, floor(16 u)."""
+    batch, positions, codes = 3, 256, 4096
+    assert batch * positions * codes > CHUNK
+    first = (37 * np.arange(batch * positions) % 255 * 16).reshape(batch, positions)
+    logits = np.full((batch, positions, codes), -1e9, np.float32)
+    np.put_along_axis(logits, first[..., None] + np.arange(16), 0, axis=-1)
+    numbers = uniform_numbers(1, range(batch), positions)
+    choice = Choice(cfg=1.0, top_k=codes, top_p=1.0, temperature=1.0)
+    np.testing.assert_array_equal(choose(logits, numbers, choice), first + np.floor(16 * numbers))
+
+
+@pytest.mark.parametrize(("where", "bad"), [(2, np.nan), (2, np.inf), (slice(None), -np.inf)])
+def test_logits_that_are_not_finite_are_refused(where: Any, bad: float) -> None:
+    """In one row of two; a row may have some, but not all, of minus infinity."""
     logits = np.zeros((1, 2, 4), np.float32)
-    logits[0, 1, 2] = bad
-    with pytest.raises(BackendError, match="logits are not finite"):
+    logits[0, 1, where] = bad
+    with pytest.raises(BackendError) as caught:
         choose(logits, np.zeros((1, 2)), GREEDY)
+    assert caught.value.message == "the teacher's logits are not finite"
+    assert caught.value.hint == "Try another precision of the bundle."
 
 
 class Spy:
@@ -243,6 +289,7 @@ def test_an_image_does_not_depend_on_its_batch(teacher: Any, shared_teacher_bund
     [
         ({"cfg": -0.1}, "cfg must be a finite number of at least 0"),
         ({"cfg": float("nan")}, "cfg must be"),
+        ({"cfg": float("inf")}, "cfg must be"),
         ({"top_k": 0}, "top_k must be an integer of at least 1, but is 0"),
         ({"top_k": 2.5}, "top_k must be an integer"),
         ({"top_k": True}, "top_k must be an integer"),
@@ -266,8 +313,29 @@ def test_the_bundle_has_the_last_word_only_where_the_request_has_none(teacher: A
 def test_an_option_without_effect_is_refused(teacher: Any) -> None:
     for steps, one in ((Schedule((0,)), teacher), (Schedule((0,)), None)):
         assert choice_of(steps, one, Sampling()) is None
-        with pytest.raises(ScheduleError, match="cfg, top_k can only be given for steps that involve"):
+        with pytest.raises(
+            ScheduleError, match="cfg, top_k can only be given for steps that involve"
+        ) as caught:
             choice_of(steps, one, Sampling(cfg=1.0, top_k=2))
+        assert caught.value.hint == "Choose such steps, or leave it out."
+
+
+@pytest.mark.parametrize(
+    ("uniforms", "message"),
+    [
+        (np.zeros((2, 3), np.float32), "must be a float64 array of shape (2, 3), but are float32 (2, 3)"),
+        (np.zeros((2, 4)), "must be a float64 array of shape (2, 3), but are float64 (2, 4)"),
+        ([[0.0] * 3] * 2, "must be a float64 array of shape (2, 3), but are <class 'list'>"),
+        (np.full((2, 3), 1.0), "must be from 0 to below 1"),
+        (np.full((2, 3), -1e-9), "must be from 0 to below 1"),
+        (np.full((2, 3), np.nan), "must be from 0 to below 1"),
+    ],
+)
+def test_uniform_numbers_that_are_others(uniforms: Any, message: str) -> None:
+    check_uniforms(np.zeros((2, 3)), 2, 3)
+    with pytest.raises(NoiseError) as caught:
+        check_uniforms(uniforms, 2, 3)
+    assert caught.value.message == f"the uniform numbers {message}"
 
 
 # Nearest codes and the codebook
@@ -286,6 +354,14 @@ def test_nearest_codes(seed: int, codes: int, width: int) -> None:
     assert nearest_codes(vectors[:, :0], codebook).shape == (2, 0)
 
 
+def test_nearest_codes_of_more_than_are_compared_at_once() -> None:
+    """Every entry is nearest to itself, a bit beside it as well."""
+    codebook = np.stack([np.arange(4096), -np.arange(4096)], axis=1).astype(np.float32)
+    chosen = np.random.default_rng(0).permutation(4096).reshape(2, 2048)
+    assert chosen.size * len(codebook) > CHUNK
+    np.testing.assert_array_equal(nearest_codes(codebook[chosen] + np.float32(0.2), codebook), chosen)
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [
@@ -296,8 +372,9 @@ def test_nearest_codes(seed: int, codes: int, width: int) -> None:
 )
 def test_a_codebook_that_is_another_array(array: np.ndarray, message: str, teacher_bundle: Path) -> None:
     np.save(teacher_bundle / "codebook.npy", array, allow_pickle=True)
-    with pytest.raises(BundleError, match=message):
+    with pytest.raises(BundleError, match=message) as caught:
         read_codebook(teacher_bundle, read_manifest_unchecked(teacher_bundle))
+    assert caught.value.hint.startswith("The bundle is damaged")
 
 
 def read_manifest_unchecked(root: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_three_steps(pipe: Pipeline, runs: list[Any]) -> None:
     """A student step, the teacher behind the student's tokens, and a student step on codes and original
     noise."""
+    began = time.perf_counter()
     result = pipe([0, 2], 3, seed=4, num_images=2)
+    assert 0 < sum(step.seconds for step in result.steps) < time.perf_counter() - began
     assert [key for key, _ in runs] == ["student", "teacher", "student", "decoder"]
     first, teacher, last = result.steps
     assert [step.role for step in result.steps] == ["student", "teacher", "student"]
@@ -74,6 +77,14 @@ def test_three_steps(pipe: Pipeline, runs: list[Any]) -> None:
     np.testing.assert_array_equal(last.sequence, runs[3][1]["sequence"])
     np.testing.assert_array_equal(result.uniforms, uniform_numbers(4, range(4), 6))
     assert result.timings.teacher > 0
+
+
+def test_each_pass_of_either_is_told(pipe: Pipeline) -> None:
+    counts: list[int] = []
+    list(pipe.stream([0, 2], 3, num_images=2, on_pass=counts.append))
+    assert counts == [4] * 3
+    list(pipe.stream([1], 4, on_pass=counts.append))
+    assert counts[3:] == [1] * 4
 
 
 def test_without_a_first_student_step_and_with_another_split(pipe: Pipeline, runs: list[Any]) -> None:

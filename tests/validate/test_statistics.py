@@ -21,7 +21,7 @@ def filled(features):
     return result
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) >= 2))
 def test_batches_of_any_sizes_give_the_moments_of_all_rows(sizes):
     features = rows(sum(sizes)) + 1000
@@ -126,7 +126,7 @@ def test_arrays_that_do_not_fit_each_other_are_refused(kind, arrays):
         kind.from_arrays({})
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.permutations(list(range(60))), st.integers(1, 20))
 def test_the_sample_depends_on_the_set_of_images_alone(order, batch):
     features = rows(60).astype(np.float32)

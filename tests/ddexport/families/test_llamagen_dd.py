@@ -134,6 +134,36 @@ def test_agrees_with_a_literal_reading_of_the_formulas(kept, expected):
         student.tabulate()
 
 
+@torch.no_grad()
+def test_the_epsilons_of_both_heads(expected):
+    """At a variance of 1e-6, where an epsilon is half of what is divided by or more; the golden file's hidden
+    states vary by 1 and do not see it. By the formulas of arXiv 2406.06525 and the published code's epsilons
+    (the golden file's README: 1e-5 for RMSNorm, 1e-6 for LayerNorm) in float64, for blocks that add nothing.
+    """
+    student, tokens, label = load_student(), expected["noise"], expected["labels"]
+    for block in student.blocks:
+        block.attention.proj.weight.zero_()
+        block.mlp.output.weight.zero_()
+    for part in (student.class_embedding, student.token_embedding, student.noise_or_data_embedding):
+        part.weight.mul_(1e-2)
+    student.token_embedding.bias.zero_()
+    state = published_state(student, recipe_with_split(5), "student")
+    S = {key: value.double().numpy() for key, value in state.items()}
+    condition = S["cls_embedding.embedding_table.weight"][label][:, None]
+    x = tokens.double().numpy() @ S["tok_embeddings.weight"].T + S["n_d_embed.weight"][0]
+    assert 1e-7 < x.var(-1).min() < x.var(-1).max() < 2e-5
+    shift, scale = np.split(S["final_layer_conti.scale_shift_table"] + condition, 2, axis=1)
+    normal = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    vectors = (normal * (1 + scale) + shift) @ S["final_layer_conti.linear.weight"].T
+    vectors += S["final_layer_conti.linear.bias"]
+    normal = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+    logits = (normal * S["norm.weight"]) @ S["output.weight"].T
+    literal = llamagen_dd.literal_step(state, student.codebook, 2, 5, tokens, label, 0)[1:]
+    for got in (student.heads(tokens, label, known(0)), literal):
+        close(got[0].double(), torch.from_numpy(logits))
+        close(got[1].double(), torch.from_numpy(vectors))
+
+
 class TestTeacher:
     @torch.no_grad()
     @pytest.mark.parametrize("strength", [1.0, 2.0])

@@ -172,7 +172,7 @@ def by_hand(B, L, C, V, Cv, S, depth):
     return B * (2 * L * Cv * C + depth * block + 2 * S * C * V + 2 * (L - S) * C * Cv)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(batch=st.integers(1, 9))
 def test_an_exported_student_by_its_geometry(tiny, batch):
     """A real graph, its shapes inferred, at any batch size."""

@@ -11,7 +11,7 @@ from validate.bench.figures import part_ms, percentiles, speedup
 from validate.bench.rounds import Sample
 
 times = st.lists(st.floats(1e-4, 1e3), min_size=3, max_size=12)
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 def numbered(values):
