@@ -8,7 +8,7 @@ BUNDLES := $(MODELS:%=build/%/bundle.json)
 # Small models run fastest on one thread a process; real ones choose for themselves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint format parity quality distill docs performance clean help
+.PHONY: demo test test-all lint format parity quality distill docs performance clean help
 # The models whose times are in docs/performance.md, with random weights.
 TIMED    := build/var-d16 build/llamagen-l
 BENCH    := $(BIN)/ddexport bench $(TIMED) --update docs/performance.md
@@ -16,6 +16,7 @@ BENCH    := $(BIN)/ddexport bench $(TIMED) --update docs/performance.md
 help:
 	@echo "make demo      set up, export the embedded models, draw digits in one step, prove them equal to PyTorch"
 	@echo "make test      set up and run the tests"
+	@echo "make test-all  the slow ones too: training, every opset, real sizes (an hour, 20 GiB)"
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make format    apply ruff's formatting and fixes"
 	@echo "make parity    hold the embedded models' bundles against PyTorch"
@@ -35,7 +36,10 @@ demo: $(VENV)/.export $(BUNDLES)
 	@echo "The same noise in two steps: build/digits-*-two-steps.png"
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
