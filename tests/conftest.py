@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import shutil
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "var-dd-small"
 CachedExport = Callable[[str, Callable[[Path], "Exported"]], "Exported"]
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: the collector need not walk over torch again while a graph is traced."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
