@@ -5,10 +5,15 @@ BIN    := $(VENV)/bin
 # The embedded models, one of each family.
 MODELS  := digits-var digits-llamagen
 BUNDLES := $(MODELS:%=build/%/bundle.json)
+# The same in every precision: what tests, parity and image quality are held against.
+PRECISE := $(MODELS:%=build/precisions/%/bundle.json)
+# OpenVINO computes bf16 only where the CPU does; elsewhere every rounding of a bf16 engine is emulated.
+BF16    := $(if $(shell grep -Ewm1 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),openvino,onnxruntime)
+ENGINES := fp32:onnxruntime fp16:onnxruntime bf16:$(BF16) int8:onnxruntime int8:openvino
 # Small models run fastest on one thread a process; real ones choose for themselves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test mutants lint format parity quality distill docs performance clean help
+.PHONY: demo bundles test test-all mutants lint format parity quality distill docs performance clean help
 # The models whose times are in docs/performance.md, with random weights.
 TIMED    := build/var-d16 build/llamagen-l
 BENCH    := $(BIN)/ddexport bench $(TIMED) --update docs/performance.md
@@ -16,11 +21,13 @@ BENCH    := $(BIN)/ddexport bench $(TIMED) --update docs/performance.md
 help:
 	@echo "make demo      set up, export the embedded models, draw digits in one step, prove them equal to PyTorch"
 	@echo "make test      set up and run the tests"
-	@echo "make mutants   change the sampler, the noise and the teacher's draws in hundreds of ways, and list those that no test notices (half an hour)"
+	@echo "make test-all  the slow ones too: training, every opset, real sizes (an hour, 20 GiB)"
+	@echo "make mutants   mutation testing of the sampler, the noise and the teacher's draws (half an hour)"
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make format    apply ruff's formatting and fixes"
-	@echo "make parity    hold the embedded models' bundles against PyTorch"
-	@echo "make quality   the same for the quality of their images, 2,000 in one and in two steps"
+	@echo "make bundles   export the embedded models in every precision, for the tests and for parity"
+	@echo "make parity    hold the embedded models' bundles against PyTorch, in every precision"
+	@echo "make quality   the same for the quality of the images of digits-var, 2,000 in one and in two steps"
 	@echo "make distill   train the embedded models again, from the digits to the student (over an hour)"
 	@echo "make docs      make the pictures of docs/ again"
 	@echo "make performance   time var-d16 and llamagen-l, and renew docs/performance.md (an hour, 20 GiB, an idle machine)"
@@ -35,8 +42,13 @@ demo: $(VENV)/.export $(BUNDLES)
 	@echo "Look at build/digits-*-one-step.png: each digit drawn in one step, by a student of VAR and by one of LlamaGen."
 	@echo "The same noise in two steps: build/digits-*-two-steps.png"
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
+bundles: $(PRECISE)
+
+test: $(VENV)/.dev $(PRECISE)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
+
+test-all: $(VENV)/.dev $(PRECISE)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
 
 mutants: $(VENV)/.dev
 	rm -rf mutants
@@ -53,13 +65,16 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-parity: $(VENV)/.export $(BUNDLES)
-	for model in $(MODELS); do $(BIN)/python -m validate parity build/$$model --images 100 || exit; done
+# Two at once; what a command printed is shown where it fails, else its last line.
+parity: $(VENV)/.dev $(PRECISE)
+	for model in $(MODELS); do for engine in $(ENGINES); do echo $$model $$engine; done; done | xargs -P 2 -L 1 sh -c \
+	    'out=$$($(BIN)/python -m validate parity build/precisions/$$0 --precision $${1%:*} --backend $${1#*:} 2>&1) \
+	    && echo "$$0 $$1: $$(echo "$$out" | grep "^parity")" || { echo "$$0 $$1"; echo "$$out"; exit 1; }'
+	for model in $(MODELS); do $(BIN)/ddexport doctor build/precisions/$$model --check || exit; done
 
-quality: $(VENV)/.export $(BUNDLES)
-	for model in $(MODELS); do \
-	    $(BIN)/python -m validate fid build/$$model --images 2000 --batch 200 --threads 2 || exit; \
-	done
+quality: $(VENV)/.export $(PRECISE)
+	for precision in fp32 fp16 int8; do echo $$precision; done | xargs -P 2 -L 1 $(BIN)/python -m validate fid \
+	    build/precisions/digits-var --images 2000 --batch 200 --threads 1 --backend onnxruntime --precision
 
 distill: $(VENV)/.dev
 	for model in $(MODELS); do \
@@ -88,6 +103,9 @@ clean:
 
 $(BUNDLES): build/%/bundle.json: $(VENV)/.export $(wildcard recipes/digits-* recipes/weights/digits-*)
 	$(BIN)/ddexport onnx --model $* -o build/$* --force
+
+$(PRECISE): build/precisions/%/bundle.json: $(VENV)/.export $(wildcard recipes/digits-* recipes/weights/digits-*)
+	$(BIN)/ddexport onnx --model $* -o build/precisions/$* --precision fp32,fp16,bf16,int8 --force
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,13 +1,17 @@
-"""The golden checkpoint, and its bundle, exported once a session: tracing is the slow part of these tests."""
+"""The golden checkpoint, and bundles, exported once a run: tracing is the slow part of these tests."""
 
 from __future__ import annotations
 
+import gc
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 if TYPE_CHECKING:
@@ -17,7 +21,34 @@ if TYPE_CHECKING:
 settings.register_profile("ddexport", deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("ddexport")
 
-GOLDEN = Path(__file__).parent / "golden" / "var-dd-small"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden" / "var-dd-small"
+CachedExport = Callable[[str, Callable[[Path], "Exported"]], "Exported"]
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: the collector need not walk over torch again while a graph is traced."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def cached_export(tmp_path_factory: pytest.TempPathFactory) -> CachedExport:
+    """cached_export(name, make): what `make(target)` returned, called once a run for a name, by whichever
+    worker asks first; the others wait for it, and get the same bundle. Nobody may write into it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exports"
+    root.mkdir(exist_ok=True)
+
+    def export(name: str, make: Callable[[Path], Exported]) -> Exported:
+        result = root / f"{name}.pickle"
+        with FileLock(root / f"{name}.lock"):
+            if not result.exists():
+                result.write_bytes(pickle.dumps(make(root / name / "bundle")))
+            return pickle.loads(result.read_bytes())
+
+    return export
 
 
 @pytest.fixture(scope="session")
@@ -41,13 +72,12 @@ def golden_files() -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def golden_export(
-    tmp_path_factory: pytest.TempPathFactory, golden_recipe: Recipe, golden_files: dict[str, Path]
+    cached_export: CachedExport, golden_recipe: Recipe, golden_files: dict[str, Path]
 ) -> Exported:
     from ddexport.bundle import WeightRequest, export_bundle
 
-    return export_bundle(
-        golden_recipe, tmp_path_factory.mktemp("golden") / "bundle", WeightRequest(golden_files)
-    )
+    request = WeightRequest(golden_files)
+    return cached_export("golden", lambda target: export_bundle(golden_recipe, target, request))
 
 
 @pytest.fixture(scope="session")
@@ -56,17 +86,85 @@ def golden_bundle(golden_export: Exported) -> Path:
     return golden_export.path
 
 
+@pytest.fixture(scope="session")
+def tiny_recipe(golden_recipe: Recipe) -> Recipe:
+    """A VAR of one block and two scales."""
+    from ddexport.recipe import recipe_from_dict
+
+    return recipe_from_dict(
+        golden_recipe.to_dict()
+        | {
+            "name": "tiny",
+            "image": {"size": 4, "channels": 3},
+            "sequence": {"length": 5, "width": 4, "codebook": 8, "split": 1},
+            "schedules": {"1": {"known": [0]}, "2": {"known": [0, 1]}},
+            "model": {"depth": 1, "width": 32, "heads": 2, "scales": [1, 2]},
+            "tokenizer": {"channels": 32, "multipliers": [1, 1], "residual_blocks": 1},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def half(cached_export: CachedExport) -> Callable[[Recipe], Exported]:
+    """half(recipe): its bundle of random weights in all precisions, asked for in another order."""
+    from ddexport.bundle import WeightRequest, export_bundle
+
+    request, precisions = WeightRequest({}, random_seed=5), ("bf16", "fp32", "fp16")
+    return lambda recipe: cached_export(
+        f"half-{recipe.name}", lambda target: export_bundle(recipe, target, request, precisions=precisions)
+    )
+
+
+@pytest.fixture(scope="session")
+def embedded_bundle(cached_export: CachedExport) -> Callable[[str], Path]:
+    """embedded_bundle(model): a model that ships with the project, in all precisions, with its teacher.
+
+    It is a copy of `build/precisions/<model>` (`make bundles`) where that is whole, newer than all code and made by the same tools.
+    Do not write into it.
+    """
+    from ddexport.bundle import Exported, WeightRequest, _tools, export_bundle
+    from ddexport.recipe import load_recipe
+    from runtime.errors import DDError
+    from runtime.manifest import read_manifest
+
+    precisions = ("fp32", "fp16", "bf16", "int8")
+
+    def copied(built: Path, target: Path) -> bool:
+        try:
+            manifest = read_manifest(built)
+        except (DDError, OSError):
+            return False
+        files = (file for part in ("ddexport", "runtime", "recipes") for file in (ROOT / part).rglob("*.*"))
+        newest = max(file.stat().st_mtime for file in files if file.suffix != ".pyc")
+        if newest > (built / "bundle.json").stat().st_mtime or manifest.tools != _tools():
+            return False
+        if not set(precisions) <= set(manifest.precisions):
+            return False
+        target.mkdir(parents=True)
+        for name in ("bundle.json", "README.md", *(info.file for info in manifest.files())):
+            shutil.copyfile(built / name, target / name)
+        return True
+
+    def make(model: str, target: Path) -> Exported:
+        if copied(ROOT / "build" / "precisions" / model, target):
+            return Exported(target, read_manifest(target), ())
+        return export_bundle(load_recipe(model), target, WeightRequest({}), precisions=precisions)
+
+    return lambda model: cached_export(model, lambda target: make(model, target)).path
+
+
 @pytest.fixture
 def replayed_trace(monkeypatch: pytest.MonkeyPatch, golden_bundle: Path) -> Callable[[Callable], None]:
     """Exports of this test take the golden bundle's graphs in place of a new trace, which takes seconds.
 
     Everything around the trace is real: loading, staging, checking, comparing with the module. The fixture
-    is a function: give it what shall happen to the path of each graph once it is written.
+    is a function: give it what shall happen to the path of each graph once it is written, and another bundle
+    to take the graphs from.
     """
 
-    def replay(after: Callable[[Path], Any]) -> None:
+    def replay(after: Callable[[Path], Any], bundle: Path = golden_bundle) -> None:
         def onnx_from_module(module, spec, recipe, path, opset, metadata, weights=None):  # type: ignore[no-untyped-def]
-            shutil.copyfile(golden_bundle / path.name, path)
+            shutil.copyfile(bundle / path.name, path)
             after(path)
             return [path]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from ddexport.recipe import Recipe, recipe_from_dict
 
 if TYPE_CHECKING:
     from ddexport.bundle import Exported
+
+    CachedExport = Callable[[str, Callable[[Path], Exported]], Exported]
 
 
 @dataclass(frozen=True)
@@ -25,29 +28,13 @@ class Tiny:
 
 
 @pytest.fixture(scope="session")
-def tiny_recipe(golden_recipe: Recipe) -> Recipe:
-    return recipe_from_dict(
-        golden_recipe.to_dict()
-        | {
-            "name": "tiny",
-            "image": {"size": 4, "channels": 3},
-            "sequence": {"length": 5, "width": 4, "codebook": 8, "split": 1},
-            "schedules": {"1": {"known": [0]}, "2": {"known": [0, 1]}},
-            "model": {"depth": 1, "width": 32, "heads": 2, "scales": [1, 2]},
-            "tokenizer": {"channels": 32, "multipliers": [1, 1], "residual_blocks": 1},
-        }
-    )
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_recipe: Recipe) -> Tiny:
+def tiny(cached_export: CachedExport, tiny_recipe: Recipe) -> Tiny:
     from ddexport.bundle import WeightRequest, export_bundle
     from ddexport.graph.to_onnx import OPSETS
 
-    target = tmp_path_factory.mktemp("tiny") / "bundle"
-    seed, opset = 5, OPSETS.start
-    export_bundle(tiny_recipe, target, WeightRequest({}, random_seed=seed), opset=opset)
-    return Tiny(tiny_recipe, target, seed, opset)
+    request, opset = WeightRequest({}, random_seed=5), OPSETS.start
+    made = cached_export("tiny", lambda target: export_bundle(tiny_recipe, target, request, opset=opset))
+    return Tiny(tiny_recipe, made.path, 5, opset)
 
 
 @pytest.fixture(scope="session")
@@ -67,17 +54,18 @@ def tiny_llamagen_recipe(tiny_recipe: Recipe) -> Recipe:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def llamagen_half(half: Callable[[Recipe], Exported], tiny_llamagen_recipe: Recipe) -> Exported:
+    """A tiny LlamaGen in all precisions. Do not write into it."""
+    return half(tiny_llamagen_recipe)
+
+
 @pytest.fixture(scope="session", params=["var_dd", "llamagen_dd"])
 def half_export(
     request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
+    half: Callable[[Recipe], Exported],
     tiny_recipe: Recipe,
     tiny_llamagen_recipe: Recipe,
 ) -> Exported:
-    """A tiny bundle of each family in all precisions, asked for in another order. Do not write into it."""
-    from ddexport.bundle import WeightRequest, export_bundle
-
-    recipe = tiny_recipe if request.param == "var_dd" else tiny_llamagen_recipe
-    target = tmp_path_factory.mktemp(recipe.name) / "bundle"
-    precisions = ("bf16", "fp32", "fp16")
-    return export_bundle(recipe, target, WeightRequest({}, random_seed=5), precisions=precisions)
+    """A tiny bundle of each family in all precisions. Do not write into it."""
+    return half(tiny_recipe if request.param == "var_dd" else tiny_llamagen_recipe)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,35 +19,13 @@ MODELS = ("digits-var", "digits-llamagen")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
-@pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The bundle of a model: from the folder that the Makefile names, or else exported. Do not write into
-    it."""
-    from ddexport.bundle import WeightRequest, export_bundle
-    from ddexport.recipe import load_recipe
-
-    made: dict[str, Path] = {}
-
-    def bundle(model: str) -> Path:
-        if model not in made:
-            built = Path(os.environ.get("DIGITS_BUNDLES", "none")) / model
-            made[model] = built.absolute()
-            if not (built / "bundle.json").is_file():
-                made[model] = tmp_path_factory.mktemp("bundles") / model
-                request = WeightRequest({}, teacher=True)
-                export_bundle(load_recipe(model), made[model], request, precisions=PRECISIONS)
-        return made[model]
-
-    return bundle
-
-
 @pytest.fixture
-def planted(bundles: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+def planted(embedded_bundle: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
     """planted(model, precision, fault): a copy of the model's bundle with a fault in it."""
 
     def plant(model: str, precision: str = "fp32", fault: Callable[[Path, str], None] | None = None) -> Path:
         bundle = tmp_path / model
-        shutil.copytree(bundles(model), bundle, ignore=shutil.ignore_patterns("parity", "engines"))
+        shutil.copytree(embedded_bundle(model), bundle, ignore=shutil.ignore_patterns("parity", "engines"))
         if fault is not None:
             fault(bundle, precision)
         return bundle

@@ -97,7 +97,9 @@ class TestDoctor:
     """Neither PyTorch nor a checkpoint is asked for."""
 
     @pytest.fixture(scope="class")
-    def proven(self, bundles: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    def proven(
+        self, embedded_bundle: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    ) -> Any:
         """proven(model): a bundle with its golden file."""
         import shutil
 
@@ -106,7 +108,7 @@ class TestDoctor:
         def prove(model: str) -> Path:
             if model not in made:
                 made[model] = tmp_path_factory.mktemp("proven") / model
-                shutil.copytree(bundles(model), made[model], ignore=shutil.ignore_patterns("parity"))
+                shutil.copytree(embedded_bundle(model), made[model], ignore=shutil.ignore_patterns("parity"))
                 result = validate("parity", made[model], "--backend", "onnxruntime", "--threads", 1)
                 assert result.exit_code == 0, result.stderr
             return made[model]

@@ -429,14 +429,8 @@ def test_an_exported_model_draws_the_same_images(golden_bundle: Path, steps: int
 
 
 @pytest.fixture(scope="module", params=["digits-var", "digits-llamagen"])
-def digits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    from ddexport.bundle import WeightRequest, export_bundle
-    from ddexport.recipe import load_recipe
-
-    target = tmp_path_factory.mktemp("digits") / request.param
-    export_bundle(load_recipe(request.param), target, WeightRequest({}))
-    yield target
-    shutil.rmtree(target)
+def digits(request: pytest.FixtureRequest, embedded_bundle: Callable[[str], Path]) -> Path:
+    return embedded_bundle(request.param)
 
 
 @pytest.mark.slow

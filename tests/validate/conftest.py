@@ -36,8 +36,8 @@ def four_images() -> Rows:
 
 
 @pytest.fixture(scope="session")
-def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A custom recipe that does not ship with the project, with random weights."""
+def random_bundle(cached_export: Callable[..., Any]) -> Path:
+    """A custom recipe that does not ship with the project, with random weights. Do not write into it."""
     from ddexport.bundle import WeightRequest, export_bundle
     from ddexport.recipe import load_recipe
 
@@ -52,9 +52,9 @@ def random_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for (steps, schedule), known in zip(recipe.schedules.items(), [(0,), (0, 1)], strict=True)
         },
     }
-    target = tmp_path_factory.mktemp("bundles") / "random"
-    export_bundle(dataclasses.replace(recipe, **changes), target, WeightRequest({}, random_seed=3))
-    return target
+    changed, request = dataclasses.replace(recipe, **changes), WeightRequest({}, random_seed=3)
+    made = cached_export("random", lambda target: export_bundle(changed, target, request))
+    return Path(made.path)
 
 
 @pytest.fixture

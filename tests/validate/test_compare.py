@@ -28,7 +28,7 @@ CHOICE = Choice(cfg=2.0, top_k=12, top_p=0.95, temperature=1.0)
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny(cached_export: Any) -> Path:
     """A small VAR with random weights, a teacher, and a student of another split."""
     from ddexport.bundle import export_bundle
     from ddexport.recipe import load_recipe, recipe_from_dict
@@ -47,9 +47,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tokenizer": {"channels": 32, "multipliers": [1, 1]},
         "teacher": {"cfg": 2.0, "top_k": 12, "top_p": 0.95},
     }
-    target = tmp_path_factory.mktemp("tiny") / "bundle"
-    export_bundle(recipe_from_dict(content, "tiny"), target, WeightRequest({}, random_seed=3, teacher=True))
-    return target
+    recipe, request = recipe_from_dict(content, "tiny"), WeightRequest({}, random_seed=3, teacher=True)
+    return Path(cached_export("compare", lambda target: export_bundle(recipe, target, request)).path)
 
 
 @pytest.fixture(scope="module")

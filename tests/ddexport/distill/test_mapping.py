@@ -64,6 +64,7 @@ def test_the_same_chi_square_rejects_a_map_that_is_wrong():
     assert chi_square_p(tokens, log_p.exp()) < REJECT
 
 
+@pytest.mark.slow
 def test_the_default_number_of_steps_is_justified():
     """On 160,000 draws half of the steps, or Euler's method at the same cost, can be told from p; 32 Heun
     steps not.

@@ -1,5 +1,5 @@
-"""Bundles with a teacher, through ONNX Runtime and the public pipeline: the golden teacher-involved cases,
-and how their files share weights."""
+"""Bundles with a teacher, through ONNX Runtime and the public pipeline: the golden cases with and without
+it, and how their files share weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import shutil
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -86,16 +87,23 @@ def recipe_of(family: Family) -> Recipe:
     return recipe_from_dict(data | {"schedules": data["schedules"] | family.schedules, "teacher": SAMPLING})
 
 
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[Family | str, Exported]:
-    made: dict = {}
-    for family in (VAR, LLAMAGEN):
+@pytest.fixture(scope="session")
+def bundles(cached_export: Callable[..., Exported]) -> Mapping[str, Exported]:
+    """The bundle of each golden checkpoint with its teacher, made when first asked for."""
+
+    def export(family: Family, target: Path) -> Exported:
         folder = GOLDEN / family.golden
         files = {"student": folder / "student.pth", "tokenizer": folder / family.tokenizer}
         request = WeightRequest(files | {"teacher": folder / "teacher.pth"})
-        target = tmp_path_factory.mktemp(family.golden) / "bundle"
-        made[family.golden] = export_bundle(recipe_of(family), target, request)
-    return made
+        return export_bundle(recipe_of(family), target, request)
+
+    class Bundles(dict[str, Exported]):
+        def __missing__(self, name: str) -> Exported:
+            (family,) = (each for each in (VAR, LLAMAGEN) if each.golden == name)
+            self[name] = cached_export(f"teacher-{name}", lambda target: export(family, target))
+            return self[name]
+
+    return Bundles()
 
 
 def expected_of(family: Family) -> dict[str, np.ndarray]:
@@ -109,7 +117,7 @@ def close(got: np.ndarray, wanted: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("family", "case", "steps", "start"), CASES)
 def test_teacher_involved_steps_are_the_published_ones(
-    family: Family, case: str, steps: int, start: int | None, bundles: dict[str, Exported]
+    family: Family, case: str, steps: int, start: int | None, bundles: Mapping[str, Exported]
 ) -> None:
     """First sequence, teacher's tokens, final sequence and image of every golden case, with the very graphs
     that are deployed."""
@@ -138,7 +146,7 @@ def test_teacher_involved_steps_are_the_published_ones(
 
 @pytest.mark.parametrize(("family", "cfg"), [(VAR, 1.5), (LLAMAGEN, 2.0)])
 def test_the_teacher_alone_draws_the_published_image(
-    family: Family, cfg: float, bundles: dict[str, Exported]
+    family: Family, cfg: float, bundles: Mapping[str, Exported]
 ) -> None:
     """`--steps teacher`: the auto-regressive model from the bundle, no student involved."""
     expected = expected_of(family)
@@ -153,10 +161,48 @@ def test_the_teacher_alone_draws_the_published_image(
     close(image, expected["teacher_ar_image"].clip(0, 1))
 
 
+@pytest.mark.parametrize(("steps", "case"), [(1, "onestep"), (2, "twostep")])
+def test_llamagen_draws_the_published_images_through_the_doors_of_var(
+    steps: int, case: str, bundles: Mapping[str, Exported]
+) -> None:
+    """Exporter and runtime know no family. From the golden noise: every step's sequence to 2e-5, and the
+    8-bit images."""
+    expected = expected_of(LLAMAGEN)
+    with runtime.load(bundles[LLAMAGEN.golden].path) as pipe:
+        result = pipe(expected["labels"].tolist(), steps, noise=expected["noise"], output="numpy")
+    for n, step in enumerate(result.steps):
+        close(step.sequence, expected[f"{case}_step{n}_sequence"])
+    image = expected[f"{case}_image"].transpose(0, 2, 3, 1)
+    assert np.abs(result.images / 255.0 - image.clip(0, 1)).max() < 0.6 / 255
+
+
+def test_llamagens_weights_are_named_with_the_copy_taken(bundles: Mapping[str, Exported]) -> None:
+    """The student's file holds two copies, the others' one."""
+    files = bundles[LLAMAGEN.golden].manifest.weights.files
+    assert {file.role: (file.file, file.weights) for file in files} == {
+        "student": ("student.pth", "ema"), "tokenizer": ("vq.pth", None), "teacher": ("teacher.pth", None)
+    }  # fmt: skip
+
+
+def test_llamagens_graph_is_lean(bundles: Mapping[str, Exported]) -> None:
+    """A block's rotation is a split, a swap and two products, its norm the pattern that engines fuse; no
+    strided gather in any block, and the logits' product covers the positions before the split alone."""
+    graph = onnx.load(bundles[LLAMAGEN.golden].path / "student.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    assert len(kinds) <= 40 + 38 * 2  # two blocks
+    assert kinds.count("Sqrt") == 5 and kinds.count("Reciprocal") == 0
+    assert not set(kinds) & {"ScatterND", "ScatterElements", "Loop", "If", "Cast", "Expand"}
+    assert kinds.count("Gather") + kinds.count("GatherND") <= 2  # class embedding, codebook
+    shapes = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.output
+    }
+    assert shapes["logits"][1:] == [5, 64]
+
+
 @pytest.mark.parametrize("family", [VAR, LLAMAGEN])
 class TestFiles:
     def test_students_of_all_splits_share_their_weights(
-        self, family: Family, bundles: dict[str, Exported]
+        self, family: Family, bundles: Mapping[str, Exported]
     ) -> None:
         """One file of weights, listed with one hash by every student; nothing in it is there twice."""
         exported = bundles[family.golden]
@@ -172,7 +218,7 @@ class TestFiles:
         assert all(path.stat().st_size < students[0].files[1].bytes for path in small)
 
     def test_each_graph_opens_alone(
-        self, family: Family, bundles: dict[str, Exported], tmp_path: Path
+        self, family: Family, bundles: Mapping[str, Exported], tmp_path: Path
     ) -> None:
         """With the files that the manifest lists for it, and no others."""
         exported = bundles[family.golden]
@@ -184,7 +230,7 @@ class TestFiles:
             session = ort.InferenceSession(folder / graph.file, providers=["CPUExecutionProvider"])
             assert [value.name for value in session.get_inputs()] == [spec.name for spec in graph.inputs]
 
-    def test_the_codebook_is_the_tokenizers(self, family: Family, bundles: dict[str, Exported]) -> None:
+    def test_the_codebook_is_the_tokenizers(self, family: Family, bundles: Mapping[str, Exported]) -> None:
         """As it is used: LlamaGen's codes have unit length, whatever the file holds."""
         exported, recipe = bundles[family.golden], recipe_of(family)
         tokenizer = load_part(recipe, "tokenizer", GOLDEN / family.golden / family.tokenizer)
@@ -192,7 +238,7 @@ class TestFiles:
         assert stored.dtype == np.float32
         assert np.array_equal(stored, tokenizer.codebook.numpy())
 
-    def test_manifest(self, family: Family, bundles: dict[str, Exported]) -> None:
+    def test_manifest(self, family: Family, bundles: Mapping[str, Exported]) -> None:
         """All schedules, the teacher's file and its sizes; read back as written."""
         exported = bundles[family.golden]
         manifest = read_manifest(exported.path)
@@ -252,7 +298,7 @@ def test_a_wanted_teacher_without_a_file_is_named() -> None:
 
 
 @pytest.mark.parametrize("family", [VAR, LLAMAGEN])
-def test_the_card_says_what_the_teacher_draws(family: Family, bundles: dict[str, Exported]) -> None:
+def test_the_card_says_what_the_teacher_draws(family: Family, bundles: Mapping[str, Exported]) -> None:
     """Which steps involve it, from where to where, and how it chooses."""
     card = (bundles[family.golden].path / "README.md").read_text()
     for steps, schedule in family.schedules.items():
@@ -263,7 +309,7 @@ def test_the_card_says_what_the_teacher_draws(family: Family, bundles: dict[str,
     assert "top-k 1, top-p 1, temperature 1" in card
 
 
-def test_inspect_shows_the_teacher(bundles: dict[str, Exported]) -> None:
+def test_inspect_shows_the_teacher(bundles: Mapping[str, Exported]) -> None:
     """Its span in each schedule, students by their split, and one layer's cache for all."""
     result = CliRunner().invoke(inspect_command, [str(bundles[VAR.golden].path)])
     assert result.exit_code == 0, result.output
@@ -278,7 +324,7 @@ def test_inspect_shows_the_teacher(bundles: dict[str, Exported]) -> None:
     assert "key_1" not in result.output
 
 
-def test_engines_are_built_of_all_graphs(bundles: dict[str, Exported]) -> None:
+def test_engines_are_built_of_all_graphs(bundles: Mapping[str, Exported]) -> None:
     """Students of every split, the decoder, and the teacher; each can be asked for by its role."""
     manifest = bundles[VAR.golden].manifest
     graphs = select_graphs(manifest, ("fp32",))
@@ -290,7 +336,7 @@ def test_engines_are_built_of_all_graphs(bundles: dict[str, Exported]) -> None:
     ("family", "steps"), [(VAR, 3), (VAR, "teacher"), (LLAMAGEN, 4), (LLAMAGEN, "teacher")]
 )
 def test_engines_draw_what_onnx_runtime_draws(
-    family: Family, steps: int | str, bundles: dict[str, Exported], gpu: Any, tmp_path: Path
+    family: Family, steps: int | str, bundles: Mapping[str, Exported], gpu: Any, tmp_path: Path
 ) -> None:
     """The real graphs, with the sizes that `ddexport trt` gives their engines, on a device made of plain
     memory: equal tokens where the largest logit is taken, though three images are two requests."""

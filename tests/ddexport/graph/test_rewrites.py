@@ -126,7 +126,7 @@ class TestAttention:
         got = attend_in_groups(q, k, v, student.mask.double(), groups)
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-14)
 
-    @pytest.mark.parametrize("precision", ["fp16", "bf16"])
+    @pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
     @pytest.mark.usefixtures("small_groups")
     def test_half_graphs_stay_within_the_limits(self, precision: str, tmp_path: Path) -> None:
         """The score of a position with itself is a sum of products that are rounded one by one: trained

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -188,8 +189,15 @@ class TestOptions:
 
 
 class TestNothingBadGetsOut:
-    def test_limits_that_are_passed(self, tiny_llamagen_recipe: Recipe, tmp_path: Path) -> None:
+    def test_limits_that_are_passed(
+        self,
+        tiny_llamagen_recipe: Recipe,
+        llamagen_half: Exported,
+        replayed_trace: Callable[..., None],
+        tmp_path: Path,
+    ) -> None:
         """The recipe's limits hold at the export already."""
+        replayed_trace(lambda path: None, llamagen_half.path)
         tight = dataclasses.replace(tiny_llamagen_recipe.parity["fp16"], embedding_error=1e-9)
         recipe = dataclasses.replace(
             tiny_llamagen_recipe, parity={**tiny_llamagen_recipe.parity, "fp16": tight}

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
+from ddexport.bundle import Exported
 from ddexport.quantize.policy import quantised_products
 
 MATRIX, KERNEL, PIXEL = (4, 4), (4, 4, 3, 3), (4, 4, 1, 1)
@@ -86,21 +87,21 @@ def shapes(path: Path) -> list[tuple[int, ...]]:
 
 class TestFamilies:
     def test_the_students_quantise_all_of_their_blocks(
-        self, golden_bundle: Path, llamagen_bundle: Path
+        self, golden_bundle: Path, llamagen_half: Exported
     ) -> None:
         """Fused queries, keys and values; the projection; both layers of the MLP; neither ends nor heads."""
         width = 128
         block = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
         found = shapes(golden_bundle / "student.onnx")
         assert found == block * (len(found) // 4) and len(found) >= 8
-        found = shapes(llamagen_bundle / "student.onnx")
+        found = shapes(llamagen_half.path / "student.onnx")
         assert [shape[0] for shape in found[:3]] == [32] * 3 and found[3] == (found[2][1] // 2, 32)
         assert len(found) == 4
 
     def test_the_decoders_quantise_all_large_convolutions(
-        self, golden_bundle: Path, llamagen_bundle: Path
+        self, golden_bundle: Path, llamagen_half: Exported
     ) -> None:
-        for bundle in (golden_bundle, llamagen_bundle):
+        for bundle in (golden_bundle, llamagen_half.path):
             found = shapes(bundle / "decoder.onnx")
             assert all(shape[2:] == (3, 3) and shape[0] > 3 and shape[1] >= 32 for shape in found)
             model = onnx.load(bundle / "decoder.onnx")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "var-dd-small"
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(cached_export: Callable[..., Any]) -> Path:
     """Random weights in float32, one block, five positions, with a teacher. Do not write into it."""
     from ddexport.bundle import WeightRequest, export_bundle
     from ddexport.recipe import load_recipe, recipe_from_dict
@@ -31,9 +31,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "schedules": {"1": {"known": [0]}, "2": {"known": [0, 1]}},
         "teacher": {"cfg": 1.5, "top_k": 12, "top_p": 0.95, "temperature": 1.0},
     }
-    target = tmp_path_factory.mktemp("bench") / "tiny"
-    export_bundle(recipe_from_dict(data), target, WeightRequest({}, random_seed=3, teacher=True))
-    return target
+    recipe, request = recipe_from_dict(data), WeightRequest({}, random_seed=3, teacher=True)
+    return Path(cached_export("bench", lambda target: export_bundle(recipe, target, request)).path)
 
 
 class InProcess:
