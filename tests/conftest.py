@@ -119,8 +119,8 @@ def half(cached_export: CachedExport) -> Callable[[Recipe], Exported]:
 def embedded_bundle(cached_export: CachedExport) -> Callable[[str], Path]:
     """embedded_bundle(model): a model that ships with the project, in all precisions, with its teacher.
 
-    It is a copy of `build/precisions/<model>` (`make bundles`) where that is whole, newer than all code and made by the same tools.
-    Do not write into it.
+    It is a copy of `build/precisions/<model>` (`make bundles`) where that is whole, newer than all code and
+    made by the same tools. Do not write into it.
     """
     from ddexport.bundle import Exported, WeightRequest, _tools, export_bundle
     from ddexport.recipe import load_recipe

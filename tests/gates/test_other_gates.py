@@ -97,9 +97,7 @@ class TestDoctor:
     """Neither PyTorch nor a checkpoint is asked for."""
 
     @pytest.fixture(scope="class")
-    def proven(
-        self, embedded_bundle: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-    ) -> Any:
+    def proven(self, embedded_bundle: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
         """proven(model): a bundle with its golden file."""
         import shutil
 
