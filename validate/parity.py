@@ -75,7 +75,13 @@ def run_parity(
             manifest, files, options.weights, options.threads, teacher=True, device=options.device
         )
         check_contents(options.bundle, manifest, reference)
-    images = options.images or int(manifest.parity.get("images") or IMAGES)
+    stated = int(manifest.parity.get("images") or IMAGES)
+    images = options.images or stated
+    if images < stated:
+        click.echo(
+            f"warning: the limits are for {stated} images: of {images}, a share may pass one by chance",
+            err=True,
+        )
     request = request_of(images, options.seed, manifest.classes, options.batch)
     how = (options.backend, options.precision, options.emulate, options.threads)
     with opened(options.bundle, manifest, *how) as pipe:

@@ -52,7 +52,9 @@ def write_page(bundle: Path, target: Path, making: Any = None) -> tuple[Any, Pat
     "-o", "--output", type=_PATH, metavar="FILE", help="The page.  [default: BUNDLE/parity/index.html]"
 )
 @click.option("--run", is_flag=True, help="First make the reports that are missing, of modest size.")
-@click.option("--images", type=_POSITIVE, default=8, show_default=True, help="With --run: images for parity.")
+@click.option(
+    "--images", type=_POSITIVE, metavar="N", help="With --run: for parity.  [default: the recipe's, or 8]"
+)
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**64 - 1),
