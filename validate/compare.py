@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtime.errors import BackendError, BundleError, ScheduleError, VerificationError
-from runtime.images import to_uint8
 from runtime.manifest import Span
 from runtime.pipeline import Pipeline
 from runtime.registry import load_plugin, plugins
@@ -113,7 +112,7 @@ def run_reference(
     reference: TorchReference, request: Request, noise: Noise, advance: Callable[[int], None]
 ) -> list[ReferenceRun]:
     """Every schedule of the reference, in batches; `advance` is told how many images are done."""
-    from validate.sampling import Pass
+    from validate.sampling import Pass, pixels_of
 
     sampler, count = reference.sampler, len(request.labels)
     runs = []
@@ -132,7 +131,7 @@ def run_reference(
             for same in zip(*parts, strict=True)
         ]
         decoded = np.concatenate(images)
-        runs.append(ReferenceRun(steps, plan, joined, decoded, to_uint8(decoded)))
+        runs.append(ReferenceRun(steps, plan, joined, decoded, pixels_of(decoded)))
     return runs
 
 
@@ -158,8 +157,8 @@ def compare(
                 if one.role == "teacher":
                     comparison.teachers.extend(_teacher_pairs(bundle, run, one, noise, choice))
                     continue
-                shared = (run.plan.split, tuple(run.plan.passes[: number + 1]), run.plan.teacher)
-                key = shared[:2] if not _draws_teacher(run, number) else shared
+                drawn = any(before.role == "teacher" for before in run.passes[:number])
+                key = (run.plan.split, *run.plan.passes[: number + 1], run.plan.teacher if drawn else None)
                 if key in steps:  # schedules share their first steps
                     continue
                 got = bundle.student(one.inputs, request.labels, one.known, run.plan.split)
@@ -357,10 +356,6 @@ def _end_to_end(bundle: _Bundle, run: ReferenceRun, noise: Noise) -> list[DrawnP
 
 def _tokens(result: Result) -> IntArray:
     return np.concatenate([step.tokens for step in result.steps], axis=1)
-
-
-def _draws_teacher(run: ReferenceRun, number: int) -> bool:
-    return any(one.role == "teacher" for one in run.passes[:number])
 
 
 def _scope(run: ReferenceRun, number: int) -> str:

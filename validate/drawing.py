@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import BackendError, VerificationError
-from runtime.images import to_uint8
 from runtime.noise import gaussian_noise, philox4x32
 from runtime.pipeline import Pipeline
 from validate.metrics._base import FloatArray, IntArray
@@ -88,6 +87,8 @@ def by_pipeline(pipe: Pipeline, schedules: Schedules) -> Draw:
 
 def by_reference(reference: TorchReference, schedules: Schedules) -> Draw:
     """By the reference's own loop. Raises VerificationError where an image is not finite."""
+    from validate.sampling import pixels_of
+
     sampler = reference.sampler
 
     def drawn(order: Order, indices: range) -> dict[int, ByteImages]:
@@ -101,7 +102,7 @@ def by_reference(reference: TorchReference, schedules: Schedules) -> Draw:
                     f"images {indices.start} to {indices.stop - 1} of the reference are not finite",
                     "the weights are damaged",
                 )
-            images[steps] = to_uint8(pictures)
+            images[steps] = pixels_of(pictures)
         return images
 
     return drawn

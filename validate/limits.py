@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from validate.metrics._base import Limits, Measurement
 
 LOOSENESS = 2.0  # a limit is at most so many times the largest value of an unbroken bundle
+# What float32 and fp16 leave out of five seeds is nothing, or next to nothing; some seed will have a near tie.
 FIXED = {
+    ("tokens_differing", "fp32"): 0.001,
     ("images_left_out", "fp32"): 0.1,
     ("images_left_out", "fp16"): 0.1,
-}  # nine images in ten are comparable
+    ("drawn_left_out", "fp32"): 0.1,
+}
 
 EPILOG = """
 \b

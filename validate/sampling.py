@@ -84,6 +84,12 @@ def uniforms_of(seeds: npt.NDArray[np.uint64], length: int) -> npt.NDArray[np.fl
     return np.concatenate([uniform_numbers(int(seed), [0], length) for seed in seeds])
 
 
+def pixels_of(images: FloatArray) -> npt.NDArray[np.uint8]:
+    """Images (N, 3, H, W) in [0, 1] as they are written to a file: (N, H, W, 3)."""
+    values = np.round(np.clip(images, 0, 1) * np.float32(255))
+    return np.ascontiguousarray(values.transpose(0, 2, 3, 1).astype(np.uint8))
+
+
 class Sampler:
     """Samples from the reference's modules, which lie on `device`; arrays in and out are numpy's."""
 

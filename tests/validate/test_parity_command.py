@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from validate import cli
@@ -220,6 +221,11 @@ class TestBadInput:
     def test_a_checkpoint_for_random_weights(self, random_bundle, golden_files, tmp_path):
         result = parity(random_bundle, "--vae", golden_files["tokenizer"], "--report", tmp_path)
         self.expect(result, 1, "random weights, seed 3", "leave out --vae")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+    def test_a_device_that_is_not_there(self, golden_bundle, sources, tmp_path):
+        result = parity(golden_bundle, *sources, "--device", "cuda", "--report", tmp_path)
+        self.expect(result, 1, "--device cuda: this PyTorch sees no CUDA device")
 
     def test_no_bundle(self, tmp_path):
         self.expect(parity(tmp_path / "none"), 1, "not a bundle")
