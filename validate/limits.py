@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from validate.metrics._base import Limits, Measurement
 
 LOOSENESS = 2.0  # a limit is at most so many times the largest value of an unbroken bundle
-# What float32 and fp16 leave out of five seeds is nothing, or next to nothing; some seed will have a near tie.
+# What float32 and fp16 leave out of five seeds is nothing, or next to nothing; some seed will have a near
+# tie.
 FIXED = {
     ("tokens_differing", "fp32"): 0.001,
     ("images_left_out", "fp32"): 0.1,
@@ -31,7 +33,7 @@ EPILOG = """
 \b
 Examples:
   python -m validate limits build/digits-var
-  python -m validate limits build/digits-var --precision int8 --backend openvino --seeds 10
+  python -m validate limits build/digits-var --precision int8 --backend onnxruntime,openvino --seeds 10
   python -m validate limits build/digits-var --precision fp16 --fid-images 2000 --json
 """
 
@@ -127,31 +129,36 @@ def table(rows: list[LimitRow]) -> str:
     "--fid-images", type=click.IntRange(min=2), metavar="N", help="Measure the limits of `validate fid` too."
 )
 @click.option("--precision", metavar="NAME", help="Which graphs of the bundle.  [default: its first]")
-@click.option("--backend", metavar="NAME", default="auto", help="The engine.  [default: the best installed]")
+@click.option(
+    "--backend", metavar="NAMES", default="auto", help="Engines, by commas.  [default: the best installed]"
+)
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of engine and torch.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="The student's checkpoint.")
 @click.option("--vae", type=click.Path(path_type=Path), help="The tokenizer's checkpoint.")
 @click.option("--teacher", type=click.Path(path_type=Path), help="The teacher's checkpoint.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @console.debug_option
-def command(seeds: int, fid_images: int | None, as_json: bool, teacher: Path | None, **options: Any) -> None:
+def command(
+    seeds: int, fid_images: int | None, backend: str, as_json: bool, teacher: Path | None, **options: Any
+) -> None:
     """Measure an unbroken BUNDLE over several seeds: the values that its recipe's limits are chosen from.
 
-    A limit is at most twice the largest value. Exit code 3 where one is looser, or too tight for a seed.
+    A limit is at most twice the largest value, of all engines named. Exit code 3 where one is looser, or too
+    tight for a seed.
     """
+    from validate.fid_plan import Options as FidOptions
+    from validate.fid_run import run_fid
     from validate.parity import Options, run_parity
 
     measurements: list[Measurement] = []
     precision = ""
-    for seed in range(seeds):
-        report, _, _ = run_parity(Options(seed=seed, teacher=teacher, **options), complete=False)
+    for seed, name in product(range(seeds), backend.split(",")):
+        given = {**options, "seed": seed, "backend": name}
+        report, _, _ = run_parity(Options(teacher=teacher, **given), complete=False)
         precision = report.settings.precision
         measurements += report.measurements
         if fid_images:
-            from validate.fid_plan import Options as FidOptions
-            from validate.fid_run import run_fid
-
-            measurements += run_fid(FidOptions(**{**options, "images": fid_images}, seed=seed)).measurements
+            measurements += run_fid(FidOptions(**{**given, "images": fid_images})).measurements
     rows = rows_of(measurements, precision)
     if as_json:
         console.emit_json([{**vars(row), "verdict": row.verdict} for row in rows])
