@@ -55,17 +55,14 @@ def tiny_llamagen_recipe(tiny_recipe: Recipe) -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def llamagen_half(half: Callable[[Recipe], Exported], tiny_llamagen_recipe: Recipe) -> Exported:
+def llamagen_half(half: Callable[[Recipe, int], Exported], tiny_llamagen_recipe: Recipe) -> Exported:
     """A tiny LlamaGen in all precisions. Do not write into it."""
-    return half(tiny_llamagen_recipe)
+    return half(tiny_llamagen_recipe, 5)
 
 
 @pytest.fixture(scope="session", params=["var_dd", "llamagen_dd"])
-def half_export(
-    request: pytest.FixtureRequest,
-    half: Callable[[Recipe], Exported],
-    tiny_recipe: Recipe,
-    tiny_llamagen_recipe: Recipe,
-) -> Exported:
+def half_export(request: pytest.FixtureRequest) -> Exported:
     """A tiny bundle of each family in all precisions. Do not write into it."""
-    return half(tiny_recipe if request.param == "var_dd" else tiny_llamagen_recipe)
+    name = "var_half" if request.param == "var_dd" else "llamagen_half"
+    exported: Exported = request.getfixturevalue(name)
+    return exported

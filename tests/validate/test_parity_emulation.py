@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +21,9 @@ from validate.runners import ENGINE, emulated_precision
 
 
 @pytest.fixture(scope="module")
-def half_bundle(
-    half: Callable[[Any], Any], tiny_recipe: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A tiny model with random weights in fp32, fp16 and bf16."""
-    bundle = tmp_path_factory.mktemp("half") / "bundle"
-    shutil.copytree(half(tiny_recipe).path, bundle)
-    manifest = json.loads((bundle / "bundle.json").read_text())
-    # An image of 4 x 4 pixels has nothing that evens out one rounded embedding: 27 dB were seen in bf16.
-    loose = {"image_psnr": 15.0, "pixel_psnr": 15.0, "image_max": 255}
-    for limits in (manifest["parity"], manifest["recipe"]["parity"]):
-        for precision in ("fp16", "bf16"):
-            limits[precision] |= loose
-    (bundle / "bundle.json").write_text(json.dumps(manifest))
-    return bundle
+def half_bundle(var_half: Any) -> Path:
+    """A tiny model with random weights in fp32, fp16 and bf16. Do not write into it."""
+    return Path(var_half.path)
 
 
 def parity(bundle: Path, report: Path, *options: object) -> Result:
