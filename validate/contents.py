@@ -38,30 +38,31 @@ def open_manifest(root: Path) -> Manifest:
         raise VerificationError(f"the bundle {root} is damaged: {error.message}", error.hint) from error
 
 
+def check_recipe(manifest: Manifest) -> None:
+    """Raises VerificationError where the recipe is not the one of that name that ships."""
+    from ddexport.recipe import load_recipe, recipe_names
+
+    if manifest.name in recipe_names():
+        shipped = load_recipe(manifest.name).to_dict()
+        other = f"the {manifest.name} that ships has"
+        _refuse(manifest, list(_differences(manifest.recipe, shipped, "recipe", other)))
+
+
 def check_contents(root: Path, manifest: Manifest, reference: TorchReference) -> None:
-    """Raises VerificationError that names what is not as it ships, or not as the reference has it."""
+    """Raises VerificationError that names what is not as its recipe says, or not as the reference has it."""
     recipe = reference.recipe
     assert recipe is not None
-    faults = [*_recipe_faults(manifest), *_manifest_faults(manifest, recipe)]
-    faults += [
-        *_label_faults(root, manifest, recipe),
-        *_teacher_faults(root, manifest, reference),
-        *_noise_faults(),
-    ]
+    faults = [*_manifest_faults(manifest, recipe), *_label_faults(root, manifest, recipe)]
+    _refuse(manifest, [*faults, *_teacher_faults(root, manifest, reference), *_noise_faults()])
+
+
+def _refuse(manifest: Manifest, faults: list[str]) -> None:
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise VerificationError(
             f"bundle {manifest.name} is not what it should be: {'; '.join(faults[:SHOWN])}{more}",
             "export it again; a model of your own needs a recipe with a name of its own",
         )
-
-
-def _recipe_faults(manifest: Manifest) -> Iterator[str]:
-    from ddexport.recipe import load_recipe, recipe_names
-
-    if manifest.name in recipe_names():
-        shipped = load_recipe(manifest.name).to_dict()
-        yield from _differences(manifest.recipe, shipped, "recipe", f"the {manifest.name} that ships has")
 
 
 def _manifest_faults(manifest: Manifest, recipe: Recipe) -> Iterator[str]:

@@ -19,7 +19,7 @@ from runtime.images import to_pil
 from runtime.manifest import FILE_NAME, ROLES, Manifest, sha256_of
 from runtime.pipeline import Pipeline, load
 from runtime.schedules import by_student_alone
-from validate.contents import check_contents, open_manifest
+from validate.contents import check_contents, check_recipe, open_manifest
 from validate.devices import torch_device
 from validate.drawing import ByteImages, Draw, by_pipeline, by_reference
 from validate.features._base import Extractor, load_extractor
@@ -51,6 +51,7 @@ def run_fid(options: Options, state_root: Path | None = None) -> FidReport:
     with console.stage(f"loading {options.bundle}", keep=False):
         manifest = open_manifest(options.bundle)
         digest = sha256_of(options.bundle / FILE_NAME)
+        check_recipe(manifest)
     how = (options.backend, options.precision, options.emulate, options.threads)
     with opened(options.bundle, manifest, *how) as pipe:
         plan = plan_of(manifest, pipe.precision, options)

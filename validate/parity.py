@@ -58,7 +58,7 @@ def run_parity(
     from runtime.manifest import FILE_NAME, sha256_of
     from runtime.teacher import Choice
     from validate.compare import compare, measure, noise_for, request_of, run_reference
-    from validate.contents import check_contents, open_manifest
+    from validate.contents import check_contents, check_recipe, open_manifest
     from validate.limits import limits_of
     from validate.reference import build_reference, describe_weights
     from validate.report import ParityReport, Settings
@@ -69,6 +69,7 @@ def run_parity(
     with console.stage(f"loading {options.bundle}", keep=False):
         manifest = open_manifest(options.bundle)
         digest = sha256_of(options.bundle / FILE_NAME)
+        check_recipe(manifest)
     with console.stage("building the reference", keep=False):
         files = {"student": options.checkpoint, "tokenizer": options.vae, "teacher": options.teacher}
         reference = build_reference(

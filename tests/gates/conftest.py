@@ -51,20 +51,13 @@ def one_reference() -> Iterator[None]:
 
 @pytest.fixture
 def parity() -> Callable[..., Result]:
-    """parity(bundle, precision, *options): the real command, in this process."""
+    """parity(bundle, precision, images): the real command, in this process. Half of the recipe's images show
+    a fault as well.
+    """
 
-    def run(bundle: Path, precision: str = "fp32", *options: object) -> Result:
-        arguments = [
-            "parity",
-            str(bundle),
-            "--backend",
-            "onnxruntime",
-            "--precision",
-            precision,
-            "--threads",
-            "1",
-        ]
-        return CliRunner().invoke(cli.command, [*arguments, "--json", *map(str, options)])
+    def run(bundle: Path, precision: str = "fp32", images: int = 32) -> Result:
+        options = ("--backend", "onnxruntime", "--precision", precision, "--threads", "1", "--json")
+        return CliRunner().invoke(cli.command, ["parity", str(bundle), *options, "--images", str(images)])
 
     return run
 

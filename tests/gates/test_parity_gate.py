@@ -26,7 +26,7 @@ Planted = Callable[..., Path]
 def test_an_unbroken_bundle_passes(planted: Planted, parity: Parity, model: str, precision: str) -> None:
     """And leaves what PyTorch drew, which `doctor --check` draws again."""
     bundle = planted(model)
-    result = parity(bundle, precision)
+    result = parity(bundle, precision, images=64)
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert (report["passed"], report["images"]) == (True, 64)
@@ -48,6 +48,8 @@ def test_a_fault_of_the_graph_fails_in_every_precision(
     planted: Planted, parity: Parity, model: str, precision: str, name: str
 ) -> None:
     edit, row = GRAPH_FAULTS[name]
+    if name == "one weight" and precision != "fp32":
+        row = "weights that differ"  # the outputs do not show it through the rounding
     result = parity(planted(model, precision, faults.in_graph(edit)), precision)
     assert result.exit_code == 3, result.output
     assert row in failed_rows(result)
@@ -138,12 +140,12 @@ def negated_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.pipeline, "gaussian_noise", lambda *arguments: -noise(*arguments))
 
 
-def one_position_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sampler keeps one position more than the schedule says."""
+def one_position_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler keeps one position fewer than the schedule says."""
     step = runtime.sampler._student_step
 
     def shifted(student: Any, noise: Any, labels: Any, known: int, steps: list[Any], on_pass: Any) -> Any:
-        return step(student, noise, labels, known + bool(known), steps, on_pass)
+        return step(student, noise, labels, max(known - 1, 0), steps, on_pass)
 
     monkeypatch.setattr(runtime.sampler, "_student_step", shifted)
 
@@ -162,7 +164,7 @@ def truncated_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @both_models
 @pytest.mark.parametrize(
-    "fault", [without_noise, negated_seeds, one_position_more, swapped_images, truncated_pixels]
+    "fault", [without_noise, negated_seeds, one_position_fewer, swapped_images, truncated_pixels]
 )
 def test_a_fault_of_the_runtime_fails(
     planted: Planted,
