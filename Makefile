@@ -72,7 +72,7 @@ parity: $(VENV)/.dev $(PRECISE)
 	    && echo "$$0 $$1: $$(echo "$$out" | grep "^parity")" || { echo "$$0 $$1"; echo "$$out"; exit 1; }'
 	for model in $(MODELS); do $(BIN)/ddexport doctor build/precisions/$$model --check || exit; done
 
-quality: $(VENV)/.export $(PRECISE)
+quality: $(VENV)/.dev $(PRECISE)
 	for precision in fp32 fp16 int8; do echo $$precision; done | xargs -P 2 -L 1 $(BIN)/python -m validate fid \
 	    build/precisions/digits-var --images 2000 --batch 200 --threads 1 --backend onnxruntime --precision
 
@@ -104,7 +104,8 @@ clean:
 $(BUNDLES): build/%/bundle.json: $(VENV)/.export $(wildcard recipes/digits-* recipes/weights/digits-*)
 	$(BIN)/ddexport onnx --model $* -o build/$* --force
 
-$(PRECISE): build/precisions/%/bundle.json: $(VENV)/.export $(wildcard recipes/digits-* recipes/weights/digits-*)
+# The tools are there first, but a later install of them is no reason to export again.
+$(PRECISE): build/precisions/%/bundle.json: $(wildcard recipes/digits-* recipes/weights/digits-*) | $(VENV)/.dev
 	$(BIN)/ddexport onnx --model $* -o build/precisions/$* --precision fp32,fp16,bf16,int8 --force
 
 $(VENV)/bin/python:
