@@ -154,10 +154,12 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
         click.echo(table(result))
     if directory is not None:
         click.echo(f"report: {write_report(result, directory)}", err=True)
+    hint = "docs/image-quality.md says what the limits hold, and when there is a verdict"
+    if result.no_verdict:
+        if result.settings.paired:
+            raise DDError(verdict_line(result), hint)
+        return
     for one in result.failures:
         click.echo(f"failed: {failure_line(one)}", err=True)
-    hint = "docs/image-quality.md says what the limits hold, and when there is a verdict"
     if result.failures:
         raise VerificationError(verdict_line(result), hint)
-    if result.no_verdict and result.settings.paired:
-        raise DDError(verdict_line(result), hint)

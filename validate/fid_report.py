@@ -118,10 +118,8 @@ class FidReport:
 
     @property
     def no_verdict(self) -> str:
-        """Why rows that keep to their limits are no pass; "" where they are one, or where one does not."""
+        """Why the rows, within their limits or past them, say nothing; "" where they do."""
         settings, rows = self.settings, [one for one in self.measurements if one.name == DIFFERENCE]
-        if self.failures:
-            return ""
         if not settings.paired:
             return "measured alone, without PyTorch beside it"
         compared = {one.scope for one in rows} == {scope_of(steps) for steps in settings.steps}
@@ -141,7 +139,7 @@ class FidReport:
     @property
     def passed(self) -> bool | None:
         """Whether every gated measurement keeps to its limit; None: there is no verdict."""
-        return False if self.failures else None if self.no_verdict else True
+        return None if self.no_verdict else not self.failures
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data: the JSON report, and what `--json` prints."""

@@ -271,14 +271,14 @@ class TestReport:
         data = report.to_dict()
         assert (data["passed"], data["no_verdict"]) == (None, report.no_verdict)
 
-    def test_a_failure_stays_one_without_a_verdict(self, toy, compared):
+    def test_rows_past_their_limits_are_no_verdict_either(self, toy, compared):
         report = self.report(measured(toy, toy(embedding_error=0.5)), compared, random_features=True)
-        assert (report.passed, report.no_verdict) == (False, "")
+        assert report.failures
+        assert (report.passed, "random" in report.no_verdict) == (None, True)
 
-    def test_rows_of_other_scopes_are_in_the_table_and_count(self, toy):
-        """Also where there is no figure at all."""
-        report = self.report(measured(toy, toy()), None)
+    def test_rows_of_other_scopes_are_in_the_table_and_count(self, toy, compared):
+        report = self.report(measured(toy, toy()), compared)
         row = Measurement("contents", "manifest", "limits", 1.0, 0.0)
-        bad = dataclasses.replace(report, figures=(), measurements=(*report.measurements, row))
+        bad = dataclasses.replace(report, measurements=(*report.measurements, row))
         assert bad.passed is False
         assert "images that differ" in table(bad) and "limits" in table(bad) and "FAIL" in table(bad)

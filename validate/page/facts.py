@@ -93,7 +93,7 @@ def collect(bundle: Path, shown: str | None = None) -> Facts:
     for found in (facts.parity, facts.fid, facts.evidence, facts.latency):
         found.sort(key=lambda one: order.get(one.precision, len(order)))
     for report in (*facts.parity, *facts.fid):
-        if report.no_verdict and not report.failures:
+        if report.no_verdict:
             facts.remarks.append(f"{report.file} has no verdict: {report.no_verdict}")
     facts.missing = [
         Missing(WHAT[kind], command)

@@ -86,8 +86,8 @@ class Report:
 
     @property
     def failures(self) -> tuple[Measured, ...]:
-        """Those past their limit."""
-        return tuple(one for one in self.gated if not one.passed)
+        """Those past their limit, where the report has a verdict."""
+        return () if self.no_verdict else tuple(one for one in self.gated if not one.passed)
 
 
 @dataclass(frozen=True)
