@@ -39,10 +39,11 @@ Examples:
 
 
 def limits_of(manifest: Manifest, precision: str, complete: bool = True) -> Limits:
-    """The limits of a precision, from the manifest. Raises VerificationError if one is missing."""
+    """The limits of a precision, from the manifest. Raises VerificationError where one is missing."""
     from validate.metrics._base import Limits
 
-    given: dict[str, Any] = manifest.parity.get(precision) or {}
+    stated = manifest.parity.get(precision)
+    given: dict[str, Any] = stated if isinstance(stated, dict) else {}
     names = [field.name for field in fields(Limits) if field.name != "provisional"]
     if manifest.teacher is None:
         names.remove("drawn_left_out")

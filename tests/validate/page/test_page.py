@@ -77,9 +77,11 @@ def fid_report(bundle: Path, **changes) -> dict:
 
 
 def state_limit(bundle: Path, difference: float) -> None:
-    """Of the FID difference, in the manifest."""
+    """Of the FID difference, in the manifest and its recipe."""
     data = json.loads((bundle / "bundle.json").read_text())
-    data["parity"]["fid"] = {"limits": {"fp32": {"difference": difference}}}
+    limits = {"difference": difference, "distance": None, "changed": None, "provisional": False}
+    gate = {"features": "digits", "images": 500, "limits": {"fp32": limits}, "reference": ""}
+    data["parity"]["fid"] = data["recipe"]["parity"]["fid"] = gate
     (bundle / "bundle.json").write_text(json.dumps(data))
 
 
