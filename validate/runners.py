@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy.typing as npt
 
+from runtime.errors import BackendError, VerificationError
 from runtime.labels import read_labels
 from runtime.manifest import Manifest, resolve
 from runtime.options import Options
@@ -66,7 +67,13 @@ def opened(
     """
     half = emulated_precision(root, manifest, backend, precision, emulate, threads)
     if half is None:
-        with load(root, backend, threads, precision, verify=False) as pipe:
+        try:
+            loaded = load(root, backend, threads, precision, verify=False)
+        except BackendError as error:
+            if not error.hint.startswith("The bundle is damaged"):
+                raise  # an engine that is not here
+            raise VerificationError(f"the bundle does not run: {error.message}", error.hint) from error
+        with loaded as pipe:
             yield pipe
         return
     labels = read_labels(resolve(root, manifest.labels.file), manifest.classes)

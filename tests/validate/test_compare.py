@@ -257,14 +257,12 @@ def _golden_recipe(golden: Path) -> dict[str, Any]:
     return load_recipe(str(golden / "recipe.yaml")).to_dict()
 
 
-def test_pairs_of_images_are_of_students_alone(toy_bundle: Path) -> None:
+def test_pairs_of_images_are_of_students_alone(tiny: Path) -> None:
     """`validate fid` pairs images by noise: by default it takes the schedules that the noise decides."""
     from validate.fid_plan import FidSettingError, Options, plan_of
 
-    manifest = read_manifest(toy_bundle)
-    options = Options(
-        bundle=toy_bundle, features="digits", images=10, reference="none", reference_model=False
-    )
+    manifest = read_manifest(tiny)
+    options = Options(bundle=tiny, features="digits", images=10, reference="none", reference_model=False)
     assert dict(plan_of(manifest, "fp32", options).schedules) == {1: (0,)}
     with pytest.raises(FidSettingError, match="the schedule of 3 steps involves the teacher") as caught:
         plan_of(manifest, "fp32", dataclasses.replace(options, steps=(1, 3)))

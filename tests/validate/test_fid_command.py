@@ -31,9 +31,19 @@ IMAGES, BATCH = 150, 50
 
 
 @pytest.fixture(scope="session")
-def digits_bundle(embedded_bundle: Callable[[str], Path]) -> Path:
-    """The embedded model as a bundle. Do not write into it: make a copy."""
-    return embedded_bundle("digits-var")
+def digits_bundle(embedded_bundle: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model under a name of its own, with limits for so few images. Do not write into it."""
+    bundle = tmp_path_factory.mktemp("digits") / "bundle"
+    shutil.copytree(embedded_bundle("digits-var"), bundle)
+    limits = {"difference": 0.002, "distance": 1e-4, "changed": 0.002, "provisional": False}
+
+    def edit(data: dict[str, Any]) -> None:
+        data["name"] = "digits-few"
+        data["parity"]["fid"]["limits"]["fp32"] = limits
+
+    edit_manifest(bundle, edit)
+    edit_manifest(bundle, lambda data: edit(data["recipe"]))
+    return bundle
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +104,7 @@ def copy_of(bundle: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], Any])
     """A bundle whose manifest says something else."""
     copy = shutil.copytree(bundle, tmp_path / "copy")
     edit_manifest(copy, edit)
+    edit_manifest(copy, lambda data: edit(data["recipe"]))
     return copy
 
 
@@ -249,7 +260,7 @@ class TestPlantedFaults:
 
     def test_a_limit_in_the_manifest_is_the_one_that_counts(self, digits_bundle, fid, tmp_path):
         """A limit below rounding fails a good bundle."""
-        limits = {"difference": 1e-12, "distance": 1e-13, "changed": 0.0}
+        limits = {"difference": 1e-12, "distance": 1e-13, "changed": 0.0, "provisional": False}
         bundle = copy_of(digits_bundle, tmp_path, lambda d: d["parity"]["fid"]["limits"].update(fp32=limits))
         result = fid(bundle, "--json")
         assert result.exit_code == 3, result.output
@@ -446,7 +457,7 @@ class TestBadInput:
         self.expect(result, 2, "give one of --images and --per-class")
 
     def test_a_precision_the_bundle_lacks(self, digits_bundle, fid):
-        self.expect(fid(digits_bundle, "--precision", "fp16"), 1, "no student in precision fp16")
+        self.expect(fid(digits_bundle, "--precision", "fp8"), 1, "no student in precision fp8")
 
     def test_files_for_embedded_weights(self, digits_bundle, fid, golden_files):
         result = fid(digits_bundle, "--checkpoint", golden_files["student"])

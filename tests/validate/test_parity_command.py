@@ -127,7 +127,9 @@ class TestPlantedFaults:
             put(bias)
 
         steps = ("step 1 (known 0)", "step 2 (known 0, 5)")
-        self.check(planted("student", edit), sources, tmp_path, {(step, LOGITS) for step in steps})
+        rows = {(step, LOGITS) for step in steps}
+        rows |= {("step 1 (known 0)", name) for name in ("logits, rms error", "token histogram, bias")}
+        self.check(planted("student", edit), sources, tmp_path, rows)
 
     def test_one_codebook_entry(self, planted, sources, tmp_path):
         """Every logit and every embedding is right; step 2 is given the reference's tokens and keeps them."""
