@@ -121,17 +121,26 @@ def table(rows: list[LimitRow]) -> str:
 @click.command("limits", cls=console.Command, epilog=EPILOG)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="How many, from 0 on."
+    "--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="How many seeds, from 0 on."
 )
 @click.option(
-    "--images", type=click.IntRange(min=1), metavar="N", help="A seed.  [default: the recipe's, or 8]"
+    "--images",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Images for each seed.  [default: the recipe's, or 8]",
 )
 @click.option(
-    "--fid-images", type=click.IntRange(min=2), metavar="N", help="Measure the limits of `validate fid` too."
+    "--fid-images",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Measure the limits of `validate fid` too, with N images for each seed.",
 )
 @click.option("--precision", metavar="NAME", help="Which graphs of the bundle.  [default: its first]")
 @click.option(
-    "--backend", metavar="NAMES", default="auto", help="Engines, by commas.  [default: the best installed]"
+    "--backend",
+    metavar="NAMES",
+    default="auto",
+    help="Engines, separated by commas.  [default: the best installed]",
 )
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of engine and torch.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="The student's checkpoint.")

@@ -31,7 +31,7 @@ def compare_weights(
 ) -> list[Measurement]:
     """How many weights of each graph are not those of the float32 graph, rounded; none of a float32 graph.
 
-    What the float32 graph has in another form is looked up in the reference by its name.
+    A graph that was traced apart from the float32 graph is compared with the reference's weights, by name.
     """
     graphs = {(graph.key, graph.precision): root / graph.file for graph in manifest.graphs}
     rows = []

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import Result
 
+import runtime.noise
 import runtime.pipeline
 import runtime.sampler
 from tests.gates import faults
@@ -140,6 +141,12 @@ def negated_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.pipeline, "gaussian_noise", lambda *arguments: -noise(*arguments))
 
 
+def negated_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What both sides share is wrong: only the published vectors say so."""
+    normal = runtime.noise._box_muller
+    monkeypatch.setattr(runtime.noise, "_box_muller", lambda words: -normal(words))
+
+
 def one_position_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sampler keeps one position fewer than the schedule says."""
     step = runtime.sampler._student_step
@@ -164,7 +171,8 @@ def truncated_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @both_models
 @pytest.mark.parametrize(
-    "fault", [without_noise, negated_seeds, one_position_fewer, swapped_images, truncated_pixels]
+    "fault",
+    [without_noise, negated_seeds, negated_everywhere, one_position_fewer, swapped_images, truncated_pixels],
 )
 def test_a_fault_of_the_runtime_fails(
     planted: Planted,
