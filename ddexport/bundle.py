@@ -32,9 +32,7 @@ from ddexport.precision.policy import FLOAT32, INT8, PRECISIONS
 from ddexport.quantize.graphs import check_int8, with_int8
 from ddexport.quantize.policy import IMAGES
 from ddexport.recipe import Recipe, class_names
-from ddexport.sources import WeightRequest, load_parts, provenance, roles_of, sources_of
-from ddexport.staging import staged_directory
-from runtime.manifest import (
+from ddexport.runtime.manifest import (
     FILE_NAME,
     SCHEMA,
     TEACHER,
@@ -45,6 +43,8 @@ from runtime.manifest import (
     file_info,
     read_manifest,
 )
+from ddexport.sources import WeightRequest, load_parts, provenance, roles_of, sources_of
+from ddexport.staging import staged_directory
 
 Stage = Callable[[str], AbstractContextManager[None]]
 CODEBOOK = "codebook.npy"

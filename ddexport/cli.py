@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 import click
 
-from runtime import console
+from ddexport.runtime import console
 
 # In the order in which a user meets them; commands of other packages follow.
 ORDER = ("models", "onnx", "trt", "inspect", "sample", "doctor", "validate", "distill", "cache", "debug")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ddexport.precision.policy import FLOAT32
 from ddexport.precision.table import summary
 from ddexport.recipe import Recipe
-from runtime.manifest import Manifest
+from ddexport.runtime.manifest import Manifest
 
 
 def model_card(recipe: Recipe, manifest: Manifest) -> str:

@@ -16,8 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import DDError
-from runtime.schedules import Schedule, Span
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.schedules import Schedule, Span
 
 SCHEMA = 1
 ROLES = ("student", "tokenizer", "teacher")
@@ -158,7 +158,7 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """The recipes that ship with the project, sorted."""
-    folder = resources.files("recipes")
+    folder = resources.files("ddexport.recipes")
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -176,12 +176,12 @@ def load_recipe(name: str) -> Recipe:
         near = difflib.get_close_matches(name, names, n=1)
         guess = f"did you mean {near[0]}? " if near else ""
         raise RecipeError(f"there is no model called {name}", f"{guess}models: {', '.join(names)}")
-    return _parse((resources.files("recipes") / f"{name}.yaml").read_bytes(), f"{name}.yaml")
+    return _parse((resources.files("ddexport.recipes") / f"{name}.yaml").read_bytes(), f"{name}.yaml")
 
 
 def class_names(recipe: Recipe) -> dict[str, Any]:
     """The label list of the recipe as stored: {"names": [...], "aliases": {...}}. Raises `RecipeError`."""
-    entry = resources.files("recipes") / "labels" / f"{recipe.labels}.json"
+    entry = resources.files("ddexport.recipes") / "labels" / f"{recipe.labels}.json"
     if not entry.is_file():
         raise RecipeError(
             f"recipe {recipe.name}: there is no label list {recipe.labels}", "see recipes/labels/"
@@ -198,7 +198,7 @@ def class_names(recipe: Recipe) -> dict[str, Any]:
 
 def embedded_weights(source: Source) -> Path:
     """The file of weights that ships with the project. Raises `RecipeError` if it is not there."""
-    path = Path(str(resources.files("recipes") / "weights" / source.embedded))
+    path = Path(str(resources.files("ddexport.recipes") / "weights" / source.embedded))
     if not path.is_file():
         raise RecipeError(
             f"the embedded weights {source.embedded} are missing",

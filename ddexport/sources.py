@@ -11,9 +11,9 @@ from torch import nn
 from ddexport.families import family
 from ddexport.families._checkpoint import connect, load_part, random_part
 from ddexport.recipe import Recipe, RecipeError, Source, embedded_weights
-from runtime.errors import DDError
-from runtime.manifest import TEACHER, Weights, sha256_of
-from runtime.manifest import Source as WeightFile
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.manifest import TEACHER, Weights, sha256_of
+from ddexport.runtime.manifest import Source as WeightFile
 
 ALWAYS = ("student", "tokenizer")
 

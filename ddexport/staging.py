@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.errors import OutputError
+from ddexport.runtime.errors import OutputError
 
 # Runs in its own process and session: waits until the parent closes the pipe (or dies), then tidies up.
 JANITOR = """

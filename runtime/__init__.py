@@ -1,6 +1,6 @@
 """Draws images from a bundle with numpy, Pillow and one inference engine: deploy time, no torch.
 
->>> import runtime
+>>> from ddexport import runtime
 >>> with runtime.load("build/digits-var") as pipe:
 ...     pipe(["seven"], steps=1, seed=0, num_images=4).images
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import DDError
+from ddexport.runtime.errors import DDError
 
 if TYPE_CHECKING:
-    from runtime.pipeline import Pipeline, load
+    from ddexport.runtime.pipeline import Pipeline, load
 
 __all__ = ["DDError", "Pipeline", "__version__", "load"]
 
@@ -21,7 +21,7 @@ __all__ = ["DDError", "Pipeline", "__version__", "load"]
 def __getattr__(name: str) -> Any:
     """Imports on first use, so that `import runtime` costs nothing."""
     if name in ("load", "Pipeline"):
-        return getattr(import_module("runtime.pipeline"), name)
+        return getattr(import_module("ddexport.runtime.pipeline"), name)
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 

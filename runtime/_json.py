@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from runtime.errors import BundleError
+from ddexport.runtime.errors import BundleError
 
 MAX_BYTES = 8 << 20  # the largest honest one, a manifest with a recipe of a thousand labels, has some 100 kB
 DAMAGED = "The bundle is damaged or incomplete: copy it again, or export it again."

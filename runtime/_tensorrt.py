@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from runtime.contract import BATCH
-from runtime.engines import Engine, Profile, SizeRange
-from runtime.errors import BackendError, OutputError
-from runtime.machine import MODULES
-from runtime.manifest import TensorSpec
+from ddexport.runtime.contract import BATCH
+from ddexport.runtime.engines import Engine, Profile, SizeRange
+from ddexport.runtime.errors import BackendError, OutputError
+from ddexport.runtime.machine import MODULES
+from ddexport.runtime.manifest import TensorSpec
 
 MAX_CACHE_BYTES = 1 << 30
 TYPES = {"float32": "FLOAT", "int64": "INT64"}
@@ -145,7 +145,7 @@ class Plan:
         config.set_runtime_cache(self._cache)
 
     def _save_cache(self) -> None:
-        from runtime.files import atomic_write
+        from ddexport.runtime.files import atomic_write
 
         if self._cache is None or self._cache_file is None:
             return

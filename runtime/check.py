@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ddexport.runtime.errors import BundleError, VerificationError
+from ddexport.runtime.manifest import FILE_NAME, sha256_of
+from ddexport.runtime.pipeline import Pipeline
 from numpy.typing import NDArray
 
-from runtime.errors import BundleError, VerificationError
-from runtime.manifest import FILE_NAME, sha256_of
-from runtime.pipeline import Pipeline
-
 FILE = "parity/golden.npz"
-MAKE = "Make it where the bundle was exported: python -m validate parity BUNDLE"
+MAKE = "Make it where the bundle was exported: ddexport validate parity BUNDLE"
 
 
 @dataclass(frozen=True)

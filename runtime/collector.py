@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ddexport.runtime.files import write_arrays, write_image
+from ddexport.runtime.images import grid, grid_columns, to_pil
+from ddexport.runtime.result import Result, Timings, joined
 from numpy.typing import NDArray
-
-from runtime.files import write_arrays, write_image
-from runtime.images import grid, grid_columns, to_pil
-from runtime.result import Result, Timings, joined
 
 
 @dataclass

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 import click
-
-from runtime.errors import DDError
+from ddexport.runtime.errors import DDError
 
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader left, as in `ddexport models | head -1`

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runtime.schedules import Teacher
+    from ddexport.runtime.schedules import Teacher
 
 TEACHER = "teacher"
 BATCH = "batch"

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-
-from runtime import console
-from runtime.errors import BundleError, VerificationError
-from runtime.machine import GPU_RUNTIME, Cpu, Gpu, Machine, Package
+from ddexport.runtime import console
+from ddexport.runtime.errors import BundleError, VerificationError
+from ddexport.runtime.machine import GPU_RUNTIME, Cpu, Gpu, Machine, Package
 
 if TYPE_CHECKING:
-    from runtime.fit import Build
-    from runtime.manifest import Manifest
-    from runtime.selection import Candidate
+    from ddexport.runtime.fit import Build
+    from ddexport.runtime.manifest import Manifest
+    from ddexport.runtime.selection import Candidate
 
 WIDTH = 16
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
@@ -31,7 +30,7 @@ PROVIDER_NAMES = {
 @dataclass(frozen=True)
 class EngineReport:
     """The engines of one folder in one precision. roles: to batch sizes. fits: nothing stands in the way.
-    The rest is that of `runtime.fit.Fit`. rebuild: the command that makes one that fits."""
+    The rest is that of `ddexport.runtime.fit.Fit`. rebuild: the command that makes one that fits."""
 
     folder: str
     precision: str
@@ -98,7 +97,7 @@ class Diagnosis:
 
 def diagnose(machine: Machine, bundle: Path | None = None) -> Diagnosis:
     """Looks at the machine, and at a bundle. Raises BundleError if its manifest or a file of it is bad."""
-    import runtime
+    from ddexport import runtime
 
     packages = [machine.onnxruntime, machine.openvino, *machine.engine_packages.values(), machine.bindings]
     known = [PROVIDER_NAMES[name] for name in machine.providers if name in PROVIDER_NAMES]
@@ -138,9 +137,9 @@ def problems(machine: Machine) -> list[str]:
 
 def diagnose_bundle(machine: Machine, root: Path) -> BundleReport:
     """What a bundle could run on. Raises BundleError if its manifest or a file of it is bad."""
-    from runtime.fit import builds
-    from runtime.manifest import read_manifest
-    from runtime.selection import candidates, choose, explain
+    from ddexport.runtime.fit import builds
+    from ddexport.runtime.manifest import read_manifest
+    from ddexport.runtime.selection import candidates, choose, explain
 
     manifest = read_manifest(root)
     made, errors = builds(root)
@@ -168,8 +167,8 @@ def _way(candidate: Candidate) -> Way:
 
 
 def _engines(machine: Machine, root: Path, manifest: Manifest, build: Build) -> EngineReport:
-    from runtime.fit import Fit, fit, rebuild_command
-    from runtime.manifest import ROLES
+    from ddexport.runtime.fit import Fit, fit, rebuild_command
+    from ddexport.runtime.manifest import ROLES
 
     if build.precision in manifest.precisions:
         result = fit(build, {role: manifest.graph(role, build.precision) for role in ROLES}, machine)
@@ -189,7 +188,7 @@ def _engines(machine: Machine, root: Path, manifest: Manifest, build: Build) -> 
 
 
 def _bad_plans(build: Build) -> Iterator[str]:
-    from runtime.manifest import sha256_of
+    from ddexport.runtime.manifest import sha256_of
 
     for found in build.engines.values():
         if not found.plan.is_file():
@@ -323,8 +322,8 @@ def command(
 
 
 def _check(bundle: Path, backend: str, precision: str | None, as_json: bool) -> None:
-    from runtime.check import check, read_golden
-    from runtime.pipeline import load
+    from ddexport.runtime.check import check, read_golden
+    from ddexport.runtime.pipeline import load
 
     golden = read_golden(bundle)
     with load(bundle, backend, precision=precision) as pipe:

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime._json import DAMAGED, decode, read_json
-from runtime.contract import BATCH, dynamic_sizes
-from runtime.errors import BundleError
-from runtime.manifest import Graph, TensorSpec, resolve
+from ddexport.runtime._json import DAMAGED, decode, read_json
+from ddexport.runtime.contract import BATCH, dynamic_sizes
+from ddexport.runtime.errors import BundleError
+from ddexport.runtime.manifest import Graph, TensorSpec, resolve
 
 SCHEMA = 1
 FOLDER = "engines"

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from ddexport.runtime.errors import NoiseError, OutputError
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
-
-from runtime.errors import NoiseError, OutputError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_NOISE_BYTES = 4 << 30

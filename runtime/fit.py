@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.engines import DEFAULT_TARGET, Engine, Found, find_engines, graph_digest
-from runtime.errors import BundleError
-from runtime.machine import Gpu, Machine
-from runtime.manifest import Graph
+from ddexport.runtime.engines import DEFAULT_TARGET, Engine, Found, find_engines, graph_digest
+from ddexport.runtime.errors import BundleError
+from ddexport.runtime.machine import Gpu, Machine
+from ddexport.runtime.manifest import Graph
 
 DEFAULT_CAPABILITIES = ((8, 0), (8, 6), (8, 9))
 DEFAULT_FROM = (12, 0)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ddexport.runtime.backends._base import Arrays, Backend
+from ddexport.runtime.errors import BackendError
+from ddexport.runtime.manifest import Graph, Manifest, Schedule
 from numpy.typing import NDArray
-
-from runtime.backends._base import Arrays, Backend
-from runtime.errors import BackendError
-from runtime.manifest import Graph, Manifest, Schedule
 
 
 class Graphs:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+from ddexport.runtime._json import DAMAGED, decode, read_json
+from ddexport.runtime.errors import BundleError, LabelError
 from numpy.typing import NDArray
-
-from runtime._json import DAMAGED, decode, read_json
-from runtime.errors import BundleError, LabelError
 
 Label: TypeAlias = int | str
 

@@ -10,10 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from runtime._json import DAMAGED, decode, read_json
-from runtime.contract import TEACHER, FileInfo, ImageSize, SequenceSize, TensorSpec, contract
-from runtime.errors import BundleError, ScheduleError
-from runtime.schedules import Schedule, Span, Teacher, contradiction, number_of_steps, teacher_contradiction
+from ddexport.runtime._json import DAMAGED, decode, read_json
+from ddexport.runtime.contract import TEACHER, FileInfo, ImageSize, SequenceSize, TensorSpec, contract
+from ddexport.runtime.errors import BundleError, ScheduleError
+from ddexport.runtime.schedules import (
+    Schedule,
+    Span,
+    Teacher,
+    contradiction,
+    number_of_steps,
+    teacher_contradiction,
+)
 
 # What others take from here although it is defined elsewhere.
 __all__ = [

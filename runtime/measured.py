@@ -17,15 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from runtime._json import decode, read_json
-from runtime.engines import graph_digest
-from runtime.errors import BundleError, OutputError
-from runtime.files import atomic_write
-from runtime.manifest import Manifest, resolve
-from runtime.options import MODES, Options
+from ddexport.runtime._json import decode, read_json
+from ddexport.runtime.engines import graph_digest
+from ddexport.runtime.errors import BundleError, OutputError
+from ddexport.runtime.files import atomic_write
+from ddexport.runtime.manifest import Manifest, resolve
+from ddexport.runtime.options import MODES, Options
 
 if TYPE_CHECKING:
-    from runtime.machine import Machine
+    from ddexport.runtime.machine import Machine
 
 FOLDER = "measured"
 SCHEMA = 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import BackendError
+from ddexport.runtime.errors import BackendError
 
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 MODES = ("latency", "throughput")

@@ -10,21 +10,19 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
-
-from runtime.backends._base import Backend
-from runtime.errors import DDError, NoiseError
-from runtime.graphs import Graphs, keys_of, student_key
-from runtime.images import to_pil, to_uint8
-from runtime.labels import Label, Labels, read_labels
-from runtime.machine import Machine
-from runtime.manifest import Graph, Manifest, Schedule, read_manifest, resolve
-from runtime.noise import gaussian_noise, uniform_numbers
-from runtime.options import Options
-from runtime.result import Result, Timings, joined
-from runtime.sampler import TeacherRun, sample
-from runtime.schedules import moved
-from runtime.selection import (
+from ddexport.runtime.backends._base import Backend
+from ddexport.runtime.errors import DDError, NoiseError
+from ddexport.runtime.graphs import Graphs, keys_of, student_key
+from ddexport.runtime.images import to_pil, to_uint8
+from ddexport.runtime.labels import Label, Labels, read_labels
+from ddexport.runtime.machine import Machine
+from ddexport.runtime.manifest import Graph, Manifest, Schedule, read_manifest, resolve
+from ddexport.runtime.noise import gaussian_noise, uniform_numbers
+from ddexport.runtime.options import Options
+from ddexport.runtime.result import Result, Timings, joined
+from ddexport.runtime.sampler import TeacherRun, sample
+from ddexport.runtime.schedules import moved
+from ddexport.runtime.selection import (
     AUTO,
     Candidate,
     backend_class,
@@ -33,7 +31,8 @@ from runtime.selection import (
     no_such_precision,
     nothing_fits,
 )
-from runtime.teacher import Choice, Sampling, by_stream, check_uniforms, choice_of, read_codebook
+from ddexport.runtime.teacher import Choice, Sampling, by_stream, check_uniforms, choice_of, read_codebook
+from numpy.typing import NDArray
 
 OUTPUTS = ("pil", "numpy", "sequence")
 MEMORY_TARGET = 2 << 30  # bytes; a CPU is no faster with more images at once
@@ -206,7 +205,7 @@ def load(
     was measured (docs/runtime-cpu.md). precision: of the graphs, or one that an engine computes in from
     others; None leaves it to the same choice. verify: compare every SHA-256. steps: those whose graphs are
     opened now, as for a call; others are opened when they are first run. threads, provider, device,
-    cuda_graphs, mode, cache: as in `runtime.options.Options`.
+    cuda_graphs, mode, cache: as in `ddexport.runtime.options.Options`.
     Raises BundleError, BackendError, ScheduleError, OutputError for a cache that cannot be written.
     """
     root = Path(path)

@@ -7,7 +7,7 @@ import pkgutil
 from importlib import import_module
 from types import ModuleType
 
-from runtime.errors import DDError
+from ddexport.runtime.errors import DDError
 
 
 def plugins(package: str) -> list[str]:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+from ddexport.runtime.sampler import Step
 from numpy.typing import NDArray
 from PIL import Image
-
-from runtime.sampler import Step
 
 Images: TypeAlias = list[Image.Image] | NDArray[Any]
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from ddexport.runtime.manifest import Schedule, Span, Teacher
+from ddexport.runtime.teacher import Pick, draw, nearest_codes
 from numpy.typing import NDArray
-
-from runtime.manifest import Schedule, Span, Teacher
-from runtime.teacher import Pick, draw, nearest_codes
 
 Arrays = Mapping[str, NDArray[Any]]
 Run = Callable[[Arrays], Arrays]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from runtime.contract import FileInfo
-from runtime.errors import ScheduleError
+from ddexport.runtime.contract import FileInfo
+from ddexport.runtime.errors import ScheduleError
 
 Steps = TypeVar("Steps", int, str)
 GUIDANCES = ("rising", "constant")

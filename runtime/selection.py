@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runtime.errors import BackendError, BundleError
-from runtime.manifest import Manifest
-from runtime.measured import Measured, common_setting, read_measured, times_of
-from runtime.options import Options
-from runtime.registry import load_plugin, plugins
+from ddexport.runtime.errors import BackendError, BundleError
+from ddexport.runtime.manifest import Manifest
+from ddexport.runtime.measured import Measured, common_setting, read_measured, times_of
+from ddexport.runtime.options import Options
+from ddexport.runtime.registry import load_plugin, plugins
 
 if TYPE_CHECKING:
-    from runtime.backends._base import Backend
-    from runtime.machine import Machine
+    from ddexport.runtime.backends._base import Backend
+    from ddexport.runtime.machine import Machine
 
-BACKENDS = "runtime.backends"
+BACKENDS = "ddexport.runtime.backends"
 AUTO = "auto"
 FAILED = "measured here: "  # how a reason begins that was found by measuring
 NEED_PROOF = ("bf16", "int8")

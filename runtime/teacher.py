@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ddexport.runtime._json import DAMAGED
+from ddexport.runtime.errors import BackendError, BundleError, NoiseError, ScheduleError
+from ddexport.runtime.manifest import Manifest, Schedule, Span, Teacher, resolve
 from numpy.typing import NDArray
-
-from runtime._json import DAMAGED
-from runtime.errors import BackendError, BundleError, NoiseError, ScheduleError
-from runtime.manifest import Manifest, Schedule, Span, Teacher, resolve
 
 Arrays = Mapping[str, NDArray[Any]]
 Run = Callable[[Arrays], Arrays]
@@ -99,7 +98,7 @@ def draw(
 ) -> NDArray[np.int64]:
     """The tokens (N, end) of a span behind a prefix.
 
-    run: the graph, with the inputs and outputs that `runtime.contract` has for the teacher. prefix: int64
+    run: the graph, with the inputs and outputs that the contract has for the teacher. prefix: int64
     (N, start). labels: int64 (N,). cfg: guidance. pick: chooses the tokens of an AR step, as `by_stream`
     does. on_pass: told N after each pass.
 

@@ -139,10 +139,11 @@ def embedded_bundle(cached_export: CachedExport) -> Callable[[str], Path]:
     It is a copy of `build/precisions/<model>` (`make bundles`) where that is whole, newer than all code and
     made by the same tools. Do not write into it.
     """
+    from ddexport.runtime.errors import DDError
+    from ddexport.runtime.manifest import read_manifest
+
     from ddexport.bundle import Exported, WeightRequest, _tools, export_bundle
     from ddexport.recipe import load_recipe
-    from runtime.errors import DDError
-    from runtime.manifest import read_manifest
 
     precisions = ("fp32", "fp16", "bf16", "int8")
 

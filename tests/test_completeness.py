@@ -6,17 +6,18 @@ import re
 from pathlib import Path
 
 import pytest
+from ddexport.runtime.registry import plugins
+from ddexport.validate import metrics
 
 from ddexport.recipe import recipe_names
-from runtime.registry import plugins
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "plugins.md"
 PACKAGES = (
     "ddexport.families",
-    "runtime.backends",
-    "validate.metrics",
-    "validate.features",
+    "ddexport.runtime.backends",
+    "ddexport.validate.metrics",
+    "ddexport.validate.features",
     "ddexport.distill.data",
     "ddexport.distill.trainers",
 )
@@ -72,12 +73,13 @@ def test_no_row_is_left_over(package: str) -> None:
 
 def test_a_new_one_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks above find what is missing: a plug-in is a file, and nobody wrote about this one."""
-    import validate.metrics
 
     name = "brand" + "_new"
     (tmp_path / f"{name}.py").touch()
-    monkeypatch.setattr(validate.metrics, "__path__", [*validate.metrics.__path__, str(tmp_path)])
-    assert name in registered("validate.metrics")
-    assert name not in rows("validate.metrics")
-    assert modules_that_name("validate.metrics", name) == []
-    assert {"ddexport.families", "runtime.backends", "validate.metrics", "recipes"} <= {p for p, _ in CASES}
+    monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
+    assert name in registered("ddexport.validate.metrics")
+    assert name not in rows("ddexport.validate.metrics")
+    assert modules_that_name("ddexport.validate.metrics", name) == []
+    assert {"ddexport.families", "ddexport.runtime.backends", "ddexport.validate.metrics", "recipes"} <= {
+        p for p, _ in CASES
+    }

@@ -6,18 +6,17 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import click
-
-from runtime import console
+from ddexport.runtime import console
 
 COMMANDS = {
-    "parity": "validate.parity",
-    "fid": "validate.fid",
-    "limits": "validate.limits",
-    "report": "validate.page.command",
-    "quality": "validate.quality",
-    "speed": "validate.speed",
-    "comparison": "validate.comparison",
-    "curve": "validate.curve",
+    "parity": "ddexport.validate.parity",
+    "fid": "ddexport.validate.fid",
+    "limits": "ddexport.validate.limits",
+    "report": "ddexport.validate.page.command",
+    "quality": "ddexport.validate.quality",
+    "speed": "ddexport.validate.speed",
+    "comparison": "ddexport.validate.comparison",
+    "curve": "ddexport.validate.curve",
 }
 
 

@@ -4,7 +4,7 @@ Three kinds of comparison, because each shows what the others hide:
 
 - Every step on the same input: the bundle's graphs are given what the reference kept, so that one flipped
 token in step 1 cannot make all of step 2 look wrong. - End to end: the `Pipeline` that users call against the
-reference's own loop (`validate.sampling`). - The bundle against itself: no row may depend on its neighbours
+reference's loop (`validate/sampling.py`). - The bundle against itself: no row may depend on its neighbours
 in the batch, and a seed gives its noise.
 
 Shapes: N images, L positions, Cv width of a code, S split, V codebook.
@@ -18,14 +18,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from runtime.errors import BackendError, BundleError, ScheduleError, VerificationError
-from runtime.manifest import Span
-from runtime.pipeline import Pipeline
-from runtime.registry import load_plugin, plugins
-from runtime.result import Result
-from runtime.teacher import Choice, draw
-from validate.metrics._base import (
+from ddexport.runtime.errors import BackendError, BundleError, ScheduleError, VerificationError
+from ddexport.runtime.manifest import Span
+from ddexport.runtime.pipeline import Pipeline
+from ddexport.runtime.registry import load_plugin, plugins
+from ddexport.runtime.result import Result
+from ddexport.runtime.teacher import Choice, draw
+from ddexport.validate.metrics._base import (
     Compare,
     Comparison,
     DrawnPair,
@@ -40,8 +39,8 @@ from validate.metrics._base import (
 )
 
 if TYPE_CHECKING:
-    from validate.reference import TorchReference
-    from validate.sampling import Pass, Plan
+    from ddexport.validate.reference import TorchReference
+    from ddexport.validate.sampling import Pass, Plan
 
 SMALL_SIZES = (1, 2, 3)
 
@@ -101,7 +100,7 @@ class Noise:
 
 def noise_for(reference: TorchReference, request: Request) -> Noise:
     """The noise of a request."""
-    from validate.sampling import noise_of, uniforms_of
+    from ddexport.validate.sampling import noise_of, uniforms_of
 
     assert reference.recipe is not None
     size = reference.recipe.sequence
@@ -112,7 +111,7 @@ def run_reference(
     reference: TorchReference, request: Request, noise: Noise, advance: Callable[[int], None]
 ) -> list[ReferenceRun]:
     """Every schedule of the reference, in batches; `advance` is told how many images are done."""
-    from validate.sampling import Pass, pixels_of
+    from ddexport.validate.sampling import Pass, pixels_of
 
     sampler, count = reference.sampler, len(request.labels)
     runs = []
@@ -192,8 +191,8 @@ def measure(comparison: Comparison, limits: Limits) -> list[Measurement]:
 
 def _parity_metrics() -> Iterable[Compare]:
     """The metric files that compare a bundle with its reference; the others serve other commands."""
-    for name in plugins("validate.metrics"):
-        function = getattr(load_plugin("validate.metrics", name), "compare", None)
+    for name in plugins("ddexport.validate.metrics"):
+        function = getattr(load_plugin("ddexport.validate.metrics", name), "compare", None)
         if function is not None:
             yield function
 

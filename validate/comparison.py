@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
-
-from runtime import console
-from runtime.errors import DDError
+from ddexport.runtime import console
+from ddexport.runtime.errors import DDError
 
 if TYPE_CHECKING:
+    from ddexport.validate.image_sets import ImageRow, Models
+    from ddexport.validate.quality import Gauge, Quality
+    from ddexport.validate.speed import Timing
     from torch import Tensor
 
     from ddexport.recipe import Recipe
-    from validate.image_sets import ImageRow, Models
-    from validate.quality import Gauge, Quality
-    from validate.speed import Timing
 
 SHARES = (0.75, 0.5, 0.25)  # of the AR steps that are the teacher's in the rows skip-n
 COLUMNS = (("accuracy", "acc %", 100.0, 1), ("precision", "prec", 1.0, 2), ("recall", "rec", 1.0, 2))
@@ -120,18 +119,18 @@ def passes_text(count: int) -> str:
 def draw_rows(models: Models, rows: Sequence[Kind], seed: int, count: int) -> Iterator[ImageRow]:
     """The images of every kind, one after the other, with balanced labels; students from the seed's noise."""
     import torch
-
-    from ddexport.distill.teacher import at_random
-    from ddexport.distill.tokenizer import images_of_sequences
-    from runtime.noise import gaussian_noise
-    from validate.image_sets import (
+    from ddexport.runtime.noise import gaussian_noise
+    from ddexport.validate.image_sets import (
         ImageRow,
         balanced_labels,
         by_chunks,
         independent_marginals,
         student_sequences,
     )
-    from validate.set_prediction import rest_at_once, teacher_of
+    from ddexport.validate.set_prediction import rest_at_once, teacher_of
+
+    from ddexport.distill.teacher import at_random
+    from ddexport.distill.tokenizer import images_of_sequences
 
     recipe, tokenizer = models.recipe, models.tokenizer
     sequence, labels = recipe.sequence, balanced_labels(count, recipe.classes)
@@ -161,9 +160,9 @@ def draw_rows(models: Models, rows: Sequence[Kind], seed: int, count: int) -> It
 
 
 def time_rows(models: Models, rows: Sequence[Kind], batches: Sequence[int], rounds: int) -> list[Timing]:
-    """The time of every kind, all in turn in one run; see `validate.speed`."""
-    from validate.set_prediction import one_pass_way
-    from validate.speed import Way, student_ways, teacher_way, time_ways
+    """The time of every kind, all in turn in one run; see `ddexport.validate.speed`."""
+    from ddexport.validate.set_prediction import one_pass_way
+    from ddexport.validate.speed import Way, student_ways, teacher_way, time_ways
 
     students = {way.passes: way.sequences for way in student_ways(models)}
 
@@ -179,9 +178,8 @@ def time_rows(models: Models, rows: Sequence[Kind], batches: Sequence[int], roun
 def measure(recipe: Recipe, options: Options, gauge: Gauge | None = None) -> list[Row]:
     """Draws, measures and times every row. Raises DDError for missing weights, data, or a wrong `skip`."""
     import torch
-
-    from runtime.schedules import by_student_alone
-    from validate.image_sets import load_models
+    from ddexport.runtime.schedules import by_student_alone
+    from ddexport.validate.image_sets import load_models
 
     models = load_models(recipe, options.weights)
     alone = by_student_alone(recipe.schedules, recipe.sequence.split)
@@ -207,7 +205,7 @@ def measure(recipe: Recipe, options: Options, gauge: Gauge | None = None) -> lis
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as text: FD mean over the seeds +- half of the range, times with the speed-up."""
-    from validate.quality import summary
+    from ddexport.validate.quality import summary
 
     batches = list(rows[0].timing.image)
     heads = [f"{'':12}{'passes':>7}{'FD':>15}"] + [f"{head:>{9}}" for _, head, _, _ in COLUMNS]
@@ -226,10 +224,11 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _gauge(recipe: Recipe) -> Gauge:
+    from ddexport.validate.features.digits import judge_path, load_judge
+    from ddexport.validate.quality import Gauge
+
     from ddexport.distill.data import load_data
     from ddexport.distill.settings import distill_settings
-    from validate.features.digits import judge_path, load_judge
-    from validate.quality import Gauge
 
     return Gauge(load_judge(judge_path()), load_data(distill_settings(recipe).data))
 
@@ -265,8 +264,9 @@ def command(model: str, plot: Path | None, as_json: bool, **options: Any) -> Non
 
     MODEL is a recipe that was trained with `ddexport distill`.
     """
+    from ddexport.runtime.files import check_image_suffix, check_writable
+
     from ddexport.recipe import load_recipe
-    from runtime.files import check_image_suffix, check_writable
 
     request = Options(**options)
     if not all(request.batches):
@@ -277,7 +277,7 @@ def command(model: str, plot: Path | None, as_json: bool, **options: Any) -> Non
         check_writable(plot)
     rows = measure(recipe, request)
     if plot is not None:
-        from validate.comparison_plot import write_plot
+        from ddexport.validate.comparison_plot import write_plot
 
         write_plot(rows, recipe.title, plot)
     if as_json:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import DDError, OutputError
+from ddexport.runtime.errors import DDError, OutputError
 
 if TYPE_CHECKING:
-    from validate.comparison import Row
+    from ddexport.validate.comparison import Row
 
 LOOKS: dict[str, tuple[str, tuple[int, int], str]] = {  # colour, and where a label is from its point
     "teacher": ("#3b4252", (0, -17), "center"),

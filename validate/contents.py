@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from runtime._json import DAMAGED, read_json
-from runtime.errors import BundleError, VerificationError
-from runtime.manifest import Manifest, read_manifest, resolve
-from runtime.noise import gaussian_noise, uniform_numbers
+from ddexport.runtime._json import DAMAGED, read_json
+from ddexport.runtime.errors import BundleError, VerificationError
+from ddexport.runtime.manifest import Manifest, read_manifest, resolve
+from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 
 if TYPE_CHECKING:
+    from ddexport.validate.reference import TorchReference
+
     from ddexport.recipe import Recipe
-    from validate.reference import TorchReference
 
 SHOWN = 5
 # Of docs/noise.md: the first numbers of image 4294967301 of seed 2**64 - 1.

@@ -14,19 +14,19 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
-
-from runtime import console
+from ddexport.runtime import console
 
 if TYPE_CHECKING:
+    from ddexport.runtime.pipeline import Pipeline
+    from ddexport.runtime.result import Result
+    from ddexport.validate.quality import Gauge, Quality
+
     from ddexport.recipe import Recipe
-    from runtime.pipeline import Pipeline
-    from runtime.result import Result
-    from validate.quality import Gauge, Quality
 
 EPILOG = """
 \b
 Examples:
-  python -m validate curve build/digits-var --plot curve.png
+  ddexport validate curve build/digits-var --plot curve.png
   ddexport validate curve build/digits-llamagen --images 1000 --seeds 0 --json
 """
 
@@ -135,7 +135,7 @@ def time_schedules(
 
 def table(points: Sequence[Point]) -> str:
     """The points as text: FD mean over the seeds +- half of the range, times with the speed-up."""
-    from validate.quality import summary
+    from ddexport.validate.quality import summary
 
     batches = list(points[0].times)
     heads = f"{'steps':9}{'student':>8}{'teacher':>8}{'FD':>15}{'acc %':>8}{'prec':>7}{'rec':>7}"
@@ -170,8 +170,7 @@ def _quality(pipe: Pipeline, gauge: Gauge, name: str, seed: int, count: int) -> 
 def _as_row(name: str, parts: list[Result]) -> Any:
     import numpy as np
     import torch
-
-    from validate.image_sets import ImageRow
+    from ddexport.validate.image_sets import ImageRow
 
     pixels = np.concatenate([part.images for part in parts])  # uint8 (N, H, W, 3)
     images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 255)
@@ -179,10 +178,11 @@ def _as_row(name: str, parts: list[Result]) -> Any:
 
 
 def _gauge(recipe: Recipe) -> Gauge:
+    from ddexport.validate.features.digits import judge_path, load_judge
+    from ddexport.validate.quality import Gauge
+
     from ddexport.distill.data import load_data
     from ddexport.distill.settings import distill_settings
-    from validate.features.digits import judge_path, load_judge
-    from validate.quality import Gauge
 
     return Gauge(load_judge(judge_path()), load_data(distill_settings(recipe).data))
 
@@ -218,8 +218,8 @@ def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> N
 
     BUNDLE is one of a model that was trained with `ddexport distill`.
     """
-    from runtime.files import check_image_suffix, check_writable
-    from runtime.pipeline import load
+    from ddexport.runtime.files import check_image_suffix, check_writable
+    from ddexport.runtime.pipeline import load
 
     request = Options(**options)
     if not all(request.batches):
@@ -232,7 +232,7 @@ def command(bundle: Path, plot: Path | None, as_json: bool, **options: Any) -> N
         name, title = pipe.manifest.name, pipe.manifest.title
         engine = f"{pipe.backend.name} in {pipe.precision}"
     if plot is not None:
-        from validate.curve_plot import write_plot
+        from ddexport.validate.curve_plot import write_plot
 
         write_plot(points, title, plot)
     if as_json:

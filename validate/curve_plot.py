@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import DDError, OutputError
+from ddexport.runtime.errors import DDError, OutputError
 
 if TYPE_CHECKING:
-    from validate.curve import Point
+    from ddexport.validate.curve import Point
 
 STUDENT, MIXED, TEACHER = "#1f6fb4", "#2e8b57", "#3b4252"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from runtime.errors import DDError
+from ddexport.runtime.errors import DDError
 
 if TYPE_CHECKING:
     import torch

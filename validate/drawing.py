@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-
-from runtime.errors import BackendError, VerificationError
-from runtime.noise import gaussian_noise, philox4x32
-from runtime.pipeline import Pipeline
-from validate.metrics._base import FloatArray, IntArray
+from ddexport.runtime.errors import BackendError, VerificationError
+from ddexport.runtime.noise import gaussian_noise, philox4x32
+from ddexport.runtime.pipeline import Pipeline
+from ddexport.validate.metrics._base import FloatArray, IntArray
 
 if TYPE_CHECKING:
-    from validate.reference import TorchReference
+    from ddexport.validate.reference import TorchReference
 
 ByteImages: TypeAlias = npt.NDArray[np.uint8]
 Schedules: TypeAlias = Mapping[int, tuple[int, ...]]
@@ -87,7 +86,7 @@ def by_pipeline(pipe: Pipeline, schedules: Schedules) -> Draw:
 
 def by_reference(reference: TorchReference, schedules: Schedules) -> Draw:
     """By the reference's own loop. Raises VerificationError where an image is not finite."""
-    from validate.sampling import pixels_of
+    from ddexport.validate.sampling import pixels_of
 
     sampler = reference.sampler
 

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-
-from runtime import console
-from runtime.errors import DDError, OutputError, VerificationError
+from ddexport.runtime import console
+from ddexport.runtime.errors import DDError, OutputError, VerificationError
 
 EPILOG = """
 \b
 Examples:
-  python -m validate fid build/digits-var
-  python -m validate fid build/var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth \\
+  ddexport validate fid build/digits-var
+  ddexport validate fid build/var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth \\
       --features-weights pt_inception-2015-12-05.pth --reference statistic.pth
   ddexport validate fid build/digits-var --images 500 --steps 2 --no-reference-model --json
 """
@@ -40,7 +39,7 @@ def _require_validate_extra() -> None:
 
 def _places(bundle: Path, report: Path | None) -> tuple[Path | None, Path | None]:
     """Where report and state go, checked before the work. A bundle that is read-only costs a warning."""
-    from runtime.files import make_directory
+    from ddexport.runtime.files import make_directory
 
     if report is None and not bundle.is_dir():
         return None, None  # which loading the bundle will explain
@@ -142,9 +141,9 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
     if options["images"] and options["per_class"]:
         raise click.UsageError("--per-class says how many images: give one of --images and --per-class.")
     _require_validate_extra()
-    from validate.fid_plan import Options
-    from validate.fid_report import failure_line, table, verdict_line, write_report
-    from validate.fid_run import run_fid
+    from ddexport.validate.fid_plan import Options
+    from ddexport.validate.fid_report import failure_line, table, verdict_line, write_report
+    from ddexport.validate.fid_run import run_fid
 
     directory, states = _places(options["bundle"], report)
     result = run_fid(Options(**options), states)

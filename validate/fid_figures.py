@@ -7,19 +7,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-
-from validate.bootstrap import bootstrap, figure
-from validate.fid_report import CHANGED, DIFFERENCE, DISTANCE, FID, Estimate, Figure, scope_of
-from validate.metrics._base import IntArray, Measurement
-from validate.metrics.frechet import FrechetTo, frechet_distance, require_samples
-from validate.metrics.inception_score import SPLITS, ScoreSums
-from validate.metrics.kernel_distance import kernel_distance
-from validate.metrics.precision_recall import NEIGHBOURS, coverage
-from validate.paired import BUNDLE, REFERENCE, VISIBLE, PairedRun, PairTally, SetTally
-from validate.statistics import Float64Array, FloatArray, GaussianFit, GroupedMoments, TooFewSamples
+from ddexport.validate.bootstrap import bootstrap, figure
+from ddexport.validate.fid_report import CHANGED, DIFFERENCE, DISTANCE, FID, Estimate, Figure, scope_of
+from ddexport.validate.metrics._base import IntArray, Measurement
+from ddexport.validate.metrics.frechet import FrechetTo, frechet_distance, require_samples
+from ddexport.validate.metrics.inception_score import SPLITS, ScoreSums
+from ddexport.validate.metrics.kernel_distance import kernel_distance
+from ddexport.validate.metrics.precision_recall import NEIGHBOURS, coverage
+from ddexport.validate.paired import BUNDLE, REFERENCE, VISIBLE, PairedRun, PairTally, SetTally
+from ddexport.validate.statistics import Float64Array, FloatArray, GaussianFit, GroupedMoments, TooFewSamples
 
 if TYPE_CHECKING:
-    from validate.references import Reference
+    from ddexport.validate.references import Reference
 
 METRIC = "fid"
 PROTOCOL_IMAGES, PROTOCOL_FEATURES = 50_000, "inception"  # what published figures are measured with

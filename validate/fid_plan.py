@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import DDError, VerificationError
-from runtime.manifest import Manifest
-from runtime.pipeline import default_batch_size
-from runtime.schedules import by_student_alone
-from validate.drawing import Order
-from validate.features._base import Extractor, is_random
-from validate.fid_figures import Gate
-from validate.statistics import TooFewSamples
+from ddexport.runtime.errors import DDError, VerificationError
+from ddexport.runtime.manifest import Manifest
+from ddexport.runtime.pipeline import default_batch_size
+from ddexport.runtime.schedules import by_student_alone
+from ddexport.validate.drawing import Order
+from ddexport.validate.features._base import Extractor, is_random
+from ddexport.validate.fid_figures import Gate
+from ddexport.validate.statistics import TooFewSamples
 
 NONE = "none"  # as a reference set: the two sides are compared with each other alone
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from runtime.files import atomic_write, make_directory
-from validate import bootstrap
-from validate.metrics._base import Measurement
+from ddexport.runtime.files import atomic_write, make_directory
+from ddexport.validate import bootstrap
+from ddexport.validate.metrics._base import Measurement
 
 SCHEMA = 1
 NAME_WIDTH, CELL_WIDTH = 30, 32
@@ -31,7 +30,7 @@ class Estimate:
 
     @staticmethod
     def of(figure: bootstrap.Figure) -> Estimate:
-        """A figure of `validate.bootstrap`."""
+        """A figure of `ddexport.validate.bootstrap`."""
         return Estimate(figure.value, figure.low, figure.high, figure.bias)
 
     def text(self, sign: bool = False) -> str:

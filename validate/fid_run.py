@@ -11,28 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import click
+from ddexport.runtime import console
+from ddexport.runtime.files import make_directory, write_image
+from ddexport.runtime.images import to_pil
+from ddexport.runtime.manifest import FILE_NAME, ROLES, Manifest, sha256_of
+from ddexport.runtime.pipeline import Pipeline, load
+from ddexport.runtime.schedules import by_student_alone
+from ddexport.validate.contents import check_contents, check_recipe, open_manifest
+from ddexport.validate.devices import torch_device
+from ddexport.validate.drawing import ByteImages, Draw, by_pipeline, by_reference
+from ddexport.validate.features._base import Extractor, load_extractor
+from ddexport.validate.fid_figures import Resampling, figures_of, measurements_of, published_of
+from ddexport.validate.fid_plan import NONE, Options, Plan, order_of, plan_of, require_enough
+from ddexport.validate.fid_report import LEAST_RESAMPLES, Compared, FidReport, Settings
+from ddexport.validate.fid_state import State, digest_of
+from ddexport.validate.paired import BUNDLE, REFERENCE, PairedRun, Sink, Sizes
+from ddexport.validate.reference import build_reference, describe_weights
+from ddexport.validate.references import Reference
+from ddexport.validate.references import load as load_reference
+from ddexport.validate.runners import opened
+from ddexport.validate.statistics import GROUPS
 
 from ddexport.recipe import recipe_from_dict
-from runtime import console
-from runtime.files import make_directory, write_image
-from runtime.images import to_pil
-from runtime.manifest import FILE_NAME, ROLES, Manifest, sha256_of
-from runtime.pipeline import Pipeline, load
-from runtime.schedules import by_student_alone
-from validate.contents import check_contents, check_recipe, open_manifest
-from validate.devices import torch_device
-from validate.drawing import ByteImages, Draw, by_pipeline, by_reference
-from validate.features._base import Extractor, load_extractor
-from validate.fid_figures import Resampling, figures_of, measurements_of, published_of
-from validate.fid_plan import NONE, Options, Plan, order_of, plan_of, require_enough
-from validate.fid_report import LEAST_RESAMPLES, Compared, FidReport, Settings
-from validate.fid_state import State, digest_of
-from validate.paired import BUNDLE, REFERENCE, PairedRun, Sink, Sizes
-from validate.reference import build_reference, describe_weights
-from validate.references import Reference
-from validate.references import load as load_reference
-from validate.runners import opened
-from validate.statistics import GROUPS
 
 WIDE = 512  # features: their covariances, one a group and side, take the memory, their roots the time
 GROUPS_NARROW = 100  # more than are usual, where they cost nothing: steadier intervals

@@ -18,10 +18,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.files import atomic_write, make_directory
 from numpy.lib import format as npy
-
-from runtime.errors import DDError
-from runtime.files import atomic_write, make_directory
 
 FILE = "fid-state.npz"
 KEY, DONE = "key", "done"

@@ -1,6 +1,6 @@
 """`parity/golden.npz`: what the PyTorch side drew, for checks where neither PyTorch nor the checkpoint is.
 
-docs/parity.md has the format; `runtime.golden` reads it.
+docs/parity.md has the format; `ddexport.runtime.golden` reads it.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from runtime.files import write_arrays
-from validate.compare import ReferenceRun, request_of
-from validate.metrics.tokens import margins
+from ddexport.runtime.files import write_arrays
+from ddexport.validate.compare import ReferenceRun, request_of
+from ddexport.validate.metrics.tokens import margins
 
 if TYPE_CHECKING:
-    from validate.report import Settings
+    from ddexport.validate.report import Settings
 
 IMAGES = 8
 

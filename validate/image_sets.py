@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.noise import gaussian_noise
 from torch import Tensor
 
 from ddexport.distill.data import DataSet
@@ -21,8 +23,6 @@ from ddexport.distill.tokenizer import images_of_sequences, tokens_of_images
 from ddexport.families._base import compose
 from ddexport.families._checkpoint import connect, load_part
 from ddexport.recipe import Recipe, embedded_weights
-from runtime.errors import DDError
-from runtime.noise import gaussian_noise
 
 CHUNK = 500
 

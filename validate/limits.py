@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
-from runtime import console
-from runtime.errors import VerificationError
+from ddexport.runtime import console
+from ddexport.runtime.errors import VerificationError
 
 if TYPE_CHECKING:
-    from runtime.manifest import Manifest
-    from validate.metrics._base import Limits, Measurement
+    from ddexport.runtime.manifest import Manifest
+    from ddexport.validate.metrics._base import Limits, Measurement
 
 LOOSENESS = 2.0  # a limit is at most so many times the largest value of an unbroken bundle
 # What float32 and fp16 leave out of five seeds is nothing, or next to nothing; some seed will have a near
@@ -32,15 +31,15 @@ FIXED = {
 EPILOG = """
 \b
 Examples:
-  python -m validate limits build/digits-var
-  python -m validate limits build/digits-var --precision int8 --backend onnxruntime,openvino --seeds 10
-  python -m validate limits build/digits-var --precision fp16 --fid-images 2000 --json
+  ddexport validate limits build/digits-var
+  ddexport validate limits build/digits-var --precision int8 --backend onnxruntime,openvino --seeds 10
+  ddexport validate limits build/digits-var --precision fp16 --fid-images 2000 --json
 """
 
 
 def limits_of(manifest: Manifest, precision: str, complete: bool = True) -> Limits:
     """The limits of a precision, from the manifest. Raises VerificationError where one is missing."""
-    from validate.metrics._base import Limits
+    from ddexport.validate.metrics._base import Limits
 
     stated = manifest.parity.get(precision)
     given: dict[str, Any] = stated if isinstance(stated, dict) else {}
@@ -53,7 +52,7 @@ def limits_of(manifest: Manifest, precision: str, complete: bool = True) -> Limi
         raise VerificationError(
             f"bundle {manifest.name} states no parity limits for {precision}: {', '.join(missing)} missing",
             f"state them in the recipe under parity.{precision}, and export again;"
-            " `python -m validate limits BUNDLE` measures what they can be",
+            " `ddexport validate limits BUNDLE` measures what they can be",
         )
     values: dict[str, Any] = {name: given.get(name) for name in names}
     return Limits(**values, provisional=given.get("provisional", False))
@@ -156,9 +155,9 @@ def command(
     A limit is at most twice the largest value, of all engines named. Exit code 3 where one is looser, or too
     tight for a seed.
     """
-    from validate.fid_plan import Options as FidOptions
-    from validate.fid_run import run_fid
-    from validate.parity import Options, run_parity
+    from ddexport.validate.fid_plan import Options as FidOptions
+    from ddexport.validate.fid_run import run_fid
+    from ddexport.validate.parity import Options, run_parity
 
     measurements: list[Measurement] = []
     precision = ""

@@ -14,14 +14,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-
-from runtime.errors import DDError
-from validate.drawing import ByteImages, Draw, Order, Schedules
-from validate.features._base import Extractor, Readings
-from validate.fid_state import State
-from validate.metrics._base import IntArray
-from validate.metrics.inception_score import ScoreSums
-from validate.statistics import Float64Array, GroupedMoments, Reservoir
+from ddexport.runtime.errors import DDError
+from ddexport.validate.drawing import ByteImages, Draw, Order, Schedules
+from ddexport.validate.features._base import Extractor, Readings
+from ddexport.validate.fid_state import State
+from ddexport.validate.metrics._base import IntArray
+from ddexport.validate.metrics.inception_score import ScoreSums
+from ddexport.validate.statistics import Float64Array, GroupedMoments, Reservoir
 
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 Sink: TypeAlias = Callable[[str, int, range, ByteImages], None]  # side, steps, which images, the images

@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
-from runtime import console
-from runtime.errors import OutputError, VerificationError
+from ddexport.runtime import console
+from ddexport.runtime.errors import OutputError, VerificationError
 
 if TYPE_CHECKING:
-    from validate.compare import ReferenceRun
-    from validate.metrics._base import Comparison
-    from validate.report import ParityReport
+    from ddexport.validate.compare import ReferenceRun
+    from ddexport.validate.metrics._base import Comparison
+    from ddexport.validate.report import ParityReport
 
 IMAGES = 8  # unless the recipe says how many
 
 EPILOG = """
 \b
 Examples:
-  python -m validate parity build/digits-var
-  python -m validate parity build/var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
-  python -m validate parity build/digits-var --precision fp16
+  ddexport validate parity build/digits-var
+  ddexport validate parity build/var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
+  ddexport validate parity build/digits-var --precision fp16
   ddexport validate parity build/digits-var --images 32 --report parity-32 --json
 """
 
@@ -55,15 +54,15 @@ def run_parity(
 
     Raises DDError where one of the two cannot be run.
     """
-    from runtime.manifest import FILE_NAME, sha256_of
-    from runtime.teacher import Choice
-    from validate.compare import compare, measure, noise_for, request_of, run_reference
-    from validate.contents import check_contents, check_recipe, open_manifest
-    from validate.limits import limits_of
-    from validate.reference import build_reference, describe_weights
-    from validate.report import ParityReport, Settings
-    from validate.runners import opened
-    from validate.weights import compare_weights
+    from ddexport.runtime.manifest import FILE_NAME, sha256_of
+    from ddexport.runtime.teacher import Choice
+    from ddexport.validate.compare import compare, measure, noise_for, request_of, run_reference
+    from ddexport.validate.contents import check_contents, check_recipe, open_manifest
+    from ddexport.validate.limits import limits_of
+    from ddexport.validate.reference import build_reference, describe_weights
+    from ddexport.validate.report import ParityReport, Settings
+    from ddexport.validate.runners import opened
+    from ddexport.validate.weights import compare_weights
 
     start = time.perf_counter()
     with console.stage(f"loading {options.bundle}", keep=False):
@@ -129,7 +128,7 @@ def _versions() -> dict[str, str]:
 def _require_validate_extra() -> None:
     from importlib.util import find_spec
 
-    from runtime.errors import DDError
+    from ddexport.runtime.errors import DDError
 
     missing = [name for name in ("torch", "safetensors", "yaml") if find_spec(name) is None]
     if missing:
@@ -138,7 +137,7 @@ def _require_validate_extra() -> None:
 
 def _report_directory(bundle: Path, named: Path | None) -> Path | None:
     """Where the report goes, checked before the work. None, with a warning, where the bundle is read-only."""
-    from runtime.files import make_directory
+    from ddexport.runtime.files import make_directory
 
     if named is not None:
         make_directory(named)
@@ -195,8 +194,8 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
     Exit code 3 if a limit of the manifest is passed. What passed also leaves parity/golden.npz in the bundle,
     by which `ddexport doctor BUNDLE --check` checks it where it is deployed.
     """
-    from validate.golden import write_golden
-    from validate.report import failure_line, table, verdict_line, write_report
+    from ddexport.validate.golden import write_golden
+    from ddexport.validate.report import failure_line, table, verdict_line, write_report
 
     _require_validate_extra()
     request = Options(**options)

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
-from runtime import console
+from ddexport.runtime import console
 
 if TYPE_CHECKING:
+    from ddexport.validate.features.digits import DigitJudge
+    from ddexport.validate.image_sets import ImageRow, Models
+    from ddexport.validate.quality_measures import Float64Array, PixelComponents
+
     from ddexport.distill.data import DataSet
     from ddexport.recipe import Recipe
-    from validate.features.digits import DigitJudge
-    from validate.image_sets import ImageRow, Models
-    from validate.quality_measures import Float64Array, PixelComponents
 
 REFERENCE_CHUNK = 1000  # images a chunk for the Frechet distance, and a side for precision and recall
 NEIGHBOURS = 3
@@ -53,8 +53,8 @@ class Gauge:
     """Measures rows against the real training digits."""
 
     def __init__(self, judge: DigitJudge, data: DataSet) -> None:
-        from validate.image_sets import as_pixels
-        from validate.quality_measures import PixelComponents
+        from ddexport.validate.image_sets import as_pixels
+        from ddexport.validate.quality_measures import PixelComponents
 
         self.judge = judge
         images = (data.train.images() + 1) / 2
@@ -70,10 +70,9 @@ class Gauge:
     def measure(self, row: ImageRow, target: ImageRow | None = None) -> Quality:
         """All figures of one row; `target` holds the map's images of the same noise."""
         import numpy as np
-
-        from validate.image_sets import as_pixels
-        from validate.metrics.precision_recall import precision_recall
-        from validate.quality_measures import chunked_frechet, within_class_variance
+        from ddexport.validate.image_sets import as_pixels
+        from ddexport.validate.metrics.precision_recall import precision_recall
+        from ddexport.validate.quality_measures import chunked_frechet, within_class_variance
 
         read = self.judge.read(row.images * 2 - 1)
         features = read.features.numpy() / self.scale
@@ -99,7 +98,7 @@ def paired_error(row: ImageRow, target: ImageRow) -> tuple[float, float]:
     """Mean squared error of `row` to `target`, and its ratio to the error against another target of the
     class.
     """
-    from validate.image_sets import shuffled_in_class
+    from ddexport.validate.image_sets import shuffled_in_class
 
     other = target.images[shuffled_in_class(target.labels)]
     error = float((row.images - target.images).double().square().mean())
@@ -110,7 +109,7 @@ def measure_all(
     models: Models, data: DataSet, judge: DigitJudge, seeds: Sequence[int], samples: int
 ) -> dict[str, list[Quality]]:
     """One `Quality` a seed for every row (one in all for the real and reconstructed digits)."""
-    from validate.image_sets import drawn_rows, real_rows
+    from ddexport.validate.image_sets import drawn_rows, real_rows
 
     gauge = Gauge(judge, data)
     results = {row.name: [gauge.measure(row)] for row in real_rows(models, data)}
@@ -157,7 +156,7 @@ def table(results: dict[str, list[Quality]]) -> str:
 
 
 def _train_judge(data: DataSet) -> None:
-    from validate.features.digits import (
+    from ddexport.validate.features.digits import (
         EPOCHS,
         feature_scale,
         held_out_accuracy,
@@ -190,12 +189,13 @@ def _run(
     grid: Path | None,
     retrain: bool,
 ) -> dict[str, Any]:
+    from ddexport.validate.features.digits import held_out_accuracy, judge_path, load_judge
+    from ddexport.validate.image_sets import load_models
+    from ddexport.validate.map_check import check_map
+    from ddexport.validate.quality_grid import write_grid
+
     from ddexport.distill.data import load_data
     from ddexport.distill.settings import distill_settings
-    from validate.features.digits import held_out_accuracy, judge_path, load_judge
-    from validate.image_sets import load_models
-    from validate.map_check import check_map
-    from validate.quality_grid import write_grid
 
     data = load_data(distill_settings(recipe).data)
     if retrain:

@@ -6,8 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-
-from validate.metrics.frechet import frechet_distance, gaussian_fit
+from ddexport.validate.metrics.frechet import frechet_distance, gaussian_fit
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 IntArray: TypeAlias = npt.NDArray[np.int64]

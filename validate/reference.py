@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
-
-from runtime.errors import DDError
-from runtime.manifest import Manifest, Source, sha256_of
-from validate.devices import torch_device
-from validate.metrics._base import FloatArray
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.manifest import Manifest, Source, sha256_of
+from ddexport.validate.devices import torch_device
+from ddexport.validate.metrics._base import FloatArray
 
 if TYPE_CHECKING:
+    from ddexport.validate.sampling import Plan, Sampler
+
     from ddexport.recipe import Recipe
-    from validate.sampling import Plan, Sampler
 
 ROLES = ("student", "tokenizer")
 SHOWN_DIGITS = 12
@@ -66,7 +66,7 @@ class TorchReference:
     @property
     def sampler(self) -> Sampler:
         """What draws images from these modules, independently of the runtime."""
-        from validate.sampling import Sampler, TokenChoice
+        from ddexport.validate.sampling import Sampler, TokenChoice
 
         module = self.teacher
         if module is None:
@@ -79,7 +79,7 @@ class TorchReference:
         return Sampler(self._student, self._tokenizer, module, draw, choice, self.device)
 
     def run(self, key: str, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """What the graph of that key computes, on named arrays; the names are those of `runtime.contract`."""
+        """What the graph of that key computes, on named arrays; the names are those of the contract."""
         import torch
 
         role, _, split = key.partition("@")
@@ -153,7 +153,7 @@ def build_reference(
 
 def plans_of(recipe: Recipe, teacher: bool) -> dict[str, Plan]:
     """The recipe's schedules by their number of steps, and "teacher", the whole auto-regressive model."""
-    from validate.sampling import Plan
+    from ddexport.validate.sampling import Plan
 
     plans = {
         steps: Plan(

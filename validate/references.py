@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from ddexport.runtime import console
+from ddexport.validate.features._base import ByteImages, Extractor
+from ddexport.validate.statistics import GaussianFit, Moments, Reservoir
+from ddexport.validate.statistics_files import (
+    MAX_SIDE,
+    WHAT_IT_IS,
+    ReferenceSetError,
+    read_images,
+    read_statistics,
+)
 from PIL import Image
-
-from runtime import console
-from validate.features._base import ByteImages, Extractor
-from validate.statistics import GaussianFit, Moments, Reservoir
-from validate.statistics_files import MAX_SIDE, WHAT_IT_IS, ReferenceSetError, read_images, read_statistics
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe

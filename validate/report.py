@@ -10,9 +10,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from runtime.files import atomic_write, make_directory, write_image
-from validate import pictures
-from validate.metrics._base import Comparison, Limits, Measurement
+from ddexport.runtime.files import atomic_write, make_directory, write_image
+from ddexport.validate import pictures
+from ddexport.validate.metrics._base import Comparison, Limits, Measurement
 
 SCHEMA = 1
 PAGE_NAME = "report.html"

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy.typing as npt
-
-from runtime.errors import BackendError, VerificationError
-from runtime.labels import read_labels
-from runtime.manifest import Manifest, resolve
-from runtime.options import Options
-from runtime.pipeline import Pipeline, load
-from runtime.selection import AUTO, candidates, choose
-from runtime.teacher import read_codebook
+from ddexport.runtime.errors import BackendError, VerificationError
+from ddexport.runtime.labels import read_labels
+from ddexport.runtime.manifest import Manifest, resolve
+from ddexport.runtime.options import Options
+from ddexport.runtime.pipeline import Pipeline, load
+from ddexport.runtime.selection import AUTO, candidates, choose
+from ddexport.runtime.teacher import read_codebook
 
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 
@@ -29,7 +28,7 @@ HALVES = ("fp16", "bf16")
 
 class EmulatedGraphs:
     """The graphs of a half precision, each opened when it is first run; takes the place of
-    `runtime.graphs.Graphs`."""
+    `ddexport.runtime.graphs.Graphs`."""
 
     name, batch_size = ENGINE, None
 
@@ -96,7 +95,7 @@ def emulated_precision(
     emulate: None emulates what would run in half on the CPU, and leaves GPUs to themselves; True asks for it,
     False forbids it. An unknown backend is left to `load`. Raises BundleError for a missing precision.
     """
-    from runtime.machine import Machine
+    from ddexport.runtime.machine import Machine
 
     if emulate is False or (not emulate and backend not in (AUTO, "onnxruntime")):
         return None

@@ -16,9 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
+from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 from torch import Tensor
-
-from runtime.noise import gaussian_noise, uniform_numbers
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 IntArray: TypeAlias = npt.NDArray[np.int64]

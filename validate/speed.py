@@ -15,14 +15,13 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import click
-
-from runtime import console
+from ddexport.runtime import console
 
 if TYPE_CHECKING:
+    from ddexport.validate.image_sets import Models
     from torch import Tensor
 
     from ddexport.recipe import Recipe
-    from validate.image_sets import Models
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def teacher_way(models: Models) -> Way:
 
 def student_ways(models: Models) -> list[Way]:
     """The student in every schedule, the longest first, with the tables that a bundle has."""
-    from runtime.schedules import by_student_alone
+    from ddexport.runtime.schedules import by_student_alone
 
     models.student.tabulate()
     alone = by_student_alone(models.recipe.schedules, models.recipe.sequence.split)
@@ -144,8 +143,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 def run(recipe: Recipe, weights: Path | None, batches: list[int], rounds: int, threads: int) -> list[Timing]:
     """Time the recipe's stored weights on `threads` threads. Raises DDError for a missing or bad file."""
     import torch
-
-    from validate.image_sets import load_models
+    from ddexport.validate.image_sets import load_models
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

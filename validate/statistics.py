@@ -13,8 +13,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-
-from runtime.errors import DDError
+from ddexport.runtime.errors import DDError
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]

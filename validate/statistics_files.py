@@ -23,11 +23,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.files import write_arrays
+from ddexport.validate.statistics import Gaussian, GaussianFit
 from numpy.lib import format as npy
-
-from runtime.errors import DDError
-from runtime.files import write_arrays
-from validate.statistics import Gaussian, GaussianFit
 
 ByteImages: TypeAlias = npt.NDArray[np.uint8]
 

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-
-from runtime.manifest import Manifest
-from validate.metrics._base import Measurement
+from ddexport.runtime.manifest import Manifest
+from ddexport.validate.metrics._base import Measurement
 
 if TYPE_CHECKING:
-    from validate.reference import TorchReference
+    from ddexport.validate.reference import TorchReference
 
 Weights: TypeAlias = dict[str, npt.NDArray[Any]]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime import console
+from ddexport.runtime import console
 
 if TYPE_CHECKING:
     from ddexport.engine.cache import Entry
@@ -110,7 +110,7 @@ def prune(
 
 
 def _parsed(option: str, parse: Any, text: str) -> Any:
-    from runtime.errors import DDError
+    from ddexport.runtime.errors import DDError
 
     try:
         return parse(text)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ddexport.precision.policy import HALVES
-from runtime import console
+from ddexport.runtime import console
 
 if TYPE_CHECKING:
     from ddexport.precision.layers import Layer
@@ -62,7 +62,7 @@ def layers(
     from ddexport.precision.cast import check_patterns
     from ddexport.precision.layers import compare_layers, inputs_of
     from ddexport.precision.weights import parts_of_bundle
-    from runtime.manifest import read_manifest
+    from ddexport.runtime.manifest import read_manifest
 
     manifest = read_manifest(bundle, verify=False)
     files = {role: path for role, path in (("student", checkpoint), ("tokenizer", vae)) if path is not None}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from runtime import console
+from ddexport.runtime import console
 
 if TYPE_CHECKING:
     from ddexport.distill.train import StageReport
@@ -112,5 +112,7 @@ def _install(model: str, folder: Path) -> None:
     from ddexport.distill.train import install
     from ddexport.recipe import load_recipe
 
-    for path in install(load_recipe(model), folder, Path(str(resources.files("recipes") / "weights"))):
+    for path in install(
+        load_recipe(model), folder, Path(str(resources.files("ddexport.recipes") / "weights"))
+    ):
         click.echo(f"installed {path}", err=True)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import click
 
 from ddexport.precision.policy import FLOAT32
-from runtime import console
+from ddexport.runtime import console
 
 if TYPE_CHECKING:
-    from runtime.manifest import Schedule, TensorSpec
+    from ddexport.runtime.manifest import Schedule, TensorSpec
 
 EPILOG = """
 \b
@@ -31,7 +31,7 @@ Examples:
 def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
     """Show a bundle: model, weights, graphs, schedules. All hashes are checked."""
     from ddexport.precision.table import error_table, summary
-    from runtime.manifest import read_manifest
+    from ddexport.runtime.manifest import read_manifest
 
     manifest = read_manifest(bundle, verify=not no_verify)
     if as_json:

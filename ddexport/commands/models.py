@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime import console
+from ddexport.runtime import console
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe

@@ -9,7 +9,7 @@ import click
 from ddexport.graph.rewrites import REWRITES
 from ddexport.precision.policy import FLOAT32, HALVES, INT8, PRECISIONS
 from ddexport.quantize.policy import IMAGES
-from runtime import console
+from ddexport.runtime import console
 
 EPILOG = """
 \b
@@ -156,7 +156,7 @@ def _teacher_file(teacher: str | None, random_weights: int | None) -> Path | Non
 def _require_export_extra() -> None:
     from importlib.util import find_spec
 
-    from runtime.errors import DDError
+    from ddexport.runtime.errors import DDError
 
     missing = [
         name for name in ("torch", "onnx", "onnxscript", "safetensors", "yaml") if find_spec(name) is None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from runtime import console
+from ddexport.runtime import console
 
 if TYPE_CHECKING:
     from ddexport.engine.build import Built
@@ -120,7 +120,7 @@ def _options(
 
 def _usage(option: str, parse: Callable[[], Any]) -> Any:
     """What `parse` gives; a text it cannot read is a usage error."""
-    from runtime.errors import DDError
+    from ddexport.runtime.errors import DDError
 
     try:
         return parse()
@@ -179,7 +179,7 @@ def _row(bundle: Path, item: Built) -> dict[str, Any]:
 def _require_export_extra() -> None:
     from importlib.util import find_spec
 
-    from runtime.errors import DDError
+    from ddexport.runtime.errors import DDError
 
     missing = [name for name in ("onnx", "filelock") if find_spec(name) is None]
     if missing:

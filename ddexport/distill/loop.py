@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ddexport.distill.settings import Loop
-from runtime.console import progress
+from ddexport.runtime.console import progress
 
 SAVE_SECONDS = 60.0
 LOG_EVERY = 25

@@ -11,7 +11,7 @@ from ddexport.distill.settings import PairSettings
 from ddexport.distill.teacher import draw
 from ddexport.distill.trainers import Choose, Tokenizer
 from ddexport.families._base import Teacher
-from runtime.console import progress
+from ddexport.runtime.console import progress
 
 CHUNK = 1000
 

@@ -40,8 +40,8 @@ from ddexport.distill.tokenizer import train_decoder, train_tokenizer
 from ddexport.distill.trainers import trainer
 from ddexport.families import family
 from ddexport.families._checkpoint import load_part, save_part
-from runtime.console import stage as announce
-from runtime.errors import DDError, OutputError
+from ddexport.runtime.console import stage as announce
+from ddexport.runtime.errors import DDError, OutputError
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe

@@ -19,10 +19,10 @@ from ddexport.engine.checks import check_options
 from ddexport.engine.module import TensorRT
 from ddexport.engine.options import BuildOptions
 from ddexport.engine.profiles import profiles_for
-from runtime.engines import Engine, engine_folder, graph_digest, read_engine, this_platform
-from runtime.errors import BundleError, OutputError
-from runtime.machine import Gpu, Machine
-from runtime.manifest import Graph, Manifest, read_manifest, sha256_of
+from ddexport.runtime.engines import Engine, engine_folder, graph_digest, read_engine, this_platform
+from ddexport.runtime.errors import BundleError, OutputError
+from ddexport.runtime.machine import Gpu, Machine
+from ddexport.runtime.manifest import Graph, Manifest, read_manifest, sha256_of
 
 DEFAULT_PRECISION = "fp16"
 REVISION = 1

@@ -25,10 +25,10 @@ from ddexport.engine.network import (
     layers_of_onnx,
 )
 from ddexport.engine.options import BuildOptions
-from runtime.contract import dynamic_sizes
-from runtime.engines import DEFAULT_TARGET, Profile
-from runtime.errors import DDError
-from runtime.manifest import Graph
+from ddexport.runtime.contract import dynamic_sizes
+from ddexport.runtime.engines import DEFAULT_TARGET, Profile
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.manifest import Graph
 
 Stage = Callable[[str], AbstractContextManager[None]]
 Report = Callable[[int], None]

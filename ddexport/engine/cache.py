@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime._json import decode, read_json
-from runtime.engines import Engine
-from runtime.errors import BundleError, DDError, OutputError
-from runtime.manifest import sha256_of
+from ddexport.runtime._json import decode, read_json
+from ddexport.runtime.engines import Engine
+from ddexport.runtime.errors import BundleError, DDError, OutputError
+from ddexport.runtime.manifest import sha256_of
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ddexport.engine.module import TensorRT
 from ddexport.engine.network import Layers
 from ddexport.engine.options import CURRENT_TARGET, BuildOptions, OptionError
-from runtime.engines import DEFAULT_TARGET
+from ddexport.runtime.engines import DEFAULT_TARGET
 
 OLDEST_MAJOR = 10  # of full TensorRT: the first with strong typing, INT64 and weight streaming
 TURING = "sm75"

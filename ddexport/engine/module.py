@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.engines import BACKENDS
-from runtime.errors import DDError
-from runtime.machine import MODULES, Gpu, Machine
+from ddexport.runtime.engines import BACKENDS
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.machine import MODULES, Gpu, Machine
 
 INSTALL: Mapping[str, str] = {
     "tensorrt": 'pip install "ddexport[tensorrt]"',

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import BundleError, VerificationError
-from runtime.manifest import Graph, TensorSpec
+from ddexport.runtime.errors import BundleError, VerificationError
+from ddexport.runtime.manifest import Graph, TensorSpec
 
 TYPE_OF_PRECISION: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 LEAST_SHARE = 0.5

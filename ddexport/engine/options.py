@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.engines import DEFAULT_TARGET, Profile
-from runtime.errors import DDError
+from ddexport.runtime.engines import DEFAULT_TARGET, Profile
+from ddexport.runtime.errors import DDError
 
 DEFAULT_PROFILES = (Profile(1, 4, 8),)
 HARDWARE_LEVELS = ("ampere+", "same-compute-capability")

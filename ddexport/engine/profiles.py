@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 from statistics import median_high
 
-from runtime.contract import BATCH, TEACHER, dynamic_sizes
-from runtime.engines import Profile, SizeRange
-from runtime.manifest import Graph, Manifest
-from runtime.schedules import Span, Teacher
+from ddexport.runtime.contract import BATCH, TEACHER, dynamic_sizes
+from ddexport.runtime.engines import Profile, SizeRange
+from ddexport.runtime.manifest import Graph, Manifest
+from ddexport.runtime.schedules import Span, Teacher
 
 
 def profiles_for(graph: Graph, manifest: Manifest, batches: tuple[Profile, ...]) -> tuple[Profile, ...]:

@@ -14,6 +14,6 @@ if TYPE_CHECKING:
 
 def family(name: str) -> Family:
     """The family called `name`, imported when asked for. Raises `DDError` for an unknown name."""
-    from runtime.registry import load_plugin
+    from ddexport.runtime.registry import load_plugin
 
     return load_plugin("ddexport.families", name).FAMILY()  # type: ignore[no-any-return]

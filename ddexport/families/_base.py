@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from runtime.errors import DDError
+from ddexport.runtime.errors import DDError
 
 if TYPE_CHECKING:
     from ddexport.families._explicit_cache import ExplicitCache

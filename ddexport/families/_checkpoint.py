@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ddexport.families import family
 from ddexport.families._base import GeometryError, Layout, Student
-from runtime.errors import DDError
+from ddexport.runtime.errors import DDError
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe

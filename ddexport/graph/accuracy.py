@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from ddexport.precision.policy import INT8
 from ddexport.recipe import Limits
-from runtime.errors import VerificationError
+from ddexport.runtime.errors import VerificationError
 
 Arrays = Mapping[str, np.ndarray]
 

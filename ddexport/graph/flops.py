@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import DDError
+from ddexport.runtime.errors import DDError
 
 SMALL = 4096  # elements; the shapes that shape inference reads from constants are smaller than that
 Shapes = Mapping[str, tuple[int, ...]]

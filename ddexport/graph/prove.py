@@ -27,8 +27,8 @@ from ddexport.graph.verify import Agreement, Trial, trial, verify_graph
 from ddexport.graph.wrappers import graph_module
 from ddexport.precision.policy import FLOAT32, HALVES, INT8
 from ddexport.recipe import Limits, Recipe
-from runtime.manifest import Graph
-from runtime.registry import load_plugin
+from ddexport.runtime.manifest import Graph
+from ddexport.runtime.registry import load_plugin
 
 Stage = Callable[[str], AbstractContextManager[None]]
 ENGINE = "onnxruntime"
@@ -107,5 +107,5 @@ def _opened(folder: Path, graph: Graph) -> Iterator[Callable[[Arrays], Arrays]]:
     if graph.precision in HALVES:
         yield EmulatedGraph(folder / graph.file).run
         return
-    with load_plugin("runtime.backends", ENGINE).ENGINE(folder, {graph.role: graph}) as backend:
+    with load_plugin("ddexport.runtime.backends", ENGINE).ENGINE(folder, {graph.role: graph}) as backend:
         yield partial(backend.run, graph.role)

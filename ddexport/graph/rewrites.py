@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ddexport.precision.policy import FLOAT32
-from runtime.errors import DDError
+from ddexport.runtime.errors import DDError
 
 if TYPE_CHECKING:
     from torch import nn

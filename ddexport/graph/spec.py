@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ddexport.recipe import Recipe
-from runtime.contract import TEACHER
-from runtime.manifest import ImageSize, SequenceSize, Teacher, TensorSpec, contract
+from ddexport.runtime.contract import TEACHER
+from ddexport.runtime.manifest import ImageSize, SequenceSize, Teacher, TensorSpec, contract
 
 BATCHES = (1, 2, 3)
 LARGEST = 1 << 16  # of any dynamic dimension

@@ -18,7 +18,7 @@ from ddexport.graph.external import SharedWeights
 from ddexport.graph.passes import strip_trace
 from ddexport.graph.spec import LARGEST, GraphSpec, sample_inputs
 from ddexport.recipe import Recipe
-from runtime.errors import DDError
+from ddexport.runtime.errors import DDError
 
 DEFAULT_OPSET = 20
 OPSETS = range(18, 24)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ddexport.graph.spec import BATCHES, GraphSpec, rows, sample_inputs
 from ddexport.recipe import Recipe
-from runtime.errors import VerificationError
+from ddexport.runtime.errors import VerificationError
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ddexport.precision.policy import BORROWED, FLOAT32, ISLANDS, REGIONS, lies_in, matches
-from runtime.errors import DDError
+from ddexport.runtime.errors import DDError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddexport.precision.cast import DTYPES, in_precision
-from runtime.noise import gaussian_noise
+from ddexport.runtime.noise import gaussian_noise
 
 STAGES = (
     r"blocks\.\d+|logits_head|embedding_head",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddexport.precision.layers import Layer
-from runtime.errors import DDError
+from ddexport.runtime.errors import DDError
 
 INK, OWN, RANGE, BAD = "#1f4e79", "#9dc3e6", "#b45f06", "#c82828"
 

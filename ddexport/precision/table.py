@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from runtime.manifest import Graph
+from ddexport.runtime.manifest import Graph
 
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 ERROR_HEADINGS = ("batch", "output", "rms error", "largest", "tokens", "image")

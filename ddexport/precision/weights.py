@@ -10,8 +10,8 @@ from torch import nn
 from ddexport.bundle import WeightRequest, load_parts
 from ddexport.graph.rewrites import left_out, rewrite
 from ddexport.recipe import embedded_weights, recipe_from_dict
-from runtime.errors import DDError
-from runtime.manifest import Manifest, sha256_of
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.manifest import Manifest, sha256_of
 
 
 class WeightsError(DDError):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ddexport.graph.emulate import ERRORS_ONLY, FOLDER_OPTION
 from ddexport.recipe import Recipe
-from runtime.noise import gaussian_noise
+from ddexport.runtime.noise import gaussian_noise
 
 SEED = 80_808  # of the noise; figures of accuracy are taken from other seeds
 BATCH = 2

@@ -18,8 +18,8 @@ from ddexport.quantize.calibration import SEED, Observed, Ranges, calibrate
 from ddexport.quantize.policy import quantised_products
 from ddexport.quantize.qdq import quantised_model
 from ddexport.recipe import Recipe
-from runtime.contract import TEACHER
-from runtime.manifest import Graph, file_info
+from ddexport.runtime.contract import TEACHER
+from ddexport.runtime.manifest import Graph, file_info
 
 Stage = Callable[[str], AbstractContextManager[None]]
 ROLES = ("student", "decoder")

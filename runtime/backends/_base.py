@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from ddexport.runtime.errors import BackendError
+from ddexport.runtime.machine import Machine
+from ddexport.runtime.manifest import Graph, Manifest, TensorSpec
+from ddexport.runtime.options import Options
+from ddexport.runtime.selection import Candidate
 from numpy.typing import NDArray
-
-from runtime.errors import BackendError
-from runtime.machine import Machine
-from runtime.manifest import Graph, Manifest, TensorSpec
-from runtime.options import Options
-from runtime.selection import Candidate
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from ddexport.runtime.errors import BackendError
 from numpy.typing import NDArray
-
-from runtime.errors import BackendError
 
 MODULE = "cuda.bindings.runtime"
 OUT_OF_MEMORY = "cudaErrorMemoryAllocation"

@@ -11,14 +11,13 @@ from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
+from ddexport.runtime._tensorrt import Context, Plan
+from ddexport.runtime.backends._cuda import CudaDevice, host_view
+from ddexport.runtime.backends._profiles import Part, parts
+from ddexport.runtime.contract import BATCH, dynamic_sizes
+from ddexport.runtime.errors import BackendError
+from ddexport.runtime.manifest import TensorSpec
 from numpy.typing import NDArray
-
-from runtime._tensorrt import Context, Plan
-from runtime.backends._cuda import CudaDevice, host_view
-from runtime.backends._profiles import Part, parts
-from runtime.contract import BATCH, dynamic_sizes
-from runtime.errors import BackendError
-from runtime.manifest import TensorSpec
 
 Sizes: TypeAlias = Mapping[str, int]
 """Of the dynamic dimensions, by name."""

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ddexport.runtime.backends._providers import is_batched
+from ddexport.runtime.engines import graph_digest
+from ddexport.runtime.errors import BackendError, DDError, OutputError
+from ddexport.runtime.files import atomic_write, make_directory
+from ddexport.runtime.manifest import Graph, TensorSpec, sha256_of
 from numpy.typing import NDArray
-
-from runtime.backends._providers import is_batched
-from runtime.engines import graph_digest
-from runtime.errors import BackendError, DDError, OutputError
-from runtime.files import atomic_write, make_directory
-from runtime.manifest import Graph, TensorSpec, sha256_of
 
 FIXED_BATCH = True
 """Whether a model is compiled for each batch size. Small models run some 15 to 25 % faster than with a

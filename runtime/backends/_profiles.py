@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from runtime.engines import Profile
-from runtime.errors import BackendError
+from ddexport.runtime.engines import Profile
+from ddexport.runtime.errors import BackendError
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+from ddexport.runtime.errors import BackendError
+from ddexport.runtime.machine import GPU_RUNTIME, Machine
+from ddexport.runtime.manifest import Graph
 from numpy.typing import NDArray
-
-from runtime.errors import BackendError
-from runtime.machine import GPU_RUNTIME, Machine
-from runtime.manifest import Graph
 
 NAMES = {
     "cpu": "CPUExecutionProvider",

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from runtime.backends._base import Arrays, Backend
-from runtime.backends._providers import (
+from ddexport.runtime.backends._base import Arrays, Backend
+from ddexport.runtime.backends._providers import (
     RECORD_NODES,
     BoundSession,
     check_used,
@@ -18,11 +18,11 @@ from runtime.backends._providers import (
     provider_list,
     why_not,
 )
-from runtime.errors import BackendError
-from runtime.machine import Machine
-from runtime.manifest import Graph, Manifest, TensorSpec
-from runtime.options import Options
-from runtime.selection import Candidate
+from ddexport.runtime.errors import BackendError
+from ddexport.runtime.machine import Machine
+from ddexport.runtime.manifest import Graph, Manifest, TensorSpec
+from ddexport.runtime.options import Options
+from ddexport.runtime.selection import Candidate
 
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 ERRORS_ONLY = 3

@@ -8,14 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from runtime.backends._base import Arrays, Backend
-from runtime.backends._openvino import Model
-from runtime.errors import BackendError
-from runtime.files import make_directory
-from runtime.machine import INSTALL, Machine
-from runtime.manifest import Manifest
-from runtime.options import MODES, Options
-from runtime.selection import Candidate
+from ddexport.runtime.backends._base import Arrays, Backend
+from ddexport.runtime.backends._openvino import Model
+from ddexport.runtime.errors import BackendError
+from ddexport.runtime.files import make_directory
+from ddexport.runtime.machine import INSTALL, Machine
+from ddexport.runtime.manifest import Manifest
+from ddexport.runtime.options import MODES, Options
+from ddexport.runtime.selection import Candidate
 
 SPEED = 10
 IMAGES_A_STREAM = 8

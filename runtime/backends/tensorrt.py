@@ -9,17 +9,17 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from runtime._tensorrt import Plan, cache_file
-from runtime.backends._base import Arrays, Backend
-from runtime.backends._cuda import CudaDevice
-from runtime.backends._executor import Executor
-from runtime.engines import Found
-from runtime.errors import BackendError, BundleError
-from runtime.fit import Build, Fit, builds, fit, precision_rank, rebuild_command
-from runtime.machine import Machine
-from runtime.manifest import ROLES, Graph, Manifest
-from runtime.options import Options
-from runtime.selection import Candidate
+from ddexport.runtime._tensorrt import Plan, cache_file
+from ddexport.runtime.backends._base import Arrays, Backend
+from ddexport.runtime.backends._cuda import CudaDevice
+from ddexport.runtime.backends._executor import Executor
+from ddexport.runtime.engines import Found
+from ddexport.runtime.errors import BackendError, BundleError
+from ddexport.runtime.fit import Build, Fit, builds, fit, precision_rank, rebuild_command
+from ddexport.runtime.machine import Machine
+from ddexport.runtime.manifest import ROLES, Graph, Manifest
+from ddexport.runtime.options import Options
+from ddexport.runtime.selection import Candidate
 
 SPEED = 100
 

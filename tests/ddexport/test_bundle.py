@@ -17,6 +17,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from ddexport.runtime.errors import OutputError, VerificationError
+from ddexport.runtime.manifest import read_manifest
 from onnx import numpy_helper
 
 import ddexport.bundle
@@ -26,8 +28,6 @@ from ddexport.graph.spec import graph_specs, sample_inputs
 from ddexport.graph.to_onnx import OPSETS, ExportError
 from ddexport.recipe import Recipe, RecipeError, Source, load_recipe, recipe_from_dict
 from ddexport.sources import MissingWeightsError
-from runtime.errors import OutputError, VerificationError
-from runtime.manifest import read_manifest
 
 Make = Callable[..., Exported]
 Replay = Callable[[Callable[[Path], object]], None]

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from ddexport.runtime.manifest import read_manifest
 
 from ddexport.cli import main
 from ddexport.recipe import recipe_names
-from runtime.manifest import read_manifest
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., Result]

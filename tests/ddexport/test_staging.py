@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from ddexport.runtime.errors import OutputError
 
 import ddexport.staging as staging
 from ddexport.staging import staged_directory
-from runtime.errors import OutputError
 
 MARKER = "bundle.json"
 

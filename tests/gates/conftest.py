@@ -10,10 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-
-import validate.compare
-import validate.parity
-from validate import cli
+from ddexport.validate import cli, compare
 
 MODELS = ("digits-var", "digits-llamagen")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -36,7 +33,7 @@ def planted(embedded_bundle: Callable[[str], Path], tmp_path: Path) -> Callable[
 @pytest.fixture(scope="session", autouse=True)
 def one_reference() -> Iterator[None]:
     """What the PyTorch side draws depends on recipe and request alone: it is drawn once, not once a fault."""
-    run, drawn = validate.compare.run_reference, {}
+    run, drawn = compare.run_reference, {}
 
     def run_once(reference: Any, request: Any, noise: Any, advance: Any) -> Any:
         key = json.dumps([reference.recipe.to_dict(), request.labels.tolist(), request.seeds.tolist()])
@@ -45,7 +42,7 @@ def one_reference() -> Iterator[None]:
         return drawn[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validate.compare, "run_reference", run_once)
+        patch.setattr(compare, "run_reference", run_once)
         yield
 
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+from ddexport.runtime.manifest import file_info
 from onnx import helper, numpy_helper
-
-from runtime.manifest import file_info
 
 Edit = Callable[[onnx.GraphProto], None]
 

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from ddexport.runtime.doctor import command as doctor_command
+from ddexport.validate import cli
 
-from runtime.doctor import command as doctor_command
 from tests.gates import faults
 from tests.gates.conftest import MODELS
 from tests.gates.test_parity_gate import without_noise
-from validate import cli
 
 both_models = pytest.mark.parametrize("model", MODELS)
 Planted = Callable[..., Path]

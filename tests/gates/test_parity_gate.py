@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
+from ddexport.runtime import noise as noise_module
+from ddexport.runtime import pipeline, sampler
 
-import runtime.noise
-import runtime.pipeline
-import runtime.sampler
 from tests.gates import faults
 from tests.gates.conftest import MODELS, PRECISIONS, failed_rows
 
@@ -128,45 +127,45 @@ def test_a_recipe_that_is_wrong_on_both_sides_fails(
 
 def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step goes on from the whole sequence of the step before."""
-    step = runtime.sampler._student_step
+    step = sampler._student_step
 
     def kept(student: Any, noise: Any, labels: Any, known: int, steps: list[Any], on_pass: Any) -> Any:
         return step(student, steps[-1].sequence if steps else noise, labels, known, steps, on_pass)
 
-    monkeypatch.setattr(runtime.sampler, "_student_step", kept)
+    monkeypatch.setattr(sampler, "_student_step", kept)
 
 
 def negated_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    noise = runtime.pipeline.gaussian_noise
-    monkeypatch.setattr(runtime.pipeline, "gaussian_noise", lambda *arguments: -noise(*arguments))
+    noise = pipeline.gaussian_noise
+    monkeypatch.setattr(pipeline, "gaussian_noise", lambda *arguments: -noise(*arguments))
 
 
 def negated_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """What both sides share is wrong: only the published vectors say so."""
-    normal = runtime.noise._box_muller
-    monkeypatch.setattr(runtime.noise, "_box_muller", lambda words: -normal(words))
+    normal = noise_module._box_muller
+    monkeypatch.setattr(noise_module, "_box_muller", lambda words: -normal(words))
 
 
 def one_position_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sampler keeps one position fewer than the schedule says."""
-    step = runtime.sampler._student_step
+    step = sampler._student_step
 
     def shifted(student: Any, noise: Any, labels: Any, known: int, steps: list[Any], on_pass: Any) -> Any:
         return step(student, noise, labels, max(known - 1, 0), steps, on_pass)
 
-    monkeypatch.setattr(runtime.sampler, "_student_step", shifted)
+    monkeypatch.setattr(sampler, "_student_step", shifted)
 
 
 def swapped_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """The images of a batch come back in another order."""
-    to_uint8 = runtime.pipeline.to_uint8
-    monkeypatch.setattr(runtime.pipeline, "to_uint8", lambda image: to_uint8(image[::-1]))
+    to_uint8 = pipeline.to_uint8
+    monkeypatch.setattr(pipeline, "to_uint8", lambda image: to_uint8(image[::-1]))
 
 
 def truncated_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values are cut off where they should be rounded: one of 255 in every second value."""
-    to_uint8 = runtime.pipeline.to_uint8
-    monkeypatch.setattr(runtime.pipeline, "to_uint8", lambda image: to_uint8(np.floor(image * 255) / 255))
+    to_uint8 = pipeline.to_uint8
+    monkeypatch.setattr(pipeline, "to_uint8", lambda image: to_uint8(np.floor(image * 255) / 255))
 
 
 @both_models

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from runtime.fit import RTX_TARGETS
-from runtime.machine import Machine
+from ddexport.runtime.fit import RTX_TARGETS
+from ddexport.runtime.machine import Machine
 
 HOW = "on a machine with an NVIDIA GPU, run: tests/gpu/run_all.sh"
 PREPARED = "DDEXPORT_GPU_BUNDLES"

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-
-from runtime.backends._cuda import CudaDevice, CudaError, host_view
-from runtime.machine import Machine
+from ddexport.runtime.backends._cuda import CudaDevice, CudaError, host_view
+from ddexport.runtime.machine import Machine
 
 pytestmark = pytest.mark.gpu
 

@@ -16,11 +16,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
-
-from runtime.engines import Engine, Profile, SizeRange, engine_folder, graph_digest, this_platform
-from runtime.machine import Machine, Package
-from runtime.manifest import (
+from ddexport.runtime.engines import Engine, Profile, SizeRange, engine_folder, graph_digest, this_platform
+from ddexport.runtime.machine import Machine, Package
+from ddexport.runtime.manifest import (
     FILE_NAME,
     FileInfo,
     Graph,
@@ -34,6 +32,7 @@ from runtime.manifest import (
     read_manifest,
     sha256_of,
 )
+from onnx import TensorProto, helper, numpy_helper
 
 
 @pytest.fixture(autouse=True)
@@ -353,7 +352,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
     for module in (cuda, fakes.full, fakes.rtx):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     distributions = {"tensorrt-cu13": "11.4", "tensorrt-rtx-cu13": "1.7", "cuda-bindings": "13.5.0"}
-    monkeypatch.setattr("runtime.machine.installed", lambda: distributions)
+    monkeypatch.setattr("ddexport.runtime.machine.installed", lambda: distributions)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return fakes
 

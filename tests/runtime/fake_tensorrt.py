@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-
-from runtime.engines import Profile
+from ddexport.runtime.engines import Profile
 
 SCRATCH = 4096
 

@@ -18,9 +18,8 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
-
-from runtime import console
-from runtime.errors import DDError, VerificationError
+from ddexport.runtime import console
+from ddexport.runtime.errors import DDError, VerificationError
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,7 +88,9 @@ def test_usage_is_2_and_an_int_is_the_exit_code() -> None:
 
 def test_logs_go_to_stderr_and_the_handler_goes_away() -> None:
     before = list(logging.getLogger().handlers)
-    result = CliRunner().invoke(group_of(lambda: logging.getLogger("runtime.x").warning("mind")), ["go"])
+    result = CliRunner().invoke(
+        group_of(lambda: logging.getLogger("ddexport.runtime.x").warning("mind")), ["go"]
+    )
     assert result.stderr == "warning: mind\n"
     assert logging.getLogger().handlers == before
 
@@ -97,7 +98,7 @@ def test_logs_go_to_stderr_and_the_handler_goes_away() -> None:
 SCRIPT = """
 import sys, time
 import click
-from runtime import console
+from ddexport.runtime import console
 
 @click.command(cls=console.Command)
 @click.argument("what")

@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.files import read_noise
+from ddexport.runtime.manifest import read_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
-
-from runtime.errors import DDError
-from runtime.files import read_noise
-from runtime.manifest import read_manifest
 
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=5) | st.sampled_from(["\0", "..", "a" * 300])
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -1, 10**12, 10**400])

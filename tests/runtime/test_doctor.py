@@ -15,10 +15,9 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner, Result
-
-from runtime import machine as machine_module
-from runtime.doctor import command, diagnose, lines
-from runtime.machine import (
+from ddexport.runtime import machine as machine_module
+from ddexport.runtime.doctor import command, diagnose, lines
+from ddexport.runtime.machine import (
     Cpu,
     Gpu,
     Machine,
@@ -30,8 +29,8 @@ from runtime.machine import (
     package,
     read_cpu,
 )
-from runtime.manifest import read_manifest
-from runtime.measured import Measured, write_measured
+from ddexport.runtime.manifest import read_manifest
+from ddexport.runtime.measured import Measured, write_measured
 
 Builder = Callable[..., Path]
 BARE = """
@@ -49,7 +48,7 @@ sys.meta_path.insert(0, Blocker())
 import importlib.metadata
 importlib.metadata.distributions = lambda **context: []
 sys.argv = ["doctor", *sys.argv[1:]]
-from runtime.doctor import command
+from ddexport.runtime.doctor import command
 command()
 """
 

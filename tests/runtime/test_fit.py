@@ -10,13 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ddexport.runtime.engines import MAX_SIDECARS, find_engines
+from ddexport.runtime.errors import BackendError
+from ddexport.runtime.fit import Fit, builds, fit, rebuild_command
+from ddexport.runtime.machine import Gpu, Machine, Package
+from ddexport.runtime.manifest import read_manifest
 
-import runtime
-from runtime.engines import MAX_SIDECARS, find_engines
-from runtime.errors import BackendError
-from runtime.fit import Fit, builds, fit, rebuild_command
-from runtime.machine import Gpu, Machine, Package
-from runtime.manifest import read_manifest
+from ddexport import runtime
 
 Builder = Callable[..., Path]
 
@@ -44,7 +44,7 @@ def known_machine(capability: tuple[int, int] = (8, 9), **known: Any) -> Machine
 
 
 def runtime_platform() -> str:
-    from runtime.engines import this_platform
+    from ddexport.runtime.engines import this_platform
 
     return this_platform()
 

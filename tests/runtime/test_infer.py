@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from ddexport.runtime import files, infer
+from ddexport.runtime.errors import OutputError
+from ddexport.runtime.infer import command
+from ddexport.runtime.machine import Package
 from PIL import Image
 
-import runtime
-from runtime import files, infer
-from runtime.errors import OutputError
-from runtime.infer import command
-from runtime.machine import Package
+from ddexport import runtime
 
 
 def sample(*arguments: object) -> Result:
@@ -289,7 +289,7 @@ def test_an_engine_that_is_not_installed(shared_bundle: Path, monkeypatch: pytes
     def missing(name: str, module: str) -> Package:
         return Package(name, None, f"{name} is not installed: pip install {name}")
 
-    monkeypatch.setattr("runtime.machine.package", missing)
+    monkeypatch.setattr("ddexport.runtime.machine.package", missing)
     for backend, message in (("auto", "no engine here can run toy"), ("onnxruntime", "cannot run toy")):
         text = failed(sample(shared_bundle, "--backend", backend))
         assert message in text

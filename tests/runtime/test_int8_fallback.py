@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ddexport.runtime.manifest import FILE_NAME, read_manifest
 
-import runtime
-from runtime.manifest import FILE_NAME, read_manifest
+from ddexport import runtime
 
 
 @pytest.fixture

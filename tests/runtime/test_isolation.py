@@ -49,8 +49,8 @@ def python(
 
 def test_everything_works_without_the_build_time_packages(shared_bundle: Path, tmp_path: Path) -> None:
     code = """
-import runtime
-from runtime.infer import command
+from ddexport import runtime
+from ddexport.runtime.infer import command
 with runtime.load(sys.argv[1]) as pipe:
     assert len(pipe(["zero", 2], steps=2).images) == 2
 command([sys.argv[1], "--steps", "2", "--dump", "dump.npz"])
@@ -71,8 +71,8 @@ def test_importing_the_runtime_loads_nothing_heavy(tmp_path: Path) -> None:
 
 def test_the_names_of_the_package_are_there(tmp_path: Path) -> None:
     code = (
-        "import runtime\n"
-        "from runtime.pipeline import load, Pipeline\n"
+        "from ddexport import runtime\n"
+        "from ddexport.runtime.pipeline import load, Pipeline\n"
         "assert runtime.load is load and runtime.Pipeline is Pipeline\n"
         "assert issubclass(runtime.DDError, Exception) and runtime.__version__\n"
         "assert set(runtime.__all__) >= {'load', 'Pipeline', 'DDError'}\n"
@@ -113,7 +113,7 @@ def test_the_script_runs_from_anywhere_without_an_installation(shared_bundle: Pa
 
 
 def test_the_module_runs_and_reports_errors_in_two_lines(tmp_path: Path) -> None:
-    done = python("-m", "runtime.infer", tmp_path / "nothing", cwd=ROOT)
+    done = python("-m", "ddexport.runtime.infer", tmp_path / "nothing", cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr.startswith("error: not a bundle")
     assert done.stderr.count("\n") == 2

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from runtime.errors import BundleError, LabelError
-from runtime.labels import Labels, read_labels
+from ddexport.runtime.errors import BundleError, LabelError
+from ddexport.runtime.labels import Labels, read_labels
 
 NAMES = ("tench", "Golden Retriever", "crane (bird)", "crane (machine)", "panda", "cock")
 LABELS = Labels(NAMES, {1: ["yellow dog"], 5: ["rooster"], 0: ["Tench"]})

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from runtime.errors import BundleError, ScheduleError
-from runtime.manifest import FILE_NAME, SCHEMA, Teacher, file_info, read_manifest
+from ddexport.runtime.errors import BundleError, ScheduleError
+from ddexport.runtime.manifest import FILE_NAME, SCHEMA, Teacher, file_info, read_manifest
 
 Edit = Callable[[dict[str, Any]], object]
 EditManifest = Callable[[Edit], None]

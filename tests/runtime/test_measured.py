@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from runtime.machine import Cpu, Machine, Package
-from runtime.manifest import Manifest, read_manifest
-from runtime.measured import (
+from ddexport.runtime.machine import Cpu, Machine, Package
+from ddexport.runtime.manifest import Manifest, read_manifest
+from ddexport.runtime.measured import (
     FOLDER,
     MAX_BYTES,
     Measured,
@@ -27,7 +26,7 @@ from runtime.measured import (
     times_of,
     write_measured,
 )
-from runtime.options import Options
+from ddexport.runtime.options import Options
 
 BASE = Measured("openvino", "2026.4.1", "fp32", None, "latency", 1, 1, 12.5, True)
 

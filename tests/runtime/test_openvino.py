@@ -14,22 +14,22 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from ddexport.runtime.backends.onnxruntime import OnnxRuntime
+from ddexport.runtime.errors import BackendError, OutputError
+from ddexport.runtime.infer import command
+from ddexport.runtime.machine import Machine
+from ddexport.runtime.manifest import Graph, read_manifest
+from ddexport.runtime.noise import gaussian_noise
+from ddexport.runtime.options import Options
 from numpy.typing import NDArray
 from onnx import helper
 
-import runtime
-from runtime.backends.onnxruntime import OnnxRuntime
-from runtime.errors import BackendError, OutputError
-from runtime.infer import command
-from runtime.machine import Machine
-from runtime.manifest import Graph, read_manifest
-from runtime.noise import gaussian_noise
-from runtime.options import Options
+from ddexport import runtime
 
 pytest.importorskip("openvino")
 
-from runtime.backends import _openvino
-from runtime.backends.openvino import OpenVino
+from ddexport.runtime.backends import _openvino
+from ddexport.runtime.backends.openvino import OpenVino
 
 HAS_BF16 = "BF16" in Machine().openvino_capabilities
 BATCHES = (1, 2, 3, 17)

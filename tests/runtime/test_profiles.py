@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from ddexport.runtime.backends._profiles import parts, pick
+from ddexport.runtime.engines import Profile
 from hypothesis import given
 from hypothesis import strategies as st
-
-from runtime.backends._profiles import parts, pick
-from runtime.engines import Profile
 
 PROFILES = st.lists(
     st.lists(st.integers(1, 40), min_size=3, max_size=3).map(lambda sizes: Profile(*sorted(sizes))),

@@ -12,17 +12,17 @@ import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner
+from ddexport.runtime.backends import _providers
+from ddexport.runtime.backends._providers import RECORD_NODES, BoundSession, check_used, provider_list
+from ddexport.runtime.backends.onnxruntime import OnnxRuntime
+from ddexport.runtime.errors import BackendError
+from ddexport.runtime.infer import command
+from ddexport.runtime.machine import Machine
+from ddexport.runtime.manifest import read_manifest
+from ddexport.runtime.options import Options
 from onnx import TensorProto, helper, numpy_helper
 
-import runtime
-from runtime.backends import _providers
-from runtime.backends._providers import RECORD_NODES, BoundSession, check_used, provider_list
-from runtime.backends.onnxruntime import OnnxRuntime
-from runtime.errors import BackendError
-from runtime.infer import command
-from runtime.machine import Machine
-from runtime.manifest import read_manifest
-from runtime.options import Options
+from ddexport import runtime
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 
@@ -127,7 +127,7 @@ def test_images_through_bound_arrays(
     """The way of a GPU, with arrays of the CPU in its place: the images are the same at any batch size."""
     with runtime.load(bundle, "onnxruntime", provider="cpu", threads=1) as pipe:
         want = pipe([0, 1, 2], 2, num_images=4, output="numpy")
-    monkeypatch.setattr("runtime.backends.onnxruntime.check_used", lambda *arguments: None)
+    monkeypatch.setattr("ddexport.runtime.backends.onnxruntime.check_used", lambda *arguments: None)
     real = BoundSession.__init__
     monkeypatch.setattr(
         BoundSession,
@@ -148,7 +148,7 @@ def test_a_teacher_on_a_device_gets_arrays_of_its_own(
     """Its passes differ in more than the batch, so that no arrays can be kept for them: tokens stay equal."""
     with runtime.load(shared_teacher_bundle, "onnxruntime", provider="cpu", threads=1) as pipe:
         want = pipe([0, 1, 2], 3, num_images=2, output="numpy")
-    monkeypatch.setattr("runtime.backends.onnxruntime.check_used", lambda *arguments: None)
+    monkeypatch.setattr("ddexport.runtime.backends.onnxruntime.check_used", lambda *arguments: None)
     real = BoundSession.__init__
     bound: list[str] = []
 

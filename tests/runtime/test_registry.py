@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from runtime.errors import BackendError
-from runtime.registry import load_plugin, plugins
+from ddexport.runtime.errors import BackendError
+from ddexport.runtime.registry import load_plugin, plugins
 
 
 @pytest.fixture
@@ -47,4 +46,4 @@ def test_only_registered_names_are_imported(package: str, name: str) -> None:
 
 
 def test_the_backends_of_the_project() -> None:
-    assert "onnxruntime" in plugins("runtime.backends")
+    assert "onnxruntime" in plugins("ddexport.runtime.backends")

@@ -6,12 +6,11 @@ import time
 from typing import Any
 
 import numpy as np
+from ddexport.runtime.manifest import Schedule
+from ddexport.runtime.sampler import sample
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
-
-from runtime.manifest import Schedule
-from runtime.sampler import sample
 
 
 class FakeStudent:

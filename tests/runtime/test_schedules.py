@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from runtime.errors import BundleError, ScheduleError
-from runtime.manifest import Manifest, Schedule, Span, read_manifest
-from runtime.schedules import moved
+from ddexport.runtime.errors import BundleError, ScheduleError
+from ddexport.runtime.manifest import Manifest, Schedule, Span, read_manifest
+from ddexport.runtime.schedules import moved
 
 Edit = Callable[[dict[str, Any]], object]
 

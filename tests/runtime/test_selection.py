@@ -11,15 +11,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ddexport.runtime import selection
+from ddexport.runtime.errors import BackendError, BundleError
+from ddexport.runtime.machine import Cpu, Gpu, Machine, Package
+from ddexport.runtime.manifest import read_manifest
+from ddexport.runtime.measured import Measured, write_measured
+from ddexport.runtime.options import Options
+from ddexport.runtime.selection import Candidate, candidates, choose, explain
 
-import runtime
-from runtime import selection
-from runtime.errors import BackendError, BundleError
-from runtime.machine import Cpu, Gpu, Machine, Package
-from runtime.manifest import read_manifest
-from runtime.measured import Measured, write_measured
-from runtime.options import Options
-from runtime.selection import Candidate, candidates, choose, explain
+from ddexport import runtime
 
 Builder = Callable[..., Path]
 CPU = ("CPUExecutionProvider",)
@@ -348,8 +348,10 @@ def test_a_named_precision_that_is_not_proven_is_taken_with_a_warning(
     chosen = choose(found, explicit=False, named=True)
     assert chosen is not None
     assert (chosen.name, chosen.reads, chosen.options.compute) == ("openvino, bf16", "fp32", "bf16")
-    monkeypatch.setattr("runtime.pipeline.Machine", lambda: machine)
-    monkeypatch.setattr("runtime.backends.openvino.OpenVino.available", classmethod(lambda cls: "no matter"))
+    monkeypatch.setattr("ddexport.runtime.pipeline.Machine", lambda: machine)
+    monkeypatch.setattr(
+        "ddexport.runtime.backends.openvino.OpenVino.available", classmethod(lambda cls: "no matter")
+    )
     with caplog.at_level(logging.WARNING), pytest.raises(BackendError, match="openvino cannot be used"):
         runtime.load(bundle, precision="bf16")
     assert "openvino, bf16: its parity on this CPU is not measured yet" in caplog.text
@@ -363,7 +365,7 @@ def test_a_precision_that_nobody_can_is_an_error_with_what_there_is(
         ([], "bf16", "It has: fp32. openvino, bf16: OpenVINO has no bf16 arithmetic on this CPU."),
     ):
         machine = with_openvino(*capabilities)
-        monkeypatch.setattr("runtime.pipeline.Machine", lambda machine=machine: machine)
+        monkeypatch.setattr("ddexport.runtime.pipeline.Machine", lambda machine=machine: machine)
         with pytest.raises(BundleError, match=f"no student in precision {precision}") as caught:
             runtime.load(bundle, precision=precision)
         assert caught.value.hint == hint

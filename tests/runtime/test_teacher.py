@@ -10,15 +10,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn
-
-from runtime.contract import FileInfo
-from runtime.errors import BackendError, BundleError, NoiseError, ScheduleError
-from runtime.manifest import Schedule, Span, read_manifest
-from runtime.noise import uniform_numbers
-from runtime.teacher import (
+from ddexport.runtime.contract import FileInfo
+from ddexport.runtime.errors import BackendError, BundleError, NoiseError, ScheduleError
+from ddexport.runtime.manifest import Schedule, Span, read_manifest
+from ddexport.runtime.noise import uniform_numbers
+from ddexport.runtime.teacher import (
     CHUNK,
     Choice,
     Sampling,
@@ -31,6 +27,9 @@ from runtime.teacher import (
     read_codebook,
     weights,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
 
 GREEDY = Choice(cfg=2.0, top_k=1, top_p=1.0, temperature=1.0)
 LARGEST = by_stream(np.zeros((9, 6)), GREEDY)

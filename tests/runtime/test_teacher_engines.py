@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ddexport.runtime.backends.onnxruntime import OnnxRuntime
+from ddexport.runtime.backends.tensorrt import TensorRt
+from ddexport.runtime.engines import Profile, SizeRange, find_engines, read_engine
+from ddexport.runtime.errors import BackendError
+from ddexport.runtime.manifest import read_manifest
+from ddexport.runtime.options import Options
 
-import runtime
-from runtime.backends.onnxruntime import OnnxRuntime
-from runtime.backends.tensorrt import TensorRt
-from runtime.engines import Profile, SizeRange, find_engines, read_engine
-from runtime.errors import BackendError
-from runtime.manifest import read_manifest
-from runtime.options import Options
+from ddexport import runtime
 
 ROLES = ("student", "student@4", "teacher", "decoder")
 ANY = (SizeRange("new", 1, 2, 6), SizeRange("capacity", 4, 6, 6))

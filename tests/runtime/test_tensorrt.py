@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ddexport.runtime.backends import _executor
+from ddexport.runtime.backends._cuda import CudaDevice, CudaError
+from ddexport.runtime.backends.onnxruntime import OnnxRuntime
+from ddexport.runtime.backends.tensorrt import TensorRt
+from ddexport.runtime.errors import BackendError, BundleError
+from ddexport.runtime.manifest import read_manifest
+from ddexport.runtime.options import Options
 
-import runtime
-from runtime.backends import _executor
-from runtime.backends._cuda import CudaDevice, CudaError
-from runtime.backends.onnxruntime import OnnxRuntime
-from runtime.backends.tensorrt import TensorRt
-from runtime.errors import BackendError, BundleError
-from runtime.manifest import read_manifest
-from runtime.options import Options
+from ddexport import runtime
 
 BACKENDS = ("tensorrt", "tensorrt-rtx")
 Build = Callable[..., Path]
@@ -338,7 +338,7 @@ def test_a_plan_with_another_hash_is_not_loaded(gpu: Any, bundle: Path, build: B
 
 
 def test_a_plan_that_is_none_says_what_the_package_says(gpu: Any, bundle: Path, build: Build) -> None:
-    from runtime.manifest import sha256_of
+    from ddexport.runtime.manifest import sha256_of
 
     folder = build()
     plan = folder / "student_fp32.plan"
@@ -364,7 +364,7 @@ def test_a_plan_that_its_sidecar_does_not_describe(
     sidecar = build() / "student_fp32.json"
     change_sidecar(sidecar, old, new)
     if "second" in message:
-        from runtime.fit import builds
+        from ddexport.runtime.fit import builds
 
         assert any(message in error.message for error in builds(bundle)[1])
         return

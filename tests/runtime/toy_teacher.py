@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
-
-from runtime.manifest import (
+from ddexport.runtime.manifest import (
     FILE_NAME,
     FileInfo,
     Graph,
@@ -24,6 +22,7 @@ from runtime.manifest import (
     file_info,
     read_manifest,
 )
+from onnx import TensorProto, helper, numpy_helper
 
 STARTS = (0, 1, 2, 4, 6)
 LENGTH, WIDTH, CODES, CLASSES, HIDDEN = 6, 4, 5, 3, 2

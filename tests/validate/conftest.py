@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ddexport.runtime.manifest import file_info
+from ddexport.validate.metrics._base import Limits
 
-from runtime.manifest import file_info
 from tests.validate.toys import CLASSES, LENGTH, WIDTH, Rows, ToyModel
-from validate.metrics._base import Limits
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "var-dd-small"
 

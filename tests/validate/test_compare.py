@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-
-from runtime.manifest import Source as SourceFile
-from runtime.manifest import read_manifest, sha256_of
-from runtime.pipeline import Pipeline, load
-from runtime.teacher import Choice
-from validate.compare import compare, measure, noise_for, request_of, run_reference
-from validate.metrics._base import Limits, Measurement
-from validate.parity import command
-from validate.reference import ReferenceFilesError, TorchReference, build_reference
+from ddexport.runtime.manifest import Source as SourceFile
+from ddexport.runtime.manifest import read_manifest, sha256_of
+from ddexport.runtime.pipeline import Pipeline, load
+from ddexport.runtime.teacher import Choice
+from ddexport.validate.compare import compare, measure, noise_for, request_of, run_reference
+from ddexport.validate.metrics._base import Limits, Measurement
+from ddexport.validate.parity import command
+from ddexport.validate.reference import ReferenceFilesError, TorchReference, build_reference
 
 TESTS = Path(__file__).parents[1]
 LIMITS = Limits(1e-3, 1e-4, 60.0, 2, 1e-4, 0.0, 1e-4, 60.0, 0.1)
@@ -259,7 +258,7 @@ def _golden_recipe(golden: Path) -> dict[str, Any]:
 
 def test_pairs_of_images_are_of_students_alone(tiny: Path) -> None:
     """`validate fid` pairs images by noise: by default it takes the schedules that the noise decides."""
-    from validate.fid_plan import FidSettingError, Options, plan_of
+    from ddexport.validate.fid_plan import FidSettingError, Options, plan_of
 
     manifest = read_manifest(tiny)
     options = Options(bundle=tiny, features="digits", images=10, reference="none", reference_model=False)

@@ -8,14 +8,14 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from ddexport.runtime.errors import DDError
+from ddexport.validate.comparison import Kind, Options, Row, command, draw_rows, kinds, measure, table
+from ddexport.validate.image_sets import drawn_rows, load_models
+from ddexport.validate.quality import Quality
+from ddexport.validate.speed import Timing
 from PIL import Image
 
 from ddexport.recipe import load_recipe
-from runtime.errors import DDError
-from validate.comparison import Kind, Options, Row, command, draw_rows, kinds, measure, table
-from validate.image_sets import drawn_rows, load_models
-from validate.quality import Quality
-from validate.speed import Timing
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="the plot is matplotlib's"
@@ -117,7 +117,7 @@ def test_json_holds_every_figure_of_a_row(rows):
 
 @needs_matplotlib
 def test_the_plot_is_a_picture_with_a_panel_for_each_batch(rows, tmp_path):
-    from validate.comparison_plot import write_plot
+    from ddexport.validate.comparison_plot import write_plot
 
     write_plot(rows, "digits", tmp_path / "one.png")
     two = [

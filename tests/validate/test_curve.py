@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from ddexport.runtime.pipeline import Pipeline
+from ddexport.validate import curve
+from ddexport.validate.curve import Options, Point, measure, schedules_of, table, time_schedules
+from ddexport.validate.curve_plot import MIXED, STUDENT, TEACHER, colour, write_plot
+from ddexport.validate.quality import Quality
 from PIL import Image
 
-import runtime
-from runtime.pipeline import Pipeline
-from validate import curve
-from validate.curve import Options, Point, measure, schedules_of, table, time_schedules
-from validate.curve_plot import MIXED, STUDENT, TEACHER, colour, write_plot
-from validate.quality import Quality
+from ddexport import runtime
 
 RUNTIME_TESTS = Path(__file__).parents[1] / "runtime"
 

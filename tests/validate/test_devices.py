@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from runtime.errors import DDError
-from validate.devices import torch_device
+from ddexport.runtime.errors import DDError
+from ddexport.validate.devices import torch_device
 
 
 def test_the_cpu_is_there_and_products_keep_float32():

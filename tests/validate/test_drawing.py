@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
-from runtime.errors import VerificationError
-from runtime.manifest import read_manifest
-from runtime.noise import gaussian_noise
-from runtime.pipeline import load
-from validate.drawing import Order, by_pipeline, by_reference
-from validate.reference import build_reference
+from ddexport.runtime.errors import VerificationError
+from ddexport.runtime.manifest import read_manifest
+from ddexport.runtime.noise import gaussian_noise
+from ddexport.runtime.pipeline import load
+from ddexport.validate.drawing import Order, by_pipeline, by_reference
+from ddexport.validate.reference import build_reference
 
 LENGTH, WIDTH = 6, 3
 SCHEDULES = {1: (0,), 2: (0, 1), 3: (0, 1, 4)}

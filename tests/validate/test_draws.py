@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-
-from runtime.teacher import Choice, choose
-from validate.metrics._base import Limits, TeacherPair
-from validate.metrics._draws import chi_square, deviations, excused_draws
-from validate.metrics._draws import measure as measure_draws
+from ddexport.runtime.teacher import Choice, choose
+from ddexport.validate.metrics._base import Limits, TeacherPair
+from ddexport.validate.metrics._draws import chi_square, deviations, excused_draws
+from ddexport.validate.metrics._draws import measure as measure_draws
 
 LIMITS = Limits(token_margin=1e-3, embedding_error=1e-4, image_psnr=60.0, image_max=2)
 CHOICE = Choice(cfg=1.0, top_k=6, top_p=0.95, temperature=1.0)

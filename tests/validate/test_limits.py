@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-
-from validate.limits import command, rows_of
-from validate.metrics._base import Measurement
+from ddexport.validate.limits import command, rows_of
+from ddexport.validate.metrics._base import Measurement
 
 
 def row(name: str, value: float, limit: float | None, direction: str = "at most") -> Measurement:

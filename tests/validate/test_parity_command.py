@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-
-from validate import cli
+from ddexport.validate import cli
 
 TOKENS = "tokens that differ"
 LOGITS = "logits, largest error"
@@ -256,7 +255,7 @@ class TestBadInput:
 
 class TestGroup:
     def test_a_command_that_is_not_installed_is_not_listed(self, monkeypatch):
-        monkeypatch.setitem(cli.COMMANDS, "later", "validate.there_is_no_such_module")
+        monkeypatch.setitem(cli.COMMANDS, "later", "ddexport.validate.there_is_no_such_module")
         result = CliRunner().invoke(cli.command, ["--help"])
         assert "parity" in result.stdout
         assert "later" not in result.stdout
@@ -266,7 +265,7 @@ class TestGroup:
     def test_help_imports_nothing_heavy(self, arguments):
         """So that it stays under half a second."""
         code = (
-            "import sys; from validate.cli import command\n"
+            "import sys; from ddexport.validate.cli import command\n"
             f"command({arguments!r}, standalone_mode=False)\n"
             "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy', 'PIL', 'mlxtend'} & set(sys.modules)\n"
             "sys.exit(f'imported {heavy}' if heavy else 0)"

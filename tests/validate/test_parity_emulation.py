@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-
-import validate.runners
-from runtime.errors import BundleError
-from runtime.manifest import Manifest, read_manifest
-from runtime.options import Options
-from runtime.selection import Candidate
-from validate import cli
-from validate.runners import ENGINE, emulated_precision
+from ddexport.runtime.errors import BundleError
+from ddexport.runtime.manifest import Manifest, read_manifest
+from ddexport.runtime.options import Options
+from ddexport.runtime.selection import Candidate
+from ddexport.validate import cli, runners
+from ddexport.validate.runners import ENGINE, emulated_precision
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +71,8 @@ class TestCommand:
         import shutil
 
         import onnx
+        from ddexport.runtime.manifest import file_info
         from onnx import numpy_helper
-
-        from runtime.manifest import file_info
 
         bundle = shutil.copytree(half_bundle, tmp_path / "planted")
         path = bundle / "student_fp16.onnx"
@@ -102,7 +99,7 @@ class TestChoice:
         self, monkeypatch: pytest.MonkeyPatch, root: Path, manifest: Manifest, found: list[Candidate],
         backend: str = "auto", precision: str | None = "fp16", emulate: bool | None = None,
     ) -> str | None:  # fmt: skip
-        monkeypatch.setattr(validate.runners, "candidates", lambda *a, **k: found)
+        monkeypatch.setattr(runners, "candidates", lambda *a, **k: found)
         return emulated_precision(root, manifest, backend, precision, emulate)
 
     def test_a_gpu_computes_itself(

@@ -7,11 +7,8 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from validate.metrics import embeddings, images, tokens
-from validate.metrics._base import (
+from ddexport.validate.metrics import embeddings, images, tokens
+from ddexport.validate.metrics._base import (
     DrawnPair,
     ImagePair,
     Limits,
@@ -20,7 +17,9 @@ from validate.metrics._base import (
     StudentPair,
     relative_error,
 )
-from validate.metrics._distribution import distribution
+from ddexport.validate.metrics._distribution import distribution
+from hypothesis import given
+from hypothesis import strategies as st
 
 BELOW = np.nextafter(np.float32(0.25), np.float32(0))
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ddexport.runtime.manifest import Manifest, Source, Weights, sha256_of
+from ddexport.runtime.noise import gaussian_noise
+from ddexport.validate.reference import ReferenceFilesError, build_reference, describe_weights
 
 import ddexport.recipe
 from ddexport.recipe import load_recipe
-from runtime.manifest import Manifest, Source, Weights, sha256_of
-from runtime.noise import gaussian_noise
-from validate.reference import ReferenceFilesError, build_reference, describe_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "var-dd-small"
 SHIPPED = {"ships-student.pth": GOLDEN / "student.pth", "ships-vae.pth": GOLDEN / "vae.pth"}
@@ -59,7 +59,7 @@ def test_embedded_weights_need_no_option_and_give_the_published_outputs():
 
 def test_modules_and_inputs_move_to_the_device(monkeypatch):
     """`meta` has no numbers, and refuses what was left on the CPU: all that fails is the copy back."""
-    monkeypatch.setattr("validate.reference.torch_device", lambda name: None)
+    monkeypatch.setattr("ddexport.validate.reference.torch_device", lambda name: None)
     reference = build_reference(manifest_of("embedded"), {}, device="meta")
     golden = np.load(GOLDEN / "expected.npz")
     sampler = reference.sampler

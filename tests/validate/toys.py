@@ -6,10 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-
-from runtime.images import to_uint8
-from validate.drawing import ByteImages, Draw, Order, Schedules
-from validate.metrics._base import Comparison, DrawnPair, ImagePair, StudentOutput, StudentPair
+from ddexport.runtime.images import to_uint8
+from ddexport.validate.drawing import ByteImages, Draw, Order, Schedules
+from ddexport.validate.metrics._base import Comparison, DrawnPair, ImagePair, StudentOutput, StudentPair
 
 LENGTH, WIDTH, CODEBOOK, SPLIT, CLASSES = 6, 3, 5, 2, 4
 SCHEDULES = {1: (0,), 2: (0, 1), 3: (0, 1, 4)}
@@ -79,7 +78,7 @@ def sampled(
 
 
 def compare(bundle: ToyModel, reference: ToyModel, rows: Rows) -> Comparison:
-    """Of two toys what `validate.compare` makes of a bundle and its reference; steps start as the
+    """Of two toys what `ddexport.validate.compare` makes of a bundle and its reference; steps start as the
     reference's."""
     places = tuple(f"image {i} (label {label})" for i, label in enumerate(rows.labels))
     comparison = Comparison([], [])

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from runtime.errors import VerificationError
-from runtime.manifest import Manifest, Schedule
-from runtime.teacher import Sampling, choice_of
-from validate import limits
-from validate.bench.case import Inputs
-from validate.bench.outputs import Outputs
-from validate.compare import measure
-from validate.metrics._base import (
+from ddexport.runtime.errors import VerificationError
+from ddexport.runtime.manifest import Manifest, Schedule
+from ddexport.runtime.teacher import Sampling, choice_of
+from ddexport.validate import limits
+from ddexport.validate.bench.case import Inputs
+from ddexport.validate.bench.outputs import Outputs
+from ddexport.validate.compare import measure
+from ddexport.validate.metrics._base import (
     BoolArray,
     Comparison,
     FloatArray,
@@ -33,7 +32,7 @@ from validate.metrics._base import (
     StudentPair,
     TeacherPair,
 )
-from validate.report import failure_line
+from ddexport.validate.report import failure_line
 
 NO_LIMITS = Limits(math.inf, math.inf, -math.inf, 1 << 30)
 
@@ -117,7 +116,7 @@ class Judge:
         return agree
 
     def _roles(self) -> list[str]:
-        """What each step is, in the order of `runtime.sampler`."""
+        """What each step is, in the order of `ddexport.runtime.sampler`."""
         teacher = ["teacher"] if self.schedule.teacher else []
         return ["student"] * len(self.schedule.before) + teacher + ["student"] * len(self.schedule.after)
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-    from runtime.manifest import Manifest
+    from ddexport.runtime.manifest import Manifest
 
 TEACHER = "teacher"
 TORCH, COMPILED, PUBLISHED = "torch", "torch-compile", "published"
@@ -86,8 +85,7 @@ class Inputs:
 def inputs(manifest: Manifest, batch: int, seed: int) -> Inputs:
     """Labels spread over all classes, noise and uniform numbers of the seed, as in `validate parity`."""
     import numpy as np
-
-    from runtime.noise import gaussian_noise, uniform_numbers
+    from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 
     sequence, classes = manifest.sequence, manifest.classes
     spread = np.arange(batch, dtype=np.int64) * classes // batch

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
-from runtime import console
-from runtime.errors import DDError, VerificationError
-from validate.bench import options
+from ddexport.runtime import console
+from ddexport.runtime.errors import DDError, VerificationError
+from ddexport.validate.bench import options
 
 if TYPE_CHECKING:
-    from runtime.machine import Machine
-    from validate.bench.peak import Peak
-    from validate.bench.plan import Request
-    from validate.bench.rows import Row
+    from ddexport.runtime.machine import Machine
+    from ddexport.validate.bench.peak import Peak
+    from ddexport.validate.bench.plan import Request
+    from ddexport.validate.bench.rows import Row
 
 EPILOG = """
 \b
@@ -171,11 +170,11 @@ def command(
     What cannot run here is listed with its reason. Exit code 3 if the outputs of a row miss the bundle's
     limits: a fast wrong row is marked as wrong. docs/benchmark.md explains the columns.
     """
-    from runtime.files import check_writable
-    from validate.bench.page import check_page
-    from validate.bench.plan import Request
-    from validate.bench.processes import tidy_at_sigterm
-    from validate.bench.report import environment_of, say_work, show, write
+    from ddexport.runtime.files import check_writable
+    from ddexport.validate.bench.page import check_page
+    from ddexport.validate.bench.plan import Request
+    from ddexport.validate.bench.processes import tidy_at_sigterm
+    from ddexport.validate.bench.report import environment_of, say_work, show, write
 
     if asked["against"] is None and asked["against_steps"] is not None:
         raise click.UsageError("--against-steps says which steps of --against: give both.")
@@ -204,11 +203,11 @@ def _measure(
     request: Request,
 ) -> tuple[list[Row], dict[tuple[int, str], Peak], list[str], Machine]:
     """The rows of all bundles, the machine's peaks, and what was skipped. Raises DDError."""
-    from runtime.machine import Machine
-    from runtime.manifest import read_manifest
-    from validate.bench.plan import make_plan, nothing_left
-    from validate.bench.remember import remember, what_auto_takes
-    from validate.bench.run import measure_peaks, run_bench
+    from ddexport.runtime.machine import Machine
+    from ddexport.runtime.manifest import read_manifest
+    from ddexport.validate.bench.plan import make_plan, nothing_left
+    from ddexport.validate.bench.remember import remember, what_auto_takes
+    from ddexport.validate.bench.run import measure_peaks, run_bench
 
     machine = Machine()
     plans = []

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from validate.bench.rounds import Sample
-from validate.bootstrap import LEVEL
+from ddexport.validate.bench.rounds import Sample
+from ddexport.validate.bootstrap import LEVEL
 
 PARTS = ("student", "teacher", "decoder", "total")
 FEWEST_PAIRS = 3

@@ -112,13 +112,13 @@ def _plain(value: Any) -> str:
 
 
 def _backends() -> Sequence[str]:
-    from validate.bench.plan import backend_names
+    from ddexport.validate.bench.plan import backend_names
 
     return backend_names()
 
 
 def _precisions() -> Sequence[str]:
-    from validate.bench.plan import PRECISIONS
+    from ddexport.validate.bench.plan import PRECISIONS
 
     return PRECISIONS
 

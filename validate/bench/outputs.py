@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from validate.metrics._base import FloatArray, IntArray, StudentOutput
+from ddexport.validate.metrics._base import FloatArray, IntArray, StudentOutput
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from runtime.errors import OutputError
-from runtime.files import atomic_write, check_writable
-from validate.bench.peak import Peak
-from validate.bench.rows import Environment, Row
-from validate.bench.table import parity_grid, remarks, times_grid, work_line
+from ddexport.runtime.errors import OutputError
+from ddexport.runtime.files import atomic_write, check_writable
+from ddexport.validate.bench.peak import Peak
+from ddexport.validate.bench.rows import Environment, Row
+from ddexport.validate.bench.table import parity_grid, remarks, times_grid, work_line
 
 START, END = "<!-- bench -->", "<!-- /bench -->"
 

@@ -28,7 +28,7 @@ class Peak:
 
 
 class PeakSession:
-    """A worker's session that measures one engine: see `validate.bench.worker`. Each has a process of its
+    """A worker's session that measures one engine: see `bench/worker.py`. Each has a process of its
     own, because the libraries of several do not always go together."""
 
     def __init__(self, engine: str, threads: int) -> None:

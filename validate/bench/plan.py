@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from runtime.errors import BackendError, DDError
-from runtime.graphs import keys_of
-from runtime.machine import Machine
-from runtime.manifest import Manifest
-from runtime.options import MODES, Options
-from runtime.registry import plugins
-from runtime.selection import BACKENDS, Candidate, backend_class, candidates, choose
-from validate.bench.case import COMPILED, IN_TORCH, PUBLISHED, TORCH, Alternative, Case
+from ddexport.runtime.errors import BackendError, DDError
+from ddexport.runtime.graphs import keys_of
+from ddexport.runtime.machine import Machine
+from ddexport.runtime.manifest import Manifest
+from ddexport.runtime.options import MODES, Options
+from ddexport.runtime.registry import plugins
+from ddexport.runtime.selection import BACKENDS, Candidate, backend_class, candidates, choose
+from ddexport.validate.bench.case import COMPILED, IN_TORCH, PUBLISHED, TORCH, Alternative, Case
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 USUAL = ("fp32", "bf16", "int8")  # tried where none is named, beside those of the bundle
@@ -180,7 +180,7 @@ def _judged(
 def _candidate(
     wanted: Alternative, root: Path, manifest: Manifest, machine: Machine
 ) -> tuple[Candidate | None, str]:
-    """The candidate that `runtime.load` will take, or why there is none."""
+    """The candidate that `ddexport.runtime.load` will take, or why there is none."""
     if why := backend_class(wanted.backend).available():
         return None, why
     try:

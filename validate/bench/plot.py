@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import DDError, OutputError
-from validate.bench.rows import Row
+from ddexport.runtime.errors import DDError, OutputError
+from ddexport.validate.bench.rows import Row
 
 PARTS = {"student": "#0072b2", "teacher": "#e69f00", "decoder": "#56b4e9", "the rest": "#999999"}
 """Of Okabe and Ito's palette, whose colours keep apart for the colour-blind."""

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from runtime.errors import DDError
-from validate.bench.case import Job
+from ddexport.runtime.errors import DDError
+from ddexport.validate.bench.case import Job
 
 POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 """Where libraries read the number of threads that they cannot be told otherwise."""
@@ -34,7 +34,7 @@ class Worker:
         self.job = job
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
         self._process = subprocess.Popen(
-            command or [sys.executable, "-m", "validate.bench.worker"],
+            command or [sys.executable, "-m", "ddexport.validate.bench.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from runtime.machine import Machine
-from runtime.manifest import Manifest
-from runtime.measured import Measured, engine_version, write_measured
-from runtime.registry import plugins
-from runtime.selection import BACKENDS, candidates, choose, explain
-from validate.bench.rows import Row
+from ddexport.runtime.machine import Machine
+from ddexport.runtime.manifest import Manifest
+from ddexport.runtime.measured import Measured, engine_version, write_measured
+from ddexport.runtime.registry import plugins
+from ddexport.runtime.selection import BACKENDS, candidates, choose, explain
+from ddexport.validate.bench.rows import Row
 
 
 def records(rows: Iterable[Row], machine: Machine) -> list[Measured]:

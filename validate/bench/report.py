@@ -8,13 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import click
-
-from runtime.machine import Machine
-from validate.bench.page import address, block, update
-from validate.bench.peak import Peak
-from validate.bench.plot import write_plot
-from validate.bench.rows import Environment, Row
-from validate.bench.table import parity_grid, remarks, times_grid, work_line
+from ddexport.runtime.machine import Machine
+from ddexport.validate.bench.page import address, block, update
+from ddexport.validate.bench.peak import Peak
+from ddexport.validate.bench.plot import write_plot
+from ddexport.validate.bench.rows import Environment, Row
+from ddexport.validate.bench.table import parity_grid, remarks, times_grid, work_line
 
 PACKAGES = ("ddexport", "numpy", "torch", "onnxruntime", "openvino")
 Peaks = Mapping[tuple[int, str], Peak]

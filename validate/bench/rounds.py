@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from validate.bench.case import Times
+from ddexport.validate.bench.case import Times
 
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 1000

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from validate.bench.case import way_name
+from ddexport.validate.bench.case import way_name
 
 VERDICTS = {True: "ok", False: "WRONG", None: "?"}
 

@@ -13,21 +13,20 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-
-from runtime import console
-from runtime.manifest import Manifest
-from runtime.registry import plugins
-from runtime.selection import BACKENDS
-from validate.bench.agreement import Agreement, Judge, worst_of
-from validate.bench.case import IN_TORCH, PEAK, REFERENCE, Alternative, Case, Job, Times, inputs
-from validate.bench.figures import PARTS, part_ms, percentiles, speedup
-from validate.bench.outputs import Outputs
-from validate.bench.peak import ENGINES, PRECISIONS, Peak, best_of
-from validate.bench.plan import Entry, Plan, Request
-from validate.bench.processes import Gang, Worker, WorkerError
-from validate.bench.rounds import LONG, Contender, Sample, interleave, least_rounds
-from validate.bench.rows import Row
-from validate.bench.work import flops_of
+from ddexport.runtime import console
+from ddexport.runtime.manifest import Manifest
+from ddexport.runtime.registry import plugins
+from ddexport.runtime.selection import BACKENDS
+from ddexport.validate.bench.agreement import Agreement, Judge, worst_of
+from ddexport.validate.bench.case import IN_TORCH, PEAK, REFERENCE, Alternative, Case, Job, Times, inputs
+from ddexport.validate.bench.figures import PARTS, part_ms, percentiles, speedup
+from ddexport.validate.bench.outputs import Outputs
+from ddexport.validate.bench.peak import ENGINES, PRECISIONS, Peak, best_of
+from ddexport.validate.bench.plan import Entry, Plan, Request
+from ddexport.validate.bench.processes import Gang, Worker, WorkerError
+from ddexport.validate.bench.rounds import LONG, Contender, Sample, interleave, least_rounds
+from ddexport.validate.bench.rows import Row
+from ddexport.validate.bench.work import flops_of
 
 Start = Callable[[Job], Worker]
 Peaks = Mapping[tuple[int, str], Peak]

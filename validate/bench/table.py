@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from validate.bench.peak import Peak
-from validate.bench.rows import Row, best_rows
+from ddexport.validate.bench.peak import Peak
+from ddexport.validate.bench.rows import Row, best_rows
 
 BEST = "best"
 

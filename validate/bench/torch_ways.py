@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-
-from runtime.errors import BackendError
-from runtime.manifest import Manifest
-from runtime.sampler import Step
-from runtime.teacher import Pick
-from validate.bench.case import COMPILED, PUBLISHED, REFERENCE, TORCH, Job
-from validate.metrics._base import IntArray
-from validate.reference import TorchReference, build_reference
+from ddexport.runtime.errors import BackendError
+from ddexport.runtime.manifest import Manifest
+from ddexport.runtime.sampler import Step
+from ddexport.runtime.teacher import Pick
+from ddexport.validate.bench.case import COMPILED, PUBLISHED, REFERENCE, TORCH, Job
+from ddexport.validate.metrics._base import IntArray
+from ddexport.validate.reference import TorchReference, build_reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +85,7 @@ class _Modules:
                 self._modules[key] = self._module(key)
 
     def run(self, key: str, feeds: Arrays) -> Arrays:
-        """Names as in `runtime.contract`; inputs are read where they lie."""
+        """Names as in `ddexport.runtime.contract`; inputs are read where they lie."""
         import torch
 
         self.open([key])
@@ -167,7 +166,7 @@ class TorchWay(_Modules):
 
 
 class PublishedWay(_Modules):
-    """The published code's student (`validate.bench.published`), and the decoder, which is its own too."""
+    """The published code's student (`bench/published`), and the decoder, which is its own too."""
 
     def __init__(self, reference: TorchReference, manifest: Manifest) -> None:
         from ddexport.recipe import recipe_from_dict
@@ -177,7 +176,7 @@ class PublishedWay(_Modules):
         self._recipe = recipe_from_dict(manifest.recipe, where=f"the recipe in bundle {manifest.name}")
 
     def _module(self, key: str) -> Module:
-        from validate.bench.published import published_step
+        from ddexport.validate.bench.published import published_step
 
         role, _, split = key.partition("@")
         if role == "decoder":

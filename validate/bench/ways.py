@@ -2,7 +2,7 @@
 
 Whatever computes, the runtime's own sampler drives it, so that all alternatives do the same work: what is
 timed are graphs and modules. The one exception is PyTorch's auto-regressive model, which is run the way the
-published samplers run it (`validate.bench.torch_ways`).
+published samplers run it (`ddexport.validate.bench.torch_ways`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-
-from runtime.graphs import keys_of, student_key
-from runtime.images import to_uint8
-from runtime.manifest import Manifest, Schedule, read_manifest
-from runtime.sampler import Step, TeacherRun, sample
-from runtime.teacher import Pick, Sampling, by_stream, choice_of, read_codebook
-from validate.bench.case import IN_TORCH, REFERENCE, Inputs, Job, Times
-from validate.bench.outputs import Outputs
-from validate.metrics._base import FloatArray, IntArray, StudentOutput
+from ddexport.runtime.graphs import keys_of, student_key
+from ddexport.runtime.images import to_uint8
+from ddexport.runtime.manifest import Manifest, Schedule, read_manifest
+from ddexport.runtime.sampler import Step, TeacherRun, sample
+from ddexport.runtime.teacher import Pick, Sampling, by_stream, choice_of, read_codebook
+from ddexport.validate.bench.case import IN_TORCH, REFERENCE, Inputs, Job, Times
+from ddexport.validate.bench.outputs import Outputs
+from ddexport.validate.metrics._base import FloatArray, IntArray, StudentOutput
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 DISTRIBUTIONS = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "tensorrt": ("tensorrt", "tensorrt-rtx")}
@@ -32,7 +31,7 @@ DISTRIBUTIONS = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "tensorrt": 
 
 
 class Way(Protocol):
-    """An open alternative. `run` takes and gives named arrays by a graph's key, as `runtime.graphs` does."""
+    """An open alternative. `run` takes and gives named arrays by a graph's key, as the runtime does."""
 
     version: str
     provider: str | None
@@ -49,7 +48,7 @@ class RuntimeWay:
 
     def __init__(self, job: Job) -> None:
         """Raises DDError."""
-        from runtime.pipeline import load
+        from ddexport.runtime.pipeline import load
 
         mode: dict[str, Any] = {} if job.mode is None else {"mode": job.mode}
         self._pipe = load(job.bundle, job.backend, job.threads, job.precision, verify=False, **mode)
@@ -79,7 +78,7 @@ def engine_version(backend: str) -> str:
 def open_way(job: Job, manifest: Manifest) -> Way:
     """Opens what the job names. Raises DDError."""
     if job.backend in (*IN_TORCH, REFERENCE):
-        from validate.bench.torch_ways import open_torch
+        from ddexport.validate.bench.torch_ways import open_torch
 
         way: Way = open_torch(job, manifest)
         return way
@@ -104,7 +103,7 @@ class Drawer:
     def draw(self, schedule: Schedule, given: Inputs) -> tuple[Times, Outputs]:
         """One run from labels and noise to 8-bit images. Raises DDError.
 
-        As `runtime.pipeline` does it; what is kept for parity beside that are references, and copies of the
+        As the runtime does it; what is kept for parity beside that are references, and copies of the
         logits that a teacher's tokens were chosen from.
         """
         students: list[StudentOutput] = []

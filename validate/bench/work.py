@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+from ddexport.runtime.graphs import keys_of, student_key
+from ddexport.runtime.manifest import Manifest, Schedule
+
 from ddexport.graph.flops import count
-from runtime.graphs import keys_of, student_key
-from runtime.manifest import Manifest, Schedule
 
 
 def flops_of(

@@ -1,4 +1,4 @@
-"""`python -m validate.bench.worker`: one alternative in a process of its own.
+"""`python -m ddexport.validate.bench.worker`: one alternative in a process of its own.
 
 So peak memory is its own, no thread pool disturbs another's, and its crash is only a row. It is driven
 through its stdin and stdout, one JSON object a line: first a `Job`, then requests, each of which gets one
@@ -16,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from runtime.errors import DDError
-from validate.bench.case import PEAK, Job, inputs
-from validate.bench.memory import peak_mib, reset_peak
+from ddexport.runtime.errors import DDError
+from ddexport.validate.bench.case import PEAK, Job, inputs
+from ddexport.validate.bench.memory import peak_mib, reset_peak
 
 KEPT = 3  # different outputs of a case that are kept: an engine whose sums vary gives many
 LOOK_EVERY = 1.0
@@ -29,7 +29,7 @@ class Session:
 
     def __init__(self, job: Job) -> None:
         """Raises DDError where it cannot be opened."""
-        from validate.bench.ways import Drawer
+        from ddexport.validate.bench.ways import Drawer
 
         self.job, self._drawer = job, Drawer(job)
         self._seen: dict[str, list[str]] = {}
@@ -69,8 +69,7 @@ class Session:
     def _decode(self, file: Path) -> dict[str, Any]:
         """The image of the sequence in a file of outputs, written beside it as an npy."""
         import numpy as np
-
-        from validate.bench.outputs import Outputs
+        from ddexport.validate.bench.outputs import Outputs
 
         image = self._drawer.way.run("decoder", {"sequence": Outputs.read(file).sequence})["image"]
         path = Path(self.job.directory) / f"decoded-{file.stem}.npy"
@@ -99,7 +98,7 @@ def serve(requests: IO[str], replies: IO[str]) -> None:
 
 def _start(job: Job) -> Any:
     if job.backend == PEAK:
-        from validate.bench.peak import PeakSession
+        from ddexport.validate.bench.peak import PeakSession
 
         return PeakSession(job.precision, job.threads)
     return Session(job)

@@ -15,9 +15,8 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-
-from runtime.errors import DDError
-from runtime.registry import load_plugin
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.registry import load_plugin
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 ByteImages: TypeAlias = npt.NDArray[np.uint8]
@@ -115,7 +114,7 @@ def load_extractor(name: str, weights: str | Path | None = None, device: str = "
     Raises FeatureError: no such extractor, no or bad weights, or it does not run on the device.
     """
     kind: type[Extractor] = load_plugin(
-        "validate.features", name, kind="feature extractor", error=FeatureError
+        "ddexport.validate.features", name, kind="feature extractor", error=FeatureError
     ).EXTRACTOR
     if is_random(weights):
         seed = str(weights)[len(RANDOM) :]

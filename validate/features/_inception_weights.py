@@ -17,11 +17,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from ddexport.runtime.manifest import sha256_of
+from ddexport.validate.features._base import FeatureError, FloatArray, digest_of_arrays
+from ddexport.validate.features._inception_network import CLASSES, SIDE, WIDTH, FidInception
 from torch import Tensor
-
-from runtime.manifest import sha256_of
-from validate.features._base import FeatureError, FloatArray, digest_of_arrays
-from validate.features._inception_network import CLASSES, SIDE, WIDTH, FidInception
 
 Run: TypeAlias = Callable[[Tensor], tuple[FloatArray, FloatArray | None]]
 

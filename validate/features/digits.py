@@ -4,7 +4,7 @@ It is trained on the real training digits alone and has seen neither generated i
 Its 64 features before the last layer, each in units of its standard deviation over the real training digits,
 are what the Frechet distance and precision and recall measure: the size of a classifier's features is an
 accident of its training, and without that unit the distances would depend on it. The weights ship as
-`recipes/weights/digits-classifier.safetensors`, with the units in its metadata; `python -m validate quality
+`recipes/weights/digits-classifier.safetensors`, with the units in its metadata; `ddexport validate quality
 digits-var --train-judge` trains them again.
 """
 
@@ -19,16 +19,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from ddexport.runtime.errors import DDError
+from ddexport.validate.features._base import ByteImages, Extractor, FeatureError, Readings, digest_of_arrays
 from torch import Tensor, nn
 
 from ddexport.distill.augment import random_affine
 from ddexport.distill.data import DataSet
-from runtime.errors import DDError
-from validate.features._base import ByteImages, Extractor, FeatureError, Readings, digest_of_arrays
 
 FILE = "digits-classifier.safetensors"
 SIDE, FEATURES, CLASSES = 32, 64, 10
-TRAIN_IT = "train it: python -m validate quality digits-var --train-judge"
+TRAIN_IT = "train it: ddexport validate quality digits-var --train-judge"
 WIDTHS = (32, 32, 64, 64, 128, 64)
 STRIDES = (1, 2, 1, 2, 1, 2)
 EPOCHS, BATCH, RATE, SEED = 30, 64, 3e-3, 2024
@@ -116,7 +116,7 @@ EXTRACTOR = DigitFeatures
 
 def judge_path() -> Path:
     """Where the judge's weights ship."""
-    return Path(str(resources.files("recipes") / "weights" / FILE))
+    return Path(str(resources.files("ddexport.recipes") / "weights" / FILE))
 
 
 def feature_scale(judge: DigitJudge, data: DataSet) -> Tensor:

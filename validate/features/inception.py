@@ -12,11 +12,10 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from ddexport.validate.features._base import ByteImages, Extractor, FeatureError, FloatArray, Readings
+from ddexport.validate.features._inception_network import CLASSES, WIDTH, prepare_half_pixel
+from ddexport.validate.features._inception_weights import Loaded, load_weights, random_weights
 from torch import Tensor
-
-from validate.features._base import ByteImages, Extractor, FeatureError, FloatArray, Readings
-from validate.features._inception_network import CLASSES, WIDTH, prepare_half_pixel
-from validate.features._inception_weights import Loaded, load_weights, random_weights
 
 Network: TypeAlias = Callable[[Tensor], tuple[FloatArray, FloatArray | None]]
 

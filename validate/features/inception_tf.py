@@ -6,8 +6,8 @@ of `inception`; FIDs by the two preparations differ in the second or third digit
 
 from __future__ import annotations
 
-from validate.features._inception_network import prepare_tf1
-from validate.features.inception import InceptionFeatures
+from ddexport.validate.features._inception_network import prepare_tf1
+from ddexport.validate.features.inception import InceptionFeatures
 
 
 class InceptionTfFeatures(InceptionFeatures):

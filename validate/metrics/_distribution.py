@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-
-from validate.metrics._base import BoolArray, FloatArray, Limits, Measurement
+from ddexport.validate.metrics._base import BoolArray, FloatArray, Limits, Measurement
 
 
 def distribution(

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from runtime.noise import uniform_numbers
-from runtime.teacher import Choice, choose, weights
-from validate.metrics._base import BoolArray, FloatArray, IntArray, Limits, Measurement, TeacherPair
-from validate.metrics._distribution import distribution
+from ddexport.runtime.noise import uniform_numbers
+from ddexport.runtime.teacher import Choice, choose, weights
+from ddexport.validate.metrics._base import BoolArray, FloatArray, IntArray, Limits, Measurement, TeacherPair
+from ddexport.validate.metrics._distribution import distribution
 
 CELLS = 8  # of about equal mass, into which the codebook is cut for the chi-square of a row
 DRAWS = 64  # a row, so that a cell expects 8

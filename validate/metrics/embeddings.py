@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-
-from validate.metrics._base import (
+from ddexport.validate.metrics._base import (
     BoolArray,
     Comparison,
     DrawnPair,

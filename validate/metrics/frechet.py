@@ -11,9 +11,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-
-from runtime.errors import DDError
-from validate.statistics import Gaussian, GaussianFit, TooFewSamples
+from ddexport.runtime.errors import DDError
+from ddexport.validate.statistics import Gaussian, GaussianFit, TooFewSamples
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-
-from validate.metrics._base import Comparison, DrawnPair, FloatArray, ImagePair, Limits, Measurement
+from ddexport.validate.metrics._base import Comparison, DrawnPair, FloatArray, ImagePair, Limits, Measurement
 
 
 def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:

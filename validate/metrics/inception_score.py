@@ -13,8 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-
-from validate.statistics import TooFewSamples
+from ddexport.validate.statistics import TooFewSamples
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 IntArray: TypeAlias = npt.NDArray[np.int64]

@@ -10,9 +10,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-
-from validate.bootstrap import LEVEL, RESAMPLES, Figure, figure
-from validate.statistics import TooFewSamples
+from ddexport.validate.bootstrap import LEVEL, RESAMPLES, Figure, figure
+from ddexport.validate.statistics import TooFewSamples
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]

@@ -8,9 +8,8 @@ and refuses the excuse to a bundle that picks some third token. Excused tokens a
 from __future__ import annotations
 
 import numpy as np
-
-from validate.metrics import _draws
-from validate.metrics._base import (
+from ddexport.validate.metrics import _draws
+from ddexport.validate.metrics._base import (
     BoolArray,
     Comparison,
     DrawnPair,
@@ -20,7 +19,7 @@ from validate.metrics._base import (
     StudentPair,
     largest_difference,
 )
-from validate.metrics._distribution import distribution
+from ddexport.validate.metrics._distribution import distribution
 
 
 def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-
-from runtime import console
+from ddexport.runtime import console
 
 EPILOG = """
 \b
 Examples:
-  python -m validate report build/digits-var --run --open
-  python -m validate report build/var-d16 -o d16.html
-  python -m validate report build/digits-var --json
+  ddexport validate report build/digits-var --run --open
+  ddexport validate report build/var-d16 -o d16.html
+  ddexport validate report build/digits-var --json
 """
 NAME = "index.html"
 _PATH = click.Path(path_type=Path)
@@ -28,10 +27,10 @@ def write_page(bundle: Path, target: Path, making: Any = None) -> tuple[Any, Pat
     """
     from datetime import datetime, timezone
 
-    from runtime.files import atomic_write, make_directory
-    from validate.page.facts import collect
-    from validate.page.make import make_missing
-    from validate.page.view import render
+    from ddexport.runtime.files import atomic_write, make_directory
+    from ddexport.validate.page.facts import collect
+    from ddexport.validate.page.make import make_missing
+    from ddexport.validate.page.view import render
 
     facts = collect(bundle)
     if making is not None:
@@ -79,9 +78,9 @@ def command(
     Reads the reports in BUNDLE/parity; what is missing is named with the command that makes it. Exit code 3
     if a measurement is past its limit, 1 if no report holds this export to its limits.
     """
-    from runtime.errors import DDError, VerificationError
-    from validate.page.make import Making
-    from validate.page.view import summary, verdict
+    from ddexport.runtime.errors import DDError, VerificationError
+    from ddexport.validate.page.make import Making
+    from ddexport.validate.page.view import summary, verdict
 
     target = output or bundle / "parity" / NAME
     facts, page = write_page(bundle, target, Making(bundle, **options) if run else None)

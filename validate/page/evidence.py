@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from ddexport.validate import pictures
+from ddexport.validate.metrics._base import Comparison, FloatArray, StudentPair
+from ddexport.validate.metrics.tokens import excused, margins
 from PIL import Image
-
-from validate import pictures
-from validate.metrics._base import Comparison, FloatArray, StudentPair
-from validate.metrics.tokens import excused, margins
 
 SCHEMA = 1
 DECADES, BINS = (-9, 3), 60  # of the axis that logit errors and margins share

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runtime.manifest import FILE_NAME, TEACHER, Manifest, read_manifest, sha256_of
-from validate.page.evidence import Evidence, EvidenceError, evidence_from_dict
-from validate.page.latency import Latency, latencies
-from validate.page.reports import Drawn, Measured, Report, ReportError, read_comparison, read_report
+from ddexport.runtime.manifest import FILE_NAME, TEACHER, Manifest, read_manifest, sha256_of
+from ddexport.validate.page.evidence import Evidence, EvidenceError, evidence_from_dict
+from ddexport.validate.page.latency import Latency, latencies
+from ddexport.validate.page.reports import Drawn, Measured, Report, ReportError, read_comparison, read_report
 
 FOLDER = "parity"
 FILE_OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", TEACHER: "--teacher"}
@@ -69,8 +69,8 @@ def collect(bundle: Path, shown: str | None = None) -> Facts:
 
     shown: how the bundle is named in commands; its path by default.
     """
-    from runtime.labels import read_labels
-    from runtime.manifest import resolve
+    from ddexport.runtime.labels import read_labels
+    from ddexport.runtime.manifest import resolve
 
     manifest = read_manifest(bundle, verify=True)
     labels = read_labels(resolve(bundle, manifest.labels.file), manifest.classes)
@@ -181,11 +181,11 @@ def _commands(manifest: Manifest, shown: str) -> dict[str, str]:
     options = {one.role: f" {FILE_OPTIONS[one.role]} {one.file}" for one in given}
     files = "".join(options.values())
     pairs = "".join(option for role, option in options.items() if role != TEACHER)
-    again = f"python -m validate report {shown} --run{files}"
+    again = f"ddexport validate report {shown} --run{files}"
     return {
-        "parity": f"python -m validate parity {shown}{files}",
-        "fid": f"python -m validate fid {shown}{pairs}",
+        "parity": f"ddexport validate parity {shown}{files}",
+        "fid": f"ddexport validate fid {shown}{pairs}",
         "evidence": again,
         "latency": again,
-        "comparison": f"python -m validate comparison {manifest.name} --json",
+        "comparison": f"ddexport validate comparison {manifest.name} --json",
     }

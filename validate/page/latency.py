@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime.pipeline import Pipeline
+    from ddexport.runtime.pipeline import Pipeline
 
 FIELDS = ("student_ms", "decoder_ms", "total_ms", "images_per_s", "peak_mib")
 ROUNDS, MOST_SECONDS = 7, 20.0

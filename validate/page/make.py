@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from runtime import console
-from runtime.errors import DDError
-from runtime.files import atomic_write, make_directory
-from runtime.manifest import FILE_NAME, sha256_of
-from validate.page.evidence import Evidence, Sample, closeness, samples_of, worst_cases
-from validate.page.facts import FOLDER, Facts
-from validate.page.latency import measure
+from ddexport.runtime import console
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.files import atomic_write, make_directory
+from ddexport.runtime.manifest import FILE_NAME, sha256_of
+from ddexport.validate.page.evidence import Evidence, Sample, closeness, samples_of, worst_cases
+from ddexport.validate.page.facts import FOLDER, Facts
+from ddexport.validate.page.latency import measure
 
 if TYPE_CHECKING:
-    from runtime.pipeline import Pipeline
-    from validate.metrics._base import Comparison
-    from validate.report import ParityReport
+    from ddexport.runtime.pipeline import Pipeline
+    from ddexport.validate.metrics._base import Comparison
+    from ddexport.validate.report import ParityReport
 
 AT_ONCE = 5000  # images of the recipe's that are measured as they are: a minute or two for an embedded model
 FID_IMAGES, SAMPLES = 500, 10  # in place of more, which may well not do for a verdict
@@ -91,8 +90,8 @@ def draw_samples(pipe: Pipeline, seed: int, count: int = SAMPLES) -> dict[int, t
 
 
 def _make_parity(making: Making, directory: Path) -> None:
-    from validate.parity import Options, run_parity
-    from validate.report import write_report
+    from ddexport.validate.parity import Options, run_parity
+    from ddexport.validate.report import write_report
 
     with console.stage("parity"):
         report, comparison, _ = run_parity(
@@ -117,9 +116,9 @@ def _make_parity(making: Making, directory: Path) -> None:
 
 
 def _make_fid(facts: Facts, making: Making, directory: Path) -> None:
-    from validate.fid_plan import Options
-    from validate.fid_report import write_report
-    from validate.fid_run import run_fid
+    from ddexport.validate.fid_plan import Options
+    from ddexport.validate.fid_report import write_report
+    from ddexport.validate.fid_run import run_fid
 
     stated = (facts.manifest.parity.get("fid") or {}).get("images") or FID_IMAGES
     options = Options(
@@ -143,7 +142,7 @@ def _times(making: Making) -> list[Any]:
 
 
 def _opened(making: Making) -> Pipeline:
-    from runtime.pipeline import load
+    from ddexport.runtime.pipeline import load
 
     return load(making.bundle, making.backend, making.threads, making.precision, verify=False)
 

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from runtime.manifest import Manifest
-from validate.fid_report import CHANGED, DIFFERENCE, DISTANCE
+from ddexport.runtime.manifest import Manifest
+from ddexport.validate.fid_report import CHANGED, DIFFERENCE, DISTANCE
 
 T = TypeVar("T")
 

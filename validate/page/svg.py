@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from validate.page.evidence import Histogram, Mismatch
+from ddexport.validate.page.evidence import Histogram, Mismatch
 
 WIDTH, HEIGHT = 720, 282
 LEFT, RIGHT, TOP, BOTTOM = 16, 704, 62, 222

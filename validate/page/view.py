@@ -9,11 +9,11 @@ from importlib import resources
 from itertools import groupby
 from typing import Any
 
-from runtime.errors import DDError
-from validate.page import svg
-from validate.page.evidence import Evidence
-from validate.page.facts import Facts
-from validate.page.reports import Interval, Measured, Quality, Report
+from ddexport.runtime.errors import DDError
+from ddexport.validate.page import svg
+from ddexport.validate.page.evidence import Evidence
+from ddexport.validate.page.facts import Facts
+from ddexport.validate.page.reports import Interval, Measured, Quality, Report
 
 KINDS = {"parity": "parity", "fid": "image quality"}
 TEMPLATE, STYLE = "page.html.j2", "page.css"
@@ -49,7 +49,7 @@ def render(facts: Facts, made: str) -> str:
         fid_rows=fid_rows,
     )
     environment.tests["random"] = lambda weights: weights.kind == "random"
-    here = resources.files("validate.page")
+    here = resources.files("ddexport.validate.page")
     template = environment.from_string((here / TEMPLATE).read_text(encoding="utf-8"))
     page: str = template.render(
         facts=facts,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.errors import DDError
+from ddexport.runtime.errors import DDError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ddexport.distill.data._base import DataSet, ImageSet, stratified_split
-from runtime.errors import DDError
+from ddexport.runtime.errors import DDError
 
 HELD_OUT = 1000
 _SIDE, _PAD = 28, 2  # padded with background to 32 x 32

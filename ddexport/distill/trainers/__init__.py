@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from runtime.registry import load_plugin
+from ddexport.runtime.registry import load_plugin
 
 Choose: TypeAlias = Callable[[Tensor, slice], Tensor]  # (B, n, V) and its positions -> tokens (B, n)
 Tokenizer: TypeAlias = Any  # the tokenizers share an interface (docs/architecture.md) and no base class

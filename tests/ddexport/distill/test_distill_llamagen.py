@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from ddexport.runtime.errors import DDError
 
 from ddexport.commands.distill import command
 from ddexport.distill.pairs import mapped_tokens
@@ -28,7 +29,6 @@ from ddexport.distill.trainers.llamagen_dd import (
 )
 from ddexport.families._checkpoint import connect, load_part, random_part
 from ddexport.recipe import load_recipe, recipe_from_dict
-from runtime.errors import DDError
 
 LENGTH, WIDTH, V = 16, 8, 256
 

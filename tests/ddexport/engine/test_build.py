@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ddexport.runtime.engines import Profile, graph_digest, read_engine, this_platform
+from ddexport.runtime.errors import BundleError, OutputError, VerificationError
+from ddexport.runtime.machine import Gpu
+from ddexport.runtime.manifest import read_manifest, sha256_of
 
 from ddexport.engine import build as build_module
 from ddexport.engine.build import key_parts, select_graphs
 from ddexport.engine.cache import PLAN, EngineCache, cache_key
 from ddexport.engine.module import TensorRT
 from ddexport.engine.options import BuildOptions
-from runtime.engines import Profile, graph_digest, read_engine, this_platform
-from runtime.errors import BundleError, OutputError, VerificationError
-from runtime.machine import Gpu
-from runtime.manifest import read_manifest, sha256_of
 
 NAMES = {"student_fp16", "decoder_fp16"}
 

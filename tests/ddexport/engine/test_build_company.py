@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ddexport.runtime.engines import read_engine
+from ddexport.runtime.manifest import sha256_of
 
 from ddexport.engine.cache import EngineCache
 from ddexport.engine.module import TensorRT
-from runtime.engines import read_engine
-from runtime.manifest import sha256_of
 
 PROGRAM = """
     import json, sys
@@ -26,7 +26,7 @@ PROGRAM = """
     from ddexport.engine.cache import EngineCache
     from ddexport.engine.module import load_tensorrt
     from ddexport.engine.options import BuildOptions
-    from runtime.engines import Profile
+    from ddexport.runtime.engines import Profile
     {before}
     built = build_module.build_engines(
         Path(sys.argv[1]), load_tensorrt("tensorrt-rtx"),

@@ -14,15 +14,15 @@ from typing import Any
 
 import onnx
 import pytest
+from ddexport.runtime.engines import Profile
+from ddexport.runtime.errors import BundleError, VerificationError
+from ddexport.runtime.machine import Gpu, Machine
+from ddexport.runtime.manifest import read_manifest
 
 from ddexport.engine import builder
 from ddexport.engine.builder import BuildError, build_plan
 from ddexport.engine.module import TensorRT
 from ddexport.engine.options import BuildOptions, OptionError
-from runtime.engines import Profile
-from runtime.errors import BundleError, VerificationError
-from runtime.machine import Gpu, Machine
-from runtime.manifest import read_manifest
 
 _spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).with_name("fake_tensorrt.py"))
 assert _spec and _spec.loader

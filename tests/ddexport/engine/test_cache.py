@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ddexport.runtime.engines import Engine, Profile
+from ddexport.runtime.manifest import sha256_of
 from filelock import Timeout
 
 from ddexport.engine.cache import (
@@ -22,8 +24,6 @@ from ddexport.engine.cache import (
     default_directory,
 )
 from ddexport.engine.prune import Limits, doomed, prune_cache
-from runtime.engines import Engine, Profile
-from runtime.manifest import sha256_of
 
 KEYS = [cache_key({"number": number}) for number in range(4)]
 

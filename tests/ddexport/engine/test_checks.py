@@ -6,11 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ddexport.runtime.machine import Gpu
 
 from ddexport.engine.checks import REFUSALS, check_options, check_targets, known_targets
 from ddexport.engine.module import TensorRT
 from ddexport.engine.options import BuildOptions, OptionError
-from runtime.machine import Gpu
 
 FLAGS = ("TF32", "VERSION_COMPATIBLE", "STRIP_PLAN", "REFIT", "WEIGHT_STREAMING", "SPARSE_WEIGHTS")
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import onnx
 import pytest
+from ddexport.runtime.errors import BundleError, VerificationError
+from ddexport.runtime.manifest import Graph, TensorSpec, read_manifest
 
 from ddexport.engine.builder import BuildError
 from ddexport.engine.module import TensorRT
@@ -18,8 +20,6 @@ from ddexport.engine.network import (
     layers_of_network,
     layers_of_onnx,
 )
-from runtime.errors import BundleError, VerificationError
-from runtime.manifest import Graph, TensorSpec, read_manifest
 
 STUDENT = {
     "fp32": {("product", "float32"): 3},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from ddexport.runtime.engines import Profile
 
 from ddexport.engine.options import (
     BuildOptions,
@@ -14,7 +15,6 @@ from ddexport.engine.options import (
     seconds_from_text,
     targets_from_text,
 )
-from runtime.engines import Profile
 
 
 def test_a_batch_is_three_sizes_or_one() -> None:

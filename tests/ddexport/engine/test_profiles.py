@@ -9,14 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from ddexport.engine.build import key_parts
-from ddexport.engine.builder import _add_profile
-from ddexport.engine.module import TensorRT
-from ddexport.engine.options import BuildOptions
-from ddexport.engine.profiles import profiles_for
-from runtime.engines import Profile, SizeRange
-from runtime.manifest import (
+from ddexport.runtime.engines import Profile, SizeRange
+from ddexport.runtime.manifest import (
     FileInfo,
     Graph,
     ImageSize,
@@ -28,8 +22,14 @@ from runtime.manifest import (
     contract,
     read_manifest,
 )
-from runtime.schedules import moved
-from runtime.teacher import draw
+from ddexport.runtime.schedules import moved
+from ddexport.runtime.teacher import draw
+
+from ddexport.engine.build import key_parts
+from ddexport.engine.builder import _add_profile
+from ddexport.engine.module import TensorRT
+from ddexport.engine.options import BuildOptions
+from ddexport.engine.profiles import profiles_for
 
 _spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).with_name("fake_tensorrt.py"))
 assert _spec and _spec.loader

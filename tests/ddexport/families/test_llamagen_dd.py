@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ddexport.validate.bench.published import llamagen_dd
 
 from ddexport.families import family
 from ddexport.families._checkpoint import connect, load_part, published_state
 from ddexport.families._llamagen_blocks import halves_from_pairs, rotary_table, rotation
 from ddexport.families.llamagen_dd import guided
 from ddexport.recipe import load_recipe, recipe_from_dict
-from validate.bench.published import llamagen_dd
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "llamagen-dd-small"
 TOLERANCE = 2e-5

@@ -17,8 +17,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
+from ddexport.runtime.engines import Profile
+from ddexport.runtime.manifest import read_manifest
 
-import runtime
+from ddexport import runtime
 from ddexport.bundle import Exported, WeightRequest, export_bundle
 from ddexport.commands.inspect import command as inspect_command
 from ddexport.engine.build import select_graphs
@@ -26,8 +28,6 @@ from ddexport.engine.profiles import profiles_for
 from ddexport.families._checkpoint import load_part
 from ddexport.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict
 from ddexport.sources import MissingWeightsError, roles_of, sources_of
-from runtime.engines import Profile
-from runtime.manifest import read_manifest
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 TOLERANCE = 2e-5

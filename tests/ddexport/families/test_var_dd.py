@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ddexport.runtime.errors import DDError
+from ddexport.validate.bench.published import var_dd
 
 from ddexport.families import family
 from ddexport.families._checkpoint import connect, load_part
 from ddexport.families._var_tokenizer import phi_of_scale
 from ddexport.families.var_dd import guided
 from ddexport.recipe import load_recipe, recipe_from_dict
-from runtime.errors import DDError
-from validate.bench.published import var_dd
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "var-dd-small"
 TOLERANCE = 2e-5

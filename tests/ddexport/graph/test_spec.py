@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from ddexport.runtime.manifest import FileInfo, Teacher
 
 from ddexport.graph.spec import BATCHES, graph_specs, rows, sample_inputs
 from ddexport.recipe import Recipe, load_recipe, recipe_names
-from runtime.manifest import FileInfo, Teacher
 
 
 def test_the_graphs_are_those_of_the_bundle_format() -> None:

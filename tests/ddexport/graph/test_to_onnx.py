@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from ddexport.runtime.manifest import read_manifest
 from onnx import numpy_helper
 
 from ddexport.bundle import WeightRequest, load_parts
@@ -16,7 +17,6 @@ from ddexport.graph import to_onnx
 from ddexport.graph.rewrites import rewrite
 from ddexport.graph.spec import graph_specs
 from ddexport.graph.to_onnx import OPSETS, ExportError, check_onnx, check_opset, onnx_from_module
-from runtime.manifest import read_manifest
 
 FORBIDDEN = {"If", "Loop", "Scan", "NonZero", "Dropout", "Bernoulli", "Multinomial"} | {
     f"Random{law}{like}" for law in ("Normal", "Uniform") for like in ("", "Like")

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from ddexport.runtime.errors import VerificationError
 
 from ddexport.bundle import WeightRequest, load_parts
 from ddexport.graph.spec import BATCHES, GraphSpec, graph_specs
 from ddexport.graph.verify import Agreement, compare, trial, verify_graph
 from ddexport.recipe import Recipe
-from runtime.errors import VerificationError
 
 Arrays = dict[str, np.ndarray]
 Fault = Callable[[Arrays, Arrays], None]

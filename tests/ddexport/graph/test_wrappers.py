@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ddexport.runtime.contract import FileInfo
+from ddexport.runtime.schedules import Span, Teacher
+from ddexport.runtime.teacher import draw
 
 from ddexport.families._base import Teacher as TeacherModule
 from ddexport.families._checkpoint import load_part
 from ddexport.graph.wrappers import TeacherGraph
 from ddexport.precision.cast import in_precision
 from ddexport.recipe import load_recipe
-from runtime.contract import FileInfo
-from runtime.schedules import Span, Teacher
-from runtime.teacher import draw
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 TOKENIZERS = {"var-dd-small": "vae.pth", "llamagen-dd-small": "vq.pth"}

@@ -10,6 +10,8 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
+from ddexport.runtime.errors import VerificationError
+from ddexport.runtime.manifest import read_manifest
 
 from ddexport.bundle import Exported, WeightRequest, export_bundle, load_parts
 from ddexport.families._checkpoint import save_part
@@ -17,8 +19,6 @@ from ddexport.graph.accuracy import PRODUCTS
 from ddexport.graph.to_onnx import ExportError
 from ddexport.precision.cast import PrecisionError
 from ddexport.recipe import Recipe
-from runtime.errors import VerificationError
-from runtime.manifest import read_manifest
 
 HALVES = ("fp16", "bf16")
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}

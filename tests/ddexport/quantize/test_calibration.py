@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from ddexport.runtime.noise import gaussian_noise
 from onnx import TensorProto, helper, numpy_helper
 
 import ddexport.quantize.calibration as calibration
 from ddexport.quantize.calibration import SEED, Observed, calibrate, student_passes
 from ddexport.recipe import Recipe
-from runtime.noise import gaussian_noise
 
 
 class Recorder:

@@ -12,6 +12,9 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from ddexport.runtime.errors import VerificationError
+from ddexport.runtime.manifest import Graph, read_manifest
+from ddexport.runtime.pipeline import load
 from onnx import numpy_helper
 
 from ddexport.bundle import WeightRequest, export_bundle
@@ -19,9 +22,6 @@ from ddexport.commands.onnx import command
 from ddexport.precision.cast import PrecisionError
 from ddexport.quantize.graphs import check_int8, int8_graphs
 from ddexport.recipe import Limits, Recipe
-from runtime.errors import VerificationError
-from runtime.manifest import Graph, read_manifest
-from runtime.pipeline import load
 
 LIMITS = Limits(token_margin=100.0, embedding_error=1.0, image_psnr=5.0, image_max=255)
 TIGHT = Limits(token_margin=1e-6, embedding_error=1e-6, image_psnr=150.0, image_max=0)

@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from ddexport.runtime.machine import Machine
 from onnx import TensorProto, helper, numpy_helper
 
 from ddexport.quantize.qdq import quantised_model
-from runtime.machine import Machine
 
 RANGE = (-1.5, 4.0)
 

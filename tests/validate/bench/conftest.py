@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from runtime.errors import DDError
-from validate.bench.case import Job
-from validate.bench.plan import Request
-from validate.bench.processes import WorkerError
+from ddexport.runtime.errors import DDError
+from ddexport.validate.bench.case import Job
+from ddexport.validate.bench.plan import Request
+from ddexport.validate.bench.processes import WorkerError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "var-dd-small"
 
@@ -43,7 +42,7 @@ class InProcess:
         self.closed = False
 
     def ready(self) -> dict[str, Any]:
-        from validate.bench.worker import Session
+        from ddexport.validate.bench.worker import Session
 
         if self._session is None:
             self._session = self._try(Session, self.job)

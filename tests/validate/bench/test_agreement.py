@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from runtime.manifest import read_manifest
-from validate.bench.agreement import Agreement, Judge, limits_of, worst_of
-from validate.bench.case import REFERENCE, Job, inputs
-from validate.bench.outputs import Outputs
-from validate.bench.ways import Drawer
-from validate.metrics._base import StudentOutput
+from ddexport.runtime.manifest import read_manifest
+from ddexport.validate.bench.agreement import Agreement, Judge, limits_of, worst_of
+from ddexport.validate.bench.case import REFERENCE, Job, inputs
+from ddexport.validate.bench.outputs import Outputs
+from ddexport.validate.bench.ways import Drawer
+from ddexport.validate.metrics._base import StudentOutput
 
 
 @pytest.fixture(scope="module")

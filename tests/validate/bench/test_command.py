@@ -11,14 +11,13 @@ from pathlib import Path
 import onnx
 import pytest
 from click.testing import CliRunner
+from ddexport.runtime.machine import Machine
+from ddexport.runtime.manifest import file_info, read_manifest
+from ddexport.runtime.measured import read_measured
+from ddexport.validate.bench import run as running
+from ddexport.validate.bench.cli import command
+from ddexport.validate.bench.page import END, START
 from onnx import numpy_helper
-
-from runtime.machine import Machine
-from runtime.manifest import file_info, read_manifest
-from runtime.measured import read_measured
-from validate.bench import run as running
-from validate.bench.cli import command
-from validate.bench.page import END, START
 
 KEYS = {
     "model", "backend", "precision", "batch", "steps", "student_ms", "decoder_ms", "total_ms", "images_per_s",
@@ -133,7 +132,7 @@ def test_nothing_left_ends_with_1(bench, bundle):
 
 
 def test_a_row_that_could_not_be_timed_ends_with_1(monkeypatch, bench, bundle, in_process):
-    from validate.bench.processes import WorkerError
+    from ddexport.validate.bench.processes import WorkerError
 
     def send(self, request):
         raise WorkerError("the worker was ended by SIGSEGV")

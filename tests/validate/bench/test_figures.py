@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from ddexport.validate.bench.case import Times
+from ddexport.validate.bench.figures import part_ms, percentiles, speedup
+from ddexport.validate.bench.rounds import Sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from validate.bench.case import Times
-from validate.bench.figures import part_ms, percentiles, speedup
-from validate.bench.rounds import Sample
 
 times = st.lists(st.floats(1e-4, 1e3), min_size=3, max_size=12)
 few = settings(max_examples=25)

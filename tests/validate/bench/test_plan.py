@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-
-from runtime.machine import Cpu, Machine
-from runtime.manifest import read_manifest
-from validate.bench import plan as module
-from validate.bench.case import Alternative, Case
-from validate.bench.plan import backend_names, make_plan, nothing_left
+from ddexport.runtime.machine import Cpu, Machine
+from ddexport.runtime.manifest import read_manifest
+from ddexport.validate.bench import plan as module
+from ddexport.validate.bench.case import Alternative, Case
+from ddexport.validate.bench.plan import backend_names, make_plan, nothing_left
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ddexport.runtime.errors import DDError
+from ddexport.validate.bench.published import published_step
+from ddexport.validate.bench.torch_ways import PublishedWay, TorchWay
+from ddexport.validate.reference import TorchReference
 
 from ddexport.families._checkpoint import connect, random_part
 from ddexport.recipe import load_recipe
-from runtime.errors import DDError
-from validate.bench.published import published_step
-from validate.bench.torch_ways import PublishedWay, TorchWay
-from validate.reference import TorchReference
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 

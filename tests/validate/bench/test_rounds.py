@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-
-from validate.bench.case import Times
-from validate.bench.rounds import LONG, MOST_ROUNDS, Contender, Sample, interleave, least_rounds
+from ddexport.validate.bench.case import Times
+from ddexport.validate.bench.rounds import LONG, MOST_ROUNDS, Contender, Sample, interleave, least_rounds
 
 
 @dataclass(kw_only=True)

@@ -7,15 +7,14 @@ import itertools
 
 import numpy as np
 import pytest
-
-from runtime.machine import Machine
-from runtime.manifest import read_manifest
-from validate.bench import remember
-from validate.bench.peak import Peak
-from validate.bench.plan import make_plan
-from validate.bench.processes import WorkerError
-from validate.bench.run import measure_peaks, run_bench
-from validate.bench.work import flops_of
+from ddexport.runtime.machine import Machine
+from ddexport.runtime.manifest import read_manifest
+from ddexport.validate.bench import remember
+from ddexport.validate.bench.peak import Peak
+from ddexport.validate.bench.plan import make_plan
+from ddexport.validate.bench.processes import WorkerError
+from ddexport.validate.bench.run import measure_peaks, run_bench
+from ddexport.validate.bench.work import flops_of
 
 PEAKS = {(1, "fp32"): Peak("fp32", 100.0, "numpy"), (1, "bf16"): Peak("bf16", None, why="no engine")}
 
@@ -186,7 +185,7 @@ def test_copies_side_by_side_count_together(rows_of, in_process):
 
 def test_an_image_whose_tokens_all_differ_is_compared_by_its_decoder(rows_of, in_process, monkeypatch):
     """And differing tokens are told."""
-    from validate.bench.agreement import Judge
+    from ddexport.validate.bench.agreement import Judge
 
     monkeypatch.setattr(Judge, "comparable", lambda self, got: np.zeros(len(got.image), dtype=np.bool_))
     (row,) = rows_of(in_process, backends=("onnxruntime",), precisions=("fp32",))

@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-
-from validate.bench.case import Job
-from validate.bench.memory import peak_mib, reset_peak
-from validate.bench.peak import PRECISIONS, Peak, best_of, fastest, rates_of
-from validate.bench.processes import Gang, Worker, WorkerError
-from validate.bench.worker import KEPT, Session, serve
+from ddexport.validate.bench.case import Job
+from ddexport.validate.bench.memory import peak_mib, reset_peak
+from ddexport.validate.bench.peak import PRECISIONS, Peak, best_of, fastest, rates_of
+from ddexport.validate.bench.processes import Gang, Worker, WorkerError
+from ddexport.validate.bench.worker import KEPT, Session, serve
 
 REPLIES = "import sys\nfor line in sys.stdin:\n    "
 
@@ -140,7 +139,7 @@ class TestProcesses:
         """As `timeout` ends one: its workers end, and so do the files of the run."""
         code = (
             "import os, signal, tempfile\n"
-            "from validate.bench.processes import tidy_at_sigterm\n"
+            "from ddexport.validate.bench.processes import tidy_at_sigterm\n"
             f"with tidy_at_sigterm(), tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):\n"
             "    os.kill(os.getpid(), signal.SIGTERM)\n"
         )

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from validate.features._base import FeatureError, load_extractor
-from validate.features._inception_network import FidInception, prepare_half_pixel, prepare_tf1
-from validate.features._inception_weights import WRAPPED, load_weights, random_state
+from ddexport.validate.features._base import FeatureError, load_extractor
+from ddexport.validate.features._inception_network import FidInception, prepare_half_pixel, prepare_tf1
+from ddexport.validate.features._inception_weights import WRAPPED, load_weights, random_state
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "inception"
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from ddexport.runtime.errors import DDError
+from ddexport.validate.bootstrap import figure
+from ddexport.validate.metrics.frechet import FrechetTo, frechet_distance, gaussian_fit
+from ddexport.validate.statistics import Gaussian, GroupedMoments, TooFewSamples
 from scipy import linalg
-
-from runtime.errors import DDError
-from validate.bootstrap import figure
-from validate.metrics.frechet import FrechetTo, frechet_distance, gaussian_fit
-from validate.statistics import Gaussian, GroupedMoments, TooFewSamples
 
 
 def gaussian(count, width=5, seed=0):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
-from validate.metrics.inception_score import ScoreSums, inception_score
-from validate.statistics import TooFewSamples
+from ddexport.validate.metrics.inception_score import ScoreSums, inception_score
+from ddexport.validate.statistics import TooFewSamples
 
 
 def softmax(logits):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
-from validate.metrics.kernel_distance import kernel_distance, mmd
-from validate.statistics import TooFewSamples
+from ddexport.validate.metrics.kernel_distance import kernel_distance, mmd
+from ddexport.validate.statistics import TooFewSamples
 
 
 def gaussian(count, width=5, seed=0):
@@ -90,7 +89,7 @@ def test_the_interval_is_about_two_standard_errors():
 
 
 def test_subsets_repeat_no_row_and_use_all_before_any_twice():
-    from validate.metrics.kernel_distance import _order
+    from ddexport.validate.metrics.kernel_distance import _order
 
     order = _order(50, 10, 8, np.random.default_rng(0))
     assert order.shape == (8, 10)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from ddexport.validate.metrics.precision_recall import coverage, precision_recall, squared_distances
+from ddexport.validate.statistics import TooFewSamples
 from prdc import compute_prdc
-
-from validate.metrics.precision_recall import coverage, precision_recall, squared_distances
-from validate.statistics import TooFewSamples
 
 
 def gaussian(count, width=5, seed=0):

@@ -6,11 +6,10 @@ import math
 
 import numpy as np
 import pytest
-
-from runtime.teacher import Choice
-from validate.metrics import images
-from validate.metrics._base import ImagePair, Limits, TeacherPair
-from validate.metrics._draws import excused_draws
+from ddexport.runtime.teacher import Choice
+from ddexport.validate.metrics import images
+from ddexport.validate.metrics._base import ImagePair, Limits, TeacherPair
+from ddexport.validate.metrics._draws import excused_draws
 
 LIMIT = 0.1  # of a logit's error
 

@@ -8,11 +8,8 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
-
-from tests.validate.toys import compare
-from validate.metrics.tokens import margins
-from validate.page.evidence import (
+from ddexport.validate.metrics.tokens import margins
+from ddexport.validate.page.evidence import (
     MAX_SIDE,
     Evidence,
     EvidenceError,
@@ -23,6 +20,9 @@ from validate.page.evidence import (
     samples_of,
     worst_cases,
 )
+from PIL import Image
+
+from tests.validate.toys import compare
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import json
 import math
 
 import pytest
-
-from validate.page.latency import Latency, latencies, measure
+from ddexport.validate.page.latency import Latency, latencies, measure
 
 ROW = {"model": "m", "backend": "openvino", "precision": "bf16", "batch": 4, "steps": 2, "total_ms": 8.0}
 
@@ -43,7 +42,7 @@ def test_what_has_no_time_is_passed_over(data):
 
 def test_an_open_bundle_is_timed_in_every_schedule(random_bundle):
     """And what is measured is read back as it was."""
-    from runtime.pipeline import load
+    from ddexport.runtime.pipeline import load
 
     with load(random_bundle) as pipe:
         found = measure(pipe, (1, 3))

@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-
-from runtime.errors import BundleError
-from runtime.manifest import file_info, read_manifest, sha256_of
-from validate.page.command import command
-from validate.page.facts import collect
-from validate.page.make import Making, make_missing
-from validate.page.reports import Measured
-from validate.page.view import cards, render, room, summary, verdict
+from ddexport.runtime.errors import BundleError
+from ddexport.runtime.manifest import file_info, read_manifest, sha256_of
+from ddexport.validate.page.command import command
+from ddexport.validate.page.facts import collect
+from ddexport.validate.page.make import Making, make_missing
+from ddexport.validate.page.reports import Measured
+from ddexport.validate.page.view import cards, render, room, summary, verdict
 
 HOSTILE = "<script>alert('x')</script>\"'><img src=http://example.org/x onerror=alert(1)>{{ 7 * 7 }}"
 INTERVAL = {"value": 0.5, "low": 0.4, "high": 0.6}

@@ -7,9 +7,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-
-from validate.page.evidence import Histogram, Mismatch
-from validate.page.svg import LEFT, RIGHT, Point, against_passes, against_steps, closeness
+from ddexport.validate.page.evidence import Histogram, Mismatch
+from ddexport.validate.page.svg import LEFT, RIGHT, Point, against_passes, against_steps, closeness
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from runtime.registry import load_plugin
+from ddexport.runtime.registry import load_plugin
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,6 @@ def published_step(recipe: Recipe, student: Any) -> Step:
 
     recipe: of the bundle. student: loaded and connected, not tabulated; its weights are used as they are.
     """
-    module = load_plugin("validate.bench.published", recipe.family, kind="published sampler")
+    module = load_plugin("ddexport.validate.bench.published", recipe.family, kind="published sampler")
     step: Step = module.step_of(recipe, student)
     return step

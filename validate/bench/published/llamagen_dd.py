@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ddexport.validate.bench.published import Step
+
     from ddexport.families.llamagen_dd import LlamaGenStudent
     from ddexport.recipe import Recipe
-    from validate.bench.published import Step
 
 
 def literal_step(
@@ -100,7 +101,7 @@ def turns(side: int, width: int) -> Tensor:
 
 
 def step_of(recipe: Recipe, student: LlamaGenStudent) -> Step:
-    """The step of `validate.bench.published` for a student as loaded."""
+    """The step of `ddexport.validate.bench.published` for a student as loaded."""
     from ddexport.families._checkpoint import published_state
 
     state = published_state(student, recipe, "student")

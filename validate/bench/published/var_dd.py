@@ -18,8 +18,9 @@ from ddexport.families._var_blocks import Conditioning, NoiseDataRows
 from ddexport.families.var_dd import VarStudent
 
 if TYPE_CHECKING:
+    from ddexport.validate.bench.published import Step
+
     from ddexport.recipe import Recipe
-    from validate.bench.published import Step
 
 
 def literal_step(
@@ -63,5 +64,5 @@ def literal_step(
 
 
 def step_of(recipe: Recipe, student: VarStudent) -> Step:
-    """The step of `validate.bench.published` for a student as loaded."""
+    """The step of `ddexport.validate.bench.published` for a student as loaded."""
     return partial(literal_step, student)
