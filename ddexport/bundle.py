@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import gc
 import itertools
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from torch import nn
 
@@ -22,17 +22,18 @@ from ddexport.families._base import Teacher as TeacherModule
 from ddexport.graph.external import SharedWeights
 from ddexport.graph.prove import prove
 from ddexport.graph.rewrites import LEFT_OUT, REWRITES, check_rewrites, other_forms, rewrite
-from ddexport.graph.spec import GraphSpec, graph_specs, image_size, sequence_size
+from ddexport.graph.spec import GraphSpec, graph_specs, image_size
 from ddexport.graph.to_onnx import check_onnx, check_opset, default_opset, onnx_from_module
 from ddexport.graph.verify import Agreement
 from ddexport.graph.wrappers import graph_module
 from ddexport.model_card import model_card
 from ddexport.precision.cast import PrecisionError, check_patterns, in_precision
-from ddexport.precision.policy import FLOAT32, INT8, PRECISIONS
+from ddexport.precision.policy import FLOAT32, HALVES, INT8, PRECISIONS
+from ddexport.precision.table import ACCURACY_FILE
 from ddexport.quantize.graphs import check_int8, with_int8
 from ddexport.quantize.policy import IMAGES
-from ddexport.recipe import Recipe, class_names
-from ddexport.runtime.manifest import (
+from ddexport.recipe import Recipe, class_names, manifest_recipe
+from ddexport.runtime.bundle import (
     FILE_NAME,
     SCHEMA,
     TEACHER,
@@ -43,6 +44,7 @@ from ddexport.runtime.manifest import (
     file_info,
     read_manifest,
 )
+from ddexport.runtime.records import to_json
 from ddexport.sources import WeightRequest, load_parts, provenance, roles_of, sources_of
 from ddexport.staging import staged_directory
 
@@ -123,18 +125,20 @@ def export_bundle(
                 module = graph_module(spec, part, parts["tokenizer"])
                 version = opset or default_opset(precision)
                 graphs.append(
-                    _write_graph(module, spec, precision, recipe, folder, version, weights, stage, shared)
+                    _write_graph(
+                        module, spec, precision, recipe, folder, version, weights, stage, shared, keep_fp32
+                    )
                 )
             del part, module  # one cast copy at a time beside the float32 parts
         if INT8 in precisions:
             graphs = with_int8(graphs, folder, recipe, calibration, FLOAT32 in precisions, stage)
-        graphs, agreement = prove(folder, graphs, parts, specs, recipe, keep_fp32, stage)
         (folder / "labels.json").write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         manifest = Manifest(
+            schema=SCHEMA,
             name=recipe.name,
             title=recipe.title,
             created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            sequence=sequence_size(recipe),
+            sequence=recipe.sequence,
             image=image_size(recipe),
             classes=recipe.classes,
             labels=file_info(folder / "labels.json", folder),
@@ -143,17 +147,21 @@ def export_bundle(
                 for steps, schedule in recipe.schedules.items()
                 if teacher is not None or schedule.teacher is None
             },
+            teacher=teacher,
             graphs=tuple(graphs),
             weights=weights,
-            parity=recipe.to_dict()["parity"],
-            published=recipe.published,
             licence=recipe.licence,
-            recipe=recipe.to_dict(),
+            published=recipe.published,
+            parity=recipe.to_dict()["parity"],
+            recipe=manifest_recipe(recipe),
             tools={**_tools(), **_left_out(without)},
-            teacher=teacher,
         )
+        proven, agreement = prove(folder, manifest, parts, specs, recipe, stage)
+        accuracy = {file: one.to_dict() for file, one in proven.items()}
+        (folder / ACCURACY_FILE).parent.mkdir()
+        (folder / ACCURACY_FILE).write_text(to_json(accuracy), encoding="utf-8")
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(recipe, manifest), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(recipe, manifest, accuracy), encoding="utf-8")
         read_manifest(folder, verify=False)  # as the runtime will
     return Exported(target, manifest, agreement)
 
@@ -166,7 +174,7 @@ def check_precisions(precisions: Sequence[str], recipe: Recipe) -> None:
             raise PrecisionError(f"there is no precision {precision!r}", f"there is: {known}")
         if list(precisions).count(precision) > 1:
             raise PrecisionError(f"the precision {precision} is named twice", "name each once")
-        if precision != FLOAT32 and precision not in recipe.parity:
+        if precision != FLOAT32 and recipe.parity.limits(precision) is None:
             page = INT8 if precision == INT8 else "precision"
             raise PrecisionError(
                 f"recipe {recipe.name} states no parity limits for {precision}",
@@ -192,6 +200,7 @@ def _write_graph(
     weights: Weights,
     stage: Stage,
     shared: SharedWeights | None,
+    keep_fp32: Sequence[str],
 ) -> Graph:
     path = folder / f"{spec.stem}{_suffix(precision)}.onnx"
     properties = {
@@ -209,7 +218,10 @@ def _write_graph(
     with stage(f"checking {path.name}"):
         check_onnx(path)
         infos = tuple(file_info(file, folder) for file in files)
-    return Graph(spec.role, precision, path.name, infos, spec.inputs, spec.outputs, spec.split)
+    kept = tuple(keep_fp32) if precision in HALVES else ()
+    return Graph(
+        role=spec.role, precision=precision, file=path.name, files=infos, split=spec.split, keep_fp32=kept
+    )
 
 
 def _suffix(precision: str) -> str:
@@ -226,8 +238,8 @@ def _shared_weights(specs: Sequence[GraphSpec], precision: str, folder: Path) ->
 def _teacher(parts: Mapping[str, nn.Module], recipe: Recipe, folder: Path) -> Teacher:
     """What the manifest says of the teacher. Writes the codebook, with which the runtime reads the student's
     sequence and embeds the teacher's tokens."""
-    module, drawn = parts[TEACHER], recipe.teacher
-    assert isinstance(module, TeacherModule) and drawn is not None  # `roles_of` has seen to it
+    module, sampling = parts[TEACHER], recipe.teacher
+    assert isinstance(module, TeacherModule) and sampling is not None  # `roles_of` has seen to it
     codebook = parts["tokenizer"].codebook.detach().numpy()  # type: ignore[operator,union-attr]
     np.save(folder / CODEBOOK, np.ascontiguousarray(codebook, dtype=np.float32))
     geometry = module.geometry
@@ -238,7 +250,7 @@ def _teacher(parts: Mapping[str, nn.Module], recipe: Recipe, folder: Path) -> Te
         head_width=geometry.head_width,
         guidance=module.guidance,
         codebook=file_info(folder / CODEBOOK, folder),
-        **dataclasses.asdict(drawn),
+        **msgspec.structs.asdict(sampling),
     )
 
 

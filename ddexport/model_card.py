@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ddexport.precision.policy import FLOAT32
 from ddexport.precision.table import summary
 from ddexport.recipe import Recipe
-from ddexport.runtime.manifest import Manifest
+from ddexport.runtime.bundle import Manifest
 
 
-def model_card(recipe: Recipe, manifest: Manifest) -> str:
-    """Markdown."""
+def model_card(recipe: Recipe, manifest: Manifest, accuracy: Mapping[str, Any]) -> str:
+    """Markdown. accuracy: what was measured of the graphs, by file."""
     *most, last = map(str, sorted(manifest.schedules))
     steps = f"{', '.join(most)} or {last}" if most else last
     lines = [
@@ -20,14 +23,14 @@ def model_card(recipe: Recipe, manifest: Manifest) -> str:
         f" {manifest.tools['ddexport']}.",
         "",
         "```",
-        f"python -m runtime.infer . --label 0 --steps {min(manifest.schedules)} -o out.png",
+        f"ddexport sample . --label 0 --steps {min(manifest.schedules)} -o out.png",
         "```",
         "",
         "## Weights",
         "",
         *_weights(manifest),
         "",
-        *_reduced(manifest),
+        *_reduced(manifest, accuracy),
         *_teacher(manifest),
         *_published(recipe, manifest),
         "## Licence and intended use",
@@ -47,7 +50,7 @@ def _weights(manifest: Manifest) -> list[str]:
     ]
 
 
-def _reduced(manifest: Manifest) -> list[str]:
+def _reduced(manifest: Manifest, accuracy: Mapping[str, Any]) -> list[str]:
     """What the half and int8 graphs are, where there are any."""
     graphs = [graph for graph in manifest.graphs if graph.precision != FLOAT32]
     if not graphs:
@@ -59,12 +62,12 @@ def _reduced(manifest: Manifest) -> list[str]:
         "|---|---|---|---|",
     ]
     for graph in graphs:
-        accuracy = graph.accuracy
-        errors = {error["output"]: error["rms"] for error in accuracy["errors"]}  # the largest batch is last
+        measured = accuracy[graph.file]
+        errors = {error["output"]: error["rms"] for error in measured["errors"]}  # the largest batch is last
         rms = ", ".join(f"{name} {value:.1e}" for name, value in errors.items())
-        kept = ", ".join(f"`{pattern}`" for pattern in accuracy["keep_fp32"])
-        lines.append(f"| {graph.file} | {summary(graph)} | {rms} | {kept} |")
-    oracles = dict.fromkeys(f"{graph.precision}: {graph.accuracy['oracle']}" for graph in graphs)
+        kept = ", ".join(f"`{pattern}`" for pattern in graph.keep_fp32)
+        lines.append(f"| {graph.file} | {summary(graph, measured)} | {rms} | {kept} |")
+    oracles = dict.fromkeys(f"{graph.precision}: {accuracy[graph.file]['oracle']}" for graph in graphs)
     return [*lines, "", f"Errors are relative to float32, on random inputs ({'; '.join(oracles)}).", ""]
 
 
@@ -82,7 +85,7 @@ def _teacher(manifest: Manifest) -> list[str]:
     return [
         "## Steps that involve the teacher",
         "",
-        "| `--steps` | positions that the teacher draws | passes of the student |",
+        "| `--steps` | positions that the teacher generates | passes of the student |",
         "|---|---|---|",
         *rows,
         "",

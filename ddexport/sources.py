@@ -11,9 +11,9 @@ from torch import nn
 from ddexport.families import family
 from ddexport.families._checkpoint import connect, load_part, random_part
 from ddexport.recipe import Recipe, RecipeError, Source, embedded_weights
+from ddexport.runtime.bundle import TEACHER, Weights, sha256_of
+from ddexport.runtime.bundle import Source as WeightFile
 from ddexport.runtime.errors import DDError
-from ddexport.runtime.manifest import TEACHER, Weights, sha256_of
-from ddexport.runtime.manifest import Source as WeightFile
 
 ALWAYS = ("student", "tokenizer")
 
@@ -110,20 +110,20 @@ def load_parts(
 def provenance(recipe: Recipe, request: WeightRequest, sources: Mapping[str, Path]) -> Weights:
     """What the manifest says of the weights: the hash of every file, or the seed."""
     if request.random_seed is not None:
-        return Weights("random", request.random_seed, ())
+        return Weights(kind="random", seed=request.random_seed)
     embedded = recipe.embedded and not request.files
     layouts = {role: family(recipe.family).layout(recipe, role) for role in sources}
     files = tuple(
         WeightFile(
-            role,
-            path.name,
-            sha256_of(path),
-            path.stat().st_size,
-            request.weights if layouts[role].containers else None,
+            role=role,
+            file=path.name,
+            sha256=sha256_of(path),
+            bytes=path.stat().st_size,
+            weights=request.weights if layouts[role].containers else None,
         )
         for role, path in sources.items()
     )
-    return Weights("embedded" if embedded else "checkpoint", None, files)
+    return Weights(kind="embedded" if embedded else "checkpoint", files=files)
 
 
 def _published_at(source: Source) -> str:

@@ -1,19 +1,16 @@
 """Directories that appear whole or not at all.
 
 A bundle may take minutes and gigabytes to write. It is written to a hidden sibling and renamed into place at
-the end, so that nobody ever sees half of one. What remains after an error, Ctrl-C or a kill is removed: by
-the context manager, by a small helper process that outlives a killed parent, or, after a power cut, by the
-next run.
+the end, so that nobody ever sees half of one. An error or Ctrl-C removes the sibling. What a killed process
+leaves is named in a warning of the next one and never removed: another machine may still be writing it.
 """
 
 from __future__ import annotations
 
 import errno
-import os
-import re
+import glob
+import logging
 import shutil
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,18 +18,8 @@ from pathlib import Path
 
 from ddexport.runtime.errors import OutputError
 
-# Runs in its own process and session: waits until the parent closes the pipe (or dies), then tidies up.
-JANITOR = """
-import os, shutil, sys
-staging, backup, target = sys.argv[1:]
-sys.stdin.read()
-shutil.rmtree(staging, ignore_errors=True)
-if os.path.isdir(backup):
-    if os.path.exists(target):
-        shutil.rmtree(backup, ignore_errors=True)
-    else:
-        os.rename(backup, target)
-"""
+PARTIAL, REPLACED = ".part", ".old"
+LEFT = {PARTIAL: "what an export had written", REPLACED: "what was there before an export"}
 
 
 @contextmanager
@@ -52,26 +39,16 @@ def staged_directory(
             or the place cannot be written, or the disk is full.
     """
     target = target.resolve()
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)  # first: it may put a bundle back
         _check_replaceable(target, replace, marker)
-        name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        staging = target.with_name(f".{target.name}.partial-{name}")
-        backup = target.with_name(f".{target.name}.replaced-{name}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _warn_of_leftovers(target)
         staging.mkdir()
     except OSError as error:
         raise OutputError(
             f"cannot write {target}: {error.filename}: {error.strerror}", "choose another place with -o"
         ) from error
-    janitor = subprocess.Popen(
-        [sys.executable, "-c", JANITOR, str(staging), str(backup), str(target)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/" if os.name == "posix" else None,
-    )
     try:
         free = shutil.disk_usage(staging).free
         if free < needed_bytes:
@@ -82,13 +59,13 @@ def staged_directory(
             )
         yield staging
         _check_replaceable(target, replace, marker)  # somebody may have made it in the meantime
-        _swap(staging, backup, target)
+        _swap(staging, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"no space left while writing {target}", "make room, or use -o") from error
         raise
     finally:
-        janitor.communicate()
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _check_replaceable(target: Path, replace: bool, marker: str | None) -> None:
@@ -104,31 +81,22 @@ def _check_replaceable(target: Path, replace: bool, marker: str | None) -> None:
         )
 
 
-def _swap(staging: Path, backup: Path, target: Path) -> None:
-    if target.exists():
-        target.rename(backup)
-    staging.rename(target)
-
-
-def _remove_leftovers(target: Path) -> None:
-    """What a run left behind when the machine went down: partial directories, and a replaced one to put
-    back."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(partial|replaced)-(\d+)-[0-9a-f]{{8}}")
-    for path in list(target.parent.iterdir()):
-        match = pattern.fullmatch(path.name)
-        if not match or _is_running(int(match[2])):
-            continue
-        if match[1] == "replaced" and not target.exists():
-            path.rename(target)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
+def _swap(staging: Path, target: Path) -> None:
+    old = staging.with_suffix(REPLACED)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        if target.exists():
+            target.rename(old)
+        staging.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _warn_of_leftovers(target: Path) -> None:
+    for path in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 32}.*"):
+        if path.suffix in LEFT:
+            logging.getLogger(__name__).warning(
+                "%s is %s that was killed, or that still runs: remove or rename it", path, LEFT[path.suffix]
+            )

@@ -1,7 +1,7 @@
-"""Draws images from a bundle with numpy, Pillow and one inference engine: deploy time, no torch.
+"""Draws images from a bundle with numpy, Pillow, msgspec and one inference engine: deploy time, no torch.
 
->>> from ddexport import runtime
->>> with runtime.load("build/digits-var") as pipe:
+>>> import ddexport
+>>> with ddexport.load("build/digits-var") as pipe:
 ...     pipe(["seven"], steps=1, seed=0, num_images=4).images
 """
 

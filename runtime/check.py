@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ddexport.runtime.errors import BundleError, VerificationError
-from ddexport.runtime.manifest import FILE_NAME, sha256_of
-from ddexport.runtime.pipeline import Pipeline
 from numpy.typing import NDArray
+
+from ddexport.runtime.bundle import FILE_NAME, sha256_of
+from ddexport.runtime.errors import BundleError, VerificationError
+from ddexport.runtime.pipeline import Pipeline
 
 FILE = "parity/golden.npz"
 MAKE = "Make it where the bundle was exported: ddexport validate parity BUNDLE"
@@ -48,6 +49,12 @@ class Check:
     psnr: float
     largest: int
     faults: tuple[str, ...]
+
+    def __str__(self) -> str:
+        title = self.steps if self.steps == "teacher" else f"{self.steps} step{'s' * (self.steps != '1')}"
+        figures = f"{self.images - self.left_out} of {self.images} images with equal tokens"
+        verdict = "FAIL: " + "; ".join(self.faults) if self.faults else "ok"
+        return f"  {title:10}{figures}, PSNR {self.psnr:.1f} dB, 8-bit difference {self.largest}  {verdict}"
 
 
 def read_golden(root: Path) -> Golden:

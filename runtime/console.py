@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 import click
+
 from ddexport.runtime.errors import DDError
 
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports

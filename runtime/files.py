@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
+import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from ddexport.runtime.errors import NoiseError, OutputError
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
+
+from ddexport.runtime.errors import NoiseError, OutputError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_NOISE_BYTES = 4 << 30
@@ -28,7 +29,7 @@ NOISE_ARRAYS = {"noise": ("float32", 3), "labels": ("integers", 1), "uniforms": 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears at `path` when it is complete, else not at all. Raises OutputError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     with _explained(path):
         try:
             with partial.open("wb") as stream:
@@ -80,7 +81,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 class Replay(NamedTuple):
     """What a noise file holds: noise float32 (N, L, Cv), labels int64 (N,), uniforms float64 (N, L)."""
 
-    noise: NDArray[np.float32]
+    noise: NDArray[np.float32] | None
     labels: NDArray[np.int64] | None
     uniforms: NDArray[np.float64] | None
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from ddexport.runtime.errors import BackendError, OutputError
 from numpy.typing import NDArray
 from PIL import Image
+
+from ddexport.runtime.errors import BackendError, OutputError
 
 VISIBLE_SIDE = 128  # a 32 x 32 image is a speck on a screen
 MAX_GRID_SIDE = 16384

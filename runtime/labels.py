@@ -5,24 +5,24 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
+import msgspec
 import numpy as np
-from ddexport.runtime._json import DAMAGED, decode, read_json
-from ddexport.runtime.errors import BundleError, LabelError
 from numpy.typing import NDArray
+
+from ddexport.runtime.errors import BundleError, LabelError
+from ddexport.runtime.records import DAMAGED, Record, convert, read_json
 
 Label: TypeAlias = int | str
 
 
-@dataclass(frozen=True)
-class _LabelFile:
+class _LabelFile(Record, frozen=True, kw_only=True):
     names: tuple[str, ...]
-    aliases: Mapping[int, tuple[str, ...]]
-    source: str
+    aliases: Mapping[Annotated[int, msgspec.Meta(ge=0)], tuple[str, ...]] = {}
+    source: str = ""
 
 
 class Labels:
@@ -103,10 +103,7 @@ class Labels:
 
 def read_labels(path: Path, classes: int) -> Labels:
     """Reads labels.json: `names`, one a class, and optionally `aliases` and `source`. Raises BundleError."""
-    content = read_json(path)
-    if isinstance(content, dict):
-        content = {"aliases": {}, "source": "", **content}
-    data = decode(_LabelFile, content, file=path.name)
+    data = convert(_LabelFile, read_json(path), path.name)
     if len(data.names) != classes:
         raise BundleError(f"{path.name} has {len(data.names)} names for {classes} classes", DAMAGED)
     if any(number >= classes for number in data.aliases):

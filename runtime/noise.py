@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from ddexport.runtime.errors import NoiseError
 from numpy.typing import NDArray
+
+from ddexport.runtime.errors import NoiseError
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)

@@ -3,145 +3,224 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
-from ddexport.runtime.backends._base import Backend
-from ddexport.runtime.errors import DDError, NoiseError
-from ddexport.runtime.graphs import Graphs, keys_of, student_key
+from numpy.typing import NDArray
+
+from ddexport.runtime.backends import AUTO, UNSUPPORTED, Backend, choose, open_backend
+from ddexport.runtime.backends.onnxruntime import OnnxRuntime
+from ddexport.runtime.bundle import TEACHER, Manifest, Schedule, Span, read_manifest, resolve
+from ddexport.runtime.errors import BackendError, DDError, NoiseError
 from ddexport.runtime.images import to_pil, to_uint8
 from ddexport.runtime.labels import Label, Labels, read_labels
-from ddexport.runtime.machine import Machine
-from ddexport.runtime.manifest import Graph, Manifest, Schedule, read_manifest, resolve
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
-from ddexport.runtime.options import Options
-from ddexport.runtime.result import Result, Timings, joined
-from ddexport.runtime.sampler import TeacherRun, sample
-from ddexport.runtime.schedules import moved
-from ddexport.runtime.selection import (
-    AUTO,
-    Candidate,
-    backend_class,
-    candidates,
-    choose,
-    no_such_precision,
-    nothing_fits,
+from ddexport.runtime.result import Result, joined
+from ddexport.runtime.sampler import sample
+from ddexport.runtime.teacher import (
+    Arrays,
+    Sampling,
+    by_uniforms,
+    check_uniforms,
+    generate,
+    read_codebook,
+    sampling_of,
 )
-from ddexport.runtime.teacher import Choice, Sampling, by_stream, check_uniforms, choice_of, read_codebook
-from numpy.typing import NDArray
 
 OUTPUTS = ("pil", "numpy", "sequence")
 MEMORY_TARGET = 2 << 30  # bytes; a CPU is no faster with more images at once
 MAX_BATCH = 64
-BEHIND = {"int8": "fp32"}
-"""The precision that a role is taken from where a precision lacks it: int8 has no teacher."""
+DIFFUSERS = {
+    "num_inference_steps": "steps",
+    "num_images_per_prompt": "num_images",
+    "output_type": "output",
+    "latents": "noise",
+    "class_labels": "labels",
+    "prompt": "labels",
+    "cfg": "guidance_scale",
+}
+DIFFUSERS_OUTPUTS = {"np": "numpy", "latent": "sequence"}
+REFUSED = {
+    "generator": "Give seed, an integer: image i of a seed is the same on every machine.",
+    "negative_prompt": "Leave it out: the models know classes, and the student needs no guidance.",
+    "height": "Leave it out: a bundle has one size of image.",
+    "width": "Leave it out: a bundle has one size of image.",
+    "callback_on_step_end": "Give on_pass, or read the steps of the result.",
+    "eta": "Leave it out: nothing is random but the noise.",
+    "return_dict": "Leave it out: a result has images, steps and seconds.",
+}
 
 Output: TypeAlias = Literal["pil", "numpy", "sequence"]
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 logger = logging.getLogger(__name__)
 
 
+def takes_diffusers_names(method: Method) -> Method:
+    """Decorator: arguments may bear diffusers' names; those that mean nothing here are refused with a word
+    on what does. Raises DDError."""
+
+    @wraps(method)
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        for name in [name for name in named if name in DIFFUSERS or name in REFUSED]:
+            if name in REFUSED or DIFFUSERS[name] in named:
+                hint = REFUSED.get(name) or f"It is {DIFFUSERS.get(name)}, which is given too."
+                raise DDError(f"a pipeline of ddexport does not take {name}", hint)
+            named[DIFFUSERS[name]] = named.pop(name)
+        if named.get("output") in DIFFUSERS_OUTPUTS:
+            named["output"] = DIFFUSERS_OUTPUTS[named["output"]]
+        return method(self, *arguments, **named)
+
+    return call  # type: ignore[return-value]
+
+
 class Pipeline:
-    """Draws images from an open bundle; a context manager. Made by `load`."""
+    """Draws images from an open bundle; a context manager, safe to call from several threads. Made by `load`.
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        labels: Labels,
-        backend: Graphs,
-        precision: str,
-        codebook: NDArray[np.float32] | None = None,
-    ) -> None:
-        """codebook: (V, Cv), of a bundle with a teacher."""
-        self.manifest, self.labels, self.backend, self.precision = manifest, labels, backend, precision
-        self.codebook = codebook
+    Pickled by its path: where it is unpickled, the bundle is loaded again, in the same configuration.
+    """
 
+    def __init__(self, root: Path, manifest: Manifest, labels: Labels, backend: Backend) -> None:
+        """Nothing is opened yet. Raises BundleError for a bad codebook."""
+        self.root, self.manifest, self.labels, self.backend = root, manifest, labels, backend
+        self.precision = backend.configuration.precision
+        self.codebook = read_codebook(root, manifest) if manifest.teacher else None
+        self.teacher_backend = self._teacher_backend() if manifest.teacher else None
+
+    @takes_diffusers_names
     def __call__(
         self,
         labels: Label | Iterable[Label],
         steps: int | str | None = None,
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         num_images: int = 1,
+        first_image: int = 0,
         noise: NDArray[np.float32] | None = None,
         output: Output = "pil",
         batch_size: int | None = None,
-        **sampling: Any,
+        on_pass: Callable[[int], None] = lambda images: None,
+        **teacher: Any,
     ) -> Result:
         """Draws `num_images` images of each label, in the order of the labels, and returns all at once.
 
         labels: a class number, a name, or several. steps: of one of the manifest's schedules, the shortest if
-        None, "teacher" for the whole auto-regressive model. seed: 0 to 2**64 - 1; image i of the request gets
-        noise i of the seed. noise: float32 (N, L, Cv) to use in place of the seed's. output: "pil", "numpy"
-        (uint8 N, H, W, C) or "sequence" (not decoded). batch_size: how many images the engine gets at once,
-        chosen by their size if None. sampling: the fields of `Sampling`, for steps that involve a teacher.
-        Raises LabelError, ScheduleError, NoiseError, BackendError.
-        """
-        parts = self.stream(
-            labels,
-            steps,
-            seed=seed,
-            num_images=num_images,
-            batch_size=batch_size,
-            output=output,
-            noise=noise,
-            **sampling,
-        )
-        return joined(list(parts))
+        None, "teacher" for the whole auto-regressive model. seed: 0 to 2**64 - 1, None for a fresh one, which
+        the result tells. first_image: image i gets noise first_image + i of the seed. noise: float32
+        (N, L, Cv) in place of the seed's. output: "pil", "numpy" (uint8 N, H, W, C) or "sequence" (float32
+        N, L, Cv, not decoded). batch_size: images at once, by their size if None. on_pass: told the number of
+        images after each pass through student or teacher.
 
+        For steps that involve the teacher: teacher_start, the position at which it starts; guidance_scale,
+        top_k, top_p, temperature, how it chooses tokens; uniforms, float64 (N, L) in place of the seed's.
+        Names of diffusers are understood. Raises LabelError, ScheduleError, NoiseError, BackendError.
+        """
+        if output not in OUTPUTS:
+            raise DDError(f"unknown output {output!r}", f"There is: {', '.join(OUTPUTS)}.")
+        manifest, size, precision = self.manifest, self.manifest.sequence, self.backend.configuration.graphs
+        schedule = self.schedule(steps, teacher.get("teacher_start"))
+        sampling = sampling_of(schedule, manifest.teacher, teacher)
+        numbers = self._numbers(labels, num_images)
+        batch_size = self._batch_size(batch_size, schedule)
+        seed = secrets.randbits(32) if seed is None else seed
+        self._check_noise(len(numbers), noise, teacher.get("uniforms"))
+        self.open(schedule)
+        student_graph = manifest.graph("student", precision, schedule.split)
+        decoder_graph = manifest.graph("decoder", precision)
+
+        parts = []
+        for start in range(0, len(numbers), batch_size):
+            rows = slice(start, start + batch_size)
+            batch = numbers[rows]
+            images = range(first_image + start, first_image + start + len(batch))
+            gaussian = gaussian_noise(seed, images, size.length, size.width) if noise is None else noise[rows]
+            uniforms = None
+            if sampling is not None:
+                given = teacher.get("uniforms")
+                uniforms = uniform_numbers(seed, images, size.length) if given is None else given[rows]
+
+            def student(feeds: Arrays) -> Arrays:
+                outputs = self.backend.run(student_graph, feeds, ("sequence", "tokens"))
+                on_pass(len(feeds["label"]))
+                return outputs
+
+            continued = partial(self._continued, batch, uniforms, sampling, on_pass)
+            done = sample(student, gaussian, batch, schedule, continued, self.codebook)
+
+            began = time.perf_counter()
+            pictures: Any = done[-1].sequence
+            if output != "sequence":
+                pictures = to_uint8(self.backend.run(decoder_graph, {"sequence": pictures})["image"])
+            seconds = {"student": 0.0} | ({TEACHER: 0.0} if schedule.teacher else {})
+            for step in done:
+                seconds[step.role] += step.seconds
+            seconds["decoder"] = time.perf_counter() - began
+            shown = to_pil(pictures) if output == "pil" else pictures
+            told = seed if noise is None else None
+            parts.append(Result(shown, batch, gaussian, done, seconds, told, uniforms))
+        return joined(parts)
+
+    @takes_diffusers_names
     def stream(
         self,
         labels: Label | Iterable[Label],
         steps: int | str | None = None,
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         num_images: int = 1,
+        first_image: int = 0,
         batch_size: int | None = None,
-        output: Output = "pil",
-        noise: NDArray[np.float32] | None = None,
-        on_pass: Callable[[int], None] | None = None,
-        **sampling: Any,
+        **request: Any,
     ) -> Iterator[Result]:
-        """As a call, but yields the result batch by batch and keeps none of it, for any number of images.
-
-        on_pass: told the number of images after each pass through student or teacher. The request is checked
-        at once, not when the first batch is asked for.
-        """
-        if output not in OUTPUTS:
-            raise DDError(f"unknown output {output!r}", f"There is: {', '.join(OUTPUTS)}.")
-        _at_least_one("num_images", num_images)
-        given = Sampling(**sampling)
-        schedule = self.schedule(steps, given.teacher_start)
-        choice = choice_of(schedule, self.manifest.teacher, given)
-        if batch_size is None:
-            batch_size = self.backend.batch_size or default_batch_size(self.manifest, schedule)
-        _at_least_one("batch_size", batch_size)
-        each = np.repeat(self.labels.indices(labels), num_images)
-        if noise is None:
-            noise_of = partial(self._seeded, seed)
-            noise_of(range(0))  # to complain about the seed now
-        else:
-            check_noise(noise, len(each), self.manifest)
-            noise_of = partial(_rows, noise)
-        uniforms_of = partial(uniform_numbers, seed, length=self.manifest.sequence.length)
-        if given.uniforms is not None:
-            check_uniforms(given.uniforms, len(each), self.manifest.sequence.length)
-            uniforms_of = partial(_rows, given.uniforms)
-        draw = partial(self._batch, schedule=schedule, choice=choice, output=output, on_pass=on_pass)
-        return _batches(each, noise_of, uniforms_of if choice else None, batch_size, draw)
+        """As a call, but yields the result batch by batch and keeps none of it, for any number of images."""
+        numbers = self._numbers(labels, num_images)
+        schedule = self.schedule(steps, request.get("teacher_start"))
+        batch_size = self._batch_size(batch_size, schedule)
+        seed = secrets.randbits(32) if seed is None else seed
+        arrays = {name: request.pop(name) for name in ("noise", "uniforms") if request.get(name) is not None}
+        self._check_noise(len(numbers), **arrays)
+        for start in range(0, len(numbers), batch_size):
+            rows = slice(start, start + batch_size)
+            part = {name: array[rows] for name, array in arrays.items()}
+            first = first_image + start
+            yield self(
+                numbers[rows], steps, seed=seed, first_image=first, batch_size=batch_size, **part, **request
+            )
 
     def schedule(self, steps: int | str | None = None, teacher_start: int | None = None) -> Schedule:
         """The schedule that a request gets. Raises ScheduleError."""
         schedule = self.manifest.schedule(steps)
-        return schedule if teacher_start is None else moved(schedule, self.manifest.teacher, teacher_start)
+        if teacher_start is None:
+            return schedule
+        return schedule.with_teacher_start(self.manifest.teacher, teacher_start)
+
+    def open(self, schedule: Schedule) -> None:
+        """Opens the graphs that a schedule runs, where they are not open yet. Raises BackendError."""
+        graphs = self.backend.configuration.graphs
+        if schedule.known:
+            self.backend.open(self.manifest.graph("student", graphs, schedule.split))
+        self.backend.open(self.manifest.graph("decoder", graphs))
+        if schedule.teacher is not None:
+            if self.teacher_backend is None:
+                raise BackendError(
+                    "the teacher runs in ONNX Runtime, which cannot run it here",
+                    'pip install "ddexport[cpu]"',
+                )
+            engine = self.teacher_backend
+            engine.open(self.manifest.graph(TEACHER, engine.configuration.graphs))
 
     def close(self) -> None:
-        """Frees the engine. The pipeline cannot be used afterwards."""
-        self.backend.close()
+        """Frees the engines. The pipeline cannot be used afterwards."""
+        with ExitStack() as closing:
+            closing.callback(self.backend.close)
+            if self.teacher_backend is not None:
+                closing.callback(self.teacher_backend.close)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -149,39 +228,71 @@ class Pipeline:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _batch(
+    def __repr__(self) -> str:
+        return f"<Pipeline {self.manifest.name}: {self.backend.configuration}>"
+
+    def __reduce__(self) -> tuple[Callable[[], Pipeline], tuple[()]]:
+        chosen = self.backend.configuration
+        again = partial(load, str(self.root.resolve()), chosen.backend, self.backend.threads, self.precision)
+        return partial(again, device=chosen.device), ()
+
+    def _numbers(self, labels: Label | Iterable[Label], num_images: int) -> NDArray[np.int64]:
+        """The class number (N,) of each image. Raises LabelError, DDError."""
+        _check_at_least_one("num_images", num_images)
+        return np.repeat(self.labels.indices(labels), num_images)
+
+    def _batch_size(self, asked: int | None, schedule: Schedule) -> int:
+        if asked is None:
+            return self.backend.max_batch or default_batch_size(self.manifest, schedule)
+        _check_at_least_one("batch_size", asked)
+        return asked
+
+    def _check_noise(self, count: int, noise: Any = None, uniforms: Any = None) -> None:
+        """Raises NoiseError unless `noise` is finite float32 (count, L, Cv) and `uniforms` are right."""
+        want = (count, self.manifest.sequence.length, self.manifest.sequence.width)
+        if noise is not None:
+            if not isinstance(noise, np.ndarray) or noise.dtype != np.float32 or noise.shape != want:
+                given = f"{noise.dtype} {noise.shape}" if isinstance(noise, np.ndarray) else type(noise)
+                raise NoiseError(
+                    f"the noise must be a float32 array of shape {want}, but is {given}",
+                    f"That is one for each of the {count} images, {want[1]} positions, {want[2]} numbers.",
+                )
+            if not np.isfinite(noise).all():
+                place = tuple(int(i) for i in np.argwhere(~np.isfinite(noise))[0])
+                raise NoiseError(f"the noise is not finite: {noise[place]} at {place}")
+        if uniforms is not None:
+            check_uniforms(uniforms, count, want[1])
+
+    def _continued(
         self,
         labels: NDArray[np.int64],
-        noise: NDArray[np.float32],
         uniforms: NDArray[np.float64] | None,
-        schedule: Schedule,
-        choice: Choice | None,
-        output: Output,
-        on_pass: Callable[[int], None] | None,
-    ) -> Result:
-        manifest, teacher = self.manifest, None
-        if choice is not None:
-            assert manifest.teacher is not None  # or there would be no choice
-            assert self.codebook is not None
-            assert uniforms is not None
-            run, pick = partial(self.backend.run, "teacher"), by_stream(uniforms, choice)
-            teacher = TeacherRun(run, manifest.teacher, self.codebook, choice.cfg, pick)
-        student = partial(self.backend.run, student_key(manifest, schedule))
-        steps = sample(student, noise, labels, schedule, teacher, on_pass)
-        by_teacher = sum(step.seconds for step in steps if step.role == "teacher")
-        by_student = sum(step.seconds for step in steps) - by_teacher
-        if output == "sequence":
-            timings = Timings(by_student, 0.0, by_teacher)
-            return Result(steps[-1].sequence, labels, noise, steps, timings, uniforms)
-        drawn = time.perf_counter()
-        image = self.backend.run("decoder", {"sequence": steps[-1].sequence})["image"]
-        timings = Timings(by_student, time.perf_counter() - drawn, by_teacher)
-        pixels = to_uint8(image)
-        images = to_pil(pixels) if output == "pil" else pixels
-        return Result(images, labels, noise, steps, timings, uniforms)
+        sampling: Sampling | None,
+        on_pass: Callable[[int], None],
+        span: Span,
+        prefix: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """The tokens (N, end) of a span that the teacher generates behind a prefix."""
+        engine, teacher = self.teacher_backend, self.manifest.teacher
+        assert engine and teacher and sampling and uniforms is not None  # a schedule with a span has them all
+        run = partial(engine.run, self.manifest.graph(TEACHER, engine.configuration.graphs))
+        pick, scale = by_uniforms(uniforms, sampling), sampling.guidance_scale
+        return generate(run, teacher, span, prefix, labels, scale, pick, on_pass, engine.new_cache)
 
-    def _seeded(self, seed: int, indices: range) -> NDArray[np.float32]:
-        return gaussian_noise(seed, indices, self.manifest.sequence.length, self.manifest.sequence.width)
+    def _teacher_backend(self) -> OnnxRuntime | None:
+        """ONNX Runtime for the teacher, where the student runs if it can, and in its precision if there is
+        such a teacher: int8 has none. None where ONNX Runtime cannot run it."""
+        chosen, manifest = self.backend.configuration, self.manifest
+        for precision in dict.fromkeys((chosen.precision, "fp32", *manifest.precisions)):
+            if not any((graph.role, graph.precision) == (TEACHER, precision) for graph in manifest.graphs):
+                continue
+            if isinstance(self.backend, OnnxRuntime) and precision == chosen.precision:
+                return self.backend
+            for device in dict.fromkeys((chosen.device, "cpu")):
+                for configuration in OnnxRuntime.configurations(self.root, manifest, precision, device):
+                    if not configuration.obstacle:
+                        return OnnxRuntime(self.root, manifest, configuration, self.backend.threads)
+        return None
 
 
 def load(
@@ -192,60 +303,39 @@ def load(
     verify: bool = True,
     *,
     steps: int | str | None = None,
-    provider: str | None = None,
-    device: int | None = None,
-    cuda_graphs: bool | None = None,
-    mode: str | None = None,
-    cache: str | Path | None = None,
+    device: str | None = None,
 ) -> Pipeline:
     """Opens a bundle directory.
 
     backend: the name of a file in runtime/backends, or "auto": a TensorRT engine that fits this machine, then
-    ONNX Runtime on a GPU, then the fastest on the CPU that meets the bundle's limits there, as far as that
-    was measured (docs/runtime-cpu.md). precision: of the graphs, or one that an engine computes in from
-    others; None leaves it to the same choice. verify: compare every SHA-256. steps: those whose graphs are
-    opened now, as for a call; others are opened when they are first run. threads, provider, device,
-    cuda_graphs, mode, cache: as in `ddexport.runtime.options.Options`.
-    Raises BundleError, BackendError, ScheduleError, OutputError for a cache that cannot be written.
+    ONNX Runtime on CUDA, then the CPU engine that `ddexport bench --save` found fastest, then ONNX Runtime on
+    the CPU. precision: of the arithmetic; None takes that of the TensorRT engine, or the bundle's first.
+    device: "cpu", "cuda", "cuda:1"; None takes any. threads: of the CPU. verify: compare every SHA-256.
+    steps: those whose graphs are opened now, as for a call; others are opened when they are first run.
+    Raises BundleError, BackendError, ScheduleError.
     """
     root = Path(path)
-    options = Options(threads, provider, device, cuda_graphs, mode, cache)
+    if threads is not None and threads < 1:
+        raise BackendError(f"the number of threads must be at least 1, but is {threads}")
     manifest = read_manifest(root, verify)
     labels = read_labels(resolve(root, manifest.labels.file), manifest.classes)
-    machine = Machine()
-    chosen = _chosen(root, manifest, machine, backend, precision, options)
-    graphs = _graphs(root, manifest, machine, chosen)
-    graphs.open(keys_of(manifest, manifest.schedule(steps)))
-    codebook = None if manifest.teacher is None else read_codebook(root, manifest)
+    schedule = manifest.schedule(steps)
+    chosen = choose(root, manifest, backend, precision, device)
+    pipe = Pipeline(root, manifest, labels, open_backend(root, manifest, chosen, threads))
+    try:
+        pipe.open(schedule)
+    except BaseException:
+        pipe.close()
+        raise
+    if chosen.note:
+        logger.log(
+            logging.WARNING if chosen.rank == UNSUPPORTED else logging.INFO, "%s: %s", chosen, chosen.note
+        )
     if manifest.weights.kind == "random":
         logger.warning(
             "%s holds random weights (seed %s): its images show nothing", manifest.name, manifest.weights.seed
         )
-    return Pipeline(manifest, labels, graphs, chosen.precision, codebook)
-
-
-def _chosen(
-    root: Path, manifest: Manifest, machine: Machine, backend: str, precision: str | None, options: Options
-) -> Candidate:
-    ways = partial(candidates, root, manifest, machine, backend=backend, options=options)
-    found = ways(precision=precision)
-    if precision not in (None, *manifest.precisions) and not any(each.computes for each in found):
-        raise no_such_precision(manifest, str(precision), found, ways())
-    chosen = choose(found, explicit=backend != AUTO, named=precision is not None)
-    if chosen is None:
-        raise nothing_fits(found, backend, manifest)
-    for doubt in chosen.unproven:
-        logger.warning("%s: %s", chosen.name, doubt)
-    return chosen
-
-
-def _graphs(root: Path, manifest: Manifest, machine: Machine, chosen: Candidate) -> Graphs:
-    def engine(some: Mapping[str, Graph]) -> Backend:
-        return backend_class(chosen.backend)(root, some, chosen.options, machine)
-
-    graphs = {graph.key: graph for graph in manifest.graphs if graph.precision == chosen.reads}
-    behind = [graph for graph in manifest.graphs if graph.precision == BEHIND.get(chosen.reads)]
-    return Graphs({**graphs, **{g.key: g for g in behind if g.key not in graphs}}, engine)
+    return pipe
 
 
 def default_batch_size(manifest: Manifest, schedule: Schedule | None = None) -> int:
@@ -265,38 +355,6 @@ def default_batch_size(manifest: Manifest, schedule: Schedule | None = None) -> 
     return max(1, min(MAX_BATCH, MEMORY_TARGET // (4 * (2 * (student + decoder) + caches))))
 
 
-def check_noise(noise: Any, count: int, manifest: Manifest) -> None:
-    """Raises NoiseError unless `noise` is finite float32 (count, L, Cv)."""
-    want = (count, manifest.sequence.length, manifest.sequence.width)
-    if not isinstance(noise, np.ndarray) or noise.dtype != np.float32:
-        raise NoiseError(f"the noise must be a float32 array, but is {getattr(noise, 'dtype', type(noise))}")
-    if noise.shape != want:
-        raise NoiseError(
-            f"the noise must have shape {want}, but has {noise.shape}",
-            f"That is one for each of the {count} images, {want[1]} positions, {want[2]} numbers.",
-        )
-    if not np.isfinite(noise).all():
-        place = tuple(int(i) for i in np.argwhere(~np.isfinite(noise))[0])
-        raise NoiseError(f"the noise is not finite: {noise[place]} at {place}")
-
-
-def _batches(
-    labels: NDArray[np.int64],
-    noise_of: Callable[[range], NDArray[np.float32]],
-    uniforms_of: Callable[[range], NDArray[np.float64]] | None,
-    batch_size: int,
-    draw: Callable[..., Result],
-) -> Iterator[Result]:
-    for start in range(0, len(labels), batch_size):
-        batch = labels[start : start + batch_size]
-        indices = range(start, start + len(batch))
-        yield draw(batch, noise_of(indices), uniforms_of(indices) if uniforms_of else None)
-
-
-def _rows(numbers: NDArray[Any], indices: range) -> NDArray[Any]:
-    return numbers[indices.start : indices.stop]
-
-
-def _at_least_one(what: str, value: int) -> None:
+def _check_at_least_one(what: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise DDError(f"{what} must be an integer of at least 1, but is {value!r}")

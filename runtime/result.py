@@ -6,58 +6,62 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
-from ddexport.runtime.sampler import Step
 from numpy.typing import NDArray
 from PIL import Image
+
+from ddexport.runtime.sampler import Step
 
 Images: TypeAlias = list[Image.Image] | NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Timings:
-    """Seconds spent in the student (all steps), in the decoder and in the teacher (all AR steps)."""
-
-    student: float
-    decoder: float
-    teacher: float = 0.0
-
-    def __add__(self, other: Timings) -> Timings:
-        return Timings(
-            self.student + other.student, self.decoder + other.decoder, self.teacher + other.teacher
-        )
-
-    def by_part(self) -> dict[str, float]:
-        """The times by name, in the order of the work; a teacher's where there is one."""
-        teacher = {"teacher": self.teacher} if self.teacher else {}
-        return {"student": self.student, **teacher, "decoder": self.decoder}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """N images and how they came about.
+    """N images and how they came about; a notebook shows them.
 
     images: a list of PIL images, uint8 (N, H, W, C), or for output "sequence" float32 (N, L, Cv), undecoded.
     labels: int64 (N,). noise: float32 (N, L, Cv). steps: one Step for each student step and one for all AR
-    steps of a teacher, the last one is what was decoded. uniforms: float64 (N, L), what a teacher drew by.
+    steps of a teacher, the last one is what was decoded. seed: None where the noise was given. uniforms:
+    float64 (N, L), what a teacher chose tokens by. seconds: spent in student, teacher and decoder.
     """
 
     images: Images
     labels: NDArray[np.int64]
     noise: NDArray[np.float32]
     steps: list[Step]
-    timings: Timings
+    seconds: dict[str, float]
+    seed: int | None = None
     uniforms: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        return f"<{len(self)} images{seed}, {sum(self.seconds.values()):.3g} s>"
+
+    def _repr_png_(self) -> bytes | None:
+        """All images in one picture, for notebooks; None for what is not decoded."""
+        import io
+
+        from ddexport.runtime.images import grid, grid_columns, to_pil
+
+        images = self.images
+        if not isinstance(images, list):
+            if images.dtype != np.uint8:
+                return None
+            images = to_pil(images)
+        stream = io.BytesIO()
+        grid(images, grid_columns(len(images), 1)).save(stream, format="png")
+        return stream.getvalue()
 
 
 def joined(parts: list[Result]) -> Result:
     """The results of consecutive batches as one."""
     if len(parts) == 1:
         return parts[0]
+    first = parts[0]
     images: Images
-    if isinstance(parts[0].images, list):
+    if isinstance(first.images, list):
         images = [image for part in parts for image in part.images]
     else:
         images = np.concatenate([part.images for part in parts])
@@ -67,13 +71,14 @@ def joined(parts: list[Result]) -> Result:
         np.concatenate([part.noise for part in parts]),
         [
             Step(
-                np.concatenate([s.tokens for s in same]),
-                np.concatenate([s.sequence for s in same]),
+                np.concatenate([step.tokens for step in same]),
+                np.concatenate([step.sequence for step in same]),
                 same[0].role,
-                sum(s.seconds for s in same),
+                sum(step.seconds for step in same),
             )
             for same in zip(*(part.steps for part in parts), strict=True)
         ],
-        sum((part.timings for part in parts), Timings(0.0, 0.0)),
-        None if parts[0].uniforms is None else np.concatenate([part.uniforms for part in parts]),
+        {name: sum(part.seconds[name] for part in parts) for name in first.seconds},
+        first.seed,
+        None if first.uniforms is None else np.concatenate([part.uniforms for part in parts]),
     )

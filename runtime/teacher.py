@@ -1,4 +1,4 @@
-"""Draws tokens from the auto-regressive teacher: one loop for every family, with the caches held here.
+"""Generates tokens with the auto-regressive teacher: one loop for every family, with the caches held here.
 
 Shapes: N batch, L positions, V codebook, n positions of one pass. docs/teacher.md has the rules in words.
 """
@@ -8,46 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from ddexport.runtime._json import DAMAGED
-from ddexport.runtime.errors import BackendError, BundleError, NoiseError, ScheduleError
-from ddexport.runtime.manifest import Manifest, Schedule, Span, Teacher, resolve
 from numpy.typing import NDArray
 
-Arrays = Mapping[str, NDArray[Any]]
+from ddexport.runtime.bundle import DAMAGED, Manifest, Schedule, Span, Teacher, resolve
+from ddexport.runtime.errors import BackendError, BundleError, NoiseError, ScheduleError
+
+Arrays = Mapping[str, Any]
 Run = Callable[[Arrays], Arrays]
 # Guided logits (N, n, V) of an AR step and its positions -> their tokens (N, n).
 Pick = Callable[[NDArray[np.float32], slice], NDArray[np.int64]]
+ONLY_TEACHER = ("teacher_start", "uniforms")
+SAMPLING = ("guidance_scale", "top_k", "top_p", "temperature")
 CHUNK = 1 << 21  # logits whose tokens are chosen at once: the float64 copies stay below 100 MB
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a request may change about the teacher's steps; None leaves the schedule's or the manifest's own.
-
-    teacher_start: the position at which the teacher starts. cfg: guidance. top_k: the number of tokens that
-    can be drawn, 1 is greedy. top_p: their mass. temperature: divides the logits. uniforms: float64 (N, L) in
-    place of the seed's.
-    """
-
-    teacher_start: int | None = None
-    cfg: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    temperature: float | None = None
-    uniforms: NDArray[np.float64] | None = None
-
-
-@dataclass(frozen=True)
-class Choice:
     """How tokens are chosen from logits: guidance, and which of them can be drawn.
 
-    Raises ScheduleError for a value out of range.
+    guidance_scale: the `cfg` of the published code. top_k: the number of tokens that can be drawn, 1 is
+    greedy. top_p: their mass. temperature: divides the logits. Raises ScheduleError for a value out of range.
     """
 
-    cfg: float
+    guidance_scale: float
     top_k: int
     top_p: float
     temperature: float
@@ -55,7 +41,7 @@ class Choice:
     def __post_init__(self) -> None:
         whole = isinstance(self.top_k, (int, np.integer)) and not isinstance(self.top_k, bool)
         rules = (
-            ("cfg", 0.0 <= self.cfg < np.inf, "a finite number of at least 0"),
+            ("guidance_scale", 0.0 <= self.guidance_scale < np.inf, "a finite number of at least 0"),
             ("top_k", whole and self.top_k >= 1, "an integer of at least 1"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("temperature", 0.0 < self.temperature < np.inf, "a finite number above 0"),
@@ -69,12 +55,15 @@ class Choice:
         return self.top_k == 1
 
 
-def choice_of(schedule: Schedule, teacher: Teacher | None, sampling: Sampling) -> Choice | None:
-    """How a schedule's teacher chooses, the bundle's own way where `sampling` says nothing; None without one.
+def sampling_of(schedule: Schedule, teacher: Teacher | None, given: Mapping[str, Any]) -> Sampling | None:
+    """How a schedule's teacher chooses, in the bundle's own manner where nothing is given; None without one.
 
-    Raises ScheduleError for a value out of range, and for one that would have no effect.
+    given: some of `SAMPLING` and `ONLY_TEACHER`. Raises ScheduleError for a value out of range, and for one
+    that would have no effect; TypeError for another name.
     """
-    given = {key: value for key, value in vars(sampling).items() if value is not None}
+    if unknown := set(given) - {*SAMPLING, *ONLY_TEACHER}:
+        raise TypeError(f"a pipeline takes no argument called {', '.join(sorted(unknown))}")
+    given = {name: value for name, value in given.items() if value is not None}
     if teacher is None or schedule.teacher is None:
         if given:
             raise ScheduleError(
@@ -82,11 +71,37 @@ def choice_of(schedule: Schedule, teacher: Teacher | None, sampling: Sampling) -
                 "Choose such steps, or leave it out.",
             )
         return None
-    keys = ("cfg", "top_k", "top_p", "temperature")
-    return Choice(**{key: given.get(key, getattr(teacher, key)) for key in keys})
+    own = (teacher.cfg, teacher.top_k, teacher.top_p, teacher.temperature)
+    return Sampling(*(given.get(name, value) for name, value in zip(SAMPLING, own, strict=True)))
 
 
-def draw(
+class Cache(Protocol):
+    """Keys and values of the positions so far; `feeds` are inputs of the teacher's graph."""
+
+    feeds: Mapping[str, Any]
+
+    def append(self, outputs: Arrays, start: int, end: int) -> None:
+        """Takes the new rows of a pass, which belong to the positions from start to end."""
+
+
+class HostCache:
+    """A cache in the memory of the host: float32 (2, N, heads, capacity, width) each.
+
+    The graph gives back the new rows only, which are written into buffers that are fed as they are: nothing
+    is copied but what is new.
+    """
+
+    def __init__(self, teacher: Teacher, count: int, capacity: int) -> None:
+        shape = (2, count, teacher.heads, capacity, teacher.head_width)
+        names = [f"{what}_{layer}" for layer in range(teacher.layers) for what in ("key", "value")]
+        self.feeds: Mapping[str, Any] = {name: np.zeros(shape, np.float32) for name in names}
+
+    def append(self, outputs: Arrays, start: int, end: int) -> None:
+        for name, rows in self.feeds.items():
+            rows[:, :, :, start:end] = outputs[f"new_{name}"]
+
+
+def generate(
     run: Run,
     teacher: Teacher,
     span: Span,
@@ -95,36 +110,31 @@ def draw(
     cfg: float,
     pick: Pick,
     on_pass: Callable[[int], None] | None = None,
+    new_cache: Callable[[Teacher, int, int], Cache] = HostCache,
 ) -> NDArray[np.int64]:
     """The tokens (N, end) of a span behind a prefix.
 
     run: the graph, with the inputs and outputs that the contract has for the teacher. prefix: int64
-    (N, start). labels: int64 (N,). cfg: guidance. pick: chooses the tokens of an AR step, as `by_stream`
-    does. on_pass: told N after each pass.
-
-    The first pass also carries the prefix. The graph gives back the new rows of its caches only, and they are
-    written into buffers that are fed as they are: nothing is copied but what is new.
+    (N, start). labels: int64 (N,). cfg: guidance. pick: chooses the tokens of an AR step, as `by_uniforms`
+    does. on_pass: told N after each pass, the first of which also carries the prefix. new_cache: makes the
+    cache for N images and so many positions.
     """
     count, length = len(labels), teacher.starts[-1]
     tokens = np.zeros((count, length), np.int64)
     tokens[:, : span.start] = prefix
-    shape = (2, count, teacher.heads, span.end, teacher.head_width)
-    names = [f"{what}_{layer}" for layer in range(teacher.layers) for what in ("key", "value")]
-    caches = {name: np.zeros(shape, np.float32) for name in names}
-    filled = 0
+    cache, filled = new_cache(teacher, count, span.end), 0
     for start, end in teacher.steps(span):
         outputs = run(
             {
                 "tokens": tokens,
                 "label": labels,
                 "positions": np.arange(filled, end),
-                "guidance": np.full(count, teacher.strength(start, cfg), np.float32),
+                "guidance": np.full(count, teacher.guidance_scale(start, cfg), np.float32),
                 "filled": np.array([filled]),
-                **caches,
+                **cache.feeds,
             }
         )
-        for name, cache in caches.items():
-            cache[:, :, :, filled:end] = outputs[f"new_{name}"]
+        cache.append(outputs, filled, end)
         filled = end
         tokens[:, start:end] = pick(outputs["logits"][:, start - end :], slice(start, end))
         if on_pass is not None:
@@ -132,12 +142,14 @@ def draw(
     return tokens[:, : span.end]
 
 
-def by_stream(uniforms: NDArray[np.float64], choice: Choice) -> Pick:
+def by_uniforms(uniforms: NDArray[np.float64], sampling: Sampling) -> Pick:
     """Chooses by the numbers (N, L) of the positions; see `choose`."""
-    return lambda logits, positions: choose(logits, uniforms[:, positions], choice)
+    return lambda logits, positions: choose(logits, uniforms[:, positions], sampling)
 
 
-def choose(logits: NDArray[np.float32], uniforms: NDArray[np.float64], choice: Choice) -> NDArray[np.int64]:
+def choose(
+    logits: NDArray[np.float32], uniforms: NDArray[np.float64], sampling: Sampling
+) -> NDArray[np.int64]:
     """One token a position: logits (..., V) and uniform numbers (...) between 0 and 1 -> int64 (...).
 
     Greedy takes the largest logit, the first of equal ones. Otherwise the cumulated weights of `weights` are
@@ -146,36 +158,36 @@ def choose(logits: NDArray[np.float32], uniforms: NDArray[np.float64], choice: C
     rows = logits.reshape(-1, logits.shape[-1])
     if not np.isfinite(rows.max(axis=-1)).all():
         raise BackendError("the teacher's logits are not finite", "Try another precision of the bundle.")
-    if choice.greedy:
+    if sampling.greedy:
         return np.asarray(logits.argmax(axis=-1), dtype=np.int64)
     numbers, size = uniforms.reshape(-1), max(1, CHUNK // rows.shape[1])
     chosen = [
-        _inverted(weights(rows[i : i + size], choice), numbers[i : i + size])
+        _inverted(weights(rows[i : i + size], sampling), numbers[i : i + size])
         for i in range(0, len(rows), size)
     ]
     return np.concatenate(chosen).reshape(uniforms.shape)
 
 
-def weights(logits: NDArray[np.float32], choice: Choice) -> NDArray[np.float64]:
+def weights(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float64]:
     """What `choose` draws from: logits (R, V) -> float64 (R, V), proportional to the filtered probabilities.
 
     The largest is 1, those filtered out are 0. Top-k keeps what is at least the k-th largest logit; of that,
     top-p keeps what has less than p of the mass strictly above it. Both are one threshold a row, so equal
     logits share their fate and no order among them is needed.
     """
-    scaled = logits.astype(np.float64) / choice.temperature
+    scaled = logits.astype(np.float64) / sampling.temperature
     scaled -= scaled.max(axis=-1, keepdims=True)
-    if choice.top_k < scaled.shape[-1]:
-        kth = np.partition(scaled, -choice.top_k, axis=-1)[:, -choice.top_k, None]
+    if sampling.top_k < scaled.shape[-1]:
+        kth = np.partition(scaled, -sampling.top_k, axis=-1)[:, -sampling.top_k, None]
         scaled[scaled < kth] = -np.inf
-    found = np.exp(scaled)
-    if choice.top_p < 1.0:
-        falling = np.sort(found, axis=-1)[:, ::-1]
+    mass = np.exp(scaled)
+    if sampling.top_p < 1.0:
+        falling = np.sort(mass, axis=-1)[:, ::-1]
         above = np.zeros_like(falling)
         np.cumsum(falling[:, :-1], axis=-1, out=above[:, 1:])
-        last = (above < choice.top_p * falling.sum(axis=-1, keepdims=True)).sum(axis=-1) - 1
-        found[found < np.take_along_axis(falling, last[:, None], axis=-1)] = 0.0
-    return found
+        last = (above < sampling.top_p * falling.sum(axis=-1, keepdims=True)).sum(axis=-1) - 1
+        mass[mass < np.take_along_axis(falling, last[:, None], axis=-1)] = 0.0
+    return mass
 
 
 def _inverted(mass: NDArray[np.float64], numbers: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -189,8 +201,8 @@ def check_uniforms(uniforms: Any, count: int, length: int) -> None:
     """Raises NoiseError unless `uniforms` is float64 (count, L), every number from 0 to below 1."""
     want = (count, length)
     if not isinstance(uniforms, np.ndarray) or uniforms.dtype != np.float64 or uniforms.shape != want:
-        found = f"{uniforms.dtype} {uniforms.shape}" if isinstance(uniforms, np.ndarray) else type(uniforms)
-        raise NoiseError(f"the uniform numbers must be a float64 array of shape {want}, but are {found}")
+        given = f"{uniforms.dtype} {uniforms.shape}" if isinstance(uniforms, np.ndarray) else type(uniforms)
+        raise NoiseError(f"the uniform numbers must be a float64 array of shape {want}, but are {given}")
     if not ((uniforms >= 0) & (uniforms < 1)).all():
         raise NoiseError("the uniform numbers must be from 0 to below 1")
 
@@ -217,5 +229,5 @@ def nearest_codes(vectors: NDArray[np.float32], codebook: NDArray[np.float32]) -
     squares = 0.5 * np.square(codebook).sum(axis=1)
     flat = vectors.reshape(-1, vectors.shape[-1])
     size = max(1, CHUNK // len(codebook))
-    found = [(squares - flat[i : i + size] @ codebook.T).argmin(axis=-1) for i in range(0, len(flat), size)]
-    return np.concatenate([np.empty(0, np.int64), *found]).reshape(vectors.shape[:-1])
+    near = [(squares - flat[i : i + size] @ codebook.T).argmin(axis=-1) for i in range(0, len(flat), size)]
+    return np.concatenate([np.empty(0, np.int64), *near]).reshape(vectors.shape[:-1])

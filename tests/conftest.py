@@ -7,13 +7,13 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from filelock import FileLock
 from hypothesis import settings
+from msgspec.structs import replace
 
 if TYPE_CHECKING:
     from ddexport.bundle import Exported
@@ -125,11 +125,12 @@ def var_half(half: Callable[[Recipe, int], Exported], tiny_recipe: Recipe) -> Ex
     """The tiny VAR in all precisions. Do not write into it."""
     # 4 x 4 pixels have nothing that evens out one rounded value: 27 dB were seen in bf16, 48 in fp16.
     parity = tiny_recipe.parity
-    loose = {
-        "fp16": replace(parity["fp16"], image_psnr=45.0),
-        "bf16": replace(parity["bf16"], image_psnr=20.0),
-    }
-    return half(replace(tiny_recipe, parity={**parity, **loose}), 3)
+    loose = replace(
+        parity,
+        fp16=replace(parity.fp16, image_psnr=45.0),
+        bf16=replace(parity.bf16, image_psnr=20.0),
+    )
+    return half(replace(tiny_recipe, parity=loose), 3)
 
 
 @pytest.fixture(scope="session")
@@ -139,11 +140,11 @@ def embedded_bundle(cached_export: CachedExport) -> Callable[[str], Path]:
     It is a copy of `build/precisions/<model>` (`make bundles`) where that is whole, newer than all code and
     made by the same tools. Do not write into it.
     """
-    from ddexport.runtime.errors import DDError
-    from ddexport.runtime.manifest import read_manifest
-
     from ddexport.bundle import Exported, WeightRequest, _tools, export_bundle
+    from ddexport.precision.table import ACCURACY_FILE
     from ddexport.recipe import load_recipe
+    from ddexport.runtime.bundle import read_manifest
+    from ddexport.runtime.errors import DDError
 
     precisions = ("fp32", "fp16", "bf16", "int8")
 
@@ -158,8 +159,8 @@ def embedded_bundle(cached_export: CachedExport) -> Callable[[str], Path]:
             return False
         if not set(precisions) <= set(manifest.precisions):
             return False
-        target.mkdir(parents=True)
-        for name in ("bundle.json", "README.md", *(info.file for info in manifest.files())):
+        (target / ACCURACY_FILE).parent.mkdir(parents=True)
+        for name in ("bundle.json", "README.md", ACCURACY_FILE, *(info.file for info in manifest.files())):
             shutil.copyfile(built / name, target / name)
         return True
 

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from ddexport.runtime.registry import plugins
-from ddexport.validate import metrics
 
 from ddexport.recipe import recipe_names
+from ddexport.runtime.registry import plugins
+from ddexport.validate import metrics
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "plugins.md"

@@ -6,6 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import click
+
 from ddexport.runtime import console
 
 COMMANDS = {

@@ -18,12 +18,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ddexport.runtime.bundle import Span
 from ddexport.runtime.errors import BackendError, BundleError, ScheduleError, VerificationError
-from ddexport.runtime.manifest import Span
 from ddexport.runtime.pipeline import Pipeline
 from ddexport.runtime.registry import load_plugin, plugins
 from ddexport.runtime.result import Result
-from ddexport.runtime.teacher import Choice, draw
+from ddexport.runtime.teacher import Sampling, generate
 from ddexport.validate.metrics._base import (
     Compare,
     Comparison,
@@ -139,10 +140,10 @@ def compare(
     runs: list[ReferenceRun],
     request: Request,
     noise: Noise,
-    choice: Choice | None,
+    sampling: Sampling | None,
     advance: Callable[[int], None],
 ) -> Comparison:
-    """All comparisons of an open bundle with what the reference drew. choice: how the teacher's tokens are
+    """All comparisons of an open bundle with what the reference drew. sampling: how the teacher's tokens are
     drawn.
 
     Raises VerificationError where a graph does not run or the outputs cannot be lined up.
@@ -154,7 +155,7 @@ def compare(
         for run in runs:
             for number, one in enumerate(run.passes):
                 if one.role == "teacher":
-                    comparison.teachers.extend(_teacher_pairs(bundle, run, one, noise, choice))
+                    comparison.teachers.extend(_teacher_pairs(bundle, run, one, noise, sampling))
                     continue
                 drawn = any(before.role == "teacher" for before in run.passes[:number])
                 key = (run.plan.split, *run.plan.passes[: number + 1], run.plan.teacher if drawn else None)
@@ -211,21 +212,23 @@ class _Bundle:
         split: int,
     ) -> StudentOutput:
         """tokens (N, L, Cv), labels (N,), known: of all or (N,)."""
-        key = "student" if split == self.pipe.manifest.sequence.split else f"student@{split}"
+        graph = self.pipe.manifest.graph("student", self.pipe.backend.configuration.graphs, split)
         size, counts = self.request.batch, np.broadcast_to(known, labels.shape).astype(np.int64)
         parts = []
         for start in range(0, len(labels), size):
             rows = slice(start, start + size)
-            feeds: dict[str, Any] = {"tokens": tokens[rows], "label": labels[rows], "known": counts[rows]}
-            outputs = self.pipe.backend.run(key, feeds)
+            feeds: dict[str, Any] = {"latents": tokens[rows], "label": labels[rows], "known": counts[rows]}
+            outputs = self.pipe.backend.run(graph, feeds)
+            _check_tokens(outputs["tokens"], outputs["logits"])
             parts.append(StudentOutput(outputs["sequence"], outputs["logits"]))
         return StudentOutput.concatenate(parts)
 
     def decode(self, sequence: FloatArray) -> FloatArray:
         """sequence (N, L, Cv) -> images (N, 3, H, W) in [0, 1]."""
         size = self.request.batch
+        graph = self.pipe.manifest.graph("decoder", self.pipe.backend.configuration.graphs)
         parts = [
-            self.pipe.backend.run("decoder", {"sequence": sequence[start : start + size]})["image"]
+            self.pipe.backend.run(graph, {"sequence": sequence[start : start + size]})["image"]
             for start in range(0, len(sequence), size)
         ]
         return np.concatenate(parts)
@@ -251,8 +254,11 @@ class _Bundle:
             parts.append(logits.copy())
             return tokens[:, positions]
 
-        run, span = partial(self.pipe.backend.run, "teacher"), Span(*plan.teacher)
-        draw(run, teacher, span, one.inputs[rows], labels, teacher.cfg, forced)
+        engine, (start, end) = self.pipe.teacher_backend, plan.teacher
+        assert engine is not None
+        run = partial(engine.run, self.pipe.manifest.graph("teacher", engine.configuration.graphs))
+        span, prefix = Span(start=start, end=end), one.inputs[rows]
+        generate(run, teacher, span, prefix, labels, teacher.cfg, forced, new_cache=engine.new_cache)
         return np.concatenate(parts, axis=1)
 
     def against_itself(
@@ -283,11 +289,11 @@ class _Bundle:
 
 
 def _teacher_pairs(
-    bundle: _Bundle, run: ReferenceRun, one: Pass, noise: Noise, choice: Choice | None
+    bundle: _Bundle, run: ReferenceRun, one: Pass, noise: Noise, sampling: Sampling | None
 ) -> list[TeacherPair]:
     """The teacher on the same tokens, and the last image alone against itself in its batch."""
     assert run.plan.teacher is not None
-    assert choice is not None
+    assert sampling is not None
     (start, end), request = run.plan.teacher, bundle.request
     count = len(request.labels)
     starts = range(0, count, request.batch)
@@ -298,8 +304,8 @@ def _teacher_pairs(
     scope = f"{run.title}, teacher (positions {start} to {end - 1})"
     name = f"{run.title}, teacher, one image alone"
     return [
-        TeacherPair(scope, one.logits, got, start, numbers, choice, request.places),
-        TeacherPair(name, got[last], alone, start, numbers[last], choice, request.places[last], itself=True),
+        TeacherPair(scope, one.logits, got, start, numbers, sampling, request.places),
+        TeacherPair(name, got[last], alone, start, numbers[last], sampling, request.places[last], itself=True),
     ]
 
 
@@ -362,6 +368,15 @@ def _scope(run: ReferenceRun, number: int) -> str:
     if run.plan.teacher is None:
         return f"step {number + 1} (known {', '.join(map(str, known))})"
     return f"{run.title}, student (known {known[-1]})"
+
+
+def _check_tokens(tokens: IntArray, logits: FloatArray) -> None:
+    """The student's tokens must be the largest of its logits, whichever of equal ones."""
+    chosen = np.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+    if not np.array_equal(chosen, logits.max(-1)):
+        raise VerificationError(
+            "the student's tokens are not the largest of its logits", "the graph is damaged: export it again"
+        )
 
 
 def _check_shapes(name: str, expected: Any, got: Any) -> None:

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+
 from ddexport.runtime import console
 from ddexport.runtime.errors import DDError
 
 if TYPE_CHECKING:
-    from ddexport.validate.image_sets import ImageRow, Models
-    from ddexport.validate.quality import Gauge, Quality
-    from ddexport.validate.speed import Timing
     from torch import Tensor
 
     from ddexport.recipe import Recipe
+    from ddexport.validate.image_sets import ImageRow, Models
+    from ddexport.validate.quality import Gauge, Quality
+    from ddexport.validate.speed import Timing
 
 SHARES = (0.75, 0.5, 0.25)  # of the AR steps that are the teacher's in the rows skip-n
 COLUMNS = (("accuracy", "acc %", 100.0, 1), ("precision", "prec", 1.0, 2), ("recall", "rec", 1.0, 2))
@@ -119,6 +120,9 @@ def passes_text(count: int) -> str:
 def draw_rows(models: Models, rows: Sequence[Kind], seed: int, count: int) -> Iterator[ImageRow]:
     """The images of every kind, one after the other, with balanced labels; students from the seed's noise."""
     import torch
+
+    from ddexport.distill.teacher import at_random
+    from ddexport.distill.tokenizer import images_of_sequences
     from ddexport.runtime.noise import gaussian_noise
     from ddexport.validate.image_sets import (
         ImageRow,
@@ -128,9 +132,6 @@ def draw_rows(models: Models, rows: Sequence[Kind], seed: int, count: int) -> It
         student_sequences,
     )
     from ddexport.validate.set_prediction import rest_at_once, teacher_of
-
-    from ddexport.distill.teacher import at_random
-    from ddexport.distill.tokenizer import images_of_sequences
 
     recipe, tokenizer = models.recipe, models.tokenizer
     sequence, labels = recipe.sequence, balanced_labels(count, recipe.classes)
@@ -178,11 +179,12 @@ def time_rows(models: Models, rows: Sequence[Kind], batches: Sequence[int], roun
 def measure(recipe: Recipe, options: Options, gauge: Gauge | None = None) -> list[Row]:
     """Draws, measures and times every row. Raises DDError for missing weights, data, or a wrong `skip`."""
     import torch
-    from ddexport.runtime.schedules import by_student_alone
+
+    from ddexport.validate.drawing import student_schedules
     from ddexport.validate.image_sets import load_models
 
     models = load_models(recipe, options.weights)
-    alone = by_student_alone(recipe.schedules, recipe.sequence.split)
+    alone = student_schedules(recipe.schedules, recipe.sequence.split)
     rows = kinds(len(models.tokenizer.starts) - 1, [int(count) for count in alone], options.skip)
     gauge = gauge or _gauge(recipe)
     threads = torch.get_num_threads()
@@ -224,11 +226,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _gauge(recipe: Recipe) -> Gauge:
-    from ddexport.validate.features.digits import judge_path, load_judge
-    from ddexport.validate.quality import Gauge
-
     from ddexport.distill.data import load_data
     from ddexport.distill.settings import distill_settings
+    from ddexport.validate.features.digits import judge_path, load_judge
+    from ddexport.validate.quality import Gauge
 
     return Gauge(load_judge(judge_path()), load_data(distill_settings(recipe).data))
 
@@ -264,9 +265,8 @@ def command(model: str, plot: Path | None, as_json: bool, **options: Any) -> Non
 
     MODEL is a recipe that was trained with `ddexport distill`.
     """
-    from ddexport.runtime.files import check_image_suffix, check_writable
-
     from ddexport.recipe import load_recipe
+    from ddexport.runtime.files import check_image_suffix, check_writable
 
     request = Options(**options)
     if not all(request.batches):

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from ddexport.runtime._json import DAMAGED, read_json
+from msgspec import structs
+
+from ddexport.runtime.bundle import DAMAGED, Manifest, read_manifest, resolve
 from ddexport.runtime.errors import BundleError, VerificationError
-from ddexport.runtime.manifest import Manifest, read_manifest, resolve
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
+from ddexport.runtime.records import DAMAGED as UNREADABLE
+from ddexport.runtime.records import read_json
 
 if TYPE_CHECKING:
-    from ddexport.validate.reference import TorchReference
-
     from ddexport.recipe import Recipe
+    from ddexport.validate.reference import TorchReference
 
 SHOWN = 5
 # Of docs/noise.md: the first numbers of image 4294967301 of seed 2**64 - 1.
@@ -33,19 +35,19 @@ def open_manifest(root: Path) -> Manifest:
     try:
         return read_manifest(root)
     except BundleError as error:
-        if error.hint != DAMAGED:
+        if error.hint not in (DAMAGED, UNREADABLE):
             raise
         raise VerificationError(f"the bundle {root} is damaged: {error.message}", error.hint) from error
 
 
 def check_recipe(manifest: Manifest) -> None:
     """Raises VerificationError where the recipe is not the one of that name that ships."""
-    from ddexport.recipe import load_recipe, recipe_names
+    from ddexport.recipe import load_recipe, recipe_names, whole_recipe
 
     if manifest.name in recipe_names():
         shipped = load_recipe(manifest.name).to_dict()
         other = f"the {manifest.name} that ships has"
-        _refuse(manifest, list(_differences(manifest.recipe, shipped, "recipe", other)))
+        _refuse(manifest, list(_differences(whole_recipe(manifest), shipped, "recipe", other)))
 
 
 def check_contents(root: Path, manifest: Manifest, reference: TorchReference) -> None:
@@ -67,18 +69,15 @@ def _refuse(manifest: Manifest, faults: list[str]) -> None:
 
 def _manifest_faults(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
     """What the runtime reads against the recipe that the reference is built from."""
-    wanted = recipe.to_dict()
-    schedules = wanted["schedules"]
+    said, wanted = json.loads(manifest.to_json()), recipe.to_dict()
     if manifest.teacher is None:
-        schedules = {steps: one for steps, one in schedules.items() if one["teacher"] is None}
-    said = json.loads(manifest.to_json())
-    for schedule in said["schedules"].values():
-        schedule |= {key: schedule.get(key) for key in ("split", "teacher")}  # left out where they are None
-    side, channels = wanted["image"]["size"], wanted["image"]["channels"]
-    wanted |= {"schedules": schedules, "image": {"height": side, "width": side, "channels": channels}}
-    keys = ["name", "title", "sequence", "classes", "parity", "published", "licence", "image", "schedules"]
+        wanted["schedules"] = {k: one for k, one in wanted["schedules"].items() if "teacher" not in one}
+    side = recipe.image.size
+    wanted["image"] = {"height": side, "width": side, "channels": recipe.image.channels}
+    keys = ["name", "title", "sequence", "classes", "image", "schedules"]
     if manifest.teacher is not None:
-        said["teacher"] = {key: said["teacher"][key] for key in wanted["teacher"]}
+        wanted["teacher"] = structs.asdict(recipe.teacher) if recipe.teacher else {}
+        said["teacher"] = {key: getattr(manifest.teacher, key) for key in wanted["teacher"]}
         keys.append("teacher")
     for key in keys:
         yield from _differences(said[key], wanted[key], f"bundle.json: {key}", "its recipe has")

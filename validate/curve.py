@@ -14,14 +14,14 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from ddexport.runtime import console
 
 if TYPE_CHECKING:
+    from ddexport.recipe import Recipe
     from ddexport.runtime.pipeline import Pipeline
     from ddexport.runtime.result import Result
     from ddexport.validate.quality import Gauge, Quality
-
-    from ddexport.recipe import Recipe
 
 EPILOG = """
 \b
@@ -93,11 +93,10 @@ def steps_of(name: str) -> int | str:
 
 def measure(pipe: Pipeline, options: Options, gauge: Gauge | None = None) -> list[Point]:
     """Times and draws every schedule. Raises DDError where there is no data to compare with."""
-    from ddexport.recipe import recipe_from_dict
+    from ddexport.recipe import recipe_of
 
     passes = schedules_of(pipe)
-    where = f"the recipe in bundle {pipe.manifest.name}"
-    gauge = gauge or _gauge(recipe_from_dict(pipe.manifest.recipe, where=where))
+    gauge = gauge or _gauge(recipe_of(pipe.manifest))
     with console.stage("timing"):
         times = time_schedules(pipe, list(passes), options.batches, options.rounds)
     found: dict[str, list[Quality]] = {name: [] for name in passes}
@@ -124,7 +123,7 @@ def time_schedules(
             for name in names:
                 drawn = pipe(labels, steps_of(name), seed=number, output="numpy", batch_size=batch)
                 if number:  # the first round opens and warms up
-                    spent[name].append(drawn.timings.by_part())
+                    spent[name].append(drawn.seconds)
         for name, all_rounds in spent.items():
             parts = all_rounds[0]
             found[name][batch] = {
@@ -170,6 +169,7 @@ def _quality(pipe: Pipeline, gauge: Gauge, name: str, seed: int, count: int) -> 
 def _as_row(name: str, parts: list[Result]) -> Any:
     import numpy as np
     import torch
+
     from ddexport.validate.image_sets import ImageRow
 
     pixels = np.concatenate([part.images for part in parts])  # uint8 (N, H, W, 3)
@@ -178,11 +178,10 @@ def _as_row(name: str, parts: list[Result]) -> Any:
 
 
 def _gauge(recipe: Recipe) -> Gauge:
-    from ddexport.validate.features.digits import judge_path, load_judge
-    from ddexport.validate.quality import Gauge
-
     from ddexport.distill.data import load_data
     from ddexport.distill.settings import distill_settings
+    from ddexport.validate.features.digits import judge_path, load_judge
+    from ddexport.validate.quality import Gauge
 
     return Gauge(load_judge(judge_path()), load_data(distill_settings(recipe).data))
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from ddexport.runtime.bundle import Schedule
 from ddexport.runtime.errors import BackendError, VerificationError
 from ddexport.runtime.noise import gaussian_noise, philox4x32
 from ddexport.runtime.pipeline import Pipeline
@@ -63,6 +65,15 @@ class Order:
     def label_rule(self) -> str:
         """How the labels are chosen, in words."""
         return "uniform" if self.per_class is None else f"{self.per_class} of each class"
+
+
+def student_schedules(schedules: Mapping[Any, Schedule], split: int) -> dict[Any, tuple[int, ...]]:
+    """The `known` numbers of the schedules that involve neither a teacher nor another split than `split`."""
+    return {
+        steps: schedule.known
+        for steps, schedule in schedules.items()
+        if schedule.teacher is None and schedule.split in (None, split)
+    }
 
 
 Draw: TypeAlias = Callable[[Order, range], dict[int, ByteImages]]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from ddexport.runtime import console
 from ddexport.runtime.errors import DDError, OutputError, VerificationError
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+
 from ddexport.validate.bootstrap import bootstrap, figure
 from ddexport.validate.fid_report import CHANGED, DIFFERENCE, DISTANCE, FID, Estimate, Figure, scope_of
 from ddexport.validate.metrics._base import IntArray, Measurement

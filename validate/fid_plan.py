@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddexport.runtime.bundle import Manifest
 from ddexport.runtime.errors import DDError, VerificationError
-from ddexport.runtime.manifest import Manifest
 from ddexport.runtime.pipeline import default_batch_size
-from ddexport.runtime.schedules import by_student_alone
-from ddexport.validate.drawing import Order
+from ddexport.validate.drawing import Order, student_schedules
 from ddexport.validate.features._base import Extractor, is_random
 from ddexport.validate.fid_figures import Gate
 from ddexport.validate.statistics import TooFewSamples
@@ -78,7 +77,7 @@ def plan_of(manifest: Manifest, precision: str, options: Options) -> Plan:
         raise FidSettingError(
             f"bundle {manifest.name} does not say how many images are measured", "say it with --images"
         )
-    alone = by_student_alone(manifest.schedules, manifest.sequence.split)
+    alone = student_schedules(manifest.schedules, manifest.sequence.split)
     steps = options.steps or tuple(sorted(alone))
     for count in steps:
         if manifest.schedule(count) and count not in alone:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from ddexport.runtime.files import atomic_write, make_directory
 from ddexport.validate import bootstrap
 from ddexport.validate.metrics._base import Measurement

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+from msgspec import to_builtins
+
+from ddexport.recipe import recipe_of
 from ddexport.runtime import console
+from ddexport.runtime.bundle import FILE_NAME, ROLES, Manifest, sha256_of
 from ddexport.runtime.files import make_directory, write_image
 from ddexport.runtime.images import to_pil
-from ddexport.runtime.manifest import FILE_NAME, ROLES, Manifest, sha256_of
 from ddexport.runtime.pipeline import Pipeline, load
-from ddexport.runtime.schedules import by_student_alone
 from ddexport.validate.contents import check_contents, check_recipe, open_manifest
 from ddexport.validate.devices import torch_device
-from ddexport.validate.drawing import ByteImages, Draw, by_pipeline, by_reference
+from ddexport.validate.drawing import ByteImages, Draw, by_pipeline, by_reference, student_schedules
 from ddexport.validate.features._base import Extractor, load_extractor
 from ddexport.validate.fid_figures import Resampling, figures_of, measurements_of, published_of
 from ddexport.validate.fid_plan import NONE, Options, Plan, order_of, plan_of, require_enough
@@ -31,8 +33,6 @@ from ddexport.validate.references import Reference
 from ddexport.validate.references import load as load_reference
 from ddexport.validate.runners import opened
 from ddexport.validate.statistics import GROUPS
-
-from ddexport.recipe import recipe_from_dict
 
 WIDE = 512  # features: their covariances, one a group and side, take the memory, their roots the time
 GROUPS_NARROW = 100  # more than are usual, where they cost nothing: steadier intervals
@@ -109,7 +109,7 @@ class _Job:
         """The set of images that the figures are measured against."""
         if self.plan.compared == NONE:
             return None
-        recipe = recipe_from_dict(self.manifest.recipe, f"the recipe in bundle {self.manifest.name}")
+        recipe = recipe_of(self.manifest)
         with console.stage(f"reading the reference set {self.plan.compared}", keep=False):
             return load_reference(
                 self.plan.compared, self.extractor, recipe=recipe, draw=self._another_bundle
@@ -155,7 +155,7 @@ class _Job:
         with load(path, options.backend, options.threads) as other:
             seed = (options.seed + 1) % 2**64
             order = order_of(other.manifest, self.plan.order.images, seed)
-            alone = by_student_alone(other.manifest.schedules, other.manifest.sequence.split)
+            alone = student_schedules(other.manifest.schedules, other.manifest.sequence.split)
             steps = max(alone)
             schedules = {steps: alone[steps]}
             draw = by_pipeline(other, schedules)
@@ -177,7 +177,7 @@ class _Job:
         return {
             "bundle": _hashes(self.manifest, self.pipe.precision),
             "recipe": dict(manifest.recipe) if paired else None,
-            "weights": asdict(manifest.weights) if paired else None,
+            "weights": to_builtins(manifest.weights) if paired else None,
             "copy of the weights": self.options.weights,
             "reference model": paired,
             "precision": self.pipe.precision,

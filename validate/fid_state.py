@@ -18,9 +18,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib import format as npy
+
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.files import atomic_write, make_directory
-from numpy.lib import format as npy
 
 FILE = "fid-state.npz"
 KEY, DONE = "key", "done"

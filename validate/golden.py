@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from ddexport.runtime.files import write_arrays
 from ddexport.validate.compare import ReferenceRun, request_of
 from ddexport.validate.metrics.tokens import margins

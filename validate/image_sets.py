@@ -11,8 +11,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from ddexport.runtime.errors import DDError
-from ddexport.runtime.noise import gaussian_noise
 from torch import Tensor
 
 from ddexport.distill.data import DataSet
@@ -23,6 +21,8 @@ from ddexport.distill.tokenizer import images_of_sequences, tokens_of_images
 from ddexport.families._base import compose
 from ddexport.families._checkpoint import connect, load_part
 from ddexport.recipe import Recipe, embedded_weights
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.noise import gaussian_noise
 
 CHUNK = 500
 
@@ -139,7 +139,7 @@ def student_sequences(
             with torch.no_grad():
                 logits, embeddings = models.student.heads(given, label, held)
             codebook = models.student.codebook
-            tokens = compose(given, logits[:, :split], embeddings[:, split:], codebook, held)
+            tokens, *_ = compose(given, logits[:, :split], embeddings[:, split:], codebook, held)
         parts.append(tokens)
     return torch.cat(parts)
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from ddexport.runtime import console
 from ddexport.runtime.errors import VerificationError
 
 if TYPE_CHECKING:
-    from ddexport.runtime.manifest import Manifest
+    from ddexport.runtime.bundle import Manifest
     from ddexport.validate.metrics._base import Limits, Measurement
 
 LOOSENESS = 2.0  # a limit is at most so many times the largest value of an unbroken bundle

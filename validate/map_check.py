@@ -9,11 +9,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from ddexport.validate.image_sets import Models
 from torch import Tensor
 
 from ddexport.distill.mapping import tokens_from_noise
 from ddexport.distill.teacher import draw
+from ddexport.validate.image_sets import Models
 
 CONTEXTS, SEED = 8, 77
 TESTED = 4  # AR steps, evenly spread: all scales of a small VAR, some tokens of a raster order

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
 from ddexport.runtime.errors import DDError
 from ddexport.validate.drawing import ByteImages, Draw, Order, Schedules
 from ddexport.validate.features._base import Extractor, Readings

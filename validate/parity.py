@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from msgspec import structs
+
 from ddexport.runtime import console
 from ddexport.runtime.errors import OutputError, VerificationError
 
@@ -54,8 +56,8 @@ def run_parity(
 
     Raises DDError where one of the two cannot be run.
     """
-    from ddexport.runtime.manifest import FILE_NAME, sha256_of
-    from ddexport.runtime.teacher import Choice
+    from ddexport.runtime.bundle import FILE_NAME, sha256_of
+    from ddexport.runtime.teacher import Sampling
     from ddexport.validate.compare import compare, measure, noise_for, request_of, run_reference
     from ddexport.validate.contents import check_contents, check_recipe, open_manifest
     from ddexport.validate.limits import limits_of
@@ -91,8 +93,10 @@ def run_parity(
             noise = noise_for(reference, request)
             runs = run_reference(reference, request, noise, bar.advance)
             teacher = reference.recipe.teacher if reference.recipe else None
-            choice = Choice(**vars(teacher)) if teacher else None
-            comparison = compare(pipe, runs, request, noise, choice, bar.advance)
+            sampling = None
+            if teacher:
+                sampling = Sampling(teacher.cfg, teacher.top_k, teacher.top_p, teacher.temperature)
+            comparison = compare(pipe, runs, request, noise, sampling, bar.advance)
         settings = Settings(
             bundle=str(options.bundle),
             name=manifest.name,

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
 from ddexport.validate.metrics._base import Comparison, FloatArray, ImagePair, StudentPair, largest_difference
 from ddexport.validate.metrics.tokens import margins
-from PIL import Image, ImageDraw, ImageFont
 
 INK, PALE, GRID = (32, 32, 36), (120, 120, 128), (225, 225, 230)
 BAR, FAULT, LIMIT = (70, 120, 180), (200, 40, 40), (220, 130, 20)

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from ddexport.runtime import console
 
 if TYPE_CHECKING:
+    from ddexport.distill.data import DataSet
+    from ddexport.recipe import Recipe
     from ddexport.validate.features.digits import DigitJudge
     from ddexport.validate.image_sets import ImageRow, Models
     from ddexport.validate.quality_measures import Float64Array, PixelComponents
-
-    from ddexport.distill.data import DataSet
-    from ddexport.recipe import Recipe
 
 REFERENCE_CHUNK = 1000  # images a chunk for the Frechet distance, and a side for precision and recall
 NEIGHBOURS = 3
@@ -70,6 +70,7 @@ class Gauge:
     def measure(self, row: ImageRow, target: ImageRow | None = None) -> Quality:
         """All figures of one row; `target` holds the map's images of the same noise."""
         import numpy as np
+
         from ddexport.validate.image_sets import as_pixels
         from ddexport.validate.metrics.precision_recall import precision_recall
         from ddexport.validate.quality_measures import chunked_frechet, within_class_variance
@@ -189,13 +190,12 @@ def _run(
     grid: Path | None,
     retrain: bool,
 ) -> dict[str, Any]:
+    from ddexport.distill.data import load_data
+    from ddexport.distill.settings import distill_settings
     from ddexport.validate.features.digits import held_out_accuracy, judge_path, load_judge
     from ddexport.validate.image_sets import load_models
     from ddexport.validate.map_check import check_map
     from ddexport.validate.quality_grid import write_grid
-
-    from ddexport.distill.data import load_data
-    from ddexport.distill.settings import distill_settings
 
     data = load_data(distill_settings(recipe).data)
     if retrain:

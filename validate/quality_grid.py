@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from ddexport.runtime.errors import OutputError
-from ddexport.runtime.noise import gaussian_noise
-from ddexport.validate.image_sets import Models, student_sequences
 from PIL import Image, ImageDraw, ImageFont
 
 from ddexport.distill.pairs import mapped_tokens
 from ddexport.distill.teacher import at_random, draw
 from ddexport.distill.tokenizer import images_of_sequences
+from ddexport.runtime.errors import OutputError
+from ddexport.runtime.noise import gaussian_noise
+from ddexport.validate.image_sets import Models, student_sequences
 
 EACH, ZOOM, GAP, HEAD = 8, 2, 12, 22
 

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
 from ddexport.validate.metrics.frechet import frechet_distance, gaussian_fit
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]

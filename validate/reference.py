@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
+from msgspec import structs
+
+from ddexport.runtime.bundle import Manifest, Source, sha256_of
 from ddexport.runtime.errors import DDError
-from ddexport.runtime.manifest import Manifest, Source, sha256_of
 from ddexport.validate.devices import torch_device
 from ddexport.validate.metrics._base import FloatArray
 
 if TYPE_CHECKING:
-    from ddexport.validate.sampling import Plan, Sampler
-
     from ddexport.recipe import Recipe
+    from ddexport.validate.sampling import Plan, Sampler
 
 ROLES = ("student", "tokenizer")
 SHOWN_DIGITS = 12
@@ -75,23 +76,25 @@ class TorchReference:
 
         assert self.recipe is not None
         assert self.recipe.teacher is not None
-        draw, choice = trainer(module.family).draw, TokenChoice(**vars(self.recipe.teacher))
+        draw, choice = trainer(module.family).draw, TokenChoice(**structs.asdict(self.recipe.teacher))
         return Sampler(self._student, self._tokenizer, module, draw, choice, self.device)
 
-    def run(self, key: str, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """What the graph of that key computes, on named arrays; the names are those of the contract."""
+    def run(
+        self, role: str, split: int | None, feeds: Mapping[str, npt.NDArray[Any]]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """What the graph of a role computes, of the student with that split, on named arrays; the names are
+        those of the contract."""
         import torch
 
-        role, _, split = key.partition("@")
         module = {"student": self._student, "decoder": self._tokenizer, "teacher": self._teacher}[role]
         if split:
-            module = self._student.at_split(int(split))
+            module = self._student.at_split(split)
         with torch.inference_mode():
             outputs = module(*(torch.from_numpy(array.copy()) for array in feeds.values()))
         arrays = [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
         caches = [f"new_{name}" for name in feeds if name.startswith(("key_", "value_"))]
-        names = {"student": ["sequence", "logits"], "decoder": ["image"], "teacher": ["logits", *caches]}
-        return dict(zip(names[role], arrays, strict=True))
+        names = {"student": ["sequence", "tokens", "logits"], "decoder": ["image"]}
+        return dict(zip(names.get(role, ["logits", *caches]), arrays, strict=True))
 
 
 def build_reference(
@@ -119,13 +122,13 @@ def build_reference(
     import torch
 
     from ddexport.families._checkpoint import connect, load_part, random_part
-    from ddexport.recipe import recipe_from_dict
+    from ddexport.recipe import recipe_of
 
     torch_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     roles = (*ROLES, "teacher") if teacher and manifest.teacher is not None else ROLES
-    recipe = recipe_from_dict(manifest.recipe, where=f"the recipe in bundle {manifest.name}")
+    recipe = recipe_of(manifest)
     origin = manifest.weights
     if origin.kind == "random":
         _refuse_files(manifest, recipe, files)

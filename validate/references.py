@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
+
 from ddexport.runtime import console
 from ddexport.validate.features._base import ByteImages, Extractor
 from ddexport.validate.statistics import GaussianFit, Moments, Reservoir
@@ -19,7 +21,6 @@ from ddexport.validate.statistics_files import (
     read_images,
     read_statistics,
 )
-from PIL import Image
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe

@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 from torch import Tensor
+
+from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -143,7 +144,7 @@ class Sampler:
         """The first `known` positions as they were left, and the original noise behind them."""
         position = torch.arange(noise.shape[1], device=noise.device)
         inputs = torch.where((position < known)[None, :, None], sequence, noise)
-        sequence, logits = self.student.at_split(split)(inputs, label, torch.full_like(label, known))
+        sequence, _, logits = self.student.at_split(split)(inputs, label, torch.full_like(label, known))
         chosen = logits.argmax(-1)
         kept = min(known, chosen.shape[1])
         return inputs, logits, sequence, torch.cat([tokens[:, :kept], chosen[:, kept:]], 1)

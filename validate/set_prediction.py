@@ -17,11 +17,11 @@ from contextlib import suppress
 from typing import TypeAlias
 
 import torch
-from ddexport.validate.image_sets import Models
 from torch import Tensor
 
 from ddexport.distill.teacher import at_random, draw, log_probabilities
 from ddexport.distill.trainers import Choose, trainer
+from ddexport.validate.image_sets import Models
 
 Draw: TypeAlias = Callable[[Tensor, Choose], Tensor]  # labels (B,), choose -> tokens (B, L)
 

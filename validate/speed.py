@@ -15,13 +15,14 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import click
+
 from ddexport.runtime import console
 
 if TYPE_CHECKING:
-    from ddexport.validate.image_sets import Models
     from torch import Tensor
 
     from ddexport.recipe import Recipe
+    from ddexport.validate.image_sets import Models
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def few_steps(models: Models, known: tuple[int, ...], noise: Tensor, labels: Ten
     tokens, position = noise, torch.arange(noise.shape[1])[:, None]
     for count in known:
         given = torch.where(position < count, tokens, noise)
-        tokens, _ = models.student(given, labels, torch.full_like(labels, count))
+        tokens, *_ = models.student(given, labels, torch.full_like(labels, count))
     return tokens
 
 
@@ -81,10 +82,10 @@ def teacher_way(models: Models) -> Way:
 
 def student_ways(models: Models) -> list[Way]:
     """The student in every schedule, the longest first, with the tables that a bundle has."""
-    from ddexport.runtime.schedules import by_student_alone
+    from ddexport.validate.drawing import student_schedules
 
     models.student.tabulate()
-    alone = by_student_alone(models.recipe.schedules, models.recipe.sequence.split)
+    alone = student_schedules(models.recipe.schedules, models.recipe.sequence.split)
     known = {f"student, {steps}": numbers for steps, numbers in alone.items()}
     return [
         Way(name, len(known[name]), partial(few_steps, models, known[name]))
@@ -143,6 +144,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 def run(recipe: Recipe, weights: Path | None, batches: list[int], rounds: int, threads: int) -> list[Timing]:
     """Time the recipe's stored weights on `threads` threads. Raises DDError for a missing or bad file."""
     import torch
+
     from ddexport.validate.image_sets import load_models
 
     before = torch.get_num_threads()

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
 from ddexport.runtime.errors import DDError
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]

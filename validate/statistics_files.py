@@ -23,10 +23,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib import format as npy
+
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.files import write_arrays
 from ddexport.validate.statistics import Gaussian, GaussianFit
-from numpy.lib import format as npy
 
 ByteImages: TypeAlias = npt.NDArray[np.uint8]
 

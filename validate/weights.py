@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from ddexport.runtime.manifest import Manifest
+
+from ddexport.runtime.bundle import Manifest
 from ddexport.validate.metrics._base import Measurement
 
 if TYPE_CHECKING:
@@ -32,12 +33,14 @@ def compare_weights(
 
     A graph that was traced apart from the float32 graph is compared with the reference's weights, by name.
     """
-    graphs = {(graph.key, graph.precision): root / graph.file for graph in manifest.graphs}
+    graphs = {(graph.role, graph.split, graph.precision): root / graph.file for graph in manifest.graphs}
     rows = []
-    for key in [key for key, stated in graphs if stated == precision and precision != FLOAT32]:
-        model = _load(graphs[key, precision])
-        wanted, note = reference.weights(key.partition("@")[0]), ""
-        twin = _initializers(_load(graphs[key, FLOAT32])) if (key, FLOAT32) in graphs else {}
+    reduced = [] if precision == FLOAT32 else [key for key in graphs if key[2] == precision]
+    for role, split, _ in reduced:
+        path, full = graphs[role, split, precision], graphs.get((role, split, FLOAT32))
+        model = _load(path)
+        wanted, note = reference.weights(role), ""
+        twin = _initializers(_load(full)) if full else {}
         traced_together = _names(model) <= set(twin)
         if traced_together:
             wanted = twin
@@ -45,7 +48,7 @@ def compare_weights(
             note = "those that PyTorch has by name: there is no float32 graph of the same trace"
         wrong = dict(_wrong(model, wanted, traced_together))
         worst = max(wrong, key=lambda weight: wrong[weight], default="")
-        scope, count = f"{graphs[key, precision].name}, against float32", float(sum(wrong.values()))
+        scope, count = f"{path.name}, against float32", float(sum(wrong.values()))
         rows.append(Measurement("weights", scope, "weights that differ", count, 0.0, where=worst, note=note))
     return rows
 

@@ -62,14 +62,14 @@ def layers(
     from ddexport.precision.cast import check_patterns
     from ddexport.precision.layers import compare_layers, inputs_of
     from ddexport.precision.weights import parts_of_bundle
-    from ddexport.runtime.manifest import read_manifest
+    from ddexport.runtime.bundle import read_manifest
 
     manifest = read_manifest(bundle, verify=False)
     files = {role: path for role, path in (("student", checkpoint), ("tokenizer", vae)) if path is not None}
     with console.stage("loading weights", keep=False):
         parts = parts_of_bundle(manifest, files)
     if not keep_fp32:
-        kept = (g.accuracy.get("keep_fp32", ()) for g in manifest.graphs if g.precision == precision)
+        kept = (g.keep_fp32 for g in manifest.graphs if g.precision == precision)
         keep_fp32 = tuple(next(kept, ()))
     check_patterns(parts.values(), keep_fp32)
     size = manifest.sequence

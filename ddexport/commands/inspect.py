@@ -13,7 +13,7 @@ from ddexport.precision.policy import FLOAT32
 from ddexport.runtime import console
 
 if TYPE_CHECKING:
-    from ddexport.runtime.manifest import Schedule, TensorSpec
+    from ddexport.runtime.bundle import Schedule, TensorSpec
 
 EPILOG = """
 \b
@@ -30,20 +30,21 @@ Examples:
 @console.debug_option
 def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
     """Show a bundle: model, weights, graphs, schedules. All hashes are checked."""
-    from ddexport.precision.table import error_table, summary
-    from ddexport.runtime.manifest import read_manifest
+    from ddexport.precision.table import error_table, read_accuracy, summary
+    from ddexport.runtime.bundle import read_manifest
 
     manifest = read_manifest(bundle, verify=not no_verify)
     if as_json:
         click.echo(json.dumps(json.loads(manifest.to_json()), indent=2))
         return
-    s, weights = manifest.sequence, manifest.weights
+    s, weights, accuracy = manifest.sequence, manifest.weights, read_accuracy(bundle)
     click.echo(f"{manifest.name}: {manifest.title}")
     click.echo(f"  images     {manifest.image.width}x{manifest.image.height}, {manifest.classes} classes")
     click.echo(
-        f"  sequence   {s.length} positions of width {s.width};"
-        f" the first {s.split} from a codebook of {s.codebook}"
+        f"  sequence   {s.length} positions of width {s.width}; split {s.split}: those before it are from a"
+        f" codebook of {s.codebook}, the others regressed"
     )
+    click.echo("  schedules  known: how many leading positions each student step is given and keeps")
     for steps, schedule in sorted(manifest.schedules.items()):
         click.echo(f"  {f'{steps} step' + ('s' if steps > 1 else ''):10} {_schedule(schedule)}")
     if manifest.teacher is not None:
@@ -55,15 +56,16 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
         click.echo(f"  weights    {file.role}: {file.file} ({weights.kind}{copy}), sha256 {file.sha256[:16]}")
     for graph in manifest.graphs:
         size = sum(file.bytes for file in graph.files) / 2**20
-        click.echo(
-            f"  {graph.key:10} {graph.precision}, {size:.1f} MiB in {', '.join(f.file for f in graph.files)}"
-        )
-        if graph.precision != FLOAT32 and graph.accuracy:
-            kept = ", ".join(graph.accuracy["keep_fp32"])
-            click.echo(f"             {summary(graph)}{f', kept in fp32: {kept}' if kept else ''}")
-            for line in error_table(graph.accuracy["errors"]):
+        what = f"{graph.role}, split {graph.split}" if graph.split else graph.role
+        files = ", ".join(info.file for info in graph.files)
+        click.echo(f"  {what:10} {graph.precision}, {size:.1f} MiB in {files}")
+        if graph.precision != FLOAT32 and graph.file in accuracy:
+            kept = ", ".join(graph.keep_fp32)
+            measured = accuracy[graph.file]
+            click.echo(f"             {summary(graph, measured)}{f', kept in fp32: {kept}' if kept else ''}")
+            for line in error_table(measured["errors"]):
                 click.echo(f"             {line}")
-        for arrow, tensors in (("in", graph.inputs), ("out", graph.outputs)):
+        for arrow, tensors in zip(("in", "out"), manifest.tensors(graph), strict=True):
             for tensor in tensors:
                 if not _is_repeated(tensor):
                     shape = ", ".join(map(str, tensor.shape))

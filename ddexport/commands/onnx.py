@@ -107,7 +107,7 @@ def command(
         )
     _require_export_extra()
     from ddexport.bundle import WeightRequest, export_bundle
-    from ddexport.precision.table import accuracy_lines
+    from ddexport.precision.table import accuracy_lines, read_accuracy
     from ddexport.recipe import load_recipe
 
     recipe = load_recipe(model)
@@ -130,6 +130,7 @@ def command(
                 "weights": exported.manifest.weights,
                 "graphs": exported.manifest.graphs,
                 "agreement": exported.agreement,
+                "accuracy": read_accuracy(exported.path),
             }
         )
         return
@@ -140,9 +141,10 @@ def command(
         worst = max(exported.agreement, key=lambda a: a.error / a.limit)
         place = f"{worst.role} {worst.output}, relative"
         click.echo(f"  largest difference from PyTorch {worst.error:.1e} (fp32, {place})")
+    accuracy = read_accuracy(exported.path)
     for graph in exported.manifest.graphs:
         if graph.precision != FLOAT32:
-            click.echo("\n" + "\n".join(accuracy_lines(graph)))
+            click.echo("\n" + "\n".join(accuracy_lines(graph, accuracy[graph.file])))
     if exported.manifest.weights.kind == "random":
         click.echo(f"  random weights, seed {exported.manifest.weights.seed}: the images mean nothing")
 
@@ -158,8 +160,11 @@ def _require_export_extra() -> None:
 
     from ddexport.runtime.errors import DDError
 
-    missing = [
-        name for name in ("torch", "onnx", "onnxscript", "safetensors", "yaml") if find_spec(name) is None
-    ]
+    needed = ("torch", "onnx", "onnxscript", "safetensors", "yaml")
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise DDError(f"exporting needs {', '.join(missing)}", 'pip install "ddexport[export]"')
+    if find_spec("onnxruntime") is None:
+        raise DDError(
+            "exporting needs onnxruntime, which proves the graphs", 'pip install "ddexport[cpu]", or [gpu]'
+        )

@@ -31,9 +31,8 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 @click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto",
               show_default=True, help="The package. auto: tensorrt where there is a GPU.")  # fmt: skip
 @click.option("--precision", metavar="P[,P]", help="fp16, bf16, fp32: which graphs. [default: fp16]")
-@click.option(
-    "--role", "roles", multiple=True, help="student, teacher or decoder; repeatable. [default: all]"
-)
+@click.option("--role", "roles", multiple=True, type=click.Choice(["student", "decoder"]),
+              help="Which graphs; repeatable. [default: both]")  # fmt: skip
 @click.option("--batch", "batches", multiple=True, metavar="MIN,OPT,MAX", default=["1,4,8"],
               show_default=True, help="Batch sizes; repeatable, one optimization profile each.")  # fmt: skip
 @click.option("--compute-capability", metavar="SM[,SM]",
@@ -52,8 +51,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 @click.option("--weight-streaming", is_flag=True, help="Weights may stay in host memory.")
 @click.option("--sparse-weights", is_flag=True, help="Uses 2:4 sparsity where the weights have it.")
 @click.option("--tf32/--no-tf32", default=False, show_default=True, help="float32 products on TF32 units.")
-@click.option("--force", is_flag=True, help="Build even what is in the bundle or the cache already.")
-@click.option("--no-cache", is_flag=True, help="Neither read nor write the cache.")
+@click.option("--force", is_flag=True, help="Build even what is in the bundle already.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @console.debug_option
 def command(
@@ -62,11 +60,10 @@ def command(
     precision: str | None,
     roles: tuple[str, ...],
     force: bool,
-    no_cache: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Build TensorRT engines of a bundle's graphs, into the bundle.
+    """Build TensorRT engines of a bundle's students and decoders, into the bundle.
 
     An engine has the precision of its graph: export that first, with `ddexport onnx --precision fp16`. One
     that does not compute in the precision asked for is refused, with exit code 3.
@@ -74,7 +71,6 @@ def command(
     precisions = _precisions(precision)
     _require_export_extra()
     from ddexport.engine.build import build_engines
-    from ddexport.engine.cache import EngineCache, default_directory
     from ddexport.engine.module import load_tensorrt
 
     options = _options(**given)
@@ -85,7 +81,6 @@ def command(
         precisions,
         roles,
         force,
-        None if no_cache else EngineCache(default_directory()),
         console.stage,
         _progress,
     )
@@ -154,11 +149,7 @@ def _progress(name: str) -> Iterator[Callable[[int], None]]:
 
 def _line(bundle: Path, item: Built) -> str:
     engine = item.engine
-    how = {
-        "built": f"built in {console.duration(item.seconds)}",
-        "cache": "from the cache",
-        "kept": "was there already",
-    }[item.origin]
+    how = "was there already" if item.origin == "kept" else f"built in {console.duration(item.seconds)}"
     layers = ", ".join(f"{count} in {name}" for name, count in engine.layers.items())
     return (
         f"{item.plan.relative_to(bundle)}  {engine.bytes / 2**20:.1f} MiB, {how}\n"
@@ -168,11 +159,13 @@ def _line(bundle: Path, item: Built) -> str:
 
 
 def _row(bundle: Path, item: Built) -> dict[str, Any]:
+    import msgspec
+
     return {
         "plan": item.plan.relative_to(bundle),
         "origin": item.origin,
         "seconds": item.seconds,
-        "engine": item.engine,
+        "engine": msgspec.to_builtins(item.engine, str_keys=True),
     }
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ddexport.distill.settings import Loop
 from ddexport.runtime.console import progress
+from ddexport.runtime.files import atomic_write
 
 SAVE_SECONDS = 60.0
 LOG_EVERY = 25
@@ -49,13 +50,11 @@ class Run:
 
 
 def save_atomically(value: Any, path: Path) -> None:
-    """torch.save by way of a neighbouring file: `path` holds the old content or the new, never half."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """torch.save: `path` holds the old content or the new, never half, after a power cut as well."""
+    with atomic_write(path) as stream:
+        torch.save(value, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def rate_at(loop: Loop, iteration: int) -> float:

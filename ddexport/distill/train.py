@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from msgspec import structs
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from ddexport.distill.data import DataSet, load_data
@@ -42,6 +44,8 @@ from ddexport.families import family
 from ddexport.families._checkpoint import load_part, save_part
 from ddexport.runtime.console import stage as announce
 from ddexport.runtime.errors import DDError, OutputError
+from ddexport.runtime.files import atomic_write
+from ddexport.runtime.records import Record, convert, read_json, to_json
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
@@ -49,7 +53,18 @@ if TYPE_CHECKING:
 STAGES = ("tokenizer", "decoder", "teacher", "pairs", "student")
 FOLLOWS = {"decoder": "tokenizer", "teacher": "tokenizer", "pairs": "teacher", "student": "pairs"}
 ROLES = {"decoder": "tokenizer", "teacher": "teacher", "student": "student"}  # stages whose results ship
+STAGES_FILE = "stages.json"
 VERSION = 1  # raise it when a stage's code changes what it computes
+
+
+class Finished(Record):
+    """A finished stage: what it depends on, and how long it took."""
+
+    key: str
+    seconds: float
+
+
+NEVER = Finished("", 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +109,7 @@ class Training:
                 "version": VERSION,
                 "stage": stage,
                 "seed": self._run_of(stage).seed,
-                "settings": dataclasses.asdict(getattr(self.settings, stage)),
+                "settings": structs.asdict(getattr(self.settings, stage)),
                 "before": self.key(FOLLOWS[stage]) if stage in FOLLOWS else self._origin(),
             }
             self._keys[stage] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -106,20 +121,21 @@ class Training:
 
     def _stage(self, stage: str, wanted: bool) -> StageReport:
         path, finished = self.path(stage), self._finished()
-        current = finished.get(stage, {}).get("key") == self.key(stage) and path.is_file()
+        before = finished.get(stage, NEVER)
+        current = before.key == self.key(stage) and path.is_file()
         if current or not wanted:
             outcome = "unchanged" if current else "left out"
             size = path.stat().st_size if current else 0
-            seconds = finished.get(stage, {}).get("seconds", 0.0) if current else 0.0
-            return StageReport(stage, outcome, seconds, path.name, size)
+            return StageReport(stage, outcome, before.seconds if current else 0.0, path.name, size)
         start = time.monotonic()
         self._need_stages_before(stage)
         with announce(stage):
             work: Callable[[], None] = getattr(self, f"_{stage}")
             work()
         seconds = round(time.monotonic() - start, 1)
-        finished[stage] = {"key": self.key(stage), "seconds": seconds}
-        self._write_finished(finished)
+        finished[stage] = Finished(self.key(stage), seconds)
+        with atomic_write(self.run.folder / STAGES_FILE) as stream:
+            stream.write(to_json(finished).encode())
         finish(stage, self.run)
         return StageReport(stage, "trained", seconds, path.name, path.stat().st_size)
 
@@ -147,14 +163,14 @@ class Training:
 
     def _pairs(self) -> None:
         tokenizer, teacher = self._load("tokenizer", "tokenizer"), self._load("teacher", "teacher")
-        write_tensors(make_pairs(teacher, tokenizer, self.settings.pairs, self.run), self.path("pairs"))
+        pairs = make_pairs(teacher, tokenizer, self.settings.pairs, self.run)
+        with atomic_write(self.path("pairs")) as stream:
+            stream.write(save(pairs))
 
     def _run_of(self, stage: str) -> Run:
         return self._student_run if stage == "student" else self.run
 
     def _student(self) -> None:
-        from safetensors.torch import load_file
-
         tokenizer, teacher = self._load("tokenizer", "tokenizer"), self._load("teacher", "teacher")
         student, pairs = self._new("student"), load_file(self.path("pairs"))
         codebook: Tensor = tokenizer.codebook
@@ -167,11 +183,11 @@ class Training:
         recipe = self.recipe
         return {
             "data": self.data.fingerprint(),
-            "augment": dataclasses.asdict(self.settings.augment),
+            "augment": structs.asdict(self.settings.augment),
             "geometry": [
                 recipe.family,
-                dataclasses.asdict(recipe.image),
-                dataclasses.asdict(recipe.sequence) | {"split": None},  # sampling's choice, not training's
+                structs.asdict(recipe.image),
+                structs.asdict(recipe.sequence) | {"split": None},  # sampling's choice, not training's
                 recipe.classes,
                 recipe.model,
                 recipe.tokenizer,
@@ -193,30 +209,18 @@ class Training:
         while stage in FOLLOWS:
             needed.insert(0, stage := FOLLOWS[stage])
         for before in needed:
-            if finished.get(before, {}).get("key") != self.key(before) or not self.path(before).is_file():
+            if finished.get(before, NEVER).key != self.key(before) or not self.path(before).is_file():
                 raise DDError(
                     f"the stage {stage} needs the result of {before}, which {self.run.folder} does not hold"
                     " for these settings and this seed",
                     f"run it too: --stages {before},{stage}, or leave --stages out",
                 )
 
-    def _finished(self) -> dict[str, dict[str, Any]]:
-        path = self.run.folder / "stages.json"
-        return json.loads(path.read_text()) if path.is_file() else {}  # type: ignore[no-any-return]
-
-    def _write_finished(self, finished: dict[str, dict[str, Any]]) -> None:
-        partial = self.run.folder / "stages.json.partial"
-        partial.write_text(json.dumps(finished, indent=2) + "\n")
-        partial.replace(self.run.folder / "stages.json")
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file by way of a neighbouring one."""
-    from safetensors.torch import save_file
-
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial)
-    partial.replace(path)
+    def _finished(self) -> dict[str, Finished]:
+        path = self.run.folder / STAGES_FILE
+        if not path.is_file():
+            return {}
+        return convert(dict[str, Finished], read_json(path, DDError), str(path), DDError)
 
 
 def train(
@@ -253,7 +257,6 @@ def install(recipe: Recipe, folder: Path, target: Path) -> list[Path]:
     if missing:
         raise DDError(f"{folder} does not hold {', '.join(missing)}", "run all stages before --install")
     for name in names:
-        partial = target / f"{name}.partial"
-        shutil.copyfile(folder / name, partial)
-        partial.replace(target / name)
+        with atomic_write(target / name) as stream, (folder / name).open("rb") as source:
+            shutil.copyfileobj(source, stream)
     return [target / name for name in names]

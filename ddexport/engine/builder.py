@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from ddexport.engine.callbacks import Log, Tracker, logger_to, monitor_to
+from ddexport.engine.callbacks import Tracker, monitor_to
 from ddexport.engine.checks import check_targets, wanted_flags
 from ddexport.engine.module import TensorRT
 from ddexport.engine.network import (
@@ -25,10 +24,11 @@ from ddexport.engine.network import (
     layers_of_onnx,
 )
 from ddexport.engine.options import BuildOptions
-from ddexport.runtime.contract import dynamic_sizes
+from ddexport.runtime.backends.tensorrt import logger_to
+from ddexport.runtime.bundle import Graph, Manifest, TensorSpec
 from ddexport.runtime.engines import DEFAULT_TARGET, Profile
 from ddexport.runtime.errors import DDError
-from ddexport.runtime.manifest import Graph
+from ddexport.runtime.files import atomic_write
 
 Stage = Callable[[str], AbstractContextManager[None]]
 Report = Callable[[int], None]
@@ -62,18 +62,18 @@ class Plan:
 def build_plan(
     trt: TensorRT,
     root: Path,
+    manifest: Manifest,
     graph: Graph,
     options: BuildOptions,
     targets: tuple[str, ...],
-    destination: Path,
+    stream: IO[bytes],
     stage: Stage,
     progress: Callable[[str], AbstractContextManager[Report]],
 ) -> Plan:
-    """Builds the engine of a graph of the bundle `root` and writes its plan to `destination`.
+    """Builds the engine of a graph of the bundle `root` and writes its plan to a stream.
 
-    `options` and `targets` must have passed `check_options`, and the profiles have ranges of all dynamic
-    dimensions of the graph (`profiles_for`). Ctrl-C stops the build and raises
-    KeyboardInterrupt; nothing useful is at `destination` then.
+    `options` and `targets` must have passed `check_options`. Ctrl-C stops the build and raises
+    KeyboardInterrupt; nothing useful is in the stream then.
 
     Raises:
         BundleError: the graph takes weights from a file that the manifest does not list.
@@ -82,44 +82,46 @@ def build_plan(
         BuildError: TensorRT failed, or logged an error.
     """
     start = time.perf_counter()
-    module, record = trt.module, Log()
-    logger = logger_to(module, record)
+    module, errors = trt.module, list[str]()
+    logger = logger_to(module, errors)
     builder = module.Builder(logger)
+    inputs, outputs = manifest.tensors(graph)
     with stage(f"parsing {graph.file}"):
         in_graph = layers_of_onnx(root, graph)  # before the network: each holds all weights for a while
         flags = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = builder.create_network(flags)
         parser = module.OnnxParser(network, logger)  # owns weights: must outlive the build
-        _parse(parser, root / graph.file, record)
+        _parse(parser, root / graph.file, errors)
         in_network = layers_of_network(network)
         check_precision(graph, in_graph, in_network)
-        check_contract(graph, network)
+        check_contract(graph, inputs, outputs, network)
         check_targets(targets, in_network)
     config = builder.create_builder_config()
     _configure(trt, config, options, targets)
     for profile in options.profiles:
-        _add_profile(builder, config, graph, profile)
+        _add_profile(builder, config, inputs, profile)
     cache = _timing_cache(config, options)
-    _require_clean(record, graph)
-    name = f"{graph.key} {graph.precision} with {trt}"
+    _require_clean(errors, graph)
+    name = f"{graph.role} {graph.precision} with {trt}"
     with stage(f"building {name}"), progress(name) as report:
         serialized = _run(module, builder, network, config, report)
         if serialized is None or not serialized.nbytes:
-            _require_clean(record, graph)
+            _require_clean(errors, graph)
             raise BuildError(f"TensorRT built no engine of {graph.file}, and did not say why", "try --debug")
-    _require_clean(record, graph)
+    _require_clean(errors, graph)
     del network, parser  # gigabytes
-    with stage(f"writing {destination.name.lstrip('.').split('.partial')[0]}"):
-        sha256 = _write(memoryview(serialized), destination)
+    with stage(f"writing the engine of {graph.file}"):
+        sha256 = _write(memoryview(serialized), stream)
     if cache is not None and options.timing_cache is not None:
-        _save_timing_cache(config, options.timing_cache)
+        with atomic_write(options.timing_cache) as file:
+            file.write(bytes(memoryview(config.get_timing_cache().serialize())))
     return Plan(sha256, serialized.nbytes, by_type(in_network), time.perf_counter() - start)
 
 
-def _parse(parser: Any, path: Path, record: Log) -> None:
-    if parser.parse_from_file(str(path)) and not record.errors:
+def _parse(parser: Any, path: Path, logged: list[str]) -> None:
+    if parser.parse_from_file(str(path)) and not logged:
         return
-    errors = [parser.get_error(index).desc() for index in range(parser.num_errors)] or record.errors
+    errors = [parser.get_error(index).desc() for index in range(parser.num_errors)] or logged
     raise BuildError(
         f"TensorRT cannot read {path.name}: {_short(errors[0]) if errors else 'no reason given'}",
         "the graph may use an operator that this TensorRT lacks: try --debug, or a newer TensorRT",
@@ -146,12 +148,11 @@ def _configure(trt: TensorRT, config: Any, options: BuildOptions, targets: tuple
                 raise BuildError(f"TensorRT refused the target {target}", "leave it out")
 
 
-def _add_profile(builder: Any, config: Any, graph: Graph, profile: Profile) -> None:
+def _add_profile(builder: Any, config: Any, inputs: Iterable[TensorSpec], profile: Profile) -> None:
     shapes = builder.create_optimization_profile()
-    ranges = {name: profile.range_of(name) for name in dynamic_sizes(graph.inputs)}
-    for spec in graph.inputs:
-        corners = ({name: sizes[corner] for name, sizes in ranges.items()} for corner in range(3))
-        shapes.set_shape(spec.name, *map(spec.sized, corners))
+    batches = (profile.minimum, profile.optimum, profile.maximum)
+    for spec in inputs:
+        shapes.set_shape(spec.name, *((batch, *spec.shape[1:]) for batch in batches))
     if config.add_optimization_profile(shapes) < 0:
         raise BuildError(f"TensorRT refused the batch sizes {profile}", "try others with --batch")
 
@@ -186,11 +187,11 @@ def _run(module: Any, builder: Any, network: Any, config: Any, report: Report) -
     return result[0]
 
 
-def _require_clean(record: Log, graph: Graph) -> None:
-    if not record.errors:
+def _require_clean(errors: list[str], graph: Graph) -> None:
+    if not errors:
         return
-    first, more = record.errors[0], len(record.errors) - 1
-    hints = [hint for word, hint in _HINTS if any(word in message for message in record.errors)]
+    first, more = errors[0], len(errors) - 1
+    hints = [hint for word, hint in _HINTS if any(word in message for message in errors)]
     raise BuildError(
         f"TensorRT could not build {graph.file}: {_short(first)}" + (f" (and {more} more)" if more else ""),
         hints[0] if hints else "all of TensorRT's messages: --debug",
@@ -215,18 +216,11 @@ def _timing_cache(config: Any, options: BuildOptions) -> Any:
     return cache
 
 
-def _save_timing_cache(config: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(bytes(memoryview(config.get_timing_cache().serialize())))
-    partial.replace(path)
-
-
-def _write(content: memoryview, path: Path) -> str:
+def _write(content: memoryview, stream: IO[bytes]) -> str:
     digest = hashlib.sha256()
     flat = content.cast("B")
-    with path.open("wb") as stream:
-        for start in range(0, len(flat), CHUNK):
-            chunk = flat[start : start + CHUNK]
-            digest.update(chunk)
-            stream.write(chunk)
+    for start in range(0, len(flat), CHUNK):
+        chunk = flat[start : start + CHUNK]
+        digest.update(chunk)
+        stream.write(chunk)
     return digest.hexdigest()

@@ -1,48 +1,9 @@
-"""What TensorRT says while it works: its log, and how far it is.
-
-The classes derive from TensorRT's, and so are made once that is imported.
-"""
+"""How far a build of TensorRT is, and the switch that stops it."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-
-log = logging.getLogger(__name__)
-
-
-@dataclass
-class Log:
-    """What was logged. TensorRT rejects some settings by logging an error and going on."""
-
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-def logger_to(trt: Any, record: Log) -> Any:
-    """A TensorRT logger that keeps errors and warnings in `record`, and passes all on to `logging`."""
-    severity = trt.ILogger
-    levels = {
-        severity.INTERNAL_ERROR: logging.INFO,  # whoever builds reports errors; here they are kept
-        severity.ERROR: logging.INFO,
-        severity.WARNING: logging.INFO,
-        severity.INFO: logging.DEBUG,
-    }
-
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, level: Any, message: str) -> None:
-            if level in (severity.INTERNAL_ERROR, severity.ERROR):
-                record.errors.append(message)
-            elif level == severity.WARNING:
-                record.warnings.append(message)
-            if level in levels:  # the verbose rest is thousands of lines
-                log.log(levels[level], "%s", message)
-
-    return Logger()
 
 
 @dataclass

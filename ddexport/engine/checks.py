@@ -47,7 +47,7 @@ REFUSALS = (
     Refusal(
         lambda options, trt: trt.is_rtx and options.timing_cache is not None,
         "TensorRT-RTX has no timing cache: it would ignore it",
-        "leave --timing-cache out; whole engines are cached anyway (ddexport cache ls)",
+        "leave --timing-cache out",
     ),
     Refusal(
         lambda options, trt: trt.gpu is None and options.refittable,

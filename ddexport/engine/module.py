@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ddexport.runtime.engines import BACKENDS
+from ddexport.runtime import machine
+from ddexport.runtime.engines import BACKENDS, MODULES
 from ddexport.runtime.errors import DDError
-from ddexport.runtime.machine import MODULES, Gpu, Machine
+from ddexport.runtime.machine import Gpu
 
 INSTALL: Mapping[str, str] = {
     "tensorrt": 'pip install "ddexport[tensorrt]"',
@@ -53,7 +54,7 @@ def load_tensorrt(backend: str = "auto") -> TensorRT:
     `auto` is full TensorRT where it is complete and there is a GPU, else TensorRT-RTX.
     Raises `ModuleError`, with the command that installs what is missing.
     """
-    gpu = next(iter(Machine().gpus), None)
+    gpu = next(iter(machine.cuda().gpus), None)
     if backend != "auto":
         return _load(backend, gpu)
     reasons: list[str] = []

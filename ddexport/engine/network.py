@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ddexport.runtime.bundle import Graph, TensorSpec
 from ddexport.runtime.errors import BundleError, VerificationError
-from ddexport.runtime.manifest import Graph, TensorSpec
 
 TYPE_OF_PRECISION: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 LEAST_SHARE = 0.5
@@ -88,8 +88,8 @@ def layers_of_model(model: Any) -> Layers:
         kind = _ONNX_KINDS.get(node.op_type)
         if kind and node.domain in ("", "ai.onnx"):
             # These operators give what they take; inference stops where a shape lies in external data.
-            found = next(filter(None, (types.get(name) for name in (*node.output, *node.input))), 0)
-            name = onnx.TensorProto.DataType.Name(found).lower()
+            dtype = next(filter(None, (types.get(name) for name in (*node.output, *node.input))), 0)
+            name = onnx.TensorProto.DataType.Name(dtype).lower()
             counts[kind, {"float": "float32"}.get(name, name)] += 1
     return counts
 
@@ -153,29 +153,26 @@ def _check_types(graph: Graph, where: str, layers: Layers, asked: str) -> None:
 
 def _least_share(graph: Graph) -> float:
     """Whoever kept modules in float32 with --keep-fp32 knows that there are fewer."""
-    kept = graph.accuracy.get("keep_fp32")
-    return 0.0 if kept or graph.precision == "fp32" else LEAST_SHARE
+    return 0.0 if graph.keep_fp32 or graph.precision == "fp32" else LEAST_SHARE
 
 
-def check_contract(graph: Graph, network: Any) -> None:
-    """Raises `VerificationError` unless names, types and shapes are those of the manifest, int64 included."""
+def check_contract(
+    graph: Graph, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], network: Any
+) -> None:
+    """Raises `VerificationError` unless names, types and shapes are those of the contract, int64 included."""
     sides = (
-        ("input", graph.inputs, (network.get_input(i) for i in range(network.num_inputs))),
-        ("output", graph.outputs, (network.get_output(i) for i in range(network.num_outputs))),
+        ("input", inputs, (network.get_input(i) for i in range(network.num_inputs))),
+        ("output", outputs, (network.get_output(i) for i in range(network.num_outputs))),
     )
     for side, want, tensors in sides:
         have = [(tensor.name, _type_name(tensor.dtype), tuple(tensor.shape)) for tensor in tensors]
-        expected = [(spec.name, spec.dtype, _shape(spec)) for spec in want]
+        expected = [(name, dtype, (-1, *shape[1:])) for name, dtype, shape in want]
         if sorted(have) != sorted(expected):
             raise VerificationError(
                 f"TensorRT's network of {graph.file} has the {side}s {_tensors(have)},"
                 f" but the contract says {_tensors(expected)}",
                 "the graph is not what the manifest says: export it again",
             )
-
-
-def _shape(spec: TensorSpec) -> tuple[int, ...]:
-    return tuple(size if isinstance(size, int) else -1 for size in spec.shape)
 
 
 def _type_name(dtype: Any) -> str:
@@ -187,5 +184,5 @@ def _text(layers: Layers) -> str:
     return ", ".join(parts) or "nothing"
 
 
-def _tensors(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> str:
+def _tensors(tensors: Iterable[tuple[str, str, tuple[Any, ...]]]) -> str:
     return ", ".join(f"{name} {dtype}{list(shape)}" for name, dtype, shape in tensors)

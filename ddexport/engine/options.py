@@ -68,7 +68,7 @@ class BuildOptions:
             )
 
     def canonical(self) -> dict[str, Any]:
-        """The options that shape an engine, as JSON data: part of its cache key and of its sidecar."""
+        """The options that shape an engine, as JSON data: part of its key and of its sidecar."""
         content = dataclasses.asdict(self)
         for elsewhere in ("profiles", "targets", "hardware", "version_compatible", "timing_cache"):
             del content[elsewhere]
@@ -83,18 +83,18 @@ def profile_from_text(text: str) -> Profile:
             f"{text!r} is no range of batch sizes", "give MIN,OPT,MAX, as in 1,4,8, or one number"
         )
     sizes = [int(part) for part in parts]
-    profile = Profile(sizes[0], sizes[len(sizes) // 2], sizes[-1])
-    if not 1 <= profile.minimum <= profile.optimum <= profile.maximum <= LARGEST_BATCH:
+    low, best, high = sizes[0], sizes[len(sizes) // 2], sizes[-1]
+    if not 1 <= low <= best <= high <= LARGEST_BATCH:
         raise OptionError(
             f"the batch sizes {text} are not in order",
             f"MIN,OPT,MAX must rise from 1 on, up to {LARGEST_BATCH}, as in 1,4,8",
         )
-    return profile
+    return Profile(low, best, high)
 
 
 def targets_from_text(text: str) -> tuple[str, ...]:
     """`sm80,sm89` or `8.0,8.9` or `current`, each once and in rising order. Raises `OptionError`."""
-    found: set[int] = set()
+    numbers: set[int] = set()
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     if names == [CURRENT_TARGET]:
         return (CURRENT_TARGET,)
@@ -106,10 +106,10 @@ def targets_from_text(text: str) -> tuple[str, ...]:
             raise OptionError(
                 f"{name!r} is no compute capability", "give a list such as sm80,sm89, or `current` alone"
             )
-        found.add(int(match[1] + match[2]))
-    if not found:
+        numbers.add(int(match[1] + match[2]))
+    if not numbers:
         raise OptionError("the list of compute capabilities is empty", "give a list such as sm80,sm89")
-    return tuple(f"sm{number}" for number in sorted(found))
+    return tuple(f"sm{number}" for number in sorted(numbers))
 
 
 def bytes_from_text(text: str) -> int:
@@ -118,11 +118,3 @@ def bytes_from_text(text: str) -> int:
     if not match:
         raise OptionError(f"{text!r} is no size", "give a number and a unit, as in 4GB or 512MiB")
     return int(float(match[1]) * 2 ** (_UNITS[match[2]] if match[2] else 0))
-
-
-def seconds_from_text(text: str) -> float:
-    """`30d`, `12h`, `90m`, `2w` or `45s`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip().lower())
-    if not match:
-        raise OptionError(f"{text!r} is no time", "give a number and a unit, as in 30d or 12h")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[match[2]]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ddexport.runtime.bundle import schedule_fault
 from ddexport.runtime.errors import DDError
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ class Student(nn.Module):
     codebook: Tensor  # [V, Cv], the tokenizer's
     geometry: Any  # the family's, with `split`
 
-    def forward(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [B, L, Cv], label [B], known [B] -> sequence [B, L, Cv], logits [B, S, V]."""
+    def forward(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens [B, L, Cv], label [B], known [B] -> sequence [B, L, Cv], tokens [B, S], logits [B, S, V]."""
         raise NotImplementedError
 
     def heads(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +84,7 @@ class Teacher(nn.Module):
     """
 
     family: str  # its name: how it is trained and sampled is found by it
-    guidance: str  # how its guidance goes with the AR steps, in the manifest's words (runtime/schedules.py)
+    guidance: str  # how its guidance goes with the AR steps, in the manifest's words (runtime/bundle.py)
     geometry: Any  # the family's, with `starts`, `depth`, `heads`, `head_width` and `classes`
 
     def forward(self, inputs: Tensor, label: Tensor) -> Tensor:
@@ -134,21 +135,12 @@ class Family(ABC):
 
 
 def check_steps(recipe: Recipe, starts: Sequence[int]) -> None:
-    """Raises `GeometryError` unless schedules with a teacher are named by their number of steps, those of the
-    student and the AR steps together, and their spans begin and end where AR steps do."""
+    """Raises `GeometryError` unless the schedules fit a teacher whose AR steps start at `starts`."""
     for steps, schedule in recipe.schedules.items():
-        span = schedule.teacher
-        if span is None:
-            continue
-        if not {span.start, span.end} <= set(starts):
+        if fault := schedule_fault(int(steps), schedule, recipe.sequence.length, tuple(starts)):
             raise GeometryError(
-                f"recipe {recipe.name}: schedule {steps} has a teacher from {span.start} to {span.end}",
-                f"its AR steps start at {', '.join(map(str, starts))}",
-            )
-        count = len(schedule.known) + starts.index(span.end) - starts.index(span.start)
-        if str(count) != steps:
-            raise GeometryError(
-                f"recipe {recipe.name}: schedule {steps} has {count} steps", f"call it {count}"
+                f"recipe {recipe.name}: schedules.{steps}{fault}",
+                f"AR steps start at {', '.join(map(str, starts))}",
             )
 
 
@@ -159,8 +151,10 @@ def renamed(key: str, rules: Iterable[tuple[str, str]]) -> str:
     return key
 
 
-def compose(tokens: Tensor, logits: Tensor, embeddings: Tensor, codebook: Tensor, known: Tensor) -> Tensor:
-    """The student's sequence from its two heads.
+def compose(
+    tokens: Tensor, logits: Tensor, embeddings: Tensor, codebook: Tensor, known: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The student's outputs from its two heads.
 
     Args:
         tokens: [B, L, Cv] what was fed in.
@@ -170,8 +164,9 @@ def compose(tokens: Tensor, logits: Tensor, embeddings: Tensor, codebook: Tensor
         known: [B] int64, the number of leading positions that pass through.
 
     Returns:
-        [B, L, Cv].
+        sequence [B, L, Cv], the tokens [B, S] int64 before the split, the logits.
     """
-    drawn = torch.cat([codebook[logits.argmax(-1)], embeddings], dim=1)
+    codes = logits.argmax(-1)
+    drawn = torch.cat([codebook[codes], embeddings], dim=1)
     position = torch.arange(tokens.shape[1], device=tokens.device)
-    return torch.where((position < known[:, None])[:, :, None], tokens, drawn)
+    return torch.where((position < known[:, None])[:, :, None], tokens, drawn), codes, logits

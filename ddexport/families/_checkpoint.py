@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import os
 import pickle
 import re
 import zipfile
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from ddexport.families import family
 from ddexport.families._base import GeometryError, Layout, Student
 from ddexport.runtime.errors import DDError
+from ddexport.runtime.files import atomic_write
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
@@ -95,19 +95,14 @@ def save_part(
     Raises:
         CheckpointError: a weight is not finite in `dtype`.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {k: v.to(dtype).contiguous() for k, v in published_state(module, recipe, role).items()}
     for name, value in state.items():
         if not value.isfinite().all():
             raise CheckpointError(f"{role}: {name} overflows {dtype}", "store it in float32")
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(state, temporary, metadata={"model": recipe.name, "role": role})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(Path(path)) as stream:
+        stream.write(save(state, {"model": recipe.name, "role": role}))
 
 
 def published_state(module: nn.Module, recipe: Recipe, role: str) -> dict[str, Tensor]:

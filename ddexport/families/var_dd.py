@@ -113,13 +113,13 @@ class VarStudent(Student):
         self.register_buffer("levels", torch.from_numpy(levels), persistent=False)
         self.register_buffer("mask", additive_mask(allowed), persistent=False)
 
-    def forward(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [B, L, Cv], label [B], known [B] -> sequence [B, L, Cv], logits [B, S, V]."""
+    def forward(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens [B, L, Cv], label [B], known [B] -> sequence [B, L, Cv], tokens [B, S], logits [B, S, V]."""
         S = self.geometry.split
         hidden, embedding, modulation = self.trunk(tokens, label, known)
         logits = self.logits(hidden[:, :S], modulation)
         embeddings = self.embeddings(hidden[:, S:], embedding)
-        return compose(tokens, logits, embeddings, self.codebook, known), logits
+        return compose(tokens, logits, embeddings, self.codebook, known)
 
     def heads(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """Both heads at every position: logits [B, L, V], embeddings [B, L, Cv]."""

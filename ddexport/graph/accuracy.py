@@ -1,5 +1,5 @@
 """How far a graph is from the float32 module, in the terms of `validate parity`, and how much of it computes
-in half or in integers: what a manifest says about each precision (docs/precision.md)."""
+in half or in integers: what parity/graphs.json says of each graph (docs/precision.md)."""
 
 from __future__ import annotations
 
@@ -87,12 +87,10 @@ class OutputError:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What is known about one graph. `oracle`: what computed it; `keep_fp32`: the patterns it was cast
-    with."""
+    """What is known about one graph. `oracle`: what computed it."""
 
     oracle: str
     reference: str
-    keep_fp32: tuple[str, ...]
     operators: tuple[OperatorCount, ...]
     errors: tuple[OutputError, ...]
 
@@ -108,9 +106,8 @@ class Accuracy:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for the manifest."""
+        """As plain data, for parity/graphs.json."""
         data = asdict(self)
-        data["keep_fp32"] = list(self.keep_fp32)
         data["operators"] = [asdict(count) for count in self.operators]
         data["errors"] = [
             {key: value for key, value in asdict(error).items() if value is not None} for error in self.errors

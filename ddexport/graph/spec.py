@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ddexport.recipe import Recipe
-from ddexport.runtime.contract import TEACHER
-from ddexport.runtime.manifest import ImageSize, SequenceSize, Teacher, TensorSpec, contract
+from ddexport.runtime.bundle import TEACHER, ImageSize, Teacher, TensorSpec, contract
 
 BATCHES = (1, 2, 3)
 LARGEST = 1 << 16  # of any dynamic dimension
@@ -41,12 +40,7 @@ class GraphSpec:
 
 
 def image_size(recipe: Recipe) -> ImageSize:
-    return ImageSize(recipe.image.size, recipe.image.size, recipe.image.channels)
-
-
-def sequence_size(recipe: Recipe) -> SequenceSize:
-    s = recipe.sequence
-    return SequenceSize(length=s.length, width=s.width, codebook=s.codebook, split=s.split)
+    return ImageSize(height=recipe.image.size, width=recipe.image.size, channels=recipe.image.channels)
 
 
 def graph_specs(recipe: Recipe, teacher: Teacher | None = None) -> tuple[GraphSpec, ...]:
@@ -54,7 +48,7 @@ def graph_specs(recipe: Recipe, teacher: Teacher | None = None) -> tuple[GraphSp
 
     Schedules that involve a teacher are left out where there is none.
     """
-    sequence, image = sequence_size(recipe), image_size(recipe)
+    sequence, image = recipe.sequence, image_size(recipe)
     possible = [s for s in recipe.schedules.values() if teacher is not None or s.teacher is None]
     splits = sorted({s.split for s in possible if s.split is not None} - {sequence.split})
     found = [

@@ -89,10 +89,13 @@ def compare(got: Arrays, wanted: Arrays, spec: GraphSpec, batch: int) -> list[Ag
     result = []
     for name, value in wanted.items():
         difference = np.abs(got[name] - value)
-        if name == "sequence" and "logits" in wanted:
+        if name in ("sequence", "tokens") and "logits" in wanted:
             difference[:, : wanted["logits"].shape[1]][
                 _ties(got["logits"], wanted["logits"], spec.tolerance)
             ] = 0
+        if value.dtype == np.int64:
+            result.append(Agreement(spec.role, name, batch, float(difference.any()), spec.tolerance))
+            continue
         scale = float(np.abs(value).max())
         constant = scale == 0 or value.min() == value.max()
         error = float("nan") if constant else float(difference.max()) / scale

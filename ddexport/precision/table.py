@@ -1,25 +1,32 @@
-"""The measured accuracy of a bundle's graphs as text, read from the manifest: for `onnx`, `inspect` and the
+"""The measured accuracy of a bundle's graphs, `parity/graphs.json`, as text: for `onnx`, `inspect` and the
 model card."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from ddexport.runtime.manifest import Graph
+from ddexport.runtime.bundle import Graph
+from ddexport.runtime.records import read_json
+
+ACCURACY_FILE = "parity/graphs.json"
 
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 ERROR_HEADINGS = ("batch", "output", "rms error", "largest", "tokens", "image")
 
 
-def accuracy_lines(graph: Graph) -> list[str]:
-    """All that is known of a graph: types, errors at each batch size, what was kept. Empty if nothing is."""
-    accuracy = graph.accuracy
-    if not accuracy:
-        return []
-    kept = ", ".join(accuracy["keep_fp32"])
+def read_accuracy(bundle: Path) -> dict[str, Any]:
+    """What the export measured of each graph, by the graph's file; empty where the bundle does not say."""
+    path = bundle / ACCURACY_FILE
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def accuracy_lines(graph: Graph, accuracy: Mapping[str, Any]) -> list[str]:
+    """All that is known of a graph: types, errors at each batch size, what was kept."""
+    kept = ", ".join(graph.keep_fp32)
     return [
-        f"{graph.file}: {summary(graph)}",
+        f"{graph.file}: {summary(graph, accuracy)}",
         *([f"  kept in fp32: {kept}"] if kept else []),
         *(f"  {line}" for line in operator_table(accuracy["operators"])),
         f"  error against {accuracy['reference']} ({accuracy['oracle']})",
@@ -27,9 +34,9 @@ def accuracy_lines(graph: Graph) -> list[str]:
     ]
 
 
-def summary(graph: Graph) -> str:
+def summary(graph: Graph, accuracy: Mapping[str, Any]) -> str:
     """How much of the products computes in half, in words."""
-    share = graph.accuracy.get("half_share", {"weights": 0.0})["weights"]
+    share = accuracy["half_share"]["weights"]
     if not share:
         return "float32"
     return f"{share:.1%} of the weights of its products in {graph.precision}"

@@ -9,9 +9,9 @@ from torch import nn
 
 from ddexport.bundle import WeightRequest, load_parts
 from ddexport.graph.rewrites import left_out, rewrite
-from ddexport.recipe import embedded_weights, recipe_from_dict
+from ddexport.recipe import embedded_weights, recipe_of
+from ddexport.runtime.bundle import Manifest, sha256_of
 from ddexport.runtime.errors import DDError
-from ddexport.runtime.manifest import Manifest, sha256_of
 
 
 class WeightsError(DDError):
@@ -29,7 +29,7 @@ def parts_of_bundle(manifest: Manifest, files: Mapping[str, Path]) -> dict[str, 
         WeightsError: a file is not wanted, or not the one that the bundle was made from.
         MissingWeightsError: a file is needed and was not given.
     """
-    recipe = recipe_from_dict(manifest.recipe, where=f"the recipe in bundle {manifest.name}")
+    recipe = recipe_of(manifest)
     origin = manifest.weights
     if origin.kind != "checkpoint" and files:
         given = ", ".join(str(path) for path in files.values())

@@ -68,7 +68,7 @@ def calibrate(student: Observed, decoder: Observed, recipe: Recipe, images: int)
             if drawn is not None:
                 tokens = np.concatenate([drawn[:, :known], noise[:, known:]], axis=1)
             counts = np.full(len(labels), known, dtype=np.int64)
-            outputs = student.run({"tokens": tokens, "label": labels, "known": counts})
+            outputs = student.run({"latents": tokens, "label": labels, "known": counts})
             drawn = outputs["sequence"] if drawn is None else drawn
             sequences.append(outputs["sequence"])
         turn = (first + np.arange(len(labels))) % len(passes)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import msgspec
 import onnx_ir as ir
 
 from ddexport.graph.external import SharedWeights
@@ -18,8 +18,7 @@ from ddexport.quantize.calibration import SEED, Observed, Ranges, calibrate
 from ddexport.quantize.policy import quantised_products
 from ddexport.quantize.qdq import quantised_model
 from ddexport.recipe import Recipe
-from ddexport.runtime.contract import TEACHER
-from ddexport.runtime.manifest import Graph, file_info
+from ddexport.runtime.bundle import TEACHER, Graph, file_info
 
 Stage = Callable[[str], AbstractContextManager[None]]
 ROLES = ("student", "decoder")
@@ -61,7 +60,7 @@ def int8_graphs(
         graphs: of the bundle, in float32; those of other roles are passed over.
         images: how many to take the ranges from.
 
-    Returns them in the order of `graphs`, without accuracy.
+    Returns them in the order of `graphs`.
     """
     floats = [graph for graph in graphs if graph.role in ROLES]
     plain = {graph.role: graph for graph in floats if graph.split is None}
@@ -124,4 +123,4 @@ def _write(
         check_onnx(path)
         files = (path,) if shared is None else (path, shared.path)
         infos = tuple(file_info(file, folder) for file in files)
-    return dataclasses.replace(graph, precision=INT8, file=path.name, files=infos, accuracy={})
+    return msgspec.structs.replace(graph, precision=INT8, file=path.name, files=infos)

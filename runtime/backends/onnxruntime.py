@@ -1,166 +1,245 @@
-"""ONNX Runtime, on the CPU (in the base install) and on NVIDIA GPUs: https://onnxruntime.ai."""
+"""ONNX Runtime, on the CPU (extra `cpu`) and on NVIDIA GPUs (extra `gpu`): https://onnxruntime.ai."""
 
 from __future__ import annotations
 
-import threading
-from dataclasses import replace
-from importlib.util import find_spec
+import io
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from ddexport.runtime.backends._base import Arrays, Backend
-from ddexport.runtime.backends._providers import (
-    RECORD_NODES,
-    BoundSession,
-    check_used,
-    is_batched,
-    load_libraries,
-    provider_list,
-    why_not,
-)
-from ddexport.runtime.errors import BackendError
-from ddexport.runtime.machine import Machine
-from ddexport.runtime.manifest import Graph, Manifest, TensorSpec
-from ddexport.runtime.options import Options
-from ddexport.runtime.selection import Candidate
+import numpy as np
 
+from ddexport.runtime.backends import CPU, CUDA, Arrays, Backend, Configuration, check_signature, said
+from ddexport.runtime.bundle import Graph, Manifest, Teacher, TensorSpec
+from ddexport.runtime.errors import BackendError
+from ddexport.runtime.machine import gpu_fault, import_fault, version_of
+from ddexport.runtime.teacher import Cache, HostCache
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 ERRORS_ONLY = 3
-SPEEDS = {"cuda": 50, "cpu": 0}
-"""What is tried when no provider is named. ONNX Runtime's own TensorRT provider builds engines for minutes
-when it is first run, so that it has to be asked for."""
+RECORD_NODES = "session.record_ep_graph_assignment_info"
+GPU_PACKAGE = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "ddexport[gpu]"'
+# ONNX Runtime itself keeps arithmetic of shapes on the CPU. Any other operator there is a fallback.
+ON_THE_CPU = frozenset(
+    [
+        "Add",
+        "And",
+        "Cast",
+        "Ceil",
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "Div",
+        "Equal",
+        "Expand",
+        "Floor",
+        "Gather",
+        "Greater",
+        "GreaterOrEqual",
+        "Identity",
+        "Less",
+        "LessOrEqual",
+        "Max",
+        "MemcpyFromHost",
+        "MemcpyToHost",
+        "Min",
+        "Mod",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Range",
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceProd",
+        "Reshape",
+        "Shape",
+        "Size",
+        "Slice",
+        "Squeeze",
+        "Sub",
+        "Tile",
+        "Unsqueeze",
+        "Where",
+    ]
+)
+
+logger = logging.getLogger(__name__)
 
 
 class OnnxRuntime(Backend):
-    """Keeps one session a role. Without a provider in the options it runs on the CPU."""
+    """One session a graph. The only engine of the teacher, whose cache stays on the device."""
 
-    accepts = frozenset({"threads", "provider", "device"})
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        if self.provider == "cpu" and self.options.device is not None:
-            raise BackendError("the CPU has no --device", "Name a provider of a GPU: --provider cuda.")
+    name = "onnxruntime"
 
     @classmethod
-    def available(cls) -> str | None:
-        if find_spec("onnxruntime") is None:
-            return (
-                "onnxruntime is not installed: pip install onnxruntime (part of the base install of ddexport)"
-            )
-        return None
+    def configurations(
+        cls, root: Path, manifest: Manifest, precision: str | None, device: str | None
+    ) -> list[Configuration]:
+        wanted = precision or manifest.precisions[0]
+        missing = import_fault("onnxruntime", "cpu")
+        if version_of("onnxruntime") and version_of("onnxruntime-gpu"):
+            missing = f"onnxruntime and onnxruntime-gpu overwrite each other's files: {GPU_PACKAGE}"
+        if wanted not in manifest.precisions:
+            missing = missing or f"the bundle has no graphs in {wanted}"
+        found = []
+        for place, rank in (("cuda", CUDA), ("cpu", CPU)):
+            if device is None or device.startswith(place):
+                where = device or ("cuda:0" if place == "cuda" else "cpu")
+                obstacle = missing or (_cuda_fault(where) if place == "cuda" else _cpu_fault(wanted))
+                found.append(Configuration(cls.name, where, wanted, wanted, rank, obstacle))
+        return found
 
-    @classmethod
-    def candidates(
-        cls, root: Path, manifest: Manifest, machine: Machine, options: Options, precision: str | None
-    ) -> list[Candidate]:
-        return [
-            _candidate(provider, each, manifest, machine, options)
-            for provider in ([options.provider] if options.provider else SPEEDS)
-            for each in ([precision] if precision else _precisions(provider, manifest))
-        ]
+    def new_cache(self, teacher: Teacher, count: int, capacity: int) -> Cache:
+        """A teacher's cache for so many images and positions, on the device that computes."""
+        if self.configuration.device == "cpu":
+            return HostCache(teacher, count, capacity)
+        from ddexport.runtime.backends._cuda import CudaDevice
 
-    @property
-    def provider(self) -> str:
-        return self.options.provider or "cpu"
+        gpu = CudaDevice(self.configuration.gpu)
+        return DeviceCache(teacher, count, capacity, "cuda", gpu.index, gpu.copy_rows)
 
-    def _open_impl(self) -> None:
-        precision = next(iter(self.graphs.values())).precision
-        reasons, remedy = why_not(self.provider, precision, self.machine, self.options.device or 0)
-        if reasons:
-            raise BackendError(f"onnxruntime cannot run {precision} here: {'; '.join(reasons)}", remedy)
-        self._lock = threading.Lock()
-        self._sessions = {role: self._session(graph) for role, graph in self.graphs.items()}
-        self._bound = {
-            role: BoundSession(session, self.graphs[role], "cuda", self.options.device or 0)
-            for role, session in self._sessions.items()
-            if self.provider != "cpu" and is_batched(self.graphs[role])
-        }
-
-    def _close_impl(self) -> None:
-        self._bound = {}
-        self._sessions.clear()
-
-    def _run_impl(self, role: str, feeds: Arrays) -> Arrays:
-        names = [spec.name for spec in self.graphs[role].outputs]
-        try:
-            if role in self._bound:
-                with self._lock:  # the bound arrays are shared
-                    return self._bound[role].run(feeds)
-            outputs = self._sessions[role].run(names, dict(feeds))
-        except Exception as error:  # the engine's own exception types share no base class
-            raise BackendError(
-                f"onnxruntime failed on {self.graphs[role].file}: {_first_line(error)}",
-                "If memory is short, ask for a smaller batch size.",
-            ) from error
-        return dict(zip(names, outputs, strict=True))
-
-    def _session(self, graph: Graph) -> Any:
+    def _open(self, graph: Graph, closing: ExitStack) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = ERRORS_ONLY
-        if self.options.threads is not None:
-            options.intra_op_num_threads = self.options.threads
-        if self.provider != "cpu":
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        providers: list[Any] = [PROVIDERS["cpu"]]
+        on_gpu = self.configuration.device != "cpu"
+        if on_gpu:
             options.add_session_config_entry(RECORD_NODES, "1")
-            load_libraries()
-        providers = provider_list(self.provider, self.options.device or 0)
+            _load_libraries()
+            # TF32 keeps 10 bits of mantissa: what is float32, in half graphs too, needs all 23.
+            number = str(self.configuration.gpu)
+            providers.insert(0, (PROVIDERS["cuda"], {"device_id": number, "use_tf32": "0"}))
         try:
             session = onnxruntime.InferenceSession(self.root / graph.file, options, providers=providers)
-        except Exception as error:
+        except Exception as error:  # the engine's own exception types share no base class
             raise BackendError(
-                f"onnxruntime cannot load {graph.file}: {_first_line(error)}",
+                f"onnxruntime cannot load {graph.file}: {said(error)}",
                 "The graph is damaged, or needs a newer onnxruntime.",
             ) from error
         session.disable_fallback()  # else a failing run starts again on the CPU
-        check_used(session, self.provider, graph)
-        for side, have, want in (
-            ("inputs", session.get_inputs(), graph.inputs),
-            ("outputs", session.get_outputs(), graph.outputs),
-        ):
-            if not _same(have, want):
-                raise BackendError(
-                    f"the {side} of {graph.file} are not those that bundle.json names: "
-                    + ", ".join(f"{value.name} {value.type} {value.shape}" for value in have),
-                    "The bundle is damaged: export it again.",
-                )
+        if on_gpu:
+            _check_on_gpu(session, graph)
+        inputs, outputs = self.manifest.tensors(graph)
+        check_signature(graph.file, "inputs", map(_spec, session.get_inputs()), inputs)
+        check_signature(graph.file, "outputs", map(_spec, session.get_outputs()), outputs)
         return session
 
-
-def _precisions(provider: str, manifest: Manifest) -> list[str]:
-    """What is tried where no precision is named: the bundle's first, and on the CPU what else may be best."""
-    first, *others = manifest.precisions
-    return [first, *(each for each in others if provider == "cpu" and each in ("fp32", "int8"))]
-
-
-def _candidate(
-    provider: str, precision: str, manifest: Manifest, machine: Machine, options: Options
-) -> Candidate:
-    reasons, remedy = why_not(provider, precision, machine, options.device or 0)
-    if provider == "cpu" and options.device is not None:
-        reasons = (*reasons, "the CPU has no --device")
-    if precision not in manifest.precisions:
-        reasons = (*reasons, f"the bundle has no graphs in {precision}")
-    asked, speed = replace(options, provider=provider), SPEEDS.get(provider, 0)
-    on_cpu = provider == "cpu"
-    return Candidate("onnxruntime", precision, asked, speed, reasons, (), remedy, on_cpu=on_cpu)
+    def _run(self, session: Any, feeds: Arrays, names: Sequence[str]) -> Arrays:
+        if all(isinstance(array, np.ndarray) for array in feeds.values()):
+            return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+        return run_bound(session, feeds, names, "cuda", self.configuration.gpu)
 
 
-def _same(have: list[Any], want: tuple[TensorSpec, ...]) -> bool:
-    """Whether an engine's values are the specified ones, and dynamic at least where these are."""
-    found = {value.name: value for value in have}
-    return set(found) == {spec.name for spec in want} and all(
-        DTYPES.get(found[spec.name].type) == spec.dtype
-        and len(found[spec.name].shape) == len(spec.shape)
-        and all(
-            not isinstance(h, int) or h == w for h, w in zip(found[spec.name].shape, spec.shape, strict=True)
+class DeviceCache:
+    """A teacher's cache in the memory of a device: OrtValues float32 (2, N, heads, capacity, width)."""
+
+    def __init__(
+        self, teacher: Teacher, count: int, capacity: int, kind: str, device: int, copy_rows: Any
+    ) -> None:
+        """kind: ONNX Runtime's name of the device. copy_rows: `CudaDevice.copy_rows`, or its like."""
+        import onnxruntime
+
+        host, self._copy_rows, self._row = (
+            HostCache(teacher, count, capacity),
+            copy_rows,
+            teacher.head_width * 4,
         )
-        for spec in want
+        self._rows, self._capacity = 2 * count * teacher.heads, capacity
+        self.feeds: Mapping[str, Any] = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array, kind, device)
+            for name, array in host.feeds.items()
+        }
+
+    def append(self, outputs: Mapping[str, Any], start: int, end: int) -> None:
+        """Copies new rows, OrtValues (2, N, heads, end - start, width), to their positions."""
+        pitch, width = self._capacity * self._row, (end - start) * self._row
+        for name, value in self.feeds.items():
+            target = value.data_ptr() + start * self._row
+            self._copy_rows(target, pitch, outputs[f"new_{name}"].data_ptr(), width, width, self._rows)
+
+
+def run_bound(session: Any, feeds: Arrays, names: Sequence[str], kind: str, device: int) -> dict[str, Any]:
+    """Runs a session some of whose feeds lie on the device: `logits` to the host, the rest stays there."""
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        if isinstance(array, np.ndarray):
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        else:
+            binding.bind_ortvalue_input(name, array)
+    for name in names:
+        binding.bind_output(name, *(("cpu",) if name == "logits" else (kind, device)))
+    session.run_with_iobinding(binding)
+    values = dict(zip(names, binding.get_outputs(), strict=True))
+    return {name: value.numpy() if name == "logits" else value for name, value in values.items()}
+
+
+def _cuda_fault(device: str) -> str:
+    import onnxruntime
+
+    if PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
+        return f"the installed onnxruntime has no {PROVIDERS['cuda']}: {GPU_PACKAGE}"
+    return gpu_fault(int(device.partition(":")[2]))
+
+
+def _cpu_fault(precision: str) -> str:
+    # Sigmoid is the first operator that it lacks.
+    return "ONNX Runtime's CPU provider has no bf16 operators" if precision == "bf16" else ""
+
+
+def _load_libraries() -> None:
+    """Loads CUDA and cuDNN out of their Python packages, where ONNX Runtime can and they are there."""
+    import onnxruntime
+
+    if not hasattr(onnxruntime, "preload_dlls"):
+        return
+    printed = io.StringIO()
+    with redirect_stdout(printed):  # it prints what it does not find, which may lie elsewhere
+        onnxruntime.preload_dlls()
+    logger.info("onnxruntime: %s", " ".join(printed.getvalue().split()))
+
+
+def _check_on_gpu(session: Any, graph: Graph) -> None:
+    """Raises BackendError if the session computes on the CPU what the GPU was asked for.
+
+    ONNX Runtime only logs that a provider could not be loaded (cuDNN is missing, say) and goes on without.
+    """
+    if PROVIDERS["cuda"] not in session.get_providers():
+        used = ", ".join(session.get_providers())
+        raise BackendError(
+            f"onnxruntime could not load {PROVIDERS['cuda']} and fell back to {used}",
+            "CUDA and cuDNN of the versions this onnxruntime-gpu wants must be found: pip install"
+            " 'onnxruntime-gpu[cuda,cudnn]'. Or ask for the CPU: --device cpu.",
+        )
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        logger.info("this onnxruntime does not tell where it runs the nodes of %s", graph.file)
+        return
+    fallen = Counter(
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name == PROVIDERS["cpu"]
+        for node in part.get_nodes()
+        if node.op_type not in ON_THE_CPU
     )
+    if fallen:
+        listed = ", ".join(f"{count} {name}" for name, count in fallen.most_common(8))
+        raise BackendError(
+            f"{PROVIDERS['cuda']} leaves nodes of {graph.file} to the CPU: {listed}",
+            "This onnxruntime-gpu lacks these operators in this precision: take another precision, a newer"
+            " onnxruntime-gpu, a TensorRT engine (ddexport trt), or --device cpu.",
+        )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def _spec(value: Any) -> TensorSpec:
+    return TensorSpec(value.name, DTYPES.get(value.type, value.type), tuple(value.shape))
 
 
 ENGINE = OnnxRuntime

@@ -1,139 +1,133 @@
-"""OpenVINO, on the CPU (the extra `openvino`): https://docs.openvino.ai."""
+"""OpenVINO on the CPU (extra `openvino`): https://docs.openvino.ai."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
-from importlib.util import find_spec
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddexport.runtime.backends._base import Arrays, Backend
-from ddexport.runtime.backends._openvino import Model
+from ddexport.runtime.backends import OTHER, Arrays, Backend, Configuration, check_signature, said
+from ddexport.runtime.bundle import Graph, Manifest, TensorSpec
 from ddexport.runtime.errors import BackendError
-from ddexport.runtime.files import make_directory
-from ddexport.runtime.machine import INSTALL, Machine
-from ddexport.runtime.manifest import Manifest
-from ddexport.runtime.options import MODES, Options
-from ddexport.runtime.selection import Candidate
+from ddexport.runtime.machine import import_fault
 
-SPEED = 10
-IMAGES_A_STREAM = 8
+DTYPES = {"f32": "float32", "i64": "int64"}
 
 
-class _Arithmetic(NamedTuple):
-    """graphs: the precision of the graphs that are read. hints: OpenVINO's type for what the graph leaves in
-    float32, by the capability that the CPU needs for it, the first that it has. needs: the capability for
-    the precision itself, None where every CPU has it."""
+class Arithmetic(NamedTuple):
+    """graphs: the precision of the graphs that are read. hint: OpenVINO's type for what these leave in
+    float32. needs: what the CPU must be capable of, None where every one is."""
 
     graphs: str
-    hints: Mapping[str | None, str]
+    hint: str
     needs: str | None
 
-    def hint(self, capabilities: Collection[str]) -> str:
-        return next(hint for needs, hint in self.hints.items() if needs is None or needs in capabilities)
 
-
+# The bundle's own half graphs are for GPUs: their casts would only be in the way of the engine's.
 ARITHMETIC = {
-    "fp32": _Arithmetic("fp32", {None: "f32"}, None),
-    "bf16": _Arithmetic("fp32", {None: "bf16"}, "BF16"),
-    "fp16": _Arithmetic("fp32", {None: "f16"}, "FP16"),
-    "int8": _Arithmetic("int8", {"BF16": "bf16", None: "f32"}, "INT8"),
+    "fp32": Arithmetic("fp32", "f32", None),
+    "bf16": Arithmetic("fp32", "bf16", "BF16"),
+    "fp16": Arithmetic("fp32", "f16", "FP16"),
+    "int8": Arithmetic("int8", "f32", "INT8"),
 }
-"""The bundle's own half graphs are for GPUs: their casts would only be in the way of the engine's. What int8
-graphs leave float moves half the bytes in bf16, which counts for more than its rounding beside theirs."""
 
 
 class OpenVino(Backend):
-    """Keeps one model a role, compiled for the batch sizes last used."""
+    """One compiled model a graph, with a dynamic batch: no size of request compiles anything again."""
 
-    accepts = frozenset({"threads", "mode", "cache", "compute"})
-
-    @classmethod
-    def available(cls) -> str | None:
-        return None if find_spec("openvino") else f"openvino is not installed: {INSTALL['openvino']}"
+    name = "openvino"
 
     @classmethod
-    def candidates(
-        cls, root: Path, manifest: Manifest, machine: Machine, options: Options, precision: str | None
-    ) -> list[Candidate]:
-        missing = machine.openvino.problem is not None
-        wanted = [precision] if precision else ["fp32"] if missing else _offered(manifest, machine)
-        return [_candidate(each, manifest, machine, options) for each in wanted]
+    def configurations(
+        cls, root: Path, manifest: Manifest, precision: str | None, device: str | None
+    ) -> list[Configuration]:
+        if device not in (None, "cpu"):
+            return []
+        wanted = precision or manifest.precisions[0]
+        arithmetic = ARITHMETIC.get(wanted)
+        if arithmetic is None:
+            obstacle, graphs = f"it computes in {', '.join(ARITHMETIC)}", wanted
+        else:
+            obstacle, graphs = import_fault("openvino", "openvino"), arithmetic.graphs
+            if not obstacle and graphs not in manifest.precisions:
+                obstacle = f"the bundle has no graphs in {graphs}"
+            if not obstacle and arithmetic.needs not in (None, *capabilities()):
+                obstacle = f"OpenVINO has no {wanted} arithmetic on this CPU"
+        return [Configuration(cls.name, "cpu", wanted, graphs, OTHER, obstacle)]
 
-    @property
-    def batch_size(self) -> int | None:
-        """In throughput mode as many as keep every stream busy to the end; no more are computed at once."""
-        if not (self._is_open and self.options.mode == "throughput"):
-            return None
-        return max(model.streams for model in self._models.values()) * IMAGES_A_STREAM
+    def _open(self, graph: Graph, closing: ExitStack) -> Any:
+        import openvino
 
-    def _open_impl(self) -> None:
-        if self.options.cache is not None:
-            make_directory(Path(self.options.cache))
-        settings = self._settings()
-        cache = None if self.options.cache is None else Path(self.options.cache)
-        self._models = {role: Model(self.root, graph, settings, cache) for role, graph in self.graphs.items()}
-
-    def _settings(self) -> Mapping[str, Any]:
-        compute = self.options.compute or next(iter(self.graphs.values())).precision
-        if compute not in ARITHMETIC:
-            raise BackendError(f"openvino does not compute in {compute}", f"It does in {_all()}.")
-        needs = ARITHMETIC[compute].needs
-        if needs and needs not in self.machine.openvino_capabilities:
-            raise BackendError(f"openvino cannot compute in {compute} here", _lacks(compute))
+        hint = ARITHMETIC[self.configuration.precision].hint
+        if "BF16" in capabilities() and self.configuration.precision == "int8":
+            # What int8 graphs leave float moves half the bytes in bf16, which counts for more than its
+            # rounding beside theirs.
+            hint = "bf16"
         settings: dict[str, Any] = {
             # Without it OpenVINO takes bf16 by itself where the CPU has it.
-            "INFERENCE_PRECISION_HINT": ARITHMETIC[compute].hint(self.machine.openvino_capabilities),
+            "INFERENCE_PRECISION_HINT": hint,
             # Else it may quantise activations in front of quantised weights.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
-            "PERFORMANCE_HINT": (self.options.mode or MODES[0]).upper(),
+            "PERFORMANCE_HINT": "LATENCY",
         }
-        if self.options.threads is not None:
-            settings["INFERENCE_NUM_THREADS"] = self.options.threads
-        return settings
+        if self.threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = self.threads
+        try:
+            model = _read(self.root / graph.file)
+            compiled = openvino.Core().compile_model(model, "CPU", settings)
+        except Exception as error:  # the engine's exceptions share no base class of their own
+            raise BackendError(
+                f"openvino cannot load {graph.file}: {said(error)}",
+                "The graph is damaged, or needs a newer openvino.",
+            ) from error
+        inputs, outputs = self.manifest.tensors(graph)
+        check_signature(graph.file, "inputs", _specs(model.inputs, inputs), inputs)
+        check_signature(graph.file, "outputs", _specs(model.outputs, outputs), outputs)
+        return compiled, deque()
 
-    def _close_impl(self) -> None:
-        self._models.clear()
-
-    def _run_impl(self, role: str, feeds: Arrays) -> Arrays:
-        return self._models[role].run(feeds)
-
-
-def _offered(manifest: Manifest, machine: Machine) -> list[str]:
-    """What is tried where no precision is named; at least one, so that there is something to explain."""
-    return [
-        name
-        for name, way in ARITHMETIC.items()
-        if name == "fp32"
-        or (
-            way.graphs in manifest.precisions
-            and (name != "fp16" or way.needs in machine.openvino_capabilities)
-        )
-    ]
-
-
-def _candidate(precision: str, manifest: Manifest, machine: Machine, options: Options) -> Candidate:
-    way = ARITHMETIC.get(precision)
-    reasons = [machine.openvino.problem] if machine.openvino.problem else []
-    if way is None:
-        reasons.append(f"it computes in {_all()}")
-    else:
-        if way.graphs not in manifest.precisions:
-            reasons.append(f"the bundle has no graphs in {way.graphs}")
-        if not reasons and way.needs and way.needs not in machine.openvino_capabilities:
-            reasons.append(_lacks(precision))
-    graphs = way.graphs if way and way.graphs != precision else None
-    asked = replace(options, compute=precision) if graphs else options
-    return Candidate("openvino", precision, asked, SPEED, tuple(reasons), (), graphs=graphs, on_cpu=True)
+    def _run(self, session: Any, feeds: Arrays, names: Sequence[str]) -> Arrays:
+        compiled, idle = session  # a request runs in one thread at a time
+        try:
+            request = idle.pop()
+        except IndexError:
+            request = compiled.create_infer_request()
+        request.infer(dict(feeds), share_inputs=True)
+        outputs = {name: request.get_tensor(name).data.copy() for name in names}
+        idle.append(request)
+        return outputs
 
 
-def _lacks(precision: str) -> str:
-    return f"OpenVINO has no {precision} arithmetic on this CPU"
+@lru_cache
+def capabilities() -> tuple[str, ...]:
+    """What OpenVINO says it can do on this CPU, as in `FP32`, `BF16`, `INT8`."""
+    import openvino
+
+    try:
+        return tuple(map(str, openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")))
+    except RuntimeError:  # an OpenVINO without its part for CPUs
+        return ()
 
 
-def _all() -> str:
-    return ", ".join(ARITHMETIC)
+def _read(path: Path) -> Any:
+    """A model through the ONNX frontend alone: `read_model` would try every format on a damaged file."""
+    from openvino.frontend import FrontEndManager
+
+    frontend = FrontEndManager().load_by_framework("onnx")
+    return frontend.convert(frontend.load(str(path)))
+
+
+def _specs(values: Sequence[Any], promised: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """What OpenVINO says of inputs or outputs; a value may have several names, of which one is promised."""
+    known, specs = {spec.name for spec in promised}, []
+    for value in values:
+        names = sorted(value.get_names(), key=lambda name: name not in known)
+        kind = value.element_type.get_type_name()
+        shape = tuple("?" if size.is_dynamic else size.get_length() for size in value.partial_shape)
+        specs.append(TensorSpec(names[0] if names else "", DTYPES.get(kind, kind), shape))
+    return specs
 
 
 ENGINE = OpenVino

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import getpass
 import hashlib
 import json
@@ -17,8 +16,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from ddexport.runtime.errors import OutputError, VerificationError
-from ddexport.runtime.manifest import read_manifest
+from msgspec import structs
 from onnx import numpy_helper
 
 import ddexport.bundle
@@ -26,12 +24,15 @@ import ddexport.staging
 from ddexport.bundle import Exported, WeightRequest, export_bundle, load_parts
 from ddexport.graph.spec import graph_specs, sample_inputs
 from ddexport.graph.to_onnx import OPSETS, ExportError
-from ddexport.recipe import Recipe, RecipeError, Source, load_recipe, recipe_from_dict
+from ddexport.precision.table import ACCURACY_FILE, read_accuracy
+from ddexport.recipe import Recipe, RecipeError, Source, load_recipe, recipe_of
+from ddexport.runtime.bundle import read_manifest
+from ddexport.runtime.errors import OutputError, VerificationError
 from ddexport.sources import MissingWeightsError
 
 Make = Callable[..., Exported]
 Replay = Callable[[Callable[[Path], object]], None]
-NAMES = {"bundle.json", "labels.json", "README.md", "student.onnx", "decoder.onnx"}
+NAMES = {"bundle.json", "labels.json", "README.md", "student.onnx", "decoder.onnx", ACCURACY_FILE}
 STAGES = [
     "loading weights",
     "exporting student.onnx",
@@ -45,6 +46,10 @@ STAGES = [
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def contents(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def session(path: Path) -> ort.InferenceSession:
@@ -61,19 +66,30 @@ class TestManifest:
         assert found.to_json() == (golden_export.path / "bundle.json").read_text(encoding="utf-8")
 
     def test_every_file_is_named_and_hashed(self, golden_export: Exported) -> None:
-        assert {p.name for p in golden_export.path.iterdir()} == NAMES
+        assert contents(golden_export.path) == NAMES
         listed = {info.file: info for info in golden_export.manifest.files()}
-        assert set(listed) == NAMES - {"bundle.json", "README.md"}
+        assert set(listed) == NAMES - {"bundle.json", "README.md", ACCURACY_FILE}
         for name, info in listed.items():
             assert info.sha256 == sha256(golden_export.path / name)
             assert info.bytes == (golden_export.path / name).stat().st_size
 
+    @pytest.mark.parametrize("model", ["digits-var", "digits-llamagen"])
+    def test_the_runtime_reads_no_figures(self, embedded_bundle: Callable[[str], Path], model: str) -> None:
+        """With a teacher and all precisions the manifest is short: what was measured lies apart."""
+        bundle = embedded_bundle(model)
+        text = (bundle / "bundle.json").read_text(encoding="utf-8")
+        assert len(text.splitlines()) < 220
+        assert not [key for key in ("operators", "errors", "half_share", "MatMul") if f'"{key}"' in text]
+        accuracy = read_accuracy(bundle)
+        assert set(accuracy) == {graph.file for graph in read_manifest(bundle, verify=False).graphs}
+        assert all(one["operators"] and one["errors"] for one in accuracy.values())
+
     def test_the_numbers_of_the_recipe(self, golden_export: Exported, golden_recipe: Recipe) -> None:
         manifest = golden_export.manifest
-        assert dataclasses.asdict(manifest.sequence) == dataclasses.asdict(golden_recipe.sequence)
+        assert manifest.sequence == golden_recipe.sequence
         assert (manifest.image.height, manifest.image.width, manifest.classes) == (64, 64, 10)
         assert {n: s.known for n, s in manifest.schedules.items()} == {1: (0,), 2: (0, 5)}
-        assert recipe_from_dict(manifest.recipe) == golden_recipe
+        assert recipe_of(manifest) == golden_recipe
         assert manifest.parity["fp32"]["image_max"] == 2
         assert {"ddexport", "torch", "onnx", "onnxscript", "onnxruntime", "python"} <= set(manifest.tools)
         assert manifest.tools["torch"] == torch.__version__
@@ -103,7 +119,7 @@ class TestManifest:
                 "model": "var-dd-small",
                 "role": role,
                 "precision": "fp32",
-                "schema": "1",
+                "schema": "2",
                 "source": f"sha256:{sha256(golden_files[part])}",
             }
             assert [o.version for o in model.opset_import if o.domain == ""] == [20]
@@ -137,7 +153,7 @@ class TestManifest:
         """A bundle of the project's own weights says so, unless files were given in their place."""
         sources = {role: Source(embedded=path.name) for role, path in golden_files.items()}
         monkeypatch.setattr("ddexport.sources.embedded_weights", lambda source: golden_dir / source.embedded)
-        recipe = dataclasses.replace(golden_recipe, files=sources)
+        recipe = structs.replace(golden_recipe, files=sources)
         files = {role: golden_files[role] for role in given}
         weights = export_bundle(recipe, tmp_path / "b", WeightRequest(files)).manifest.weights
         assert weights.kind == kind
@@ -148,7 +164,7 @@ class TestManifest:
         from ddexport.model_card import model_card
 
         recipe = load_recipe("var-d16")
-        card = model_card(recipe, golden_export.manifest)
+        card = model_card(recipe, golden_export.manifest, {})
         for text in (
             "256x256",
             "1000 classes",
@@ -202,13 +218,14 @@ class TestNumbers:
         types = {"float32": "tensor(float)", "int64": "tensor(int64)"}
         for graph in golden_export.manifest.graphs:
             engine = session(golden_export.path / graph.file)
-            for have, want in ((engine.get_inputs(), graph.inputs), (engine.get_outputs(), graph.outputs)):
+            tensors = golden_export.manifest.tensors(graph)
+            for have, want in zip((engine.get_inputs(), engine.get_outputs()), tensors, strict=True):
                 assert [(t.name, t.type, tuple(t.shape)) for t in have] == [
                     (t.name, types[t.dtype], t.shape) for t in want
                 ]
 
     def test_it_says_how_well_it_agrees(self, golden_export: Exported) -> None:
-        assert len(golden_export.agreement) == 9
+        assert len(golden_export.agreement) == 12
         assert all(a.passed and a.error < 5e-5 for a in golden_export.agreement)
 
     @pytest.mark.parametrize(
@@ -298,6 +315,15 @@ class TestAllOrNothing:
             make(tmp_path / "b")
         assert list(tmp_path.iterdir()) == []
 
+    def test_tokens_that_are_not_the_modules(
+        self, make: Make, replayed_trace: Replay, wrong_tokens: Callable[[Path], None], tmp_path: Path
+    ) -> None:
+        """The runtime believes the output `tokens`: sequence and logits being right is not enough."""
+        replayed_trace(wrong_tokens)
+        with pytest.raises(VerificationError, match="student: tokens differs"):
+            make(tmp_path / "b")
+        assert list(tmp_path.iterdir()) == []
+
     def test_weights_of_another_copy(self, make: Make, golden_files: dict[str, Path], tmp_path: Path) -> None:
         """The golden file holds two; a graph of one is no graph of the other."""
         with pytest.raises(VerificationError):
@@ -352,7 +378,7 @@ class TestForce:
     def test_it_replaces_all_of_the_old_one(self, make: Make, golden_bundle: Path, tmp_path: Path) -> None:
         put_old(tmp_path / "b", golden_bundle)
         make(tmp_path / "b", force=True)
-        assert {p.name for p in (tmp_path / "b").iterdir()} == NAMES
+        assert contents(tmp_path / "b") == NAMES
         read_manifest(tmp_path / "b")
 
     def test_it_replaces_nothing_but_bundles(self, make: Make, tmp_path: Path) -> None:
@@ -389,8 +415,8 @@ class TestBeforeTheWork:
         assert list(tmp_path.iterdir()) == []
 
     def test_a_source_without_repository(self, golden_recipe: Recipe, tmp_path: Path) -> None:
-        files = {**golden_recipe.files, "student": Source("--checkpoint", "mine.pth")}
-        recipe = dataclasses.replace(golden_recipe, files=files)
+        files = {**golden_recipe.files, "student": Source(option="--checkpoint", file="mine.pth")}
+        recipe = structs.replace(golden_recipe, files=files)
         with pytest.raises(MissingWeightsError, match=r"needs mine\.pth and vae\.pth") as caught:
             export_bundle(recipe, tmp_path / "b", WeightRequest({}))
         assert "--checkpoint mine.pth --vae vae.pth" in caught.value.hint
@@ -400,7 +426,7 @@ class TestBeforeTheWork:
             export_bundle(golden_recipe, tmp_path / "b", WeightRequest({}, random_seed=0), opset=17)
 
     def test_labels_of_another_model(self, golden_recipe: Recipe, tmp_path: Path) -> None:
-        recipe = dataclasses.replace(golden_recipe, labels="imagenet")
+        recipe = structs.replace(golden_recipe, labels="imagenet")
         with pytest.raises(RecipeError, match="1000 names"):
             export_bundle(recipe, tmp_path / "b", WeightRequest({}, random_seed=0))
         assert list(tmp_path.iterdir()) == []

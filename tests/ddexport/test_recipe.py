@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import yaml
@@ -20,8 +22,11 @@ from ddexport.recipe import (
     class_names,
     embedded_weights,
     load_recipe,
+    manifest_recipe,
     recipe_from_dict,
     recipe_names,
+    recipe_of,
+    whole_recipe,
 )
 
 KEYS = Path(__file__).parents[1] / "golden" / "keys-var.txt"
@@ -40,154 +45,162 @@ def part(recipe: Recipe, role: str) -> torch.nn.Module:
         return family(recipe.family).build(recipe, role)
 
 
-DRAWS = {"cfg": 2.0, "top_k": 10, "top_p": 1.0, "temperature": 1.0}
+SAMPLING = {"cfg": 2.0, "top_k": 10, "top_p": 1.0, "temperature": 1.0}
 
 
 def with_teacher(known: list[int], start: int, end: int) -> dict[str, object]:
     return {"known": known, "teacher": {"start": start, "end": end}}
 
 
-# Each way to be wrong: the edit, what the message must say, what the hint must say.
-MISTAKES: dict[str, tuple[Edit, str, str]] = {
-    "unknown key": (lambda d: d.update(sequense={}), "unknown key sequense", "did you mean sequence?"),
-    "unknown key inside": (
-        lambda d: d["sequence"].update(lenght=30), "sequence: unknown key lenght", "did you mean length?",
-    ),
-    "unknown key of a file": (
-        lambda d: d["files"]["student"].update(url="x"), "files.student: unknown key url", "option",
-    ),
-    "unknown limit": (lambda d: d["parity"]["fp32"].update(psnr=1), "parity.fp32: unknown key psnr", "image"),
-    "missing key": (lambda d: d.pop("classes"), "the key classes is missing", "recipes/"),
-    "missing key inside": (lambda d: d["image"].pop("size"), "image: the key size is missing", "recipes/"),
-    "missing limit": (lambda d: d["parity"]["fp32"].pop("image_max"), "the key image_max is missing", ""),
-    "text for a number": (lambda d: d.update(classes="10"), "classes: '10' is not of type int", "correct"),
-    "number for a text": (lambda d: d.update(labels=7), "labels: 7 is not of type str", "correct"),
-    "fraction": (lambda d: d["sequence"].update(split=5.0), "split: 5.0 is not of type int", "correct"),
-    "yes for a number": (lambda d: d["image"].update(size=True), "size: True is not of type int", "correct"),
-    "number for a section": (lambda d: d.update(image=64), "image: expected keys and values", ""),
-    "list for a section": (lambda d: d.update(files=[]), "files: [] is not of type keys and values", ""),
-    "newer schema": (lambda d: d.update(schema=2), "schema 2 is not 1", "upgrade"),
-    "split past the end": (lambda d: d["sequence"].update(split=31), "split 31", "sequence.split"),
-    "split of nothing": (lambda d: d["sequence"].update(split=0), "sequence.split: 0 is no size", "1 on"),
-    "no classes": (lambda d: d.update(classes=0), "classes: 0 is no size", "from 1 on"),
-    "images of no size": (lambda d: d["image"].update(size=-64), "image.size: -64 is no size", "from 1 on"),
-    "text for a size": (lambda d: d["model"].update(depth="2"), "model.depth: '2' is no size", "from 1 on"),
-    "no heads": (lambda d: d["model"].update(heads=0), "model.heads: 0 is no size", "from 1 on"),
-    "no scales": (lambda d: d["model"].update(scales=[]), "model.scales: [] is no size", "from 1 on"),
-    "text among sizes": (
-        lambda d: d["tokenizer"].update(multipliers=[1, "2"]), "multipliers: [1, '2'] is no size", "1 on",
-    ),
-    "no schedule": (lambda d: d.update(schedules={}), "no schedules", "known"),
-    "another number of steps": (
-        lambda d: d["schedules"].update({"3": {"known": [0, 5]}}), "schedule 3 has known [0, 5]", "one num",
-    ),
-    "steps in words": (
-        lambda d: d["schedules"].update(two={"known": [0, 5]}), "schedule two has known [0, 5]", "one number",
-    ),
-    "a first step that knows": (
-        lambda d: d["schedules"].update({"1": {"known": [5]}}), "schedule 1 has known [5]", "the first 0",
-    ),
-    "a schedule that falls": (
-        lambda d: d["schedules"].update({"3": {"known": [0, 14, 5]}}), "known [0, 14, 5]", "rising",
-    ),
-    "a step that knows everything": (
-        lambda d: d["schedules"].update({"2": {"known": [0, 30]}}), "known [0, 30]", "below 30",
-    ),
-    "no steps": (lambda d: d["schedules"].update({"0": {"known": []}}), "schedule 0", "one number"),
-    "a number for a list": (
-        lambda d: d["schedules"].update({"1": {"known": 0}}), "schedules.1.known: 0 is not a list", "",
-    ),
-    "texts in a schedule": (
-        lambda d: d["schedules"].update({"1": {"known": ["0"]}}), "known: ['0'] is not a list of pos", "",
-    ),
-    "a span that ends before it starts": (
-        lambda d: d["schedules"].update({"3": with_teacher([0, 5], 5, 5)}), "teacher from 5 to 5", "rising",
-    ),
-    "a span past the end": (
-        lambda d: d["schedules"].update({"3": with_teacher([0], 14, 31)}), "from 14 to 31", "within the 30",
-    ),
-    "a step that keeps other positions than the teacher's": (
-        lambda d: d["schedules"].update({"4": with_teacher([0, 5], 1, 14)}), "known [0, 5] around", "[0, 14]",
-    ),
-    "a first step that a teacher from 0 makes useless": (
-        lambda d: d["schedules"].update({"4": with_teacher([0, 14], 0, 14)}), "known [0, 14] around", "[14]",
-    ),
-    "a teacher of unknown manners": (
-        lambda d: d["schedules"].update({"4": with_teacher([14], 0, 14)}), "involves a teacher", "top_k",
-    ),
-    "a span with another key": (
-        lambda d: d["schedules"].update({"4": {"known": [14], "teacher": {"begin": 0, "end": 14}}}),
-        "schedules.4.teacher: unknown key begin", "start",
-    ),
-    "a split past the end of a schedule": (
-        lambda d: d["schedules"].update({"2": {"known": [0, 5], "split": 31}}), "has split 31", "1 to 30",
-    ),
-    "a split in words": (
-        lambda d: d["schedules"].update({"2": {"known": [0, 5], "split": "5"}}), "split: '5' is not a", "",
-    ),
-    "nothing to draw from": (
-        lambda d: d.update(teacher=DRAWS | {"top_k": 0}), "teacher.top_k is 0", "at least 1",
-    ),
-    "more than all": (
-        lambda d: d.update(teacher=DRAWS | {"top_p": 1.5}), "teacher.top_p is 1.5", "at most 1",
-    ),
-    "no file of the student": (lambda d: d["files"].pop("student"), "files.student is missing", "weights"),
-    "an unknown part": (
-        lambda d: d["files"].update(vae=d["files"]["tokenizer"]), "unknown part vae", "tokenizer",
-    ),
-    "a part from nowhere": (lambda d: d["files"].update(student={}), "files.student does not say", "option"),
-}  # fmt: skip
+def schedule(steps: Any, **values: object) -> Edit:
+    return lambda d: d["schedules"].update({steps: values})
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_named(golden_recipe: Recipe, name: str) -> None:
-    """The message names file and key, the hint says what to do."""
-    edit, message, hint = MISTAKES[name]
+def sampling(**values: object) -> Edit:
+    return lambda d: d.update(teacher=SAMPLING | values)
+
+
+# What is wrong, the place that the message names, and what the hint says besides.
+MISTAKES: list[tuple[Edit, str, str]] = [
+    (lambda d: d.update(sequense={}), "sequense", "sequence?"),
+    (lambda d: d["sequence"].update(lenght=30), "sequence", "length?"),
+    (lambda d: d["files"]["student"].update(fiel="x"), "fiel", "file?"),
+    (lambda d: d["parity"]["fp32"].update(image_psrn=1), "parity.fp32", "image_psnr?"),
+    (lambda d: d["parity"].update(fp61=d["parity"]["fp16"]), "fp61", "fp16?"),
+    (lambda d: d.update({7: 1}), "key", ""),
+    (lambda d: d.pop("classes"), "classes", "recipes/"),
+    (lambda d: d["image"].pop("size"), "size", ""),
+    (lambda d: d["parity"]["fp32"].pop("image_max"), "image_max", ""),
+    (lambda d: d["parity"]["fp32"].update(token_margin=float("nan")), "parity.fp32.token_margin", ""),
+    (lambda d: d["parity"]["fp32"].update(token_margin=float("inf")), "parity.fp32.token_margin", ""),
+    (lambda d: d["parity"].update(images=0), "parity.images", ""),
+    (lambda d: d.update(classes="10"), "classes", ""),
+    (lambda d: d.update(labels=7), "labels", ""),
+    (lambda d: d["sequence"].update(split=5.0), "sequence.split", ""),
+    (lambda d: d["image"].update(size=True), "image.size", ""),
+    (lambda d: d.update(image=64), "image", ""),
+    (lambda d: d.update(files=[]), "files", ""),
+    (lambda d: d.update(schema=2), "schema", "upgrade"),
+    (lambda d: d["sequence"].update(split=31), "sequence.split", ""),
+    (lambda d: d["sequence"].update(split=0), "sequence.split", ""),
+    (lambda d: d.update(classes=0), "classes", ""),
+    (lambda d: d["image"].update(size=-64), "image.size", ""),
+    (lambda d: d["model"].update(depth="2"), "model", ""),
+    (lambda d: d["model"].update(heads=0), "model", ""),
+    (lambda d: d["model"].update(scales=[]), "model", ""),
+    (lambda d: d["tokenizer"].update(multipliers=[1, "2"]), "tokenizer", ""),
+    (lambda d: d.update(schedules={}), "schedules", ""),
+    (lambda d: d.update(schedules=[]), "schedules", ""),
+    (schedule("3", known=[0, 5]), "schedules.3.known", ""),
+    (schedule("two", known=[0, 5]), "schedules.two", ""),
+    (schedule("02", known=[0, 5]), "schedules.02", ""),
+    (schedule("1", known=[5]), "schedules.1.known", ""),
+    (schedule("3", known=[0, 14, 5]), "schedules.3.known", ""),
+    (schedule(2, known=[0, 30]), "schedules.2.known", ""),
+    (schedule("0", known=[]), "schedules.0", ""),
+    (schedule("1", known=0), "known", ""),
+    (schedule("1", known=["0"]), "known[0]", ""),
+    (schedule("2", known=[0, 5], split=31), "schedules.2.split", ""),
+    (schedule("2", known=[0, 5], split="5"), "split", ""),
+    (schedule("4", known=[14], teacher={"begin": 0, "end": 14}), "begin", ""),
+    (schedule("4", **with_teacher([14], 0, 14)), "schedules.4", ""),  # there is no teacher
+    (sampling(top_k=0), "teacher.top_k", ""),
+    (sampling(top_p=1.5), "teacher.top_p", ""),
+    (sampling(temperature=0), "teacher.temperature", ""),
+    (lambda d: d["files"].pop("student"), "files.student", ""),
+    (lambda d: d["files"].update(vae=d["files"]["tokenizer"]), "files.vae", ""),
+    (lambda d: d["files"].update(student={}), "files.student", ""),
+]
+
+
+@pytest.mark.parametrize(("edit", "place", "hint"), MISTAKES)
+def test_a_mistake_is_named(golden_recipe: Recipe, edit: Edit, place: str, hint: str) -> None:
     with pytest.raises(RecipeError) as caught:
         edited(golden_recipe, edit)
-    assert message in caught.value.message
-    assert caught.value.message.startswith("my.yaml:")
+    assert caught.value.message.startswith("my.yaml: ")
+    assert place in caught.value.message
     assert hint in caught.value.hint
 
 
-GEOMETRY: dict[str, tuple[Edit, str]] = {
-    "a span inside a scale": (
-        lambda d: d.update(
-            teacher=DRAWS, schedules=d["schedules"] | {"4": with_teacher([0, 14], 2, 14)}
-        ), "schedule 4 has a teacher from 2 to 14",
-    ),
-    "another number of AR steps": (
-        lambda d: d.update(
-            teacher=DRAWS, schedules=d["schedules"] | {"3": with_teacher([0, 14], 1, 14)}
-        ), "schedule 3 has 4 steps",
-    ),
-    "a schedule's split inside a scale": (
-        lambda d: d["schedules"].update({"2": {"known": [0, 5], "split": 6}}),
-        "split 6 is not the end of a scale",
-    ),
-    "scales of another length": (lambda d: d["model"].update(scales=[1, 2, 3]), "make 14 positions"),
-    "split inside a scale": (lambda d: d["sequence"].update(split=6), "split 6 is not the end of a scale"),
-    "known inside a scale": (
-        lambda d: d["schedules"].update({"2": {"known": [0, 6]}}), "known 6 is not the end of a scale",
-    ),
-    "heads that do not divide": (lambda d: d["model"].update(heads=3), "heads 3"),
-    "unknown key of the model": (lambda d: d["model"].update(dpeth=2), "wrong or missing keys: dpeth"),
-    "missing key of the model": (lambda d: d["model"].pop("depth"), "wrong or missing keys: depth"),
-    "another image size": (lambda d: d["image"].update(size=32), "images of side 64, not 32"),
-    "unknown key of the tokenizer": (lambda d: d["tokenizer"].update(chanels=1), "chanels"),
-    "missing key of the tokenizer": (lambda d: d["tokenizer"].pop("multipliers"), "multipliers"),
-}  # fmt: skip
+@pytest.mark.parametrize(
+    ("edit", "place"),
+    [
+        (lambda gate: gate.update(feature="digits"), "parity.fid"),
+        (lambda gate: gate.pop("limits"), "limits"),
+        (lambda gate: gate.update(limits=[]), "parity.fid.limits"),
+        (lambda gate: gate["limits"].update(fp61=gate["limits"]["fp16"]), "fp61"),
+        (lambda gate: gate["limits"]["fp32"].update(fid=1), "fid"),
+        (lambda gate: gate["limits"]["fp32"].pop("difference"), "difference"),
+        (lambda gate: gate["limits"]["fp32"].update(changed="0.1"), "changed"),
+        (lambda gate: gate["limits"]["fp32"].update(difference=-1), "difference"),
+        (lambda gate: gate.update(images=0), "parity.fid.images"),
+        (lambda gate: gate.update(features=3), "parity.fid.features"),
+    ],
+)
+def test_a_mistake_in_the_gate_of_image_quality_is_named(edit: Edit, place: str) -> None:
+    """A typing mistake must not become a gate that holds nothing."""
+    with pytest.raises(RecipeError) as caught:
+        edited(load_recipe("digits-var"), lambda d: edit(d["parity"]["fid"]))
+    assert place in caught.value.message
 
 
-@pytest.mark.parametrize("name", GEOMETRY)
-def test_a_geometry_that_does_not_fit_is_refused(golden_recipe: Recipe, name: str) -> None:
-    edit, message = GEOMETRY[name]
+GEOMETRY: list[tuple[Edit, str]] = [
+    (lambda d: [sampling()(d), schedule("4", **with_teacher([0, 14], 2, 14))(d)], "schedules.4.teacher"),
+    (lambda d: [sampling()(d), schedule("3", **with_teacher([0, 14], 1, 14))(d)], "schedules.3 has 4 steps"),
+    (schedule("2", known=[0, 5], split=6), "split 6"),
+    (lambda d: d["model"].update(scales=[1, 2, 3]), "scales"),
+    (lambda d: d["sequence"].update(split=6), "split 6"),
+    (schedule(2, known=[0, 6]), "known 6"),
+    (lambda d: d["model"].update(heads=3), "heads 3"),
+    (lambda d: d["model"].update(dpeth=2), "dpeth"),
+    (lambda d: d["model"].pop("depth"), "depth"),
+    (lambda d: d["image"].update(size=32), "side 64, not 32"),
+    (lambda d: d["tokenizer"].update(chanels=1), "chanels"),
+    (lambda d: d["tokenizer"].pop("multipliers"), "multipliers"),
+]
+
+
+@pytest.mark.parametrize(("edit", "place"), GEOMETRY)
+def test_a_geometry_that_does_not_fit_is_refused(golden_recipe: Recipe, edit: Edit, place: str) -> None:
     recipe = edited(golden_recipe, edit)
-    with pytest.raises(GeometryError, match=re.escape(message)) as caught:
+    with pytest.raises(GeometryError, match="var-dd-small") as caught:
         for role in ("student", "tokenizer"):
             part(recipe, role)
-    assert "var-dd-small" in caught.value.message
+    assert place in caught.value.message
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "known",
+    [with_teacher([0, 5], 5, 5), with_teacher([0], 14, 31), with_teacher([0, 5], 1, 14),
+     with_teacher([0, 14], 0, 14)],
+)  # fmt: skip
+def test_a_span_that_no_teacher_could_have_is_refused(
+    golden_recipe: Recipe, known: dict[str, object]
+) -> None:
+    with pytest.raises(RecipeError, match=r"schedules\.4\."):
+        edited(golden_recipe, lambda d: [sampling()(d), schedule("4", **known)(d)])
+
+
+def test_numbers_of_steps_may_be_numbers(golden_recipe: Recipe) -> None:
+    """YAML reads `1:` as one."""
+    numbers = edited(golden_recipe, lambda d: d.update(schedules={1: {"known": [0]}, 2: {"known": [0, 5]}}))
+    assert numbers == golden_recipe
+
+
+def test_a_manifest_holds_each_key_once(golden_recipe: Recipe) -> None:
+    """What stands in the manifest itself is put back, and is what counts."""
+    stored = manifest_recipe(golden_recipe)
+    assert not {"parity", "licence", "published"} & set(stored)
+    data = golden_recipe.to_dict()
+    manifest = SimpleNamespace(
+        name="b", recipe=stored, parity=data["parity"], licence=golden_recipe.licence, published={}
+    )
+    assert recipe_of(manifest) == golden_recipe  # type: ignore[arg-type]
+    assert whole_recipe(manifest) == data  # type: ignore[arg-type]
+    manifest.parity = {"fp61": {}}
+    with pytest.raises(RecipeError, match=r"the recipe in bundle b: .*fp61"):
+        recipe_of(manifest)  # type: ignore[arg-type]
 
 
 def test_unknown_model_and_file(tmp_path: Path) -> None:
@@ -244,9 +257,16 @@ class TestRecipesThatShip:
     def test_has_all_that_the_tools_print(self, name: str) -> None:
         recipe = load_recipe(name)
         assert len(class_names(recipe)["names"]) == recipe.classes
-        assert "fp32" in recipe.parity
+        assert recipe.parity.fp32 is not None
         assert {"weights", "intended_use"} <= set(recipe.licence)
         assert recipe.embedded or {"dataset", "fid"} <= set(recipe.published)
+
+    def test_has_a_gate_of_image_quality(self, name: str) -> None:
+        """In float32 with all limits: a bundle that generates other, equally good images must not pass."""
+        gate = load_recipe(name).parity.fid
+        assert gate is not None
+        assert None not in msgspec.structs.astuple(gate.limits["fp32"])
+        assert {"fp32", "fp16", "bf16"} <= set(gate.limits)
 
     def test_parameters_are_counted_right(self, name: str) -> None:
         """`ddexport models` prints the counts without building anything."""

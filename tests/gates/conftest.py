@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+
 from ddexport.validate import cli, compare
 
 MODELS = ("digits-var", "digits-llamagen")

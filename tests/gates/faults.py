@@ -5,7 +5,6 @@ Only a comparison with PyTorch, or with what ships, can tell such a bundle from 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from ddexport.runtime.manifest import file_info
+from msgspec import structs
 from onnx import helper, numpy_helper
+
+from ddexport.runtime.bundle import file_info
 
 Edit = Callable[[onnx.GraphProto], None]
 
@@ -25,7 +26,7 @@ def rehash(bundle: Path) -> None:
     manifest = json.loads(path.read_text())
     infos = [manifest["labels"], manifest["teacher"]["codebook"]]
     for info in [*infos, *(file for graph in manifest["graphs"] for file in graph["files"])]:
-        info.update(dataclasses.asdict(file_info(bundle / info["file"], bundle)))
+        info.update(structs.asdict(file_info(bundle / info["file"], bundle)))
     path.write_text(json.dumps(manifest))
 
 
@@ -53,7 +54,7 @@ def in_graph(edit: Edit, role: str = "student") -> Callable[[Path, str], None]:
                 edit(model.graph)
                 path.unlink()  # a copy may be a hard link
                 onnx.save(model, path)
-                graph["files"] = [dataclasses.asdict(file_info(path, bundle))]
+                graph["files"] = [structs.asdict(file_info(path, bundle))]
         (bundle / "bundle.json").write_text(json.dumps(manifest))
 
     return plant
@@ -168,7 +169,18 @@ def swapped_classes(graph: onnx.GraphProto) -> None:
 
 
 def negated_noise(graph: onnx.GraphProto) -> None:
-    before_use(graph, "tokens", [helper.make_node("Neg", ["tokens"], ["planted_tokens"])], "planted_tokens")
+    before_use(graph, "latents", [helper.make_node("Neg", ["latents"], ["planted"])], "planted")
+
+
+def next_token(graph: onnx.GraphProto) -> None:
+    """The tokens that are told are not those that the sequence was made from."""
+    producer = next(node for node in graph.node if "tokens" in node.output)
+    readers = [node for node in graph.node if "tokens" in node.input]
+    producer.output[list(producer.output).index("tokens")] = "raw_tokens"
+    for node in readers:
+        node.input[list(node.input).index("tokens")] = "raw_tokens"
+    one = constant(graph, "planted_one", 1, np.int64)
+    graph.node.append(helper.make_node("BitwiseXor", ["raw_tokens", one], ["tokens"]))
 
 
 def perturbed_weight(graph: onnx.GraphProto) -> None:

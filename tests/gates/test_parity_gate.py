@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
+
 from ddexport.runtime import noise as noise_module
 from ddexport.runtime import pipeline, sampler
-
 from tests.gates import faults
 from tests.gates.conftest import MODELS, PRECISIONS, failed_rows
 
@@ -73,6 +73,13 @@ def test_a_fault_of_the_float32_graph_fails(
 
 
 @both_models
+def test_tokens_that_are_not_those_of_the_logits_fail(planted: Planted, parity: Parity, model: str) -> None:
+    result = parity(planted(model, "fp32", faults.in_graph(faults.next_token)))
+    assert result.exit_code == 3, result.output
+    assert "tokens are not the largest of its logits" in result.stderr
+
+
+@both_models
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -129,8 +136,8 @@ def without_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step goes on from the whole sequence of the step before."""
     step = sampler._student_step
 
-    def kept(student: Any, noise: Any, labels: Any, known: int, steps: list[Any], on_pass: Any) -> Any:
-        return step(student, steps[-1].sequence if steps else noise, labels, known, steps, on_pass)
+    def kept(student: Any, noise: Any, labels: Any, known: int, steps: list[Any]) -> Any:
+        return step(student, steps[-1].sequence if steps else noise, labels, known, steps)
 
     monkeypatch.setattr(sampler, "_student_step", kept)
 
@@ -150,8 +157,8 @@ def one_position_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sampler keeps one position fewer than the schedule says."""
     step = sampler._student_step
 
-    def shifted(student: Any, noise: Any, labels: Any, known: int, steps: list[Any], on_pass: Any) -> Any:
-        return step(student, noise, labels, max(known - 1, 0), steps, on_pass)
+    def shifted(student: Any, noise: Any, labels: Any, known: int, steps: list[Any]) -> Any:
+        return step(student, noise, labels, max(known - 1, 0), steps)
 
     monkeypatch.setattr(sampler, "_student_step", shifted)
 

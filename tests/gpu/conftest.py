@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from ddexport.runtime.fit import RTX_TARGETS
 from ddexport.runtime.machine import Machine
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
 from ddexport.runtime.backends._cuda import CudaDevice, CudaError, host_view
 from ddexport.runtime.machine import Machine
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ddexport.runtime.doctor import diagnose
-from ddexport.runtime.machine import Machine
-from ddexport.runtime.manifest import read_manifest
-from ddexport.runtime.noise import gaussian_noise
-from ddexport.runtime.pipeline import Pipeline
 
 from ddexport import runtime
+from ddexport.runtime.bundle import read_manifest
+from ddexport.runtime.doctor import diagnose
+from ddexport.runtime.machine import Machine
+from ddexport.runtime.noise import gaussian_noise
+from ddexport.runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.gpu
 

@@ -5,171 +5,117 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from ddexport.runtime.engines import Engine, Profile, SizeRange, engine_folder, graph_digest, this_platform
-from ddexport.runtime.machine import Machine, Package
-from ddexport.runtime.manifest import (
+
+from ddexport import runtime
+from ddexport.runtime.bundle import (
     FILE_NAME,
-    FileInfo,
+    TEACHER,
     Graph,
     ImageSize,
     Manifest,
     Schedule,
     SequenceSize,
     Weights,
-    contract,
     file_info,
-    read_manifest,
-    sha256_of,
 )
-from onnx import TensorProto, helper, numpy_helper
 
-
-@pytest.fixture(autouse=True)
-def without_openvino(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto` takes ONNX Runtime on the CPU, OpenVINO installed or not, except where that is tested."""
-    if request.module.__name__.rpartition(".")[2] != "test_openvino":
-        missing = Package("openvino", None, "openvino is not installed: pip install openvino", missing=True)
-        fact = cached_property(lambda machine: missing)
-        fact.__set_name__(Machine, "openvino")
-        monkeypatch.setattr(Machine, "openvino", fact)
-
-
-def _beside(name: str) -> ModuleType:
-    """A module of this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fake_cuda, fake_tensorrt = _beside("fake_cuda"), _beside("fake_tensorrt")
-
-_teacher_spec = importlib.util.spec_from_file_location(
-    "toy_teacher", Path(__file__).with_name("toy_teacher.py")
-)
-assert _teacher_spec and _teacher_spec.loader
-toy_teacher_module = importlib.util.module_from_spec(_teacher_spec)
-_teacher_spec.loader.exec_module(toy_teacher_module)
-
-SEQUENCE = SequenceSize(length=6, width=4, codebook=5, split=2)
-IMAGE = ImageSize(height=8, width=8, channels=3)
 NAMES = ("zero", "one", "two")
 Edit = Callable[[dict[str, Any]], object]
 
+# logits = latents W + label row; regressed = latents A + sum of the known positions; composed.
+STUDENT = """<ir_version: 8, opset_import: ["": 18]>
+student (float[batch,6,4] latents, int64[batch] label, int64[batch] known)
+     => (float[batch,6,4] sequence, int64[batch,2] tokens, float[batch,2,5] logits) {
+  known3 = Unsqueeze (known, axes)
+  is_known = Less (places, known3)
+  mask = Cast <to = 1> (is_known)
+  kept = Mul (latents, mask)
+  context = ReduceSum (kept, axis)
+  front = Slice (latents, start, split, axis)
+  scores = MatMul (front, W)
+  row = Gather <axis = 0> (label_rows, label)
+  logits = Add (scores, row)
+  tokens = ArgMax <axis = 2, keepdims = 0> (logits)
+  quantised = Gather (codebook, tokens)
+  mixed = MatMul (latents, A)
+  regressed = Add (mixed, context)
+  back = Slice (regressed, split, end, axis)
+  fresh = Concat <axis = 1> (quantised, back)
+  sequence = Where (is_known, latents, fresh)
+}"""
 
-def make_graph(role: str, nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]) -> onnx.ModelProto:
-    """A model of the nodes with the inputs and outputs that the contract has for the role."""
-    types = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
-    inputs, outputs = (
-        [helper.make_tensor_value_info(spec.name, types[spec.dtype], spec.shape) for spec in side]
-        for side in contract(role, SEQUENCE, IMAGE)
-    )
-    values = [numpy_helper.from_array(value, name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, role, inputs, outputs, values)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+# image = sigmoid of a linear map of the whole sequence.
+DECODER = """<ir_version: 8, opset_import: ["": 18]>
+decoder (float[batch,6,4] sequence) => (float[batch,3,8,8] image) {
+  row = Reshape (sequence, flat)
+  values = MatMul (row, D)
+  light = Sigmoid (values)
+  image = Reshape (light, shape)
+}"""
+
+
+def make_graph(text: str, constants: dict[str, Any]) -> onnx.ModelProto:
+    """A model of the text with the constants."""
+    model = onnx.parser.parse_model(text)
+    values = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    model.graph.initializer.extend(values)
     onnx.checker.check_model(model)
     return model
 
 
-def toy_student() -> onnx.ModelProto:
-    """logits = tokens W + label row; regressed = tokens A + sum of the known positions; composed."""
+def student_constants() -> dict[str, Any]:
     rng = np.random.default_rng(1)
-    split, length, width, codes = SEQUENCE.split, SEQUENCE.length, SEQUENCE.width, SEQUENCE.codebook
-    constants = {
-        "W": rng.standard_normal((width, codes)).astype(np.float32),
-        "A": rng.standard_normal((width, width)).astype(np.float32),
-        "label_rows": rng.standard_normal((len(NAMES), 1, codes)).astype(np.float32),
-        "codebook": rng.standard_normal((codes, width)).astype(np.float32),
-        "places": np.arange(length, dtype=np.int64)[None, :, None],
-        "axes": np.array([1, 2]),
-        "start": np.array([0]),
-        "split": np.array([split]),
-        "end": np.array([length]),
-        "axis": np.array([1]),
-    }
-    node = helper.make_node
-    nodes = [
-        node("Unsqueeze", ["known", "axes"], ["known3"]),
-        node("Less", ["places", "known3"], ["is_known"]),
-        node("Cast", ["is_known"], ["mask"], to=TensorProto.FLOAT),
-        node("Mul", ["tokens", "mask"], ["kept"]),
-        node("ReduceSum", ["kept", "axis"], ["context"]),
-        node("Slice", ["tokens", "start", "split", "axis"], ["front"]),
-        node("MatMul", ["front", "W"], ["scores"]),
-        node("Gather", ["label_rows", "label"], ["row"], axis=0),
-        node("Add", ["scores", "row"], ["logits"]),
-        node("ArgMax", ["logits"], ["codes"], axis=2, keepdims=0),
-        node("Gather", ["codebook", "codes"], ["quantised"], axis=0),
-        node("MatMul", ["tokens", "A"], ["mixed"]),
-        node("Add", ["mixed", "context"], ["regressed"]),
-        node("Slice", ["regressed", "split", "end", "axis"], ["back"]),
-        node("Concat", ["quantised", "back"], ["fresh"], axis=1),
-        node("Where", ["is_known", "tokens", "fresh"], ["sequence"]),
-    ]
-    return make_graph("student", nodes, constants)
+    shapes = {"W": (4, 5), "A": (4, 4), "label_rows": (3, 1, 5), "codebook": (5, 4)}
+    drawn = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    places = {"places": np.arange(6)[None, :, None], "axes": [1, 2], "axis": [1]}
+    return drawn | places | {"start": [0], "split": [2], "end": [6]}
 
 
-def toy_decoder() -> onnx.ModelProto:
-    """image = sigmoid of a linear map of the whole sequence."""
-    rng = np.random.default_rng(2)
-    pixels = IMAGE.channels * IMAGE.height * IMAGE.width
-    constants = {
-        "D": rng.standard_normal((SEQUENCE.length * SEQUENCE.width, pixels)).astype(np.float32),
-        "flat": np.array([0, SEQUENCE.length * SEQUENCE.width]),
-        "shape": np.array([0, IMAGE.channels, IMAGE.height, IMAGE.width]),
-    }
-    node = helper.make_node
-    nodes = [
-        node("Reshape", ["sequence", "flat"], ["row"]),
-        node("MatMul", ["row", "D"], ["values"]),
-        node("Sigmoid", ["values"], ["light"]),
-        node("Reshape", ["light", "shape"], ["image"]),
-    ]
-    return make_graph("decoder", nodes, constants)
+def decoder_constants() -> dict[str, Any]:
+    drawn = np.random.default_rng(2).standard_normal((24, 192)).astype(np.float32)
+    return {"D": drawn, "flat": [0, 24], "shape": [0, 3, 8, 8]}
 
 
 def write_bundle(root: Path, weights: Weights | None = None) -> Path:
     """Writes the toy bundle."""
     root.mkdir(parents=True)
-    graphs = []
-    for role, model in (("student", toy_student()), ("decoder", toy_decoder())):
-        path = root / f"{role}.onnx"
-        onnx.save(model, path)
-        info = file_info(path, root)
-        graphs.append(Graph(role, "fp32", path.name, (info,), *contract(role, SEQUENCE, IMAGE)))
+    onnx.save(make_graph(STUDENT, student_constants()), root / "student.onnx")
+    onnx.save(make_graph(DECODER, decoder_constants()), root / "decoder.onnx")
     labels = root / "labels.json"
     labels.write_text(json.dumps({"names": NAMES, "aliases": {"2": ["a pair"]}}))
     manifest = Manifest(
+        schema=2,
         name="toy",
         title="A toy",
         created="2026-01-31T12:00:00Z",
-        sequence=SEQUENCE,
-        image=IMAGE,
+        sequence=SequenceSize(length=6, width=4, codebook=5, split=2),
+        image=ImageSize(height=8, width=8, channels=3),
         classes=len(NAMES),
         labels=file_info(labels, root),
-        schedules={1: Schedule((0,)), 2: Schedule((0, 2)), 3: Schedule((0, 1, 4))},
-        graphs=tuple(graphs),
-        weights=weights or Weights("embedded", None, ()),
-        parity={"fp32": {"image_max": 2}},
-        published={},
+        schedules={1: Schedule(known=(0,)), 2: Schedule(known=(0, 2)), 3: Schedule(known=(0, 1, 4))},
+        graphs=tuple(graph_of(root, role, f"{role}.onnx") for role in ("student", "decoder")),
+        weights=weights or Weights(kind="embedded"),
         licence={"weights": "Apache-2.0"},
+        published={},
+        parity={"fp32": {"image_max": 2}},
         recipe={"name": "toy"},
         tools={"ddexport": "0"},
     )
     (root / FILE_NAME).write_text(manifest.to_json())
     return root
+
+
+def graph_of(root: Path, role: Any, file: str, split: int | None = None) -> Graph:
+    files = (file_info(root / file, root),)
+    return Graph(role=role, precision="fp32", file=file, files=files, split=split)
 
 
 def change_manifest(root: Path, edit: Edit) -> None:
@@ -183,14 +129,43 @@ def change_manifest(root: Path, edit: Edit) -> None:
 def put_file(root: Path, name: str, data: bytes) -> None:
     """Gives a file of the bundle another content that the manifest agrees with."""
     (root / name).write_bytes(data)
-    info = FileInfo(name, sha256_of(root / name), len(data))
+    info = file_info(root / name, root)
 
     def edit(content: dict[str, Any]) -> None:
-        for entry in [content["labels"], *(file for graph in content["graphs"] for file in graph["files"])]:
+        listed = [content["labels"], *(file for graph in content["graphs"] for file in graph["files"])]
+        for entry in listed + ([content[TEACHER]["codebook"]] if TEACHER in content else []):
             if entry["file"] == name:
-                entry.update(vars(info))
+                entry.update(sha256=info.sha256, bytes=info.bytes)
 
     change_manifest(root, edit)
+
+
+def add_precision(root: Path, precision: str, first: bool = False) -> None:
+    """Gives the bundle graphs of another precision, but no teacher: in truth the same ones."""
+
+    def edit(content: dict[str, Any]) -> None:
+        more = []
+        for graph in content["graphs"]:
+            if graph["role"] != TEACHER:
+                file = graph["file"].replace(".onnx", f"_{precision}.onnx")
+                shutil.copyfile(root / graph["file"], root / file)
+                files = [graph["files"][0] | {"file": file}]
+                more.append(graph | {"precision": precision, "file": file, "files": files})
+        content["graphs"] = [*more, *content["graphs"]] if first else [*content["graphs"], *more]
+
+    change_manifest(root, edit)
+
+
+_spec = importlib.util.spec_from_file_location("toy_teacher", Path(__file__).with_name("toy_teacher.py"))
+assert _spec and _spec.loader
+_toy_teacher = importlib.util.module_from_spec(_spec)  # this folder is no package
+_spec.loader.exec_module(_toy_teacher)
+
+
+@pytest.fixture(scope="session")
+def toy_teacher() -> Any:
+    """The module `toy_teacher.py`."""
+    return _toy_teacher
 
 
 @pytest.fixture(scope="session")
@@ -206,16 +181,10 @@ def bundle(shared_bundle: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def toy_teacher() -> Any:
-    """The module `toy_teacher.py`."""
-    return toy_teacher_module
-
-
-@pytest.fixture(scope="session")
 def shared_teacher_bundle(shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy bundle with a teacher, not to be changed."""
     copied = shutil.copytree(shared_bundle, tmp_path_factory.mktemp("teacher") / "bundle")
-    return Path(toy_teacher_module.add_teacher(Path(copied)))
+    return Path(_toy_teacher.add_teacher(Path(copied)))
 
 
 @pytest.fixture
@@ -227,13 +196,7 @@ def teacher_bundle(shared_teacher_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def random_bundle(tmp_path: Path) -> Path:
     """The toy bundle, saying that its weights are random."""
-    return write_bundle(tmp_path / "random", Weights("random", 7, ()))
-
-
-@pytest.fixture
-def edit_manifest(bundle: Path) -> Callable[[Edit], None]:
-    """Rewrites bundle.json of the copy after a function has changed its content in place."""
-    return partial(change_manifest, bundle)
+    return write_bundle(tmp_path / "random", Weights(kind="random", seed=7))
 
 
 @pytest.fixture
@@ -242,132 +205,21 @@ def replace_file(bundle: Path) -> Callable[[str, bytes], None]:
     return partial(put_file, bundle)
 
 
-VERSIONS = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
+@pytest.fixture(name="add_precision")
+def _add_precision() -> Callable[..., None]:
+    """The function `add_precision`."""
+    return add_precision
 
 
-def write_engines(
-    root: Path,
-    backend: str = "tensorrt-rtx",
-    precision: str = "fp32",
-    profiles: tuple[tuple[int, int, int], ...] = ((1, 4, 8),),
-    roles: tuple[str, ...] = ("student", "decoder"),
-    others: tuple[tuple[SizeRange, ...], ...] = (),
-    **changes: Any,
-) -> Path:
-    """Puts engines for the fake packages into a bundle; `changes` are fields of their sidecars.
-
-    roles: keys of graphs. others: of the teacher's profiles, each with every batch of `profiles`.
-    """
-    targets = changes.get("targets", ("default",) if backend == "tensorrt-rtx" else ("sm89",))
-    version = changes.get("version", VERSIONS[backend])
-    folder = root / engine_folder(backend, version, targets)
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = read_manifest(root, verify=False)
-    for role in roles:
-        graph = manifest.graph(role, precision)
-        more = others if role == "teacher" else ((),)
-        made = tuple(Profile(*profile, each) for profile in profiles for each in more)
-        plan = folder / f"{role.replace('@', '_split')}_{precision}.plan"
-        plan.write_bytes(fake_tensorrt.plan_of(root / graph.file, made))
-        engine = Engine(
-            role=role,
-            precision=precision,
-            file=plan.name,
-            sha256=sha256_of(plan),
-            bytes=plan.stat().st_size,
-            source=graph_digest(graph),
-            backend=backend,
-            version=version,
-            platform=this_platform(),
-            targets=targets,
-            hardware=None,
-            version_compatible=False,
-            profiles=made,
-            inputs=graph.inputs,
-            outputs=graph.outputs,
-            layers={"float32": 3},
-            options={"strip_plan": False},
-            key="0" * 64,
-            made_with={},
-            seconds=1.0,
-        )
-        plan.with_suffix(".json").write_text(replace(engine, **changes).to_json())
-    return folder
-
-
-def add_precision(root: Path, precision: str, first: bool = False) -> None:
-    """Gives the bundle graphs of another precision: in truth the same ones."""
-
-    def edit(content: dict[str, Any]) -> None:
-        more = []
-        for graph in [graph for graph in content["graphs"] if graph["precision"] == "fp32"]:
-            file = f"{graph['role']}_{precision}.onnx"
-            shutil.copyfile(root / graph["file"], root / file)
-            files = [vars(file_info(root / file, root))]
-            more.append(graph | {"precision": precision, "file": file, "files": files})
-        content["graphs"] = [*more, *content["graphs"]] if first else [*content["graphs"], *more]
-
-    change_manifest(root, edit)
-
-
-@pytest.fixture(name="write_engines")
-def _write_engines() -> Callable[..., Path]:
-    """The function `write_engines`."""
-    return write_engines
-
-
-@pytest.fixture
-def build(bundle: Path) -> Callable[..., Path]:
-    """Puts engines into the copy of the toy bundle: see `write_engines`."""
-    return partial(write_engines, bundle)
-
-
-@pytest.fixture
-def add_graphs(bundle: Path) -> Callable[..., None]:
-    """Gives the copy of the toy bundle graphs of another precision."""
-    return partial(add_precision, bundle)
-
-
-@dataclass
-class FakeGpu:
-    """The fake device and packages that a test has in place of the real ones."""
-
-    cuda: Any
-    full: Any
-    rtx: Any
-
-    def package(self, backend: str) -> Any:
-        return self.full if backend == "tensorrt" else self.rtx
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
-    """One fake GPU of capability 8.9, with both TensorRT packages for CUDA 13."""
-    cuda = fake_cuda.FakeCuda()
-    fakes = FakeGpu(
-        cuda,
-        fake_tensorrt.FakeTensorRt("tensorrt", VERSIONS["tensorrt"], cuda),
-        fake_tensorrt.FakeTensorRt("tensorrt_rtx", VERSIONS["tensorrt-rtx"], cuda),
-    )
-    for module in (cuda, fakes.full, fakes.rtx):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    distributions = {"tensorrt-cu13": "11.4", "tensorrt-rtx-cu13": "1.7", "cuda-bindings": "13.5.0"}
-    monkeypatch.setattr("ddexport.runtime.machine.installed", lambda: distributions)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return fakes
-
-
-@pytest.fixture
-def machine(gpu: FakeGpu) -> Machine:
-    """The machine with the fake GPU."""
-    return Machine()
+@pytest.fixture(name="change_manifest")
+def _change_manifest() -> Callable[[Path, Edit], None]:
+    """The function `change_manifest`."""
+    return change_manifest
 
 
 def rename_input(model: onnx.ModelProto) -> None:
     for node in model.graph.node:
-        for place, name in enumerate(node.input):
-            if name == "label":
-                node.input[place] = "klass"
+        node.input[:] = ["klass" if name == "label" else name for name in node.input]
     model.graph.input[1].name = "klass"
 
 
@@ -377,11 +229,39 @@ def fix_batch(model: onnx.ModelProto) -> None:
 
 
 @pytest.fixture(params=[rename_input, fix_batch], ids=lambda lie: lie.__name__)
-def lying_bundle(
-    request: pytest.FixtureRequest, bundle: Path, replace_file: Callable[[str, bytes], None]
-) -> Path:
-    """The bundle with a student whose inputs or shapes are not those of the manifest; its hash is right."""
+def lying_bundle(request: pytest.FixtureRequest, bundle: Path) -> Path:
+    """The bundle with a student whose inputs or shapes are not those of the contract; its hash is right."""
     model = onnx.load(bundle / "student.onnx")
     request.param(model)
-    replace_file("student.onnx", model.SerializeToString())
+    put_file(bundle, "student.onnx", model.SerializeToString())
     return bundle
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that ONNX Runtime opens from now on."""
+    import onnxruntime
+
+    files: list[str] = []
+    session = onnxruntime.InferenceSession
+
+    def open_session(path: Path, *arguments: Any, **named: Any) -> Any:
+        files.append(path.name)
+        return session(path, *arguments, **named)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
+    return files
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any], tuple[str, ...] | None]]:
+    """Every run of a graph from now on: its file, its inputs and the outputs asked for."""
+    seen: list[tuple[str, dict[str, Any], tuple[str, ...] | None]] = []
+    original = runtime.backends.Backend.run
+
+    def run(self: Any, graph: Graph, feeds: Any, names: Any = None) -> Any:
+        seen.append((graph.file, {name: array.copy() for name, array in feeds.items()}, names))
+        return original(self, graph, feeds, names)
+
+    monkeypatch.setattr(runtime.backends.Backend, "run", run)
+    return seen

@@ -18,19 +18,16 @@ from typing import Any
 import numpy as np
 
 POISON = 0xAB
-MEMORY = 1 << 34
-Work = Callable[[], None]
+Work = Callable[[], object]
 
 
 class Error(IntEnum):
     cudaSuccess = 0
     cudaErrorInvalidValue = 1
     cudaErrorMemoryAllocation = 2
-    cudaErrorInsufficientDriver = 35
     cudaErrorInvalidDevice = 101
     cudaErrorIllegalAddress = 700
     cudaErrorStreamCaptureUnsupported = 900
-    cudaErrorStreamCaptureInvalidated = 901
 
 
 class Fault(Exception):
@@ -41,10 +38,12 @@ class FakeCuda(ModuleType):
     """`cuda.bindings.runtime`: every function returns a tuple that begins with an error."""
 
     cudaStreamNonBlocking = 1
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaMemcpyKind = SimpleNamespace(
+        cudaMemcpyHostToDevice=("device", "host"),
+        cudaMemcpyDeviceToHost=("host", "device"),
+        cudaMemcpyDeviceToDevice=("device", "device"),
+    )
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
-    __version__ = "13.5.0"
-    Fault = Fault
 
     def __init__(self) -> None:
         super().__init__("cuda.bindings.runtime")
@@ -54,9 +53,8 @@ class FakeCuda(ModuleType):
         self.recording_broken = False
         self.graphs: dict[int, list[Work]] = {}
         self.calls: Counter[str] = Counter()
+        self.downloaded: list[int] = []
         self.fails: dict[str, tuple[int, Error]] = {}
-        self.driver = 13000
-        self.devices = [SimpleNamespace(name=b"Toy GPU\0\0", major=8, minor=9, totalGlobalMem=24 << 30)]
         self._next = 1
 
     def fail(self, name: str, error: Error, after: int = 0) -> None:
@@ -89,18 +87,28 @@ class FakeCuda(ModuleType):
             return (self.fails[name][1], *(None for _ in values))
         return (Error.cudaSuccess, *values)
 
-    def _allocate(self, name: str, kind: str, size: int) -> Any:
-        if size > MEMORY:
-            return Error.cudaErrorMemoryAllocation, None
-        block = np.full(size, POISON, np.uint8)
-        answer = self._answer(name, block.ctypes.data)
+    def _made(self, name: str, where: dict[int, Any], content: Any, key: int = 0) -> Any:
+        self._next += 1
+        answer = self._answer(name, key or self._next)
         if not answer[0]:
-            self.memory[answer[1]] = (kind, block)
+            where[answer[1]] = content
         return answer
 
-    def _free(self, name: str, kind: str, address: int) -> Any:
-        assert self.memory.pop(address)[0] == kind
-        return self._answer(name)
+    def cudaMalloc(self, size: int) -> Any:
+        block = np.full(size, POISON, np.uint8)
+        return self._made("cudaMalloc", self.memory, ("device", block), block.ctypes.data)
+
+    def cudaMallocHost(self, size: int) -> Any:
+        block = np.full(size, POISON, np.uint8)
+        return self._made("cudaMallocHost", self.memory, ("host", block), block.ctypes.data)
+
+    def cudaFree(self, address: int) -> Any:
+        assert self.memory.pop(address)[0] == "device"
+        return self._answer("cudaFree")
+
+    def cudaFreeHost(self, address: int) -> Any:
+        assert self.memory.pop(address)[0] == "host"
+        return self._answer("cudaFreeHost")
 
     def cudaGetErrorName(self, error: Error) -> Any:
         return Error.cudaSuccess, error.name.encode()
@@ -111,41 +119,11 @@ class FakeCuda(ModuleType):
     def cudaGetLastError(self) -> Any:
         return (Error.cudaSuccess,)
 
-    def cudaDriverGetVersion(self) -> Any:
-        return Error.cudaSuccess, self.driver
-
-    def cudaGetDeviceCount(self) -> Any:
-        return self._answer("cudaGetDeviceCount", len(self.devices))
-
-    def cudaGetDeviceProperties(self, index: int) -> Any:
-        return Error.cudaSuccess, self.devices[index]
-
     def cudaSetDevice(self, index: int) -> Any:
-        if index >= len(self.devices):
-            return (Error.cudaErrorInvalidDevice,)
-        return self._answer("cudaSetDevice")
-
-    def cudaMemGetInfo(self) -> Any:
-        return self._answer("cudaMemGetInfo", MEMORY - self.allocated("device"), MEMORY)
-
-    def cudaMalloc(self, size: int) -> Any:
-        return self._allocate("cudaMalloc", "device", size)
-
-    def cudaMallocHost(self, size: int) -> Any:
-        return self._allocate("cudaMallocHost", "host", size)
-
-    def cudaFree(self, address: int) -> Any:
-        return self._free("cudaFree", "device", address)
-
-    def cudaFreeHost(self, address: int) -> Any:
-        return self._free("cudaFreeHost", "host", address)
+        return self._answer("cudaSetDevice") if index == 0 else (Error.cudaErrorInvalidDevice,)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> Any:
-        self._next += 1
-        answer = self._answer("cudaStreamCreateWithFlags", self._next)
-        if not answer[0]:
-            self.streams[self._next] = []
-        return answer
+        return self._made("cudaStreamCreateWithFlags", self.streams, [])
 
     def cudaStreamDestroy(self, stream: int) -> Any:
         del self.streams[stream]
@@ -155,23 +133,37 @@ class FakeCuda(ModuleType):
         if self.recording is not None:
             self.recording_broken = True
             return (Error.cudaErrorStreamCaptureUnsupported,)
-        work, self.streams[stream][:] = list(self.streams[stream]), []
+        queue, self.streams[stream][:] = list(self.streams[stream]), []
         try:
-            for each in work:
-                each()
+            for work in queue:
+                work()
         except Fault:
             return (Error.cudaErrorIllegalAddress,)
         return self._answer("cudaStreamSynchronize")
 
-    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> Any:
-        kinds = ("device", "host") if kind == 1 else ("host", "device")
+    def cudaDeviceSynchronize(self) -> Any:
+        return self._answer("cudaDeviceSynchronize")
+
+    def cudaMemcpyAsync(self, to: int, source: int, size: int, kinds: Any, stream: int) -> Any:
         target, origin = self.block(to, size, kinds[0]), self.block(source, size, kinds[1])
         answer = self._answer("cudaMemcpyAsync")
         if target is None or origin is None:
             return (Error.cudaErrorInvalidValue,)
         if not answer[0]:
             self.push(stream, lambda: np.copyto(target, origin))
+            self.downloaded += [size] if kinds[0] == "host" else []
         return answer
+
+    def cudaMemcpy2D(
+        self, to: int, pitch: int, source: int, other: int, width: int, rows: int, kinds: Any
+    ) -> Any:
+        for row in range(rows):
+            target = self.block(to + row * pitch, width, kinds[0])
+            origin = self.block(source + row * other, width, kinds[1])
+            if target is None or origin is None:
+                return (Error.cudaErrorInvalidValue,)
+            np.copyto(target, origin)
+        return self._answer("cudaMemcpy2D")
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> Any:
         answer = self._answer("cudaStreamBeginCapture")
@@ -181,19 +173,12 @@ class FakeCuda(ModuleType):
 
     def cudaStreamEndCapture(self, stream: int) -> Any:
         work, self.recording = self.recording, None
-        answer = self._answer("cudaStreamEndCapture", 0)
-        if self.recording_broken or answer[0]:
-            return Error.cudaErrorStreamCaptureInvalidated, None
-        self._next += 1
-        self.graphs[self._next] = work or []
-        return Error.cudaSuccess, self._next
+        if self.recording_broken:
+            return Error.cudaErrorStreamCaptureUnsupported, None
+        return self._made("cudaStreamEndCapture", self.graphs, work)
 
     def cudaGraphInstantiate(self, graph: int, flags: int) -> Any:
-        self._next += 1
-        answer = self._answer("cudaGraphInstantiate", self._next)
-        if not answer[0]:
-            self.graphs[self._next] = self.graphs[graph]
-        return answer
+        return self._made("cudaGraphInstantiate", self.graphs, self.graphs[graph])
 
     def cudaGraphDestroy(self, graph: int) -> Any:
         del self.graphs[graph]

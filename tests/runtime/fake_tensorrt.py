@@ -1,5 +1,5 @@
-"""The TensorRT packages, as far as the runtime uses them, on a fake device: a plan names an ONNX file, and
-ONNX Runtime computes it on the CPU.
+"""The TensorRT packages, as far as the runtime uses them, on the device of `fake_cuda.py`: a plan names a
+role, and numpy computes `student` or `decoder`.
 
 What a real package leaves undefined is an error here: replaying a graph whose context has changed, recording
 a context that was never run, tensors that reach beyond their memory.
@@ -9,17 +9,53 @@ a context that was never run, tensors that reach beyond their memory.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
-from ddexport.runtime.engines import Profile
+import pytest
+
+from ddexport.runtime import machine
+from ddexport.runtime.bundle import (
+    Graph,
+    ImageSize,
+    Manifest,
+    Schedule,
+    SequenceSize,
+    TensorSpec,
+    Weights,
+    file_info,
+)
+from ddexport.runtime.engines import SCHEMA, Engine, Profile, engine_folder
+from ddexport.runtime.records import to_json
+
+_spec = importlib.util.spec_from_file_location("fake_cuda", Path(__file__).with_name("fake_cuda.py"))
+assert _spec and _spec.loader
+fake_cuda = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(fake_cuda)
 
 SCRATCH = 4096
+VERSIONS = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
+SEQUENCE = SequenceSize(length=6, width=4, codebook=5, split=2)
+IMAGE = ImageSize(height=8, width=8, channels=3)
+WEIGHTS = np.random.default_rng(1).standard_normal((4, 5), np.float32)
+
+
+def compute(role: str, feeds: dict[str, Any]) -> dict[str, Any]:
+    """What the graph of a role gives: each image by itself."""
+    if role == "student":
+        latents, known = feeds["latents"], feeds["known"][:, None, None]
+        logits = latents[:, : SEQUENCE.split] @ WEIGHTS + feeds["label"][:, None, None].astype(np.float32)
+        sequence = np.where(np.arange(SEQUENCE.length)[None, :, None] < known, latents, np.tanh(latents))
+        return {"sequence": sequence, "tokens": logits.argmax(-1), "logits": logits}
+    rows = feeds["sequence"].reshape(len(feeds["sequence"]), -1)
+    return {"image": np.tanh(np.resize(rows.T, (3 * 8 * 8, len(rows))).T).reshape(-1, 3, 8, 8)}
 
 
 class FakeContext:
@@ -27,11 +63,9 @@ class FakeContext:
 
     def __init__(self, engine: FakeEngine, own_memory: bool) -> None:
         self.engine, self.own_memory = engine, own_memory
-        self.scratch = 0
-        self.profile = 0
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.scratch = self.profile = self.changes = self.prepared = 0
+        self.batch: dict[str, int] = {}
         self.addresses: dict[str, int] = {}
-        self.changes = self.prepared = 0
         engine.contexts.append(self)
 
     def set_device_memory(self, address: int, size: int) -> None:
@@ -42,18 +76,15 @@ class FakeContext:
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.changes += 1
         self.profile = profile
-        return profile < len(self.engine.plan["profiles"])
+        return profile < len(self.engine.profiles)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.changes += 1
-        least, _, most = self.engine.get_tensor_profile_shape(name, self.profile)
-        fits = len(shape) == len(least) and all(
-            map(lambda low, size, high: low <= size <= high, least, shape, most)
-        )
-        if not fits:
-            self.engine.logger.log(self.engine.module.ILogger.ERROR, f"{name} {shape} is outside the profile")
+        least, _, most = self.engine.profiles[self.profile]
+        if shape[1:] != self.engine.tensors[name].shape[1:] or not least <= shape[0] <= most:
+            self.engine.log(f"{name} {shape} is outside the profile")
             return False
-        self.shapes[name] = shape
+        self.batch[name] = shape[0]
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -64,114 +95,83 @@ class FakeContext:
     def execute_async_v3(self, stream: int) -> bool:
         module, cuda = self.engine.module, self.engine.module.cuda
         if module.refuse_to_run:
-            self.engine.logger.log(module.ILogger.ERROR, "the fake refuses")
+            self.engine.log("the fake refuses")
             return False
         if not self.own_memory:
             assert cuda.block(self.scratch, SCRATCH, "device") is not None, "no memory to work in"
-        module.executed.append((self.profile, self.shapes[self.engine.names[0]][0]))
-        if cuda.recording is not None:
-            module.recorded += 1
-            if self.prepared != self.changes or module.refuse_to_record:
-                cuda.recording_broken = True
-                return False
+        (batch,) = set(self.batch.values())
+        module.executed.append((self.profile, batch))
+        if cuda.recording is not None and (self.prepared != self.changes or module.refuse_to_record):
+            cuda.recording_broken = True
+            return False
         self.prepared = changes = self.changes
 
         def work() -> None:
             if self.changes != changes:
-                raise self.engine.module.cuda.Fault("the context was changed after its graph was recorded")
-            self.engine.compute(self.shapes, self.addresses)
+                raise fake_cuda.Fault("the context was changed after its graph was recorded")
+            arrays = {name: self.view(name, batch) for name in self.engine.tensors}
+            for name, value in compute(self.engine.role, arrays).items():
+                arrays[name][:] = value
 
         cuda.push(stream, work)
         return True
 
+    def view(self, name: str, batch: int) -> Any:
+        spec = self.engine.tensors[name]
+        shape, dtype = (batch, *spec.shape[1:]), np.dtype(spec.dtype)
+        block = self.engine.module.cuda.block(
+            self.addresses[name], int(np.prod(shape)) * dtype.itemsize, "device"
+        )
+        if block is None:
+            raise fake_cuda.Fault(f"{name} reaches beyond its memory")
+        return block.view(dtype).reshape(shape)
+
 
 class FakeEngine:
-    """ICudaEngine: the plan names an ONNX file."""
+    """ICudaEngine."""
 
     device_memory_size_v2 = SCRATCH
 
     def __init__(self, module: FakeTensorRt, logger: Any, plan: dict[str, Any]) -> None:
-        self.module, self.logger, self.plan = module, logger, plan
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(
-            plan["model"], options, providers=["CPUExecutionProvider"]
-        )
-        self.inputs = {value.name: value for value in self.session.get_inputs()}
-        self.tensors = self.inputs | {value.name: value for value in self.session.get_outputs()}
-        self.names = list(self.tensors)
-        self.num_io_tensors = len(self.names)
-        self.num_optimization_profiles = len(plan["profiles"])
+        self.module, self.role, self.profiles = module, plan["role"], plan["profiles"]
+        self.log = lambda message: logger.log(module.ILogger.ERROR, message)
+        inputs, outputs = ([TensorSpec(n, d, tuple(s)) for n, d, s in side] for side in plan["tensors"])
+        self.inputs = [spec.name for spec in inputs]
+        self.tensors = {spec.name: spec for spec in [*inputs, *outputs]}
+        self.num_io_tensors, self.num_optimization_profiles = len(self.tensors), len(self.profiles)
         self.contexts: list[FakeContext] = []
         self.configs: list[Any] = []
-        if module.is_rtx:
-            self.create_runtime_config = self._create_runtime_config
 
     def get_tensor_name(self, index: int) -> str:
-        return self.names[index]
+        return list(self.tensors)[index]
 
     def get_tensor_mode(self, name: str) -> str:
-        return self.module.TensorIOMode.INPUT if name in self.inputs else self.module.TensorIOMode.OUTPUT
+        return "INPUT" if name in self.inputs else "OUTPUT"
 
     def get_tensor_dtype(self, name: str) -> str:
-        types = {"tensor(float)": self.module.DataType.FLOAT, "tensor(int64)": self.module.DataType.INT64}
-        return types[self.tensors[name].type]
+        return {"float32": "FLOAT", "int64": "INT64"}.get(self.tensors[name].dtype, "HALF")
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(size if isinstance(size, int) else -1 for size in self.tensors[name].shape)
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        ranges = self.plan["profiles"][profile]
-        shape = self.tensors[name].shape
-        return [
-            tuple(size if isinstance(size, int) else ranges[size][corner] for size in shape)
-            for corner in range(3)
-        ]
+        return [(batch, *self.get_tensor_shape(name)[1:]) for batch in self.profiles[profile]]
 
     def create_execution_context(self, how: Any) -> FakeContext | None:
         if self.module.no_contexts:
-            self.logger.log(self.module.ILogger.ERROR, "out of memory, says the fake")
+            self.log("out of memory, says the fake")
             return None
-        return FakeContext(
-            self, own_memory=how != self.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        )
+        return FakeContext(self, own_memory=how != "USER_MANAGED")
 
-    def _create_runtime_config(self) -> Any:
+    def create_runtime_config(self) -> Any:
+        assert self.module.is_rtx
         config = SimpleNamespace(cuda_graph_strategy="DISABLED", cache=None)
-        config.create_runtime_cache = FakeCache
+        config.create_runtime_cache = lambda: SimpleNamespace(
+            deserialize=lambda blob: blob.startswith(b"compiled"), serialize=lambda: b"compiled here"
+        )
         config.set_runtime_cache = lambda cache: setattr(config, "cache", cache)
         self.configs.append(config)
         return config
-
-    def compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
-        feeds = {}
-        for name in self.inputs:
-            dtype = np.dtype(np.float32 if self.get_tensor_dtype(name) == "FLOAT" else np.int64)
-            size = int(np.prod(shapes[name])) * dtype.itemsize
-            block = self.module.cuda.block(addresses[name], size, "device")
-            if block is None:
-                raise self.module.cuda.Fault(f"{name} reaches beyond its memory")
-            feeds[name] = block.view(dtype).reshape(shapes[name])
-        names = [name for name in self.names if name not in self.inputs]
-        for name, value in zip(names, self.session.run(names, feeds), strict=True):
-            data = np.frombuffer(np.ascontiguousarray(value).tobytes(), np.uint8)
-            block = self.module.cuda.block(addresses[name], len(data), "device")
-            if block is None:
-                raise self.module.cuda.Fault(f"{name} reaches beyond its memory")
-            block[:] = data
-
-
-class FakeCache:
-    """IRuntimeCache: knows its own blobs."""
-
-    def __init__(self) -> None:
-        self.content = b"compiled here"
-
-    def deserialize(self, blob: bytes) -> bool:
-        return blob.startswith(b"compiled")
-
-    def serialize(self) -> bytes:
-        return self.content
 
 
 class FakeTensorRt(ModuleType):
@@ -182,20 +182,18 @@ class FakeTensorRt(ModuleType):
         self.__version__, self.cuda, self.is_rtx = version, cuda, name == "tensorrt_rtx"
         self.engines: list[FakeEngine] = []
         self.executed: list[tuple[int, int]] = []
-        self.recorded = 0
-        self.refuse_to_record = self.refuse_to_run = self.no_contexts = False
+        self.refuse_to_record = self.refuse_to_run = self.no_contexts = self.broken = False
         self.host_code_allowed: list[bool] = []
 
         class ILogger:
             INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
-            def __init__(self) -> None:
-                pass
-
         class Runtime:
             def __init__(runtime, logger: Any) -> None:
-                runtime.logger = logger
-                runtime.engine_host_code_allowed = False
+                runtime.logger, runtime.engine_host_code_allowed = logger, False
+                if self.broken:
+                    logger.log(ILogger.ERROR, "CUDA initialization failure with error: 35")
+                    raise TypeError("factory function returned nullptr")
 
             def deserialize_cuda_engine(runtime, content: bytes) -> FakeEngine | None:
                 self.host_code_allowed.append(runtime.engine_host_code_allowed)
@@ -212,13 +210,115 @@ class FakeTensorRt(ModuleType):
         self.DataType = SimpleNamespace(FLOAT="FLOAT", INT64="INT64", HALF="HALF")
         self.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="USER_MANAGED")
         if self.is_rtx:
-            self.CudaGraphStrategy = SimpleNamespace(DISABLED="DISABLED", WHOLE_GRAPH_CAPTURE="WHOLE")
+            self.CudaGraphStrategy = SimpleNamespace(WHOLE_GRAPH_CAPTURE="WHOLE")
 
 
-def plan_of(model: Path, profiles: Sequence[Profile]) -> bytes:
-    """What the fake packages take for a plan."""
-    ranges = [
-        {name: profile.range_of(name) for name in ("batch", *(other.name for other in profile.others))}
-        for profile in profiles
-    ]
-    return json.dumps({"model": str(model), "profiles": ranges}).encode()
+class FakeGpu(NamedTuple):
+    """What a test has in place of a GPU of capability 8.9 and both TensorRT packages."""
+
+    cuda: Any
+    full: FakeTensorRt
+    rtx: FakeTensorRt
+
+    def package(self, backend: str) -> FakeTensorRt:
+        return self.full if backend == "tensorrt" else self.rtx
+
+
+def install(monkeypatch: pytest.MonkeyPatch, cache: Path) -> FakeGpu:
+    """Puts the fakes in place. cache: of what TensorRT-RTX compiles."""
+    cuda = fake_cuda.FakeCuda()
+    fakes = FakeGpu(
+        cuda,
+        FakeTensorRt("tensorrt", VERSIONS["tensorrt"], cuda),
+        FakeTensorRt("tensorrt_rtx", VERSIONS["tensorrt-rtx"], cuda),
+    )
+    for module in (cuda, fakes.full, fakes.rtx):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    use_gpu(monkeypatch)
+    return fakes
+
+
+def use_gpu(monkeypatch: pytest.MonkeyPatch, *capability: int, **changes: Any) -> None:
+    """Makes the machine one with a GPU of that capability. changes: of what the driver says."""
+    gpu = machine.Gpu(0, "Toy GPU", capability or (8, 9), 24 << 30)
+    cuda = machine.Cuda(**{"gpus": (gpu,), "version": (13, 0), "fault": ""} | changes)
+    monkeypatch.setattr(machine, "cuda", lambda: cuda)
+
+
+def write_bundle(root: Path, precisions: Sequence[str] = ("fp32",)) -> Manifest:
+    """The files of a bundle whose graphs nobody reads, and its manifest, which is not written."""
+    root.mkdir()
+    graphs = []
+    for precision in precisions:
+        for role in ("student", "decoder"):
+            path = root / f"{role}_{precision}.onnx"
+            path.write_text(f"graph of the {path.name}")
+            files = (file_info(path, root),)
+            graphs.append(Graph(role=role, precision=precision, file=path.name, files=files))
+    (root / "labels.json").write_text("{}")
+    return Manifest(
+        schema=2,
+        name="toy",
+        title="A toy",
+        created="2026-01-31T12:00:00Z",
+        sequence=SEQUENCE,
+        image=IMAGE,
+        classes=3,
+        labels=file_info(root / "labels.json", root),
+        schedules={1: Schedule(known=(0,))},
+        graphs=tuple(graphs),
+        weights=Weights(kind="embedded"),
+        licence={},
+        published={},
+        parity={},
+        recipe={},
+        tools={},
+    )
+
+
+def write_engines(
+    root: Path,
+    manifest: Manifest,
+    backend: str = "tensorrt-rtx",
+    precision: str = "fp32",
+    profiles: Sequence[tuple[int, int, int]] = ((1, 4, 8),),
+    **changes: Any,
+) -> Path:
+    """Puts engines for the fake packages into a bundle.
+
+    changes: fields of their sidecars; of their plans `has_profiles`, and `has_tensor` for the last input.
+    """
+    targets = changes.get("targets", ("default",) if backend == "tensorrt-rtx" else ("sm89",))
+    version = changes.get("version", VERSIONS[backend])
+    folder = root / engine_folder(backend, version, targets)
+    folder.mkdir(parents=True, exist_ok=True)
+    has_profiles = changes.pop("has_profiles", profiles)
+    has_tensor = changes.pop("has_tensor", None)
+    for role in ("student", "decoder"):
+        graph = manifest.graph(role, precision)
+        tensors = [[list(spec) for spec in side] for side in manifest.tensors(graph)]
+        if has_tensor:
+            tensors[0][-1] = has_tensor
+        plan = folder / f"{role}_{precision}.plan"
+        plan.write_text(json.dumps({"role": role, "profiles": has_profiles, "tensors": tensors}))
+        fields: dict[str, Any] = {
+            "schema": SCHEMA,
+            "role": role,
+            "precision": precision,
+            "file": plan.name,
+            "sha256": hashlib.sha256(plan.read_bytes()).hexdigest(),
+            "bytes": plan.stat().st_size,
+            "source": graph.digest,
+            "backend": backend,
+            "version": version,
+            "platform": machine.this_platform(),
+            "targets": targets,
+            "profiles": tuple(Profile(*sizes) for sizes in profiles),
+            "layers": {"float32": 3},
+            "options": {},
+            "key": "0" * 64,
+            "seconds": 1.0,
+        }
+        plan.with_suffix(".json").write_text(to_json(Engine(**fields | changes)))
+    return folder

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ddexport.runtime.backends._base import Arrays, Backend
-from ddexport.runtime.backends.onnxruntime import OnnxRuntime
-from ddexport.runtime.errors import BackendError
-from ddexport.runtime.manifest import read_manifest
-from ddexport.runtime.options import Options
-from ddexport.runtime.selection import Candidate
 
 from ddexport import runtime
+from ddexport.runtime.backends._base import Arrays, Backend
+from ddexport.runtime.backends.onnxruntime import OnnxRuntime
+from ddexport.runtime.bundle import read_manifest
+from ddexport.runtime.errors import BackendError
+from ddexport.runtime.options import Options
+from ddexport.runtime.selection import Candidate
 
 
 class Echo(Backend):

@@ -18,6 +18,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
+
 from ddexport.runtime import console
 from ddexport.runtime.errors import DDError, VerificationError
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ddexport.runtime.errors import DDError
-from ddexport.runtime.files import read_noise
-from ddexport.runtime.manifest import read_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
+
+from ddexport.runtime.bundle import read_manifest
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.files import read_noise
 
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=5) | st.sampled_from(["\0", "..", "a" * 300])
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -1, 10**12, 10**400])

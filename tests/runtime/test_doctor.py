@@ -15,7 +15,9 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner, Result
+
 from ddexport.runtime import machine as machine_module
+from ddexport.runtime.bundle import read_manifest
 from ddexport.runtime.doctor import command, diagnose, lines
 from ddexport.runtime.machine import (
     Cpu,
@@ -29,7 +31,6 @@ from ddexport.runtime.machine import (
     package,
     read_cpu,
 )
-from ddexport.runtime.manifest import read_manifest
 from ddexport.runtime.measured import Measured, write_measured
 
 Builder = Callable[..., Path]

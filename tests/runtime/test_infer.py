@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
+
+from ddexport import runtime
 from ddexport.runtime import files, infer
 from ddexport.runtime.errors import OutputError
 from ddexport.runtime.infer import command
 from ddexport.runtime.machine import Package
-from PIL import Image
-
-from ddexport import runtime
 
 
 def sample(*arguments: object) -> Result:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from ddexport.runtime.errors import BundleError, LabelError
 from ddexport.runtime.labels import Labels, read_labels
 

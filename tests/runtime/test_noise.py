@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ddexport.runtime.errors import NoiseError
-from ddexport.runtime.noise import _box_muller, gaussian_noise, philox4x32, uniform_numbers
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ddexport.runtime.errors import NoiseError
+from ddexport.runtime.noise import _box_muller, gaussian_noise, philox4x32, uniform_numbers
 
 PAGE = (Path(__file__).parents[2] / "docs" / "noise.md").read_text()
 

@@ -14,17 +14,17 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from ddexport.runtime.backends.onnxruntime import OnnxRuntime
-from ddexport.runtime.errors import BackendError, OutputError
-from ddexport.runtime.infer import command
-from ddexport.runtime.machine import Machine
-from ddexport.runtime.manifest import Graph, read_manifest
-from ddexport.runtime.noise import gaussian_noise
-from ddexport.runtime.options import Options
 from numpy.typing import NDArray
 from onnx import helper
 
 from ddexport import runtime
+from ddexport.runtime.backends.onnxruntime import OnnxRuntime
+from ddexport.runtime.bundle import Graph, read_manifest
+from ddexport.runtime.errors import BackendError, OutputError
+from ddexport.runtime.infer import command
+from ddexport.runtime.machine import Machine
+from ddexport.runtime.noise import gaussian_noise
+from ddexport.runtime.options import Options
 
 pytest.importorskip("openvino")
 

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from ddexport.runtime.errors import BackendError, BundleError, DDError, LabelError, NoiseError, ScheduleError
-from ddexport.runtime.images import grid, grid_columns, to_uint8
-from ddexport.runtime.manifest import ImageSize, SequenceSize
-from ddexport.runtime.noise import gaussian_noise
-from ddexport.runtime.pipeline import MAX_BATCH, Pipeline, default_batch_size
 from onnx import numpy_helper
 from PIL import Image
 
 from ddexport import runtime
+from ddexport.runtime.bundle import ImageSize, SequenceSize
+from ddexport.runtime.errors import BackendError, BundleError, DDError, LabelError, NoiseError, ScheduleError
+from ddexport.runtime.images import grid, grid_columns, to_uint8
+from ddexport.runtime.noise import gaussian_noise
+from ddexport.runtime.pipeline import MAX_BATCH, Pipeline, default_batch_size
 
 
 @pytest.fixture

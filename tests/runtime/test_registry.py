@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from ddexport.runtime.errors import BackendError
 from ddexport.runtime.registry import load_plugin, plugins
 

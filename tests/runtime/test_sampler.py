@@ -6,11 +6,12 @@ import time
 from typing import Any
 
 import numpy as np
-from ddexport.runtime.manifest import Schedule
-from ddexport.runtime.sampler import sample
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
+
+from ddexport.runtime.bundle import Schedule
+from ddexport.runtime.sampler import sample
 
 
 class FakeStudent:

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from ddexport.runtime.contract import FileInfo
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn
+
+from ddexport.runtime.bundle import FileInfo, Schedule, Span, read_manifest
 from ddexport.runtime.errors import BackendError, BundleError, NoiseError, ScheduleError
-from ddexport.runtime.manifest import Schedule, Span, read_manifest
 from ddexport.runtime.noise import uniform_numbers
 from ddexport.runtime.teacher import (
     CHUNK,
@@ -27,9 +30,6 @@ from ddexport.runtime.teacher import (
     read_codebook,
     weights,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn
 
 GREEDY = Choice(cfg=2.0, top_k=1, top_p=1.0, temperature=1.0)
 LARGEST = by_stream(np.zeros((9, 6)), GREEDY)

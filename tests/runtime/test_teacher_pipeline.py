@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+
+from ddexport import runtime
 from ddexport.runtime import console, infer
 from ddexport.runtime.backends.onnxruntime import OnnxRuntime
 from ddexport.runtime.errors import BackendError, DDError, NoiseError, ScheduleError
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 from ddexport.runtime.pipeline import Pipeline, default_batch_size
-
-from ddexport import runtime
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -11,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ddexport.runtime.manifest import file_info
-from ddexport.validate.metrics._base import Limits
+from msgspec import structs
 
+from ddexport.runtime.bundle import file_info
+from ddexport.validate.metrics._base import Limits
 from tests.validate.toys import CLASSES, LENGTH, WIDTH, Rows, ToyModel
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "var-dd-small"
@@ -41,18 +41,18 @@ def random_bundle(cached_export: Callable[..., Any]) -> Path:
     from ddexport.bundle import WeightRequest, export_bundle
     from ddexport.recipe import load_recipe
 
-    recipe = dataclasses.replace(load_recipe(str(GOLDEN / "recipe.yaml")), name="tiny")
+    recipe = structs.replace(load_recipe(str(GOLDEN / "recipe.yaml")), name="tiny")
     changes: dict[str, Any] = {
-        "sequence": dataclasses.replace(recipe.sequence, length=5, split=1, codebook=16),
-        "image": dataclasses.replace(recipe.image, size=4),
+        "sequence": structs.replace(recipe.sequence, length=5, split=1, codebook=16),
+        "image": structs.replace(recipe.image, size=4),
         "model": {"depth": 1, "width": 64, "heads": 2, "scales": [1, 2]},
         "tokenizer": {"channels": 32, "multipliers": [1, 1]},
         "schedules": {
-            steps: dataclasses.replace(schedule, known=known)
+            steps: structs.replace(schedule, known=known)
             for (steps, schedule), known in zip(recipe.schedules.items(), [(0,), (0, 1)], strict=True)
         },
     }
-    changed, request = dataclasses.replace(recipe, **changes), WeightRequest({}, random_seed=3)
+    changed, request = structs.replace(recipe, **changes), WeightRequest({}, random_seed=3)
     made = cached_export("random", lambda target: export_bundle(changed, target, request))
     return Path(made.path)
 
@@ -76,7 +76,7 @@ def planted(golden_bundle: Path, tmp_path: Path) -> Callable[[str, Callable[[Any
         manifest = json.loads((bundle / "bundle.json").read_text())
         for graph in manifest["graphs"]:
             if graph["role"] == role:
-                graph["files"] = [dataclasses.asdict(file_info(path, bundle))]
+                graph["files"] = [structs.asdict(file_info(path, bundle))]
         (bundle / "bundle.json").write_text(json.dumps(manifest))
         return bundle
 

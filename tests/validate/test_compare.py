@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from ddexport.runtime.manifest import Source as SourceFile
-from ddexport.runtime.manifest import read_manifest, sha256_of
+from msgspec import structs
+
+from ddexport.runtime.bundle import Source as SourceFile
+from ddexport.runtime.bundle import read_manifest, sha256_of
 from ddexport.runtime.pipeline import Pipeline, load
 from ddexport.runtime.teacher import Choice
 from ddexport.validate.compare import compare, measure, noise_for, request_of, run_reference
@@ -231,15 +233,15 @@ def test_the_teachers_file_has_to_be_the_bundles(tiny: Path, tmp_path: Path) -> 
         build_reference(manifest, {"teacher": tmp_path / "teacher.pth"})
     assert caught.value.hint == "leave out --teacher"
     sources = tuple(
-        SourceFile(role, path.name, sha256_of(path), 1, None)
+        SourceFile(role=role, file=path.name, sha256=sha256_of(path), bytes=1)
         for role, path in {**files, "teacher": golden / "teacher.pth"}.items()
     )
     recipe = {**manifest.recipe, **{k: v for k, v in _golden_recipe(golden).items() if k != "schedules"}}
     recipe["schedules"] = {"1": {"known": [0]}}
-    checked = dataclasses.replace(
+    checked = structs.replace(
         manifest,
         recipe=recipe,
-        weights=dataclasses.replace(manifest.weights, kind="checkpoint", seed=None, files=sources),
+        weights=structs.replace(manifest.weights, kind="checkpoint", seed=None, files=sources),
     )
     with pytest.raises(ReferenceFilesError, match=r"made from teacher\.pth") as caught:
         build_reference(checked, files, teacher=True)

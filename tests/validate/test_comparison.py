@@ -8,14 +8,14 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
+
+from ddexport.recipe import load_recipe
 from ddexport.runtime.errors import DDError
 from ddexport.validate.comparison import Kind, Options, Row, command, draw_rows, kinds, measure, table
 from ddexport.validate.image_sets import drawn_rows, load_models
 from ddexport.validate.quality import Quality
 from ddexport.validate.speed import Timing
-from PIL import Image
-
-from ddexport.recipe import load_recipe
 
 needs_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="the plot is matplotlib's"

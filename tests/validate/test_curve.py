@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
+
+from ddexport import runtime
 from ddexport.runtime.pipeline import Pipeline
 from ddexport.validate import curve
 from ddexport.validate.curve import Options, Point, measure, schedules_of, table, time_schedules
 from ddexport.validate.curve_plot import MIXED, STUDENT, TEACHER, colour, write_plot
 from ddexport.validate.quality import Quality
-from PIL import Image
-
-from ddexport import runtime
 
 RUNTIME_TESTS = Path(__file__).parents[1] / "runtime"
 
@@ -63,7 +63,7 @@ def test_every_schedule_has_its_passes(pipe: Pipeline) -> None:
 
 def test_what_is_measured_is_what_the_runtime_draws(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """8-bit images of balanced labels, with one noise for all schedules of a seed."""
-    monkeypatch.setattr("ddexport.recipe.recipe_from_dict", lambda *_, **__: None)
+    monkeypatch.setattr("ddexport.recipe.recipe_of", lambda manifest: None)
     gauge = FakeGauge()
     options = Options(images=7, seeds=(3, 4), batches=(1, 2), rounds=1)
     points = measure(pipe, options, gauge)  # type: ignore[arg-type]

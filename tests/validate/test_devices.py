@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from ddexport.runtime.errors import DDError
 from ddexport.validate.devices import torch_device
 

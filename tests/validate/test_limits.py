@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+
 from ddexport.validate.limits import command, rows_of
 from ddexport.validate.metrics._base import Measurement
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from ddexport.validate import fid_state, paired
 from ddexport.validate.drawing import Order
 from ddexport.validate.features._base import Extractor, Readings
 from ddexport.validate.fid_state import State
 from ddexport.validate.metrics.frechet import gaussian_fit
 from ddexport.validate.paired import BUNDLE, REFERENCE, PairedRun, PairTally, Sizes
-
 from tests.validate.toys import draw_of
 
 SCHEDULES = {1: (0,), 2: (0, 1)}

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+
 from ddexport.validate import cli
 
 TOKENS = "tokens that differ"
@@ -176,8 +177,7 @@ class TestPlantedFaults:
         """A limit below rounding fails a good bundle."""
 
         def tight(manifest):
-            for limits in (manifest["parity"], manifest["recipe"]["parity"]):
-                limits["fp32"]["embedding_error"] = 1e-12
+            manifest["parity"]["fp32"]["embedding_error"] = 1e-12
 
         result = parity(changed(golden_bundle, tmp_path, tight), *sources, "--json")
         assert result.exit_code == 3
@@ -242,8 +242,7 @@ class TestBadInput:
 
     def test_a_manifest_without_limits(self, golden_bundle, sources, tmp_path):
         def without(manifest):
-            for limits in (manifest["parity"], manifest["recipe"]["parity"]):
-                limits["fp32"]["pixel_psnr"] = None
+            manifest["parity"]["fp32"]["pixel_psnr"] = None
 
         bundle = changed(golden_bundle, tmp_path, without)
         self.expect(parity(bundle, *sources), 3, "no parity limits for fp32: pixel_psnr missing")

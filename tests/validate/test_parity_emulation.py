@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from msgspec import structs
+
+from ddexport.runtime.bundle import Manifest, read_manifest
 from ddexport.runtime.errors import BundleError
-from ddexport.runtime.manifest import Manifest, read_manifest
 from ddexport.runtime.options import Options
 from ddexport.runtime.selection import Candidate
 from ddexport.validate import cli, runners
@@ -43,7 +44,7 @@ class TestCommand:
         data = json.loads(result.stdout)
         assert (data["backend"], data["precision"]) == (ENGINE, precision)
         manifest = read_manifest(half_bundle)
-        assert data["limits"] == manifest.parity[precision]
+        assert data["limits"] == {**manifest.parity[precision], "provisional": False}
         assert "half rounding emulated" in (tmp_path / "report.html").read_text()
         assert error_of(result) > 1e-5
 
@@ -71,8 +72,9 @@ class TestCommand:
         import shutil
 
         import onnx
-        from ddexport.runtime.manifest import file_info
         from onnx import numpy_helper
+
+        from ddexport.runtime.bundle import file_info
 
         bundle = shutil.copytree(half_bundle, tmp_path / "planted")
         path = bundle / "student_fp16.onnx"
@@ -83,7 +85,7 @@ class TestCommand:
         manifest = json.loads((bundle / "bundle.json").read_text())
         for graph in manifest["graphs"]:
             if graph["file"] == path.name:
-                graph["files"] = [dataclasses.asdict(file_info(path, bundle))]
+                graph["files"] = [structs.asdict(file_info(path, bundle))]
         (bundle / "bundle.json").write_text(json.dumps(manifest))
         result = parity(bundle, tmp_path / "r", "--precision", "fp16")
         assert result.exit_code == 3, result.output

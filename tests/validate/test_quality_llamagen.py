@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ddexport.validate.image_sets import Models, drawn_rows, student_sequences
-from ddexport.validate.map_check import check_map
-from ddexport.validate.quality_grid import write_grid
-from ddexport.validate.speed import measure_speed
 
 from ddexport.distill.settings import distill_settings
 from ddexport.families._checkpoint import connect, random_part
 from ddexport.recipe import load_recipe
+from ddexport.validate.image_sets import Models, drawn_rows, student_sequences
+from ddexport.validate.map_check import check_map
+from ddexport.validate.quality_grid import write_grid
+from ddexport.validate.speed import measure_speed
 
 
 @pytest.fixture

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from ddexport.recipe import load_recipe
 from ddexport.runtime.errors import DDError
 from ddexport.validate import statistics_files
 from ddexport.validate.features._base import Extractor, FeatureError, Readings
 from ddexport.validate.references import folder_images, load
 from ddexport.validate.statistics import Gaussian
 from ddexport.validate.statistics_files import ReferenceSetError, read_images, save_statistics
-from PIL import Image
-
-from ddexport.recipe import load_recipe
 
 WIDTH = 6
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ddexport.validate.sampling import Pass, Plan, Sampler, TokenChoice, chosen_tokens, noise_of, uniforms_of
 
 from ddexport.distill.trainers import trainer
 from ddexport.families._checkpoint import connect, load_part
 from ddexport.recipe import load_recipe
+from ddexport.validate.sampling import Pass, Plan, Sampler, TokenChoice, chosen_tokens, noise_of, uniforms_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENIZERS = {"var-dd-small": "vae.pth", "llamagen-dd-small": "vq.pth"}

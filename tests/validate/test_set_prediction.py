@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from ddexport.validate.image_sets import load_models
-from ddexport.validate.set_prediction import draw_until, one_pass_way, rest_at_once, teacher_of
 
 from ddexport.recipe import load_recipe
+from ddexport.validate.image_sets import load_models
+from ddexport.validate.set_prediction import draw_until, one_pass_way, rest_at_once, teacher_of
 
 COUNT, STARTS = 4000, [0, 1, 2, 4]
 

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from ddexport.validate.image_sets import load_models, student_sequences
-from ddexport.validate.speed import Timing, command, few_steps, table
 
 from ddexport.recipe import load_recipe
+from ddexport.validate.image_sets import load_models, student_sequences
+from ddexport.validate.speed import Timing, command, few_steps, table
 
 
 @pytest.mark.parametrize("steps", ["1", "2"])

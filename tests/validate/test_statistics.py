@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ddexport.validate.bootstrap import bootstrap, figure
-from ddexport.validate.statistics import GroupedMoments, Moments, Reservoir, TooFewSamples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from ddexport.validate.bootstrap import bootstrap, figure
+from ddexport.validate.statistics import GroupedMoments, Moments, Reservoir, TooFewSamples
 
 
 def rows(count, width=4, seed=0):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from ddexport.runtime.images import to_uint8
 from ddexport.validate.drawing import ByteImages, Draw, Order, Schedules
 from ddexport.validate.metrics._base import Comparison, DrawnPair, ImagePair, StudentOutput, StudentPair

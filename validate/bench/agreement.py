@@ -1,47 +1,49 @@
 """Is what was timed right? The outputs of the timed runs against the float32 PyTorch modules'.
 
-Both sides drew end to end by themselves. A step is held to the limits for those images whose tokens agreed in
-all steps before, because the others had another input; a teacher for the AR steps up to the first one in
+Both sides sampled end to end by themselves. A step is held to the limits for those images whose tokens agreed
+in all steps before, because the others had another input; a teacher for the AR steps up to the first one in
 which an image's token differs. The measures are those of `validate parity`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from ddexport.runtime.bundle import TEACHER, Manifest, Schedule
 from ddexport.runtime.errors import VerificationError
-from ddexport.runtime.manifest import Manifest, Schedule
-from ddexport.runtime.teacher import Sampling, choice_of
+from ddexport.runtime.teacher import sampling_of
 from ddexport.validate import limits
-from ddexport.validate.bench.case import Inputs
-from ddexport.validate.bench.outputs import Outputs
+from ddexport.validate.bench.workload import Inputs, Outputs
 from ddexport.validate.compare import measure
 from ddexport.validate.metrics._base import (
     BoolArray,
     Comparison,
     FloatArray,
     ImagePair,
-    IntArray,
     Limits,
-    Measurement,
+    StudentOutput,
     StudentPair,
     TeacherPair,
 )
 from ddexport.validate.report import failure_line
 
 NO_LIMITS = Limits(math.inf, math.inf, -math.inf, 1 << 30)
+FIGURES = {  # by field of `Agreement`: the measurement's name, and which of several is the worst
+    "embedding_error": ("embeddings, relative error", max),
+    "image_psnr": ("image PSNR, dB", min),
+    "image_max": ("image, largest 8-bit difference", max),
+}
 
 
 @dataclass(frozen=True)
 class Agreement:
     """Parity of one row. passed: None where there is nothing to hold it against.
 
-    tokens_equal: the share of all drawn tokens. embedding_error: rms error / rms of the worst image and step.
+    tokens_equal: the share of all tokens. embedding_error: rms error / rms of the worst image and step.
     image_psnr: dB, infinite if equal. image_max: the largest 8-bit difference. faults: what is past its
     limit. notes: what the figures leave out.
     """
@@ -67,13 +69,12 @@ def limits_of(manifest: Manifest, precision: str) -> Limits | None:
 
 @dataclass(frozen=True)
 class Judge:
-    """Holds the outputs of one case against the reference's, which lie in `file`."""
+    """Holds the outputs of one workload against the reference's."""
 
     manifest: Manifest
     schedule: Schedule
     given: Inputs
     expected: Outputs
-    file: Path
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -81,11 +82,11 @@ class Judge:
 
     def comparable(self, got: Outputs) -> BoolArray:
         """(B,): the images whose tokens all agree, so that their pictures can be compared."""
-        return self._agreeing(got, len(got.tokens))
+        return self._agreeing(got, len(got.steps))
 
     def fits(self, got: Outputs) -> bool:
         """Whether the outputs have the shapes of the reference's."""
-        return [one.shape for one in _every(self.expected)] == [one.shape for one in _every(got)]
+        return _shapes(got) == _shapes(self.expected)
 
     def judge(self, got: Outputs, precision: str, decoded: FloatArray | None = None) -> Agreement:
         """Parity of one run. decoded: the image of the reference's sequence, where none is comparable."""
@@ -93,17 +94,19 @@ class Judge:
         if not self.fits(got):
             return Agreement(passed=False, faults=("the outputs have other shapes than the reference's",))
         comparison = Comparison(self._students(got), [self._images(got, decoded)], self._teachers(got))
-        found = measure(comparison, allowed or NO_LIMITS)
+        measurements = measure(comparison, allowed or NO_LIMITS)
         differing, compared = self._tokens(got)
-        faults = tuple(failure_line(one) for one in found if not one.passed)
+        faults = tuple(failure_line(measurement) for measurement in measurements if not measurement.passed)
         notes = list(self._notes(got, decoded, differing, compared))
         if allowed is None:
             notes.append(f"the bundle states no limits for {precision}")
+        worst = {
+            field: worst_value([m.value for m in measurements if m.name == name], pick)
+            for field, (name, pick) in FIGURES.items()
+        }
         return Agreement(
             tokens_equal=1.0 - differing / compared if compared else None,
-            embedding_error=_worst(found, "embeddings, relative error", max),
-            image_psnr=_worst(found, "image PSNR, dB", min),
-            image_max=_worst(found, "image, largest 8-bit difference", max),
+            **worst,
             passed=None if allowed is None else not faults,
             faults=faults,
             notes=tuple(notes),
@@ -111,53 +114,50 @@ class Judge:
 
     def _agreeing(self, got: Outputs, steps: int) -> BoolArray:
         agree = np.ones(len(self.given.labels), dtype=np.bool_)
-        for one, other in zip(self.expected.tokens[:steps], got.tokens[:steps], strict=True):
-            agree &= (one == other).all(axis=1)
+        for own, other in list(zip(self.expected.steps, got.steps, strict=True))[:steps]:
+            agree &= (own.tokens == other.tokens).all(axis=1)
         return agree
-
-    def _roles(self) -> list[str]:
-        """What each step is, in the order of `ddexport.runtime.sampler`."""
-        teacher = ["teacher"] if self.schedule.teacher else []
-        return ["student"] * len(self.schedule.before) + teacher + ["student"] * len(self.schedule.after)
 
     def _students(self, got: Outputs) -> list[StudentPair]:
         pairs, places = [], np.array(self.places)
-        numbers = [number for number, role in enumerate(self._roles()) if role == "student"]
-        for pass_, (number, known) in enumerate(zip(numbers, self.schedule.known, strict=True)):
+        numbers = [number for number, step in enumerate(got.steps) if step.role == "student"]
+        for index, (number, known) in enumerate(zip(numbers, self.schedule.known, strict=True)):
             rows = np.flatnonzero(self._agreeing(got, number))
             if not len(rows):
                 continue
-            expected, own = self.expected.students[pass_].rows(rows), got.students[pass_].rows(rows)
-            counts = np.full(len(rows), known, dtype=np.int64)
+            expected, own = (
+                StudentOutput(outputs.steps[number].sequence, outputs.logits[index]).rows(rows)
+                for outputs in (self.expected, got)
+            )
+            counts, split = np.full(len(rows), known, dtype=np.int64), expected.logits.shape[1]
             names = tuple(places[rows].tolist())
-            split = expected.logits.shape[1]
             pairs.append(StudentPair(f"step {number + 1}", expected, own, counts, split, names))
         return pairs
 
     def _teachers(self, got: Outputs) -> list[TeacherPair]:
         """A pair an image: how many of its AR steps had the same input is its own."""
         span, teacher = self.schedule.teacher, self.manifest.teacher
+        sampling = sampling_of(self.schedule, teacher, {})
         if span is None or teacher is None or self.expected.guided is None or got.guided is None:
             return []
-        choice = choice_of(self.schedule, teacher, Sampling())
-        assert choice is not None  # the schedule has a teacher
-        number = self._roles().index("teacher")
+        assert sampling is not None  # the schedule has a teacher
+        number = [step.role for step in got.steps].index(TEACHER)
+        differs = self.expected.steps[number].tokens != got.steps[number].tokens
         pairs = []
         for row in np.flatnonzero(self._agreeing(got, number)):
-            differing = np.flatnonzero(self.expected.tokens[number][row] != got.tokens[number][row])
-            first = int(differing[0]) if len(differing) else span.end - 1
+            first = int(differs[row].argmax()) if differs[row].any() else span.end - 1
             end = next(after for start, after in teacher.steps(span) if start <= first < after)
-            same, one = slice(0, end - span.start), slice(row, row + 1)
+            same, image = slice(0, end - span.start), slice(row, row + 1)
             pairs.append(
                 TeacherPair(
-                    "teacher",
-                    self.expected.guided[one, same],
-                    got.guided[one, same],
+                    TEACHER,
+                    self.expected.guided[image, same],
+                    got.guided[image, same],
                     span.start,
-                    self.given.uniforms[one, span.start : end],
-                    choice,
-                    self.places[one],
-                    itself=True,  # leaves out the law of many draws, which takes seconds
+                    self.given.uniforms[image, span.start : end],
+                    sampling,
+                    self.places[image],
+                    itself=True,  # leaves out the law of many samples, which takes seconds
                 )
             )
         return pairs
@@ -171,12 +171,11 @@ class Judge:
     def _tokens(self, got: Outputs) -> tuple[int, int]:
         """How many tokens that a step decided differ, and of how many."""
         differing = compared = 0
-        student = iter(self.schedule.known)
-        pairs = zip(self._roles(), self.expected.tokens, got.tokens, strict=True)
-        for role, one, other in pairs:
-            first = next(student) if role == "student" else getattr(self.schedule.teacher, "start", 0)
-            differing += int((one[:, first:] != other[:, first:]).sum())
-            compared += one[:, first:].size
+        known, span = iter(self.schedule.known), self.schedule.teacher
+        for own, other in zip(self.expected.steps, got.steps, strict=True):
+            first = next(known) if own.role == "student" else span.start if span else 0
+            differing += int((own.tokens[:, first:] != other.tokens[:, first:]).sum())
+            compared += own.tokens[:, first:].size
         return differing, compared
 
     def _notes(
@@ -191,32 +190,28 @@ class Judge:
             yield f"{left_out} of {len(self.given.labels)} images are left out: a token differs"
 
 
-def worst_of(found: Sequence[Agreement]) -> Agreement:
+def worst_of(agreements: Sequence[Agreement]) -> Agreement:
     """All runs of a row in one: the worst of each figure, and the faults of all."""
-    assert found
-    verdicts = [one.passed for one in found]
-
-    def worst(name: str, pick: Any) -> float | None:
-        values = [getattr(one, name) for one in found if getattr(one, name) is not None]
-        return math.nan if any(map(math.isnan, values)) else pick(values, default=None)
-
+    verdicts = [agreement.passed for agreement in agreements]
+    picks = {"tokens_equal": min, **{field: pick for field, (_, pick) in FIGURES.items()}}
+    worst = {
+        field: worst_value([getattr(agreement, field) for agreement in agreements], pick)
+        for field, pick in picks.items()
+    }
     return Agreement(
-        worst("tokens_equal", min),
-        worst("embedding_error", max),
-        worst("image_psnr", min),
-        worst("image_max", max),
-        None if None in verdicts else all(verdicts),
-        tuple(dict.fromkeys(fault for one in found for fault in one.faults)),
-        tuple(dict.fromkeys(note for one in found for note in one.notes)),
+        **worst,
+        passed=None if None in verdicts else all(verdicts),
+        faults=tuple(dict.fromkeys(fault for agreement in agreements for fault in agreement.faults)),
+        notes=tuple(dict.fromkeys(note for agreement in agreements for note in agreement.notes)),
     )
 
 
-def _worst(found: Sequence[Measurement], name: str, pick: Any) -> float | None:
-    """The worst value of the measurements of that name; NaN where one is NaN; None without one."""
-    values = [one.value for one in found if one.name == name]
-    return math.nan if any(map(math.isnan, values)) else pick(values, default=None)
+def worst_value(values: Iterable[float | None], pick: Callable[..., float | None]) -> float | None:
+    """The worst of those that are there; NaN where one is NaN; None without one."""
+    known = [value for value in values if value is not None]
+    return math.nan if any(map(math.isnan, known)) else pick(known, default=None)
 
 
-def _every(outputs: Outputs) -> list[FloatArray | IntArray]:
-    students = [array for one in outputs.students for array in (one.sequence, one.logits)]
-    return [*outputs.tokens, *students, outputs.sequence, outputs.image]
+def _shapes(outputs: Outputs) -> list[tuple[int, ...]]:
+    of_steps = [array.shape for step in outputs.steps for array in (step.tokens, step.sequence)]
+    return [*of_steps, *(logits.shape for logits in outputs.logits), outputs.image.shape]

@@ -2,32 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from ddexport.runtime import console
 from ddexport.runtime.errors import DDError, VerificationError
-from ddexport.validate.bench import options
 
 if TYPE_CHECKING:
-    from ddexport.runtime.machine import Machine
-    from ddexport.validate.bench.peak import Peak
     from ddexport.validate.bench.plan import Request
+    from ddexport.validate.bench.roofline import Peaks
     from ddexport.validate.bench.rows import Row
 
+TEACHER = "teacher"
 EPILOG = """
 \b
 Examples:
-  ddexport bench build/digits-var
+  ddexport bench build/digits-var --save
   ddexport bench build/digits-var --backend openvino,torch,published --against published
   ddexport bench build/var-d16 --steps 1,2,teacher --against torch --against-steps teacher
   ddexport bench build/digits-var build/digits-llamagen --batch 1,8 --plot bench.png --json
 """
-
-
 _PATH = click.Path(path_type=Path)
+
+
+def comma_list(read: Callable[[str], Any], single: bool = False) -> Callable[..., Any]:
+    """A callback for words between commas: a tuple of each once, or with `single` one or None.
+
+    read: a word as what it means; its ValueError says what there is.
+    """
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        words = [word.strip() for word in (value or "").split(",") if word.strip()]
+        try:
+            values = tuple(dict.fromkeys([read(word) for word in words or [""] * (value is not None)]))
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r}: {error}.", ctx, param) from error
+        if single and len(values) > 1:
+            raise click.BadParameter(f"it takes one, not {value!r}.", ctx, param)
+        return (values[0] if values else None) if single else values
+
+    return callback
+
+
+def _number(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise ValueError("it must be a list of numbers above 0, like 1,4,8")
+    return int(word)
+
+
+def _steps(word: str) -> int | str:
+    if word != TEACHER and (not word.isdecimal() or int(word) < 1):
+        raise ValueError(f"there is: numbers above 0 that the bundle has schedules for, and {TEACHER}")
+    return word if word == TEACHER else int(word)
+
+
+def _percentile(word: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d*)?", word) or float(word) > 100:
+        raise ValueError("it must be a list of percentiles, like 50,90,99")
+    return float(word)
+
+
+def _backend(word: str) -> str:
+    from ddexport.validate.bench.plan import backend_names
+
+    return _known(word, backend_names())
+
+
+def _precision(word: str) -> str:
+    from ddexport.validate.bench.plan import PRECISIONS
+
+    return _known(word, PRECISIONS)
+
+
+def _known(word: str, names: Sequence[str]) -> str:
+    if word not in names:
+        raise ValueError(f"there is: {', '.join(names)}")
+    return word
+
+
+def block_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """A callback for a name that can stand in a comment of Markdown."""
+    if value and not re.fullmatch(r"[a-z0-9][a-z0-9-]*", value):
+        raise click.BadParameter(f"{value!r} is no name of small letters, digits and hyphens.", ctx, param)
+    return value
 
 
 @click.command("bench", cls=console.Command, epilog=EPILOG)
@@ -35,17 +97,18 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--backend",
     "backends",
-    callback=options.BACKEND,
+    callback=comma_list(_backend),
     metavar="A,B,...",
     help="Backends of the runtime, and torch, torch-compile, published. All that are named stay in memory at"
     " once: name fewer where it is short.  [default: the runtime's]",
 )
+@click.option("--device", "--provider", "device", metavar="NAME", help="cpu, cuda or cuda:N.  [default: any]")
 @click.option(
-    "--batch", "batches", callback=options.numbers, default="1", show_default=True, metavar="N,N,..."
+    "--batch", "batches", callback=comma_list(_number), default="1", show_default=True, metavar="N,N,..."
 )
 @click.option(
     "--steps",
-    callback=options.steps,
+    callback=comma_list(_steps),
     default="1",
     show_default=True,
     metavar="N,...,teacher",
@@ -54,56 +117,45 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--precision",
     "precisions",
-    callback=options.PRECISION,
+    callback=comma_list(_precision),
     metavar="NAME,...",
     help="fp32, fp16, bf16, int8.  [default: all that each backend can run]",
 )
 @click.option(
     "--against",
-    callback=options.one(options.BACKEND),
+    callback=comma_list(_backend, single=True),
     metavar="BACKEND",
     help="How many times faster than that one each row is; it is timed too if it was not named.",
 )
 @click.option(
     "--against-steps",
-    callback=options.one(options.steps),
+    callback=comma_list(_steps, single=True),
     metavar="N|teacher",
     help="The steps of --against.  [default: those of each row]",
 )
 @click.option(
     "--against-precision",
-    callback=options.one(options.PRECISION),
+    callback=comma_list(_precision, single=True),
     default="fp32",
     show_default=True,
     metavar="NAME",
     help="The precision of --against.",
 )
 @click.option(
-    "--threads", callback=options.numbers, metavar="N,...", help="Of each alternative.  [default: all cores]"
-)
-@click.option(
-    "--mode",
-    "modes",
-    callback=options.MODE,
-    metavar="NAME,...",
-    help="latency and throughput, of backends that have the option.  [default: theirs]",
+    "--threads", callback=comma_list(_number), metavar="N,...", help="Of the CPU.  [default: all cores]"
 )
 @click.option(
     "--processes",
     "--streams",
     "processes",
-    callback=options.numbers,
+    callback=comma_list(_number),
     default="1",
     show_default=True,
     metavar="N,...",
     help="Copies side by side that share the threads; images a second are those of all.",
 )
 @click.option(
-    "--warmup",
-    type=click.IntRange(0),
-    default=1,
-    show_default=True,
-    help="Runs of a row that are not counted.",
+    "--warmup", type=click.IntRange(0), default=1, show_default=True, help="Runs that are not counted."
 )
 @click.option(
     "--duration",
@@ -116,7 +168,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--percentile",
     "percentiles",
-    callback=options.percentiles,
+    callback=comma_list(_percentile),
     default="50,90,99",
     show_default=True,
     metavar="P,...",
@@ -134,7 +186,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--weights", type=click.Choice(["ema", "model"]), help="Which copy in --checkpoint.")
 @click.option("--roofline/--no-roofline", default=True, help="Whether to measure the machine's own peak.")
 @click.option(
-    "--remember/--no-remember", default=True, help="Whether to tell --backend auto, by a file in the bundle."
+    "--save",
+    is_flag=True,
+    help="Keep the times of one step in the bundle's first precision there, for --backend auto.",
 )
 @click.option("--plot", type=_PATH, metavar="FILE.png", help="Draw the times.")
 @click.option(
@@ -146,7 +200,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--block",
     default="",
-    callback=options.block_name,
+    callback=block_name,
     metavar="NAME",
     help="Which block of --update, of a page with several: <!-- bench NAME -->.",
 )
@@ -170,11 +224,10 @@ def command(
     What cannot run here is listed with its reason. Exit code 3 if the outputs of a row miss the bundle's
     limits: a fast wrong row is marked as wrong. docs/benchmark.md explains the columns.
     """
+    from ddexport.runtime.backends._saved import FILE
     from ddexport.runtime.files import check_writable
-    from ddexport.validate.bench.page import check_page
+    from ddexport.validate.bench import report
     from ddexport.validate.bench.plan import Request
-    from ddexport.validate.bench.processes import tidy_at_sigterm
-    from ddexport.validate.bench.report import environment_of, say_work, show, write
 
     if asked["against"] is None and asked["against_steps"] is not None:
         raise click.UsageError("--against-steps says which steps of --against: give both.")
@@ -183,58 +236,93 @@ def command(
             raise click.BadParameter(f"{plot} does not end in .png.", ctx, param_hint="--plot")
         check_writable(plot)
     if update is not None:
-        check_page(update, block)
-    files = {"student": checkpoint, "tokenizer": vae, "teacher": teacher}
-    request = Request(files={role: str(path) if path else None for role, path in files.items()}, **asked)
-    with tidy_at_sigterm():
-        rows, peaks, skipped, machine = _measure(request)
-    environment = environment_of(machine)
+        report.check_page(update, block)
+    request = Request(files={"student": checkpoint, "tokenizer": vae, "teacher": teacher}, **asked)
+    if request.save:
+        for root in request.bundles:
+            check_writable(root / FILE)
+    rows, peaks, skipped = _measure(request)
+    machine = report.environment()
     if as_json:
         console.emit_json([row.to_dict() for row in rows])
-        say_work(rows, peaks)
+        report.say_work(rows, peaks)
     else:
-        show(rows, peaks, environment, request.percentiles)
-    line = options.command_line(ctx)
-    write(rows, peaks, environment, skipped, request.percentiles, line, plot, update, block)
+        report.show(rows, peaks, machine, request.percentiles)
+    if plot is not None and any(row.timed for row in rows):
+        from ddexport.validate.bench.plot import write_plot
+
+        write_plot(rows, str(machine), plot)
+        click.echo(f"plot: {plot}", err=True)
+    if update is not None:
+        picture = report.address(plot, update) if plot is not None and plot.exists() else None
+        line = command_line(ctx)
+        text = report.block(rows, peaks, machine, line, request.percentiles, skipped, picture)
+        report.update(update, text, block)
+        click.echo(f"updated: {update}", err=True)
+    for remark in report.remarks(rows):
+        click.echo(remark, err=True)
     _end(rows)
 
 
-def _measure(
-    request: Request,
-) -> tuple[list[Row], dict[tuple[int, str], Peak], list[str], Machine]:
+def command_line(ctx: click.Context) -> str:
+    """The command as it was given, from what click has read of it."""
+    words = ["ddexport", "bench"]
+    for param in ctx.command.params:
+        name = param.name or ""
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE:
+            continue
+        value = ctx.params[name]
+        if isinstance(value, bool):
+            words.append((param.opts if value or not param.secondary_opts else param.secondary_opts)[0])
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        texts = [f"{item:g}" if isinstance(item, float) else str(item) for item in values]
+        words += texts if isinstance(param, click.Argument) else [param.opts[0], ",".join(texts)]
+    return shlex.join(words)
+
+
+def _measure(request: Request) -> tuple[list[Row], Peaks, list[str]]:
     """The rows of all bundles, the machine's peaks, and what was skipped. Raises DDError."""
-    from ddexport.runtime.machine import Machine
-    from ddexport.runtime.manifest import read_manifest
+    from ddexport.runtime.bundle import read_manifest
     from ddexport.validate.bench.plan import make_plan, nothing_left
-    from ddexport.validate.bench.remember import remember, what_auto_takes
     from ddexport.validate.bench.run import measure_peaks, run_bench
 
-    machine = Machine()
     plans = []
     for root in request.bundles:
         with console.stage(f"loading {root}", keep=False):
             manifest = read_manifest(root)
-        plans.append((root, manifest, make_plan(root, manifest, machine, request)))
-    skipped = [
-        f"{manifest.name}: {one.what}: {one.reason}" for _, manifest, plan in plans for one in plan.skipped
-    ]
+        plans.append((root, manifest, make_plan(root, manifest, request)))
+    skipped = [f"{manifest.name}: {text}" for _, manifest, plan in plans for text in plan.skipped]
     for text in skipped:
         click.echo(f"skipped: {text}", err=True)
-    if not any(plan.entries for _, _, plan in plans):
-        raise nothing_left([one for _, _, plan in plans for one in plan.skipped])
-    threads = [entry.alternative.threads for _, _, plan in plans for entry in plan.entries]
-    peaks = measure_peaks(sorted(threads)) if request.roofline else {}
+    threads = sorted({entry.runner.threads for _, _, plan in plans for entry in plan.entries})
+    if not threads:
+        raise nothing_left(skipped)
+    peaks = measure_peaks(threads) if request.roofline else {}
     rows: list[Row] = []
     for root, manifest, plan in plans:
-        if not plan.entries:
-            continue
-        found = run_bench(root, manifest, plan, request, peaks, machine.cpu.name)
-        rows += found
-        if request.remember:
-            kept = remember(root, manifest, machine, found)
-            if kept is not None:
-                click.echo(f"{manifest.name}: {what_auto_takes(root, manifest, machine)}", err=True)
-    return rows, peaks, skipped, machine
+        if plan.entries:
+            own = run_bench(root, manifest, plan, request, peaks)
+            rows += own
+            if request.save:
+                click.echo(f"{manifest.name}: {_save(root, own)}", err=True)
+    return rows, peaks, skipped
+
+
+def _save(root: Path, rows: Sequence[Row]) -> str:
+    """Keeps the times that `--backend auto` goes by in the bundle; for people, what became of it."""
+    from ddexport.runtime.backends import choose
+    from ddexport.runtime.backends._saved import save
+    from ddexport.runtime.bundle import read_manifest
+    from ddexport.validate.bench.rows import times_to_save
+
+    manifest = read_manifest(root, verify=False)
+    times, precision = times_to_save(rows, manifest.precisions[0]), manifest.precisions[0]
+    if not times:
+        return f"nothing to save: no CPU backend was timed and right in {precision} and one step"
+    texts = [f"{name} {milliseconds:.3g} ms" for name, milliseconds in times.items()]
+    path = save(root, manifest, times)
+    return f"saved in {path}: {', '.join(texts)} an image; auto takes {choose(root, manifest)}"
 
 
 def _end(rows: Sequence[Row]) -> None:
@@ -243,12 +331,8 @@ def _end(rows: Sequence[Row]) -> None:
     failed = [row for row in rows if row.error is not None]
     if wrong:
         raise VerificationError(
-            f"{len(wrong)} of {len(rows)} rows miss the bundle's limits: {_list(wrong)}",
+            f"{len(wrong)} of {len(rows)} rows miss the bundle's limits: {'; '.join(map(str, wrong))}",
             "ddexport validate parity BUNDLE says where.",
         )
     if failed:
-        raise DDError(f"{len(failed)} of {len(rows)} rows could not be timed: {_list(failed)}")
-
-
-def _list(rows: Sequence[Row]) -> str:
-    return "; ".join(f"{row.name}, batch {row.batch}, steps {row.steps}" for row in rows)
+        raise DDError(f"{len(failed)} of {len(rows)} rows could not be timed: {'; '.join(map(str, failed))}")

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from ddexport.runtime import backends
+from ddexport.runtime.bundle import Manifest
 from ddexport.runtime.errors import BackendError, DDError
-from ddexport.runtime.graphs import keys_of
-from ddexport.runtime.machine import Machine
-from ddexport.runtime.manifest import Manifest
-from ddexport.runtime.options import MODES, Options
+from ddexport.runtime.machine import cpu
 from ddexport.runtime.registry import plugins
-from ddexport.runtime.selection import BACKENDS, Candidate, backend_class, candidates, choose
-from ddexport.validate.bench.case import COMPILED, IN_TORCH, PUBLISHED, TORCH, Alternative, Case
+from ddexport.validate.bench.workload import (
+    COMPILED,
+    IN_TORCH,
+    PUBLISHED,
+    TORCH,
+    RunnerConfiguration,
+    Workload,
+)
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 USUAL = ("fp32", "bf16", "int8")  # tried where none is named, beside those of the bundle
@@ -31,10 +36,10 @@ class Request:
     bundles: tuple[Path, ...]
     backends: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
+    device: str | None = None
     batches: tuple[int, ...] = (1,)
     steps: tuple[int | str, ...] = (1,)
     threads: tuple[int, ...] = ()
-    modes: tuple[str, ...] = ()
     processes: tuple[int, ...] = (1,)
     against: str | None = None
     against_steps: int | str | None = None
@@ -44,176 +49,136 @@ class Request:
     percentiles: tuple[float, ...] = (50.0, 90.0, 99.0)
     seed: int = 0
     roofline: bool = True
-    remember: bool = True
-    files: Mapping[str, str | None] = field(default_factory=dict)
+    save: bool = False
+    files: Mapping[str, Path | None] = field(default_factory=dict)
     weights: str | None = None
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """What was asked for and cannot run here."""
-
-    what: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Entry:
-    """One row to be: an alternative on a case."""
+    """One row to be."""
 
-    alternative: Alternative
-    case: Case
+    runner: RunnerConfiguration
+    workload: Workload
 
 
 @dataclass(frozen=True)
 class Plan:
-    """entries: in the order of the table. baselines: which entry each one is held against."""
+    """entries: in the order of the table. skipped: what cannot run here, and why. baselines: which entry each
+    one is held against."""
 
     entries: tuple[Entry, ...]
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[str, ...]
     baselines: Mapping[Entry, Entry]
-
-
-@dataclass(frozen=True)
-class _Able:
-    """An alternative that can run, and the precision of the graphs that it reads; None for PyTorch's."""
-
-    alternative: Alternative
-    graphs: str | None
 
 
 def backend_names() -> list[str]:
     """Everything that `--backend` takes."""
-    return [*plugins(BACKENDS), *IN_TORCH]
+    return [*plugins(backends.__name__), *IN_TORCH]
 
 
-def make_plan(root: Path, manifest: Manifest, machine: Machine, request: Request) -> Plan:
-    """Raises DDError for nothing but an unknown backend: what cannot run is listed."""
-    skipped: list[Skipped] = []
-    able = list(_alternatives(root, manifest, machine, request, skipped))
-    entries: dict[Entry, None] = {}
-    for case in _cases(request, request.steps):
-        for one in able:
-            _add(entries, one, case, manifest, skipped)
+def make_plan(root: Path, manifest: Manifest, request: Request) -> Plan:
+    """Raises BackendError for an unknown backend or device: what cannot run is listed."""
+    planner = _Planner(root, manifest, request)
+    wanted = [
+        planner.runner(backend, precision, threads, processes)
+        for backend in request.backends or plugins(backends.__name__)
+        for threads in request.threads or (cpu().cores,)
+        for processes in request.processes
+        for precision in _precisions(backend, manifest, request)
+    ]
+    workloads = [Workload(batch, steps) for batch in request.batches for steps in request.steps]
+    planned = [planner.entry(runner, workload) for workload in workloads for runner in wanted]
+    entries = dict.fromkeys(entry for entry in planned if entry is not None)
     baselines: dict[Entry, Entry] = {}
-    if request.against is not None and entries:
-        wanted = {entry: _baseline(entry, able, request) for entry in entries}
-        for entry, (alternative, case) in wanted.items():
-            there = Entry(alternative, case)
-            if there not in entries:
-                for one in _judged(alternative, root, manifest, machine, skipped, able):
-                    _add(entries, one, case, manifest, skipped)
-            if there in entries:
-                baselines[entry] = baselines[there] = there
-    ordered = sorted(entries, key=lambda entry: entry.case.order)  # stable: alternatives stay as asked for
-    return Plan(tuple(ordered), _once(skipped), baselines)
+    for entry in list(entries) if request.against is not None else ():
+        baseline = planner.baseline(entry)
+        if baseline is not None:
+            entries[baseline] = None
+            baselines[entry] = baselines[baseline] = baseline
+    ordered = sorted(entries, key=lambda entry: entry.workload.order)  # stable: runners stay as asked for
+    skipped = tuple(f"{'; '.join(names)}: {reason}" for reason, names in planner.skipped.items())
+    return Plan(tuple(ordered), skipped, baselines)
 
 
-def _cases(request: Request, steps: Iterable[int | str]) -> Iterator[Case]:
-    return (Case(batch, each) for batch in request.batches for each in steps)
+class _Planner:
+    """Decides what can run. skipped: what cannot, by its reason."""
 
+    def __init__(self, root: Path, manifest: Manifest, request: Request) -> None:
+        self.root, self.manifest, self.request = root, manifest, request
+        self.skipped: dict[str, dict[str, None]] = {}
+        # By runner, the precision of the graphs that it reads; None for PyTorch's.
+        self._graphs: dict[RunnerConfiguration, str | None] = {}
 
-def _alternatives(
-    root: Path, manifest: Manifest, machine: Machine, request: Request, skipped: list[Skipped]
-) -> Iterator[_Able]:
-    for backend in request.backends or plugins(BACKENDS):
-        for threads in request.threads or (machine.cpu.cores,):
-            for processes in request.processes:
-                for precision in _precisions(backend, manifest, request):
-                    for mode in _modes(backend, request, skipped):
-                        wanted = Alternative(backend, precision, threads, mode, processes)
-                        yield from _judged(wanted, root, manifest, machine, skipped)
+    def runner(
+        self, backend: str, precision: str, threads: int, processes: int = 1
+    ) -> RunnerConfiguration | None:
+        """The runner if it can run, else None."""
+        if processes > threads:
+            return self._skip(f"{processes} processes", f"they need as many threads, not {threads}")
+        runner, graphs = RunnerConfiguration(backend, precision, threads, processes=processes), None
+        if backend in IN_TORCH:
+            obstacle = torch_obstacle(backend, precision, self.request.device)
+        else:
+            chosen, obstacle = self._configuration(backend, precision)
+            if chosen is not None:
+                runner, graphs = replace(runner, device=chosen.device), chosen.graphs
+        if obstacle:
+            return self._skip(runner.name, obstacle)
+        self._graphs[runner] = graphs
+        return runner
+
+    def entry(self, runner: RunnerConfiguration | None, workload: Workload) -> Entry | None:
+        """The entry if the runner can run the workload, else None."""
+        if runner is None:
+            return None
+        obstacle, graphs = "", self._graphs[runner]
+        try:
+            schedule = self.manifest.schedule(workload.steps)
+            if schedule.teacher is not None and runner.backend in (COMPILED, PUBLISHED):
+                obstacle = "the auto-regressive model in PyTorch is timed by --backend torch"
+            if schedule.known and graphs is not None:
+                self.manifest.graph("student", graphs, schedule.split)
+        except DDError as error:
+            obstacle = f"{error.message}. {error.hint}"
+        if obstacle:
+            return self._skip(f"{runner.name}, steps {workload.steps}", obstacle)
+        return Entry(runner, workload)
+
+    def baseline(self, entry: Entry) -> Entry | None:
+        """What an entry is held against: of the same batch and threads."""
+        request, workload = self.request, entry.workload
+        assert request.against is not None
+        runner = self.runner(request.against, request.against_precision, entry.runner.threads)
+        return self.entry(runner, replace(workload, steps=request.against_steps or workload.steps))
+
+    def _configuration(self, backend: str, precision: str) -> tuple[backends.Configuration | None, str]:
+        """The configuration that `ddexport.runtime.load` takes, or None and what stands in the way."""
+        device = self.request.device
+        options = backends.configurations(self.root, self.manifest, backend, precision, device)
+        for configuration in options:
+            if not configuration.obstacle:
+                return configuration, ""
+        # Where no GPU is to be used, why there is none is not what stands in the way.
+        near = [configuration for configuration in options if configuration.device == "cpu"] or options
+        obstacles = dict.fromkeys(configuration.obstacle for configuration in near)
+        return None, "; ".join(obstacles) or f"it does not run on {device}"
+
+    def _skip(self, what: str, reason: str) -> None:
+        self.skipped.setdefault(reason, {})[what] = None
 
 
 def _precisions(backend: str, manifest: Manifest, request: Request) -> Iterable[str]:
-    if request.precisions:
-        return request.precisions
-    return OF_TORCH.get(backend) or dict.fromkeys((*manifest.precisions, *USUAL))
+    return request.precisions or OF_TORCH.get(backend) or dict.fromkeys((*manifest.precisions, *USUAL))
 
 
-def _modes(backend: str, request: Request, skipped: list[Skipped]) -> Iterator[str | None]:
-    """The modes asked for. What has no modes is as fast as it can be at one batch: it has latency alone."""
-    if not request.modes:
-        yield None
-        return
-    has_modes = backend not in IN_TORCH and "mode" in backend_class(backend).accepts
-    for mode in request.modes:
-        if has_modes:
-            yield mode
-        elif mode == MODES[0]:
-            yield None
-        else:
-            skipped.append(
-                Skipped(f"{backend}, {mode}", "it has no modes; --processes N runs copies side by side")
-            )
-
-
-def _judged(
-    wanted: Alternative,
-    root: Path,
-    manifest: Manifest,
-    machine: Machine,
-    skipped: list[Skipped],
-    known: Iterable[_Able] = (),
-) -> Iterator[_Able]:
-    """The alternative if it can run, else the reason among the skipped."""
-    for one in known:
-        if one.alternative == wanted:
-            yield one
-            return
-    if wanted.processes > wanted.threads:
-        why = f"they need as many threads, not {wanted.threads}"
-        skipped.append(Skipped(f"{wanted.processes} processes", why))
-        return
-    if wanted.backend in IN_TORCH:
-        reason = torch_reason(wanted.backend, wanted.precision)
-        graphs = None
-    else:
-        candidate, reason = _candidate(wanted, root, manifest, machine)
-        graphs = candidate.reads if candidate is not None else None
-    if reason:
-        skipped.append(Skipped(f"{wanted.backend} {wanted.precision}", reason))
-    else:
-        yield _Able(wanted, graphs)
-
-
-def _candidate(
-    wanted: Alternative, root: Path, manifest: Manifest, machine: Machine
-) -> tuple[Candidate | None, str]:
-    """The candidate that `ddexport.runtime.load` will take, or why there is none."""
-    if why := backend_class(wanted.backend).available():
-        return None, why
-    try:
-        options = Options(threads=wanted.threads, mode=wanted.mode)
-        if "threads" in backend_class(wanted.backend).refused(options):
-            options = replace(options, threads=None)  # of a GPU: no processor's threads compute
-        found = candidates(
-            root,
-            manifest,
-            machine,
-            backend=wanted.backend,
-            precision=wanted.precision,
-            options=options,
-        )
-    except DDError as error:
-        return None, error.message
-    chosen = choose(found, explicit=True, named=True)
-    if chosen is None:
-        # Where no GPU is to be used, why there is none is not what stands in the way.
-        near = [each for each in found if each.on_cpu] or found
-        reasons = dict.fromkeys(reason for each in near for reason in (*each.why_not, *each.doubts))
-        return None, "; ".join(reasons) or "it cannot run here"
-    if chosen.reads not in manifest.precisions:
-        have = ", ".join(manifest.precisions)
-        return None, f"the bundle has no graphs in {chosen.reads}: it has {have}"
-    return chosen, ""
-
-
-def torch_reason(backend: str, precision: str) -> str:
-    """Why PyTorch cannot be timed that way; empty if it can."""
+def torch_obstacle(backend: str, precision: str, device: str | None = None) -> str:
+    """What keeps PyTorch from being timed; "" if nothing."""
     missing = [name for name in ("torch", "safetensors", "yaml") if find_spec(name) is None]
     if missing:
         return f"it needs {', '.join(missing)}: {EXTRA}"
+    if device not in (None, "cpu"):
+        return "PyTorch is timed on the CPU alone"
     if precision not in OF_TORCH[backend]:
         return f"{backend} computes in {' or '.join(OF_TORCH[backend])}"
     if backend == COMPILED and compiler() is None:
@@ -224,64 +189,12 @@ def torch_reason(backend: str, precision: str) -> str:
 def compiler() -> str | None:
     """The C++ compiler that torch.compile finds, if any."""
     names = (os.environ.get("CXX", ""), "g++", "c++", "clang++")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-def _add(
-    entries: dict[Entry, None], one: _Able, case: Case, manifest: Manifest, skipped: list[Skipped]
-) -> None:
-    """The entry if the alternative can run the case, else the reason among the skipped."""
-    reason = _case_reason(one, case, manifest)
-    if reason:
-        skipped.append(Skipped(f"{one.alternative.name}, steps {case.steps}", reason))
-    else:
-        entries[Entry(one.alternative, case)] = None
-
-
-def _case_reason(one: _Able, case: Case, manifest: Manifest) -> str:
-    try:
-        schedule = manifest.schedule(case.steps)
-    except DDError as error:
-        return f"{error.message}; {error.hint}" if error.hint else error.message
-    backend = one.alternative.backend
-    if schedule.teacher is not None and backend in (COMPILED, PUBLISHED):
-        return "the auto-regressive model in PyTorch is timed by --backend torch"
-    if one.graphs is None:
-        return ""
-    have = {graph.key for graph in manifest.graphs if graph.precision == one.graphs}
-    lacking = [key for key in keys_of(manifest, schedule) if key not in have]
-    return f"the bundle has no {' and no '.join(lacking)} in {one.graphs}" if lacking else ""
-
-
-def _baseline(entry: Entry, able: Iterable[_Able], request: Request) -> tuple[Alternative, Case]:
-    """What an entry is held against: of the same batch and threads, and where it can be a row there is."""
-    assert request.against is not None
-    case, own = entry.case, entry.alternative
-    if request.against_steps is not None:
-        case = replace(case, steps=request.against_steps)
-    for one in able:
-        other = one.alternative
-        if (other.backend, other.precision, other.threads, other.processes) == (
-            request.against,
-            request.against_precision,
-            own.threads,
-            1,
-        ):
-            return other, case
-    return Alternative(request.against, request.against_precision, own.threads), case
-
-
-def _once(skipped: Iterable[Skipped]) -> tuple[Skipped, ...]:
-    """Each once; what one reason holds for is put together."""
-    together: dict[str, dict[str, None]] = {}
-    for one in skipped:
-        together.setdefault(one.reason, {})[one.what] = None
-    return tuple(Skipped("; ".join(names), reason) for reason, names in together.items())
-
-
-def nothing_left(skipped: Iterable[Skipped]) -> BackendError:
-    """The error when every alternative is skipped."""
-    reasons = "; ".join(f"{one.what}: {one.reason}" for one in skipped)
+def nothing_left(skipped: Iterable[str]) -> BackendError:
+    """The error when everything is skipped."""
     return BackendError(
-        f"nothing that was asked for can be timed here: {reasons}", "ddexport doctor says what is installed."
+        f"nothing that was asked for can be timed here: {'; '.join(skipped)}",
+        "ddexport doctor says what is installed.",
     )

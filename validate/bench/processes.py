@@ -1,81 +1,67 @@
-"""The parent's side of the workers: started, asked one at a time, and gone when the benchmark ends."""
+"""The parent's side of the workers: started, called, and gone when the benchmark ends."""
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import IO, Any
 
-from ddexport.runtime.errors import DDError
-from ddexport.validate.bench.case import Job
+from ddexport.validate.bench.worker import WorkerError
 
+# Where libraries read the number of threads that they cannot be told otherwise.
 POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-"""Where libraries read the number of threads that they cannot be told otherwise."""
-ROOT = Path(__file__).parents[2]
+# Not with -m: what it pickles must bear the name of its module.
+COMMAND = (sys.executable, "-c", "from ddexport.validate.bench.worker import main; main()")
 SHOWN = 300
 
 
-class WorkerError(DDError):
-    """A worker that could not open its alternative or run a case, or that died."""
-
-
 class Worker:
-    """One process; a context manager."""
+    """One process; a context manager. Its calls are those of `ddexport.validate.bench.worker.Session`."""
 
-    def __init__(self, job: Job, command: list[str] | None = None) -> None:
-        """Starts it; what it has opened is known after `ready`. command: in place of the real worker."""
-        self.job = job
+    def __init__(self, threads: int, command: Sequence[str] = COMMAND) -> None:
+        """Starts it. command: in place of the real worker."""
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed in `close`)
+        # Without the last one PyTorch's compiler keeps processes, which would outlive a worker that is ended.
+        pools = dict.fromkeys(POOLS, str(threads)) | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
         self._process = subprocess.Popen(
-            command or [sys.executable, "-m", "ddexport.validate.bench.worker"],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            text=True,
-            encoding="utf-8",
-            env=_environment(job.threads),
+            env=os.environ | pools,
             # An interrupt of the terminal is for the parent, which ends its workers itself.
             start_new_session=True,
         )
-        self._hello: dict[str, Any] | None = None
 
-    def ready(self) -> dict[str, Any]:
-        """Version and provider of what it has opened. Raises WorkerError."""
-        if self._hello is None:
-            self._hello = self.ask(self.job.to_dict())
-        return self._hello
-
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The reply to a request. Raises WorkerError, also where the worker dies over it."""
-        self.send(request)
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What the method gives. Raises WorkerError, also where the worker dies over it."""
+        self.send(method, *arguments)
         return self.receive()
 
-    def send(self, request: Mapping[str, Any]) -> None:
+    def send(self, method: str, *arguments: Any) -> None:
         """Lets it begin; `receive` waits for the reply. Raises WorkerError."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(request) + "\n")
+            pickle.dump((method, arguments), self._process.stdin)
             self._process.stdin.flush()
-        except (BrokenPipeError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise self._death() from error
 
-    def receive(self) -> dict[str, Any]:
+    def receive(self) -> Any:
         """The reply to what was sent. Raises WorkerError."""
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
         try:
-            reply: dict[str, Any] = json.loads(line)
-        except ValueError as error:  # nothing, or what a dying process left half written
+            reply = pickle.load(self._process.stdout)
+        except (EOFError, pickle.UnpicklingError) as error:  # nothing, or what a dying process half wrote
             raise self._death() from error
-        if "error" in reply:
-            raise WorkerError(str(reply["error"])[:SHOWN], str(reply.get("hint", "")))
+        if isinstance(reply, WorkerError):
+            raise WorkerError(reply.message[:SHOWN], reply.hint)
         return reply
 
     def close(self) -> None:
@@ -85,10 +71,8 @@ class Worker:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._log):
             if stream is not None:
-                try:
+                with suppress(BrokenPipeError):  # of what was buffered for it
                     stream.close()
-                except BrokenPipeError:  # of what was buffered for it
-                    continue
 
     def __enter__(self) -> Worker:
         return self
@@ -106,63 +90,12 @@ class Worker:
             memory = ", which is what a system does that is short of memory" if name == "SIGKILL" else ""
             return WorkerError(f"the worker was ended by {name}{memory}", "Time fewer at once: --backend.")
         self._log.seek(0)
-        said = self._log.read().decode(errors="replace").strip().splitlines()
-        last = said[-1][:SHOWN] if said else "it said nothing"
-        return WorkerError(f"the worker ended with code {code}: {last}")
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return WorkerError(f"the worker ended with code {code}: {lines[-1][:SHOWN] if lines else 'silently'}")
 
 
-class Gang:
-    """One alternative as so many processes side by side; a context manager. One is the usual case."""
-
-    def __init__(self, workers: list[Worker]) -> None:
-        self.workers = workers
-
-    def ready(self) -> dict[str, Any]:
-        """As a worker's, of the first."""
-        return self.workers[0].ready()
-
-    def ask(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """All of them work on the request at once. Raises WorkerError."""
-        for worker in self.workers:
-            worker.send(request)
-        return [worker.receive() for worker in self.workers]
-
-    def close(self) -> None:
-        """Ends all."""
-        for worker in self.workers:
-            worker.close()
-
-    def __enter__(self) -> Gang:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-@contextmanager
-def tidy_at_sigterm() -> Iterator[None]:
-    """Lets SIGTERM unwind the stack, so that workers end and the files of the run go."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    try:
-        before = signal.signal(signal.SIGTERM, leave)
-    except ValueError:  # not in the main thread, where nobody can
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _environment(threads: int) -> dict[str, str]:
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        **dict.fromkeys(POOLS, str(threads)),
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        # Else PyTorch's compiler keeps a pool of processes, which would outlive a worker that is ended.
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    }
+def call_all(workers: Sequence[Worker], method: str, *arguments: Any) -> list[Any]:
+    """What all of them give, working at the same time. Raises WorkerError."""
+    for worker in workers:
+        worker.send(method, *arguments)
+    return [worker.receive() for worker in workers]

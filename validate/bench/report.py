@@ -1,80 +1,124 @@
-"""What becomes of the rows: tables on stdout, a plot, a page, and on stderr what is to be said of some."""
+"""What becomes of the rows: tables on stdout, a plot, a block in a Markdown page, and remarks on stderr."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import click
-from ddexport.runtime.machine import Machine
-from ddexport.validate.bench.page import address, block, update
-from ddexport.validate.bench.peak import Peak
-from ddexport.validate.bench.plot import write_plot
+
+from ddexport.runtime.errors import OutputError
+from ddexport.runtime.files import atomic_write, check_writable
+from ddexport.runtime.machine import cpu, version_of
+from ddexport.validate.bench.roofline import Peaks
 from ddexport.validate.bench.rows import Environment, Row
 from ddexport.validate.bench.table import parity_grid, remarks, times_grid, work_line
 
-PACKAGES = ("ddexport", "numpy", "torch", "onnxruntime", "openvino")
-Peaks = Mapping[tuple[int, str], Peak]
+PACKAGES = ("ddexport", "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "openvino")
 
 
-def environment_of(machine: Machine) -> Environment:
+def environment() -> Environment:
     """This machine and what is installed, now."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    cpu = machine.cpu
+    versions = {name: version for name in PACKAGES if (version := version_of(name))}
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return Environment(cpu.name, cpu.cores, cpu.features or (), versions, date)
+    return Environment(cpu().name, cpu().cores, versions, date)
 
 
 def say_work(rows: Sequence[Row], peaks: Peaks) -> None:
     """The line on work and peaks, on stderr."""
-    for bundle in dict.fromkeys(row.bundle for row in rows):
-        own = [row for row in rows if row.bundle == bundle]
+    for own in _by_bundle(rows):
         click.echo(f"{own[0].model}: {work_line(own, peaks)}", err=True)
 
 
-def show(
-    rows: Sequence[Row],
-    peaks: Peaks,
-    environment: Environment,
-    marks: Sequence[float],
-) -> None:
+def show(rows: Sequence[Row], peaks: Peaks, machine: Environment, marks: Sequence[float]) -> None:
     """The tables for people, on stdout."""
-    click.echo(environment.line)
-    for bundle in dict.fromkeys(row.bundle for row in rows):
-        own = [row for row in rows if row.bundle == bundle]
-        against = dict.fromkeys(row.against for row in own if row.speedup is not None)
+    click.echo(machine)
+    for own in _by_bundle(rows):
         click.echo(f"\n{click.style(own[0].model, bold=True)}: {work_line(own, peaks)}")
         click.echo("\n" + times_grid(own, marks).text())
-        if against:
-            click.echo(f"speed-up: against {' / '.join(map(str, against))}, with its 95 % interval")
+        if baselines := _baselines(own):
+            click.echo(f"speed-up: against {baselines}, with its 95 % interval")
         click.echo("\n" + parity_grid(own).text())
 
 
-def write(
+def block(
     rows: Sequence[Row],
     peaks: Peaks,
-    environment: Environment,
-    skipped: Sequence[str],
+    machine: Environment,
+    command: str,
     marks: Sequence[float],
-    line: str,
-    plot: Path | None,
-    page: Path | None,
-    name: str = "",
-) -> None:
-    """Plot and page (there the block of that name), and on stderr what is to be said about single rows."""
-    if plot is not None and any(row.timed for row in rows):
-        write_plot(rows, environment.line, plot)
-        click.echo(f"plot: {plot}", err=True)
-    if page is not None:
-        picture = address(plot, page) if plot is not None and plot.exists() else None
-        update(page, block(rows, peaks, environment, line, marks, skipped, picture), name)
-        click.echo(f"updated: {page}", err=True)
-    for text in remarks(rows):
-        click.echo(text, err=True)
+    skipped: Sequence[str] = (),
+    plot: str | None = None,
+) -> str:
+    """What stands between the two marks of a page. plot: its address, as seen from there."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    parts = [f"```\n{command}\n```", f"{machine.date}, {machine}; {versions}."]
+    for own in _by_bundle(rows):
+        parts += [f"**{own[0].model}**: {work_line(own, peaks)}.", times_grid(own, marks).markdown()]
+        parts.append(parity_grid(own).markdown())
+        if baselines := _baselines(own):
+            parts.append(
+                f"Speed-up: against {baselines}, median of the rounds that both ran, with its 95 % interval."
+            )
+    if texts := [*remarks(rows), *(f"skipped: {text}" for text in skipped)]:
+        parts.append("\n".join(f"- {text}" for text in texts))
+    if plot is not None:
+        parts.append(f"![times of the runners]({plot})")
+    return "\n\n".join(parts)
+
+
+def marks_of(name: str = "") -> tuple[str, str]:
+    """The lines around a block: a page may hold several, told apart by their names."""
+    return (
+        (f"<!-- bench {name} -->", f"<!-- /bench {name} -->")
+        if name
+        else ("<!-- bench -->", "<!-- /bench -->")
+    )
+
+
+def check_page(path: Path, name: str = "") -> None:
+    """Raises OutputError if the page lacks its marks or cannot be written: better before the work."""
+    _around(path, name)
+    check_writable(path)
+
+
+def update(path: Path, text: str, name: str = "") -> None:
+    """Puts the text between the marks of a page; the rest stays as it is. Raises OutputError."""
+    before, after = _around(path, name)
+    start, end = marks_of(name)
+    with atomic_write(path) as stream:
+        stream.write(f"{before}{start}\n{text}\n{end}{after}".encode())
+
+
+def address(plot: Path, page: Path) -> str:
+    """Of a picture, as seen from a page."""
+    return Path(os.path.relpath(plot.resolve(), page.resolve().parent)).as_posix()
+
+
+def _around(path: Path, name: str) -> tuple[str, str]:
+    """What stands before and after the marked block."""
+    start, end = marks_of(name)
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(f"{path} cannot be read: {error}", "Name a Markdown file.") from error
+    starts, ends = (list(re.finditer(rf"^{re.escape(mark)}[ \t\r]*$", text, re.M)) for mark in (start, end))
+    if len(starts) != 1 or len(ends) != 1:
+        raise OutputError(
+            f"{path} must have the lines {start} and {end} once each", "Put them where the tables shall be."
+        )
+    if ends[0].start() < starts[0].end():
+        raise OutputError(f"{path} has {end} before {start}", "Swap them.")
+    return text[: starts[0].start()], text[ends[0].end() :]
+
+
+def _by_bundle(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    for bundle in dict.fromkeys(row.bundle for row in rows):
+        yield [row for row in rows if row.bundle == bundle]
+
+
+def _baselines(rows: Sequence[Row]) -> str:
+    return " / ".join(dict.fromkeys(str(row.against) for row in rows if row.speedup is not None))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ddexport.validate.bench.case import way_name
+from ddexport.validate.bench.workload import IN_TORCH, runner_name
 
 VERDICTS = {True: "ok", False: "WRONG", None: "?"}
 
 
 @dataclass
 class Row:
-    """One alternative on one case; a field that could not be measured is None.
+    """A runner on a workload; a field that could not be measured is None.
 
     Times are medians over the rounds, in milliseconds a batch; with several processes a batch is one
     process's, and images_per_s is that of all. percentiles: by part, then by the percentile's name.
@@ -30,9 +30,8 @@ class Row:
     batch: int
     steps: int | str
     threads: int
-    mode: str | None = None
+    device: str = "cpu"
     processes: int = 1
-    provider: str | None = None
     version: str = ""
     machine: str = ""
     student_ms: float | None = None
@@ -51,8 +50,8 @@ class Row:
     image_psnr: float | None = None
     image_max: float | None = None
     passed: bool | None = None
-    faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    faults: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     against: str | None = None
     speedup: float | None = None
     speedup_low: float | None = None
@@ -61,8 +60,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        """For people, without what the table says elsewhere."""
-        return way_name(self.backend, self.precision, self.mode, self.processes)
+        """Of the runner, for people."""
+        return runner_name(self.backend, self.precision, self.device, self.processes)
 
     @property
     def timed(self) -> bool:
@@ -73,26 +72,41 @@ class Row:
         """For people: ok, WRONG, failed, or a question mark where there was nothing to hold it against."""
         return "failed" if self.error is not None else VERDICTS[self.passed]
 
+    def __str__(self) -> str:
+        return f"{self.name}, batch {self.batch}, steps {self.steps}"
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data. Equal images have an infinite PSNR, which JSON lacks: it becomes null there, and
         `image_max` is 0."""
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        return {column.name: getattr(self, column.name) for column in fields(self)}
 
 
-def best_rows(rows: list[Row]) -> set[int]:
+def best_rows(rows: Sequence[Row]) -> set[int]:
     """The indices of the fastest right row of each bundle and batch, by images a second."""
     best: dict[tuple[str, int], int] = {}
     for index, row in enumerate(rows):
-        if not row.timed or row.passed is not True:
-            continue
-        key = (row.bundle, row.batch)
-        if key not in best or _rate(row) > _rate(rows[best[key]]):
-            best[key] = index
+        if row.timed and row.passed:
+            other = best.setdefault((row.bundle, row.batch), index)
+            if (row.images_per_s or 0.0) > (rows[other].images_per_s or 0.0):
+                best[row.bundle, row.batch] = index
     return set(best.values())
 
 
-def _rate(row: Row) -> float:
-    return row.images_per_s or 0.0
+def times_to_save(rows: Sequence[Row], precision: str) -> dict[str, float]:
+    """Milliseconds an image of the runtime's CPU backends, for `--backend auto`: in one step, of the smallest
+    batch and the most threads. Only rows in that precision count, and only those that met the limits."""
+    right = [
+        row
+        for row in rows
+        if row.backend not in IN_TORCH
+        and (row.device, row.precision, row.steps, row.processes) == ("cpu", precision, 1, 1)
+        and row.timed
+        and row.passed
+    ]
+    usual = min(((row.batch, -row.threads) for row in right), default=None)
+    return {
+        row.backend: (row.total_ms or 0.0) / row.batch for row in right if (row.batch, -row.threads) == usual
+    }
 
 
 @dataclass(frozen=True)
@@ -101,11 +115,8 @@ class Environment:
 
     cpu: str
     cores: int
-    features: tuple[str, ...]
     versions: Mapping[str, str]
     date: str
 
-    @property
-    def line(self) -> str:
-        parts = [self.cpu, f"{self.cores} core{'s' * (self.cores != 1)}", " ".join(self.features)]
-        return ", ".join(part for part in parts if part)
+    def __str__(self) -> str:
+        return f"{self.cpu}, {self.cores} core{'s' * (self.cores != 1)}"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ddexport.validate.bench.peak import Peak
+from ddexport.validate.bench.roofline import Peaks
 from ddexport.validate.bench.rows import Row, best_rows
-
-BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -45,77 +43,74 @@ def times_grid(rows: Sequence[Row], marks: Sequence[float] = ()) -> Grid:
 
     marks: the percentiles to show of the whole, beside the median.
     """
-    best = best_rows(list(rows))
-    shown = [f"{mark:g}" for mark in marks if mark != 50]
-    columns: dict[str, list[str]] = {
-        "": [row.name for row in rows],
-        "threads": [str(row.threads) for row in rows],
-        "batch": [str(row.batch) for row in rows],
-        "steps": [str(row.steps) for row in rows],
+    best = best_rows(rows)
+    percentiles = {
+        f"p{mark:g}": [_number(row.percentiles.get("total", {}).get(f"{mark:g}")) for row in rows]
+        for mark in marks
+        if mark != 50
+    }
+    columns = {
         "student ms": [_number(row.student_ms) for row in rows],
         "teacher ms": [_number(row.teacher_ms) for row in rows],
         "decoder ms": [_number(row.decoder_ms) for row in rows],
         "total ms": [_number(row.total_ms) for row in rows],
-        **{
-            f"p{mark}": [_number(row.percentiles.get("total", {}).get(mark)) for row in rows]
-            for mark in shown
-        },
+        **percentiles,
         "images/s": [_number(row.images_per_s) for row in rows],
         "MiB": [_number(row.peak_mib, 0) for row in rows],
         "of peak": [_share(row.roofline) for row in rows],
         "speed-up": [ratio(row) for row in rows],
         "rounds": [str(row.rounds) for row in rows],
-        " ": [_mark(row, index in best) for index, row in enumerate(rows)],
+        " ": ["best" if index in best else row.verdict for index, row in enumerate(rows)],
     }
+    columns[" "] = ["" if verdict == "ok" else verdict for verdict in columns[" "]]
     for name in ("teacher ms", "of peak", "speed-up"):
         if not any(columns[name]):
             del columns[name]
-    return _grid(columns)
+    return _grid(rows, columns)
 
 
 def parity_grid(rows: Sequence[Row]) -> Grid:
     """What the timed outputs were like."""
     columns = {
-        "": [row.name for row in rows],
-        "threads": [str(row.threads) for row in rows],
-        "batch": [str(row.batch) for row in rows],
-        "steps": [str(row.steps) for row in rows],
         "tokens equal": [_share(row.tokens_equal, 2) for row in rows],
-        "embeddings, rel. error": [_small(row.embedding_error) for row in rows],
+        "embeddings, rel. error": [
+            "" if row.embedding_error is None else f"{row.embedding_error:.1e}" for row in rows
+        ],
         "image PSNR, dB": [_psnr(row) for row in rows],
         "8-bit difference": [_number(row.image_max, 0) for row in rows],
         " ": [row.verdict for row in rows],
     }
-    return _grid(columns)
+    return _grid(rows, columns)
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """Faults, errors and notes of all rows, each with the name of its row."""
-    found = []
+    """Errors, faults and notes of all rows, each with the name of its row."""
+    texts = []
     for row in rows:
-        where = f"{row.name}, batch {row.batch}, steps {row.steps}"
-        found += [f"failed: {where}: {row.error}"] if row.error is not None else []
-        found += [f"WRONG: {where}: {fault}" for fault in row.faults]
-        found += [f"note: {where}: {note}" for note in row.notes]
-    return found
+        texts += [f"failed: {row}: {row.error}"] if row.error is not None else []
+        texts += [f"WRONG: {row}: {fault}" for fault in row.faults]
+        texts += [f"note: {row}: {note}" for note in row.notes]
+    return texts
 
 
-def work_line(rows: Sequence[Row], peaks: Mapping[tuple[int, str], Peak]) -> str:
+def work_line(rows: Sequence[Row], peaks: Peaks) -> str:
     """What an image asks for, and what the machine gives; empty if neither is known."""
-    parts: dict[str, float] = {}
+    work: dict[str, float] = {}
     for row in rows:
-        passes = row.steps if isinstance(row.steps, int) else 1
-        for part, flops in (row.flops or {}).items():
-            if part == "student" and (row.flops or {}).get("teacher") is None:
-                parts.setdefault(part, flops / passes)
-            elif part in ("teacher", "decoder"):
-                parts[part] = max(flops, parts.get(part, 0.0))
-    work = ", ".join(f"{part} {_flops(flops)}" for part, flops in sorted(parts.items(), key=_order))
-    threads = sorted({count for count, _ in peaks})
-    rates = [f"{_rates(peaks, count)} GFLOP/s with {count} thread{'s' * (count > 1)}" for count in threads]
-    said = [f"{work} an image"] if work else []
-    said += [f"this machine multiplies at {'; '.join(rates)}"] if rates else []
-    return "; ".join(said)
+        flops = row.flops or {}
+        if "student" in flops and "teacher" not in flops and isinstance(row.steps, int):
+            work.setdefault("student", flops["student"] / row.steps)
+        for part in ("teacher", "decoder"):
+            work[part] = max(work.get(part, 0.0), flops.get(part, 0.0))
+    parts = [f"{part} {_flops(work[part])}" for part in ("student", "teacher", "decoder") if work.get(part)]
+    rates: dict[int, list[str]] = {}
+    for (threads, precision), peak in sorted(peaks.items(), key=lambda item: item[0][0]):
+        rate = f"{peak.gflops:.0f} ({precision})" if peak.gflops else f"? ({precision}: {peak.obstacle})"
+        rates.setdefault(threads, []).append(rate)
+    given = [f"{', '.join(rates[n])} GFLOP/s with {n} thread{'s' * (n > 1)}" for n in rates]
+    texts = [f"{', '.join(parts)} an image"] if parts else []
+    texts += [f"this machine multiplies at {'; '.join(given)}"] if given else []
+    return "; ".join(texts)
 
 
 def ratio(row: Row) -> str:
@@ -127,30 +122,22 @@ def ratio(row: Row) -> str:
     return f"{_number(row.speedup, 2)}x [{_number(row.speedup_low, 2)}, {_number(row.speedup_high, 2)}]"
 
 
-def _order(part: tuple[str, float]) -> int:
-    return ("student", "teacher", "decoder").index(part[0])
-
-
-def _rates(peaks: Mapping[tuple[int, str], Peak], threads: int) -> str:
-    return ", ".join(
-        f"{peak.gflops:.0f} ({precision})" if peak.gflops else f"? ({precision}: {peak.why})"
-        for (count, precision), peak in peaks.items()
-        if count == threads
-    )
-
-
 def _flops(value: float) -> str:
     return f"{value / 1e9:.0f} GFLOP" if value >= 1e10 else f"{value / 1e9:.3g} GFLOP"
 
 
-def _grid(columns: dict[str, list[str]]) -> Grid:
-    if len(set(columns["threads"])) == 1:  # the line about the machine says it
-        del columns["threads"]
-    return Grid(list(columns), list(zip(*columns.values(), strict=True)))
-
-
-def _mark(row: Row, is_best: bool) -> str:
-    return BEST if is_best else "" if row.passed and row.error is None else row.verdict
+def _grid(rows: Sequence[Row], columns: dict[str, list[str]]) -> Grid:
+    """The columns, with those before them that say which row it is."""
+    named = {
+        "": [row.name for row in rows],
+        "threads": [str(row.threads) for row in rows],
+        "batch": [str(row.batch) for row in rows],
+        "steps": [str(row.steps) for row in rows],
+        **columns,
+    }
+    if len(set(named["threads"])) == 1:  # the line about the machine says it
+        del named["threads"]
+    return Grid(list(named), list(zip(*named.values(), strict=True)))
 
 
 def _number(value: float | None, digits: int = 1) -> str:
@@ -159,10 +146,6 @@ def _number(value: float | None, digits: int = 1) -> str:
     if math.isnan(value):
         return "nan"
     return f"{value:.{digits}f}" if abs(value) >= 10 or digits == 0 else f"{value:.2f}"
-
-
-def _small(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"
 
 
 def _share(value: float | None, digits: int = 0) -> str:

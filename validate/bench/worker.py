@@ -1,107 +1,132 @@
-"""`python -m ddexport.validate.bench.worker`: one alternative in a process of its own.
+"""The inside of a worker: one runner in a process of its own.
 
-So peak memory is its own, no thread pool disturbs another's, and its crash is only a row. It is driven
-through its stdin and stdout, one JSON object a line: first a `Job`, then requests, each of which gets one
-reply. What libraries print goes to stderr. The end of stdin, or of the parent, ends the worker.
+So its peak memory is its own, no thread pool disturbs another's, and its crash is only a row. It is driven
+through its stdin and stdout: pickled calls of a `Session`, each of which gets one reply. What libraries print
+goes to stderr. The end of stdin, or of the parent, ends the worker.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
+import re
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from ddexport.runtime.bundle import Schedule, read_manifest
 from ddexport.runtime.errors import DDError
-from ddexport.validate.bench.case import PEAK, Job, inputs
-from ddexport.validate.bench.memory import peak_mib, reset_peak
+from ddexport.validate.bench.workload import Inputs, Job, Outputs, Run, Times, Workload, inputs_of
+from ddexport.validate.metrics._base import FloatArray
 
-KEPT = 3  # different outputs of a case that are kept: an engine whose sums vary gives many
+KEPT = 3  # different outputs of a workload that are kept: an engine whose sums vary gives many
 LOOK_EVERY = 1.0
+PROCESS = Path("/proc/self")
+RESET_PEAK = "5"  # what makes Linux set VmHWM back to the present size: man 5 proc, clear_refs
+
+
+class WorkerError(DDError):
+    """A worker that could not open its runner or run a workload, or that died."""
 
 
 class Session:
-    """Answers requests with one open alternative."""
+    """What can be called in a worker."""
 
-    def __init__(self, job: Job) -> None:
-        """Raises DDError where it cannot be opened."""
-        from ddexport.validate.bench.ways import Drawer
+    def __init__(self) -> None:
+        self._seen: dict[Workload, set[str]] = {}
 
-        self.job, self._drawer = job, Drawer(job)
-        self._seen: dict[str, list[str]] = {}
+    def open(self, job: Job) -> tuple[str, str]:
+        """Opens the runner; its version, and what else runs the teacher. Raises DDError."""
+        from ddexport.validate.bench.runners import TimedSampler, open_runner
 
-    @property
-    def hello(self) -> dict[str, Any]:
-        """What the parent is told once everything is open."""
-        return {"version": self._drawer.way.version, "provider": self._drawer.way.provider}
+        self._seed, self._manifest = job.seed, read_manifest(job.bundle, verify=False)
+        runner = open_runner(job, self._manifest)
+        self._sampler = TimedSampler(runner, self._manifest, job.bundle)
+        return runner.version, runner.teacher
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The reply to `prepare`, `run` or `decode`. Raises DDError."""
-        if request["do"] == "decode":
-            return self._decode(Path(request["file"]))
-        batch, steps = request["batch"], request["steps"]
-        manifest = self._drawer.manifest
-        schedule, given = manifest.schedule(steps), inputs(manifest, batch, self.job.seed)
-        if request["do"] == "prepare":
-            self._drawer.open(schedule)
-            times, _ = self._drawer.draw(schedule, given)
-            return {"times": asdict(times)}
+    def prepare(self, workload: Workload) -> Times:
+        """Opens what the workload needs, and runs it once. Raises DDError."""
+        schedule, given = self._request(workload)
+        self._sampler.runner.open(schedule)
+        return self._sampler.run(schedule, given)[0]
+
+    def run(self, workload: Workload, keep: bool = False) -> Run:
+        """Runs it once more. keep: gives the outputs too, unless it gave the same before, or too many others.
+        Raises DDError."""
+        schedule, given = self._request(workload)
         reset_peak()
-        times, outputs = self._drawer.draw(schedule, given)
+        times, outputs, fed = self._sampler.run(schedule, given)
         peak = peak_mib()
-        file = self._keep(f"{batch}-{steps}", outputs) if request.get("keep") else None
-        return {"times": asdict(times), "peak": peak, "file": file}
+        if not keep or not self._is_new(workload, outputs):
+            return Run(times, peak)
+        return Run(times, peak, replace(outputs, logits=self._sampler.logits(schedule, fed)))
 
-    def _keep(self, case: str, outputs: Any) -> str | None:
-        """The file of these outputs; None if such were kept before, or too many others were."""
-        digest, seen = outputs.digest(), self._seen.setdefault(case, [])
+    def decode(self, sequence: FloatArray) -> FloatArray:
+        """The image of a sequence. Raises DDError."""
+        return self._sampler.runner.run("decoder", None, {"sequence": sequence})["image"]  # type: ignore[no-any-return]
+
+    def peaks(self, engine: str, threads: int) -> Any:
+        """What one engine multiplies at its best, in every precision."""
+        from ddexport.validate.bench.roofline import rates_of
+
+        return rates_of(engine, threads)
+
+    def _request(self, workload: Workload) -> tuple[Schedule, Inputs]:
+        schedule = self._manifest.schedule(workload.steps)
+        return schedule, inputs_of(self._manifest, workload.batch, self._seed)
+
+    def _is_new(self, workload: Workload, outputs: Outputs) -> bool:
+        digest, seen = outputs.digest(), self._seen.setdefault(workload, set())
         if digest in seen or len(seen) >= KEPT:
-            return None
-        path = Path(self.job.directory) / f"{case}-{len(seen)}.npz"
-        seen.append(digest)
-        outputs.write(path)
-        return str(path)
-
-    def _decode(self, file: Path) -> dict[str, Any]:
-        """The image of the sequence in a file of outputs, written beside it as an npy."""
-        import numpy as np
-        from ddexport.validate.bench.outputs import Outputs
-
-        image = self._drawer.way.run("decoder", {"sequence": Outputs.read(file).sequence})["image"]
-        path = Path(self.job.directory) / f"decoded-{file.stem}.npy"
-        np.save(path, image)
-        return {"file": str(path)}
+            return False
+        seen.add(digest)
+        return True
 
 
-def serve(requests: IO[str], replies: IO[str]) -> None:
+def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     """Answers until the requests end."""
-    session: Any = None
-    for line in requests:
+    session = Session()
+    while True:
         try:
-            data = json.loads(line)
-            if session is not None:
-                reply = session.answer(data)
-            else:
-                session = _start(Job.from_dict(data))
-                reply = session.hello
+            method, arguments = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            reply = getattr(session, method)(*arguments)
         except DDError as error:
-            reply = {"error": error.message, "hint": error.hint}
+            reply = WorkerError(error.message, error.hint)
         except Exception as error:  # whatever an engine raises is this row's end, not the benchmark's
-            reply = {"error": f"{type(error).__name__}: {error}", "hint": ""}
-        replies.write(json.dumps(reply) + "\n")
+            reply = WorkerError(f"{type(error).__name__}: {error}")
+        pickle.dump(reply, replies)
         replies.flush()
 
 
-def _start(job: Job) -> Any:
-    if job.backend == PEAK:
-        from ddexport.validate.bench.peak import PeakSession
+def reset_peak(process: Path = PROCESS) -> bool:
+    """Starts counting memory anew. False where the system cannot: `peak_mib` counts from the start then."""
+    try:
+        (process / "clear_refs").write_text(RESET_PEAK)
+    except OSError:
+        return False
+    return True
 
-        return PeakSession(job.precision, job.threads)
-    return Session(job)
+
+def peak_mib(process: Path = PROCESS) -> float | None:
+    """The most MiB of memory that were in use since the reset; None where the system does not tell."""
+    try:
+        line = re.search(r"^VmHWM:\s*(\d+) kB$", (process / "status").read_text(), re.M)
+    except OSError:
+        line = None
+    if line:
+        return int(line[1]) / 1024
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (1 << 20) if sys.platform == "darwin" else most / 1024  # bytes there, kilobytes elsewhere
 
 
 def _end_with_parent() -> None:
@@ -119,10 +144,6 @@ def _end_with_parent() -> None:
 def main() -> None:
     """The process: stdout is kept for replies, whatever else is printed goes to stderr."""
     _end_with_parent()
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    serve(sys.stdin, replies)
-
-
-if __name__ == "__main__":
-    main()
+    serve(sys.stdin.buffer, replies)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.registry import load_plugin
 

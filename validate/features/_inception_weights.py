@@ -17,10 +17,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from ddexport.runtime.manifest import sha256_of
+from torch import Tensor
+
+from ddexport.runtime.bundle import sha256_of
 from ddexport.validate.features._base import FeatureError, FloatArray, digest_of_arrays
 from ddexport.validate.features._inception_network import CLASSES, SIDE, WIDTH, FidInception
-from torch import Tensor
 
 Run: TypeAlias = Callable[[Tensor], tuple[FloatArray, FloatArray | None]]
 

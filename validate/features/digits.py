@@ -19,12 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from ddexport.runtime.errors import DDError
-from ddexport.validate.features._base import ByteImages, Extractor, FeatureError, Readings, digest_of_arrays
 from torch import Tensor, nn
 
 from ddexport.distill.augment import random_affine
 from ddexport.distill.data import DataSet
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.files import atomic_write
+from ddexport.validate.features._base import ByteImages, Extractor, FeatureError, Readings, digest_of_arrays
 
 FILE = "digits-classifier.safetensors"
 SIDE, FEATURES, CLASSES = 32, 64, 10
@@ -157,12 +158,11 @@ def save_judge(judge: DigitJudge, path: Path, scale: Tensor) -> None:
     """Write the weights as float16, and `scale` (64,) float64 exactly. `judge` should hold float16-exact
     values, see `round_to_half`.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = {k: v.half().contiguous() for k, v in judge.state_dict().items() if "num_batches" not in k}
-    partial = path.with_name(path.name + ".partial")
-    save_file(state, partial, {"scale": json.dumps(scale.tolist())})
-    partial.replace(path)
+    with atomic_write(path) as stream:
+        stream.write(save(state, {"scale": json.dumps(scale.tolist())}))
 
 
 def train_judge(

@@ -12,10 +12,11 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from ddexport.validate.features._base import ByteImages, Extractor, FeatureError, FloatArray, Readings
 from ddexport.validate.features._inception_network import CLASSES, WIDTH, prepare_half_pixel
 from ddexport.validate.features._inception_weights import Loaded, load_weights, random_weights
-from torch import Tensor
 
 Network: TypeAlias = Callable[[Tensor], tuple[FloatArray, FloatArray | None]]
 

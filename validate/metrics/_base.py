@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from ddexport.runtime.teacher import Choice
+
+from ddexport.runtime.teacher import Sampling
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -172,7 +173,7 @@ class ImagePair:
 class TeacherPair:
     """A teacher run twice on the same tokens: guided logits (N, P, V) of the positions from `start` on.
 
-    uniforms (N, P): the numbers that the tokens are drawn by, as `choice` says. The rest as in `StudentPair`.
+    uniforms (N, P): the numbers that the tokens are drawn by, as `sampling` says. The rest as in `StudentPair`.
     """
 
     scope: str
@@ -180,7 +181,7 @@ class TeacherPair:
     got: FloatArray
     start: int
     uniforms: npt.NDArray[np.float64]
-    choice: Choice
+    sampling: Sampling
     places: tuple[str, ...]
     itself: bool = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+
 from ddexport.validate.metrics._base import BoolArray, FloatArray, Limits, Measurement
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from ddexport.runtime.noise import uniform_numbers
-from ddexport.runtime.teacher import Choice, choose, weights
+from ddexport.runtime.teacher import Sampling, choose, weights
 from ddexport.validate.metrics._base import BoolArray, FloatArray, IntArray, Limits, Measurement, TeacherPair
 from ddexport.validate.metrics._distribution import distribution
 
@@ -27,7 +28,7 @@ def measure(pair: TeacherPair, limits: Limits) -> list[Measurement]:
     if not pair.itself:
         everywhere = np.ones(pair.expected.shape[:2], dtype=np.bool_)
         found += distribution(pair.scope, pair.expected, pair.got, everywhere, limits)
-    if not pair.choice.greedy:
+    if not pair.sampling.greedy:
         found.append(_differing_drawn(pair, limits))
         if not pair.itself:
             found.append(_law(pair))
@@ -44,20 +45,20 @@ def excused_draws(pair: TeacherPair, limit: float) -> tuple[BoolArray, BoolArray
     """
     expected, got = _rows(pair.expected), _rows(pair.got)
     numbers = pair.uniforms.reshape(-1)
-    differing = choose(expected, numbers, pair.choice) != choose(got, numbers, pair.choice)
+    differing = choose(expected, numbers, pair.sampling) != choose(got, numbers, pair.sampling)
     pardoned = np.zeros_like(differing)
     for row in np.flatnonzero(differing):
-        other = int(choose(got[row : row + 1], numbers[row : row + 1], pair.choice)[0])
-        pardoned[row] = _is_close(expected[row], got[row], other, numbers[row], pair.choice, limit)
+        other = int(choose(got[row : row + 1], numbers[row : row + 1], pair.sampling)[0])
+        pardoned[row] = _is_close(expected[row], got[row], other, numbers[row], pair.sampling, limit)
     shape = pair.uniforms.shape
     return differing.reshape(shape), pardoned.reshape(shape)
 
 
 def _is_close(
-    expected: FloatArray, got: FloatArray, other: int, number: float, choice: Choice, limit: float
+    expected: FloatArray, got: FloatArray, other: int, number: float, sampling: Sampling, limit: float
 ) -> bool:
-    mass, theirs = weights(expected[None], choice)[0], weights(got[None], choice)[0]
-    slack = (np.exp(2 * limit / choice.temperature) - 1) / 4
+    mass, theirs = weights(expected[None], sampling)[0], weights(got[None], sampling)[0]
+    slack = (np.exp(2 * limit / sampling.temperature) - 1) / 4
     crossed = (mass > 0) != (theirs > 0)
     if crossed.any():
         threshold = expected[mass > 0].min()
@@ -69,20 +70,20 @@ def _is_close(
     return bool(upper[other] - mass[other] / mass.sum() - slack <= number <= upper[other] + slack)
 
 
-def chi_square(logits: FloatArray, reference: FloatArray, choice: Choice, draws: int) -> tuple[float, int]:
+def chi_square(logits: FloatArray, reference: FloatArray, sampling: Sampling, draws: int) -> tuple[float, int]:
     """Of tokens drawn from `logits` (R, V) against the probabilities of `reference` (R, V), summed over the
     rows, and its degrees of freedom. In a row the codebook is cut, in index order, into up to `CELLS` runs.
     """
     total, freedom = 0.0, 0
     for row, (own, wanted) in enumerate(zip(logits, reference, strict=True)):
-        mass = weights(wanted[None], choice)[0]
+        mass = weights(wanted[None], sampling)[0]
         share = np.cumsum(mass) / mass.sum()
         cell = np.minimum((share - mass / mass.sum() / 2) * CELLS, CELLS - 1).astype(np.int64)
         expected = np.bincount(cell, weights=mass / mass.sum() * draws, minlength=CELLS)
         cell = _without_small(cell, expected)
         expected = np.bincount(cell, weights=mass / mass.sum() * draws)
         numbers = uniform_numbers(DRAW_SEED, [row], draws)[0]
-        tokens = choose(np.broadcast_to(own, (draws, len(own))), numbers, choice)
+        tokens = choose(np.broadcast_to(own, (draws, len(own))), numbers, sampling)
         counts = np.bincount(cell[tokens], minlength=len(expected))
         total += float(((counts - expected) ** 2 / expected).sum())
         freedom += len(expected) - 1
@@ -108,7 +109,7 @@ def _without_small(cell: IntArray, expected: npt.NDArray[Any]) -> IntArray:
 def _law(pair: TeacherPair) -> Measurement:
     got, expected = _rows(pair.got), _rows(pair.expected)
     some = np.unique(np.linspace(0, len(got) - 1, LAW_ROWS).astype(np.int64))
-    statistic, freedom = chi_square(got[some], expected[some], pair.choice, DRAWS)
+    statistic, freedom = chi_square(got[some], expected[some], pair.sampling, DRAWS)
     return Measurement(
         "tokens",
         pair.scope,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from ddexport.validate.metrics._base import (
     BoolArray,
     Comparison,

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
 from ddexport.runtime.errors import DDError
 from ddexport.validate.statistics import Gaussian, GaussianFit, TooFewSamples
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+
 from ddexport.validate.metrics._base import Comparison, DrawnPair, FloatArray, ImagePair, Limits, Measurement
 
 

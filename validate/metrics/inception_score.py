@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
 from ddexport.validate.statistics import TooFewSamples
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]

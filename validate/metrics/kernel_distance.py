@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
 from ddexport.validate.bootstrap import LEVEL, RESAMPLES, Figure, figure
 from ddexport.validate.statistics import TooFewSamples
 

@@ -8,6 +8,7 @@ and refuses the excuse to a bundle that picks some third token. Excused tokens a
 from __future__ import annotations
 
 import numpy as np
+
 from ddexport.validate.metrics import _draws
 from ddexport.validate.metrics._base import (
     BoolArray,

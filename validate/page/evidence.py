@@ -7,20 +7,21 @@ in a bundle deserves: numbers are checked, pictures are decoded and encoded agai
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta, ValidationError, convert, to_builtins
+from msgspec.structs import replace
+from PIL import Image
+
+from ddexport.runtime.records import Natural, Record
 from ddexport.validate import pictures
 from ddexport.validate.metrics._base import Comparison, FloatArray, StudentPair
 from ddexport.validate.metrics.tokens import excused, margins
-from PIL import Image
 
 SCHEMA = 1
 DECADES, BINS = (-9, 3), 60  # of the axis that logit errors and margins share
@@ -34,15 +35,18 @@ class EvidenceError(ValueError):
     """A file of evidence that does not hold what it should."""
 
 
-@dataclass(frozen=True)
-class Histogram:
+class Histogram(Record):
     """Counts over equal bins of log10, from 10 ** low to 10 ** high; exact zeros apart."""
 
-    low: float
-    high: float
-    counts: tuple[int, ...]
-    zeros: int
+    low: Annotated[float, Meta(ge=-300, le=300)]
+    high: Annotated[float, Meta(ge=-300, le=300)]
+    counts: Annotated[tuple[Natural, ...], Meta(min_length=1, max_length=1000)]
+    zeros: Natural
     largest: float
+
+    def __post_init__(self) -> None:
+        if self.low >= self.high:
+            raise ValueError("a histogram without an axis")
 
     @property
     def total(self) -> int:
@@ -69,8 +73,7 @@ class Histogram:
         )
 
 
-@dataclass(frozen=True)
-class Mismatch:
+class Mismatch(Record):
     """A token that the bundle chose differently from the same input.
 
     margin: the reference's largest logit less its second. lost: less the one of the token that was chosen.
@@ -78,16 +81,15 @@ class Mismatch:
 
     scope: str
     place: str
-    position: int
-    expected: int
-    got: int
+    position: Natural
+    expected: Natural
+    got: Natural
     margin: float
     lost: float
     excused: bool
 
 
-@dataclass(frozen=True)
-class Worst:
+class Worst(Record):
     """An image that differs, as both sides drew it, and the difference times `factor`. Pictures are PNG."""
 
     scope: str
@@ -99,35 +101,33 @@ class Worst:
     difference: bytes
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(Record):
     """An image of the bundle: its class, and a picture."""
 
-    label: int
+    label: Natural
     picture: bytes
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(Record):
     """All of one run in one precision; `manifest` is the SHA-256 of the bundle.json that it is of."""
 
     manifest: str
     precision: str
     backend: str
-    images: int
-    seed: int
+    images: Natural
+    seed: Natural
     token_margin: float
-    compared: int
+    compared: Natural
     margins: Histogram
     errors: Histogram
-    mismatches: tuple[Mismatch, ...]
-    mismatched: int
-    worst: tuple[Worst, ...]
+    mismatches: Annotated[tuple[Mismatch, ...], Meta(max_length=LISTED)]
+    mismatched: Natural
+    worst: Annotated[tuple[Worst, ...], Meta(max_length=MAX_SHOWN)]
     samples: Mapping[int, tuple[Sample, ...]]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data; pictures in base64, numbers that are not finite as text."""
-        return {"schema": SCHEMA, **_plain(asdict(self))}
+        return {"schema": SCHEMA, **_plain(to_builtins(self, str_keys=True))}
 
 
 def closeness(comparison: Comparison, limit: float) -> dict[str, Any]:
@@ -175,31 +175,20 @@ def png(pixels: ByteImage) -> bytes:
 
 def evidence_from_dict(data: Any) -> Evidence:
     """Reads what `to_dict` gave. Raises EvidenceError for anything else."""
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise EvidenceError(f"not of schema {SCHEMA}")
+    fields = {key: value for key, value in data.items() if key != "schema"}
     try:
-        if data["schema"] != SCHEMA:
-            raise EvidenceError(f"schema {data['schema']!r}, not {SCHEMA}")
-        return Evidence(
-            manifest=str(data["manifest"]),
-            precision=str(data["precision"]),
-            backend=str(data["backend"]),
-            images=_count(data["images"]),
-            seed=_count(data["seed"]),
-            token_margin=float(data["token_margin"]),
-            compared=_count(data["compared"]),
-            margins=_histogram(data["margins"]),
-            errors=_histogram(data["errors"]),
-            mismatches=tuple(_mismatch(one) for one in data["mismatches"][:LISTED]),
-            mismatched=_count(data["mismatched"]),
-            worst=tuple(_worst(one) for one in data["worst"][:MAX_SHOWN]),
-            samples={
-                int(steps): tuple(Sample(_count(one["label"]), _picture(one["picture"])) for one in images)
-                for steps, images in data["samples"].items()
-            },
-        )
-    except EvidenceError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise EvidenceError(f"{type(error).__name__}: {error}") from error
+        evidence = convert(fields, Evidence, strict=False, str_keys=True)  # "nan" and "inf" are numbers
+    except ValidationError as error:
+        raise EvidenceError(str(error)) from error
+    sides = ("reference", "bundle", "difference")
+    worst = [replace(one, **{side: _picture(getattr(one, side)) for side in sides}) for one in evidence.worst]
+    samples = {
+        steps: tuple(Sample(one.label, _picture(one.picture)) for one in images)
+        for steps, images in evidence.samples.items()
+    }
+    return replace(evidence, worst=tuple(worst), samples=samples)
 
 
 def _mismatches(pair: StudentPair, limit: float) -> list[Mismatch]:
@@ -221,47 +210,21 @@ def _mismatches(pair: StudentPair, limit: float) -> list[Mismatch]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+    """Numbers that JSON lacks as text."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise EvidenceError(f"{value!r} is not a count")
-    return value
-
-
-def _histogram(data: Mapping[str, Any]) -> Histogram:
-    low, high = float(data["low"]), float(data["high"])
-    counts = tuple(_count(value) for value in data["counts"][:1000])
-    if not (math.isfinite(low) and math.isfinite(high) and low < high and counts):
-        raise EvidenceError("a histogram without an axis")
-    return Histogram(low, high, counts, _count(data["zeros"]), float(data["largest"]))
-
-
-def _mismatch(data: Mapping[str, Any]) -> Mismatch:
-    where = (str(data["scope"]), str(data["place"]), _count(data["position"]))
-    tokens = (_count(data["expected"]), _count(data["got"]))
-    return Mismatch(*where, *tokens, float(data["margin"]), float(data["lost"]), bool(data["excused"]))
-
-
-def _worst(data: Mapping[str, Any]) -> Worst:
-    shown = (_picture(data[side]) for side in ("reference", "bundle", "difference"))
-    return Worst(str(data["scope"]), str(data["place"]), float(data["size"]), float(data["factor"]), *shown)
-
-
-def _picture(text: Any) -> bytes:
+def _picture(content: bytes) -> bytes:
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG", "WEBP"]) as image:
+        with Image.open(io.BytesIO(content), formats=["PNG", "WEBP"]) as image:
             if max(image.size) > MAX_SIDE:
                 raise EvidenceError(f"a picture of {image.width} x {image.height}")
             return _encoded(image.convert("RGB"))
-    except (OSError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise EvidenceError(f"not a picture: {error}") from error
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ddexport.runtime.manifest import FILE_NAME, TEACHER, Manifest, read_manifest, sha256_of
+from ddexport.runtime.bundle import FILE_NAME, TEACHER, Manifest, read_manifest, sha256_of
 from ddexport.validate.page.evidence import Evidence, EvidenceError, evidence_from_dict
 from ddexport.validate.page.latency import Latency, latencies
 from ddexport.validate.page.reports import Drawn, Measured, Report, ReportError, read_comparison, read_report
@@ -69,8 +69,8 @@ def collect(bundle: Path, shown: str | None = None) -> Facts:
 
     shown: how the bundle is named in commands; its path by default.
     """
+    from ddexport.runtime.bundle import resolve
     from ddexport.runtime.labels import read_labels
-    from ddexport.runtime.manifest import resolve
 
     manifest = read_manifest(bundle, verify=True)
     labels = read_labels(resolve(bundle, manifest.labels.file), manifest.classes)

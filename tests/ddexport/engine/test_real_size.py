@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ddexport.runtime.manifest import read_manifest
 
 from ddexport.engine.module import TensorRT
+from ddexport.runtime.bundle import read_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.tensorrt]
 

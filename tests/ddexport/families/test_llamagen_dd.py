@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ddexport.validate.bench.published import llamagen_dd
 
 from ddexport.families import family
 from ddexport.families._checkpoint import connect, load_part, published_state
 from ddexport.families._llamagen_blocks import halves_from_pairs, rotary_table, rotation
 from ddexport.families.llamagen_dd import guided
 from ddexport.recipe import load_recipe, recipe_from_dict
+from ddexport.validate.bench.published import llamagen_dd
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "llamagen-dd-small"
 TOLERANCE = 2e-5
@@ -81,14 +81,15 @@ def test_each_step_is_the_published_one(case, expected, tokenizer):
     for n, kept in enumerate(schedule):
         tokens = torch.cat([sequence[:, :kept], expected["noise"][:, kept:]], dim=1)
         logits, embeddings = student.heads(tokens, expected["labels"], known(kept))
-        sequence, used = student(tokens, expected["labels"], known(kept))
+        sequence, codes, used = student(tokens, expected["labels"], known(kept))
         prefix = f"{case}_step{n}"
         for name, value in (("input", tokens), ("raw_logits", logits), ("raw_conti", embeddings)):
             if f"{prefix}_{name}" in expected:
                 close(value, expected[f"{prefix}_{name}"])
         if f"{prefix}_raw_logits" in expected:
-            assert torch.equal(used.argmax(-1), expected[f"{prefix}_raw_logits"][:, :split].argmax(-1))
+            assert torch.equal(codes, expected[f"{prefix}_raw_logits"][:, :split].argmax(-1))
             assert torch.equal(tokenizer.nearest(tokens), expected[f"{prefix}_gt_idx"])
+        assert torch.equal(codes, used.argmax(-1))
         close(sequence, expected[f"{prefix}_sequence"])
     close(unclamped(tokenizer, sequence), expected[f"{case}_image"])
     close(tokenizer(sequence), expected[f"{case}_image"].clamp(0, 1))
@@ -97,8 +98,8 @@ def test_each_step_is_the_published_one(case, expected, tokenizer):
 @torch.no_grad()
 def test_the_other_copy_of_the_weights_is_another_model(expected):
     """`--weights model` reads the set that is not sampled with; it must not be taken for the right one."""
-    ema, _ = load_student()(expected["noise"], expected["labels"], known(0))
-    other, _ = load_student(weights="model")(expected["noise"], expected["labels"], known(0))
+    ema = load_student()(expected["noise"], expected["labels"], known(0))[0]
+    other = load_student(weights="model")(expected["noise"], expected["labels"], known(0))[0]
     close(other, expected["nonema_onestep_step0_sequence"])
     assert (ema - other).abs().max() > 0.1
 
@@ -107,7 +108,7 @@ def test_the_other_copy_of_the_weights_is_another_model(expected):
 def test_known_is_per_image(expected):
     """One batch may mix first and second steps."""
     tokens = torch.cat([expected["onestep_step0_input"][:1], expected["twostep_step1_input"][1:]])
-    sequence, _ = load_student()(tokens, expected["labels"], torch.tensor([0, 5]))
+    sequence = load_student()(tokens, expected["labels"], torch.tensor([0, 5]))[0]
     close(sequence[0], expected["onestep_step0_sequence"][0])
     close(sequence[1], expected["twostep_step1_sequence"][1])
 
@@ -126,7 +127,7 @@ def test_agrees_with_a_literal_reading_of_the_formulas(kept, expected):
     )
     for _ in range(2):  # as loaded, then tabulated
         own_logits, own_embeddings = student.heads(tokens, expected["labels"], known(kept))
-        sequence, used = student(tokens, expected["labels"], known(kept))
+        sequence, _, used = student(tokens, expected["labels"], known(kept))
         close(own_logits, logits, 1e-5)
         close(own_embeddings, embeddings, 1e-5)
         close(used, logits[:, :5], 1e-5)
@@ -203,7 +204,7 @@ class TestTeacher:
         student, labels = load_student(split), expected["labels"]
         tokens = torch.zeros(2, 0, dtype=torch.int64)
         if start:
-            first, _ = student(expected["noise"], labels, known(0))
+            first = student(expected["noise"], labels, known(0))[0]
             close(first, expected[f"{case}_first_sequence"])
             tokens = tokenizer.nearest(first[:, :start])
             assert torch.equal(tokens, expected[f"{case}_prefix_tokens"])
@@ -216,7 +217,7 @@ class TestTeacher:
         assert torch.equal(tokens, expected[f"{case}_teacher_tokens"])
         close(torch.stack(logits, 1), expected[f"{case}_teacher_cfglogits"])
         mixed = torch.cat([tokenizer.embed(tokens), expected["noise"][:, 5:]], dim=1)
-        sequence, _ = student(mixed, labels, known(5))
+        sequence = student(mixed, labels, known(5))[0]
         close(sequence, expected[f"{case}_sequence"])
         close(unclamped(tokenizer, sequence), expected[f"{case}_image"])
 

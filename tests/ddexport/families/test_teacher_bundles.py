@@ -3,30 +3,25 @@ it, and how their files share weights."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
-from ddexport.runtime.engines import Profile
-from ddexport.runtime.manifest import read_manifest
+from msgspec import structs
 
 from ddexport import runtime
 from ddexport.bundle import Exported, WeightRequest, export_bundle
 from ddexport.commands.inspect import command as inspect_command
-from ddexport.engine.build import select_graphs
-from ddexport.engine.profiles import profiles_for
 from ddexport.families._checkpoint import load_part
 from ddexport.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict
+from ddexport.runtime.bundle import read_manifest
+from ddexport.runtime.pipeline import Pipeline
 from ddexport.sources import MissingWeightsError, roles_of, sources_of
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -67,21 +62,6 @@ CASES = [
 ]
 
 
-def _fakes() -> ModuleType:
-    """The fake device and packages of the runtime's tests, which are no package."""
-    path = Path(__file__).parents[2] / "runtime" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("runtime_fakes", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-fakes = _fakes()
-gpu = fakes.gpu  # a fixture
-
-
 def recipe_of(family: Family) -> Recipe:
     data = load_recipe(str(GOLDEN / family.golden / "recipe.yaml")).to_dict()
     return recipe_from_dict(data | {"schedules": data["schedules"] | family.schedules, "teacher": SAMPLING})
@@ -111,6 +91,11 @@ def expected_of(family: Family) -> dict[str, np.ndarray]:
         return {key: arrays[key] for key in arrays.files}
 
 
+def decoded(pipe: Pipeline, sequence: np.ndarray) -> np.ndarray:
+    """The image before it is made 8-bit."""
+    return pipe.backend.run(pipe.manifest.graph("decoder"), {"sequence": sequence})["image"]
+
+
 def close(got: np.ndarray, wanted: np.ndarray) -> None:
     np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE)
 
@@ -126,7 +111,7 @@ def test_teacher_involved_steps_are_the_published_ones(
         labels = expected["labels"].tolist()
         given = {} if start is None else {"teacher_start": start}
         result = pipe(labels, steps, noise=expected["noise"], output="sequence", **given)
-        image = pipe.backend.run("decoder", {"sequence": result.images})["image"]
+        image = decoded(pipe, result.images)
     *before, teacher, last = result.steps
     if before:
         close(before[0].sequence, expected[f"{case}_first_sequence"])
@@ -151,8 +136,8 @@ def test_the_teacher_alone_draws_the_published_image(
     """`--steps teacher`: the auto-regressive model from the bundle, no student involved."""
     expected = expected_of(family)
     with runtime.load(bundles[family.golden].path) as pipe:
-        result = pipe(expected["labels"].tolist(), "teacher", cfg=cfg, output="sequence")
-        image = pipe.backend.run("decoder", {"sequence": result.images})["image"]
+        result = pipe(expected["labels"].tolist(), "teacher", guidance_scale=cfg, output="sequence")
+        image = decoded(pipe, result.images)
     if family is VAR:
         wanted = np.concatenate([expected[f"teacher_ar_tokens_scale{k}"] for k in range(4)], axis=1)
     else:
@@ -174,6 +159,27 @@ def test_llamagen_draws_the_published_images_through_the_doors_of_var(
         close(step.sequence, expected[f"{case}_step{n}_sequence"])
     image = expected[f"{case}_image"].transpose(0, 2, 3, 1)
     assert np.abs(result.images / 255.0 - image.clip(0, 1)).max() < 0.6 / 255
+
+
+@pytest.mark.parametrize("family", [VAR, LLAMAGEN])
+def test_the_exported_tokens_are_the_published_ones(family: Family, bundles: Mapping[str, Exported]) -> None:
+    """Those of the largest logits, in the first step and in the second, and the codes of the sequence."""
+    expected, codebook = expected_of(family), np.load(bundles[family.golden].path / "codebook.npy")
+    session = ort.InferenceSession(
+        bundles[family.golden].path / "student.onnx", providers=["CPUExecutionProvider"]
+    )
+    for name, known in (("onestep_step0", 0), ("twostep_step1", 5)):
+        feeds = {
+            "latents": expected[f"{name}_input"],
+            "label": expected["labels"],
+            "known": np.full(2, known),
+        }
+        sequence, tokens, logits = session.run(["sequence", "tokens", "logits"], feeds)
+        assert tokens.shape == (2, 5) and tokens.dtype == np.int64
+        assert np.array_equal(tokens, logits.argmax(-1))
+        assert np.array_equal(tokens, expected[f"{name}_raw_logits"][:, :5].argmax(-1))
+        if not known:
+            close(np.load(folder / "codebook.npy")[tokens], sequence[:, :5])
 
 
 def test_llamagens_weights_are_named_with_the_copy_taken(bundles: Mapping[str, Exported]) -> None:
@@ -227,8 +233,9 @@ class TestFiles:
             folder.mkdir()
             for info in graph.files:
                 shutil.copyfile(exported.path / info.file, folder / info.file)
+            inputs, _ = exported.manifest.tensors(graph)
             session = ort.InferenceSession(folder / graph.file, providers=["CPUExecutionProvider"])
-            assert [value.name for value in session.get_inputs()] == [spec.name for spec in graph.inputs]
+            assert [value.name for value in session.get_inputs()] == [spec.name for spec in inputs]
 
     def test_the_codebook_is_the_tokenizers(self, family: Family, bundles: Mapping[str, Exported]) -> None:
         """As it is used: LlamaGen's codes have unit length, whatever the file holds."""
@@ -258,7 +265,7 @@ def places(graph: Path) -> list[tuple[int, int]]:
 
 def test_a_teacher_whose_drawing_is_not_stated_is_refused(tmp_path: Path) -> None:
     """A file given for a recipe that lacks the `teacher` section: not silently left out."""
-    recipe = dataclasses.replace(load_recipe(str(GOLDEN / VAR.golden / "recipe.yaml")), teacher=None)
+    recipe = structs.replace(load_recipe(str(GOLDEN / VAR.golden / "recipe.yaml")), teacher=None)
     folder = GOLDEN / VAR.golden
     files = {"student": folder / "student.pth", "tokenizer": folder / "vae.pth"}
     request = WeightRequest(files | {"teacher": folder / "teacher.pth"})
@@ -274,7 +281,7 @@ def test_without_a_teacher_its_schedules_are_left_out(replayed_trace: object, tm
     assert sorted(exported.manifest.schedules) == [1, 2]
     assert exported.manifest.teacher is None
     assert {p.name for p in exported.path.iterdir()} == {
-        "student.onnx", "decoder.onnx", "labels.json", "bundle.json", "README.md"
+        "student.onnx", "decoder.onnx", "labels.json", "bundle.json", "README.md", "parity"
     }  # fmt: skip
 
 
@@ -317,41 +324,8 @@ def test_inspect_shows_the_teacher(bundles: Mapping[str, Exported]) -> None:
         "3 steps    known 0, 14, teacher 5 to 14",
         "4 steps    known 14, split 14, teacher 0 to 14",
         "teacher    all 30 positions in 4 AR steps",
-        "student@14 fp32",
+        "student, split 14 fp32",
         "in  key_0     float32 [2, batch, 2, capacity, 64]",
     ):
         assert text in result.output, text
     assert "key_1" not in result.output
-
-
-def test_engines_are_built_of_all_graphs(bundles: Mapping[str, Exported]) -> None:
-    """Students of every split, the decoder, and the teacher; each can be asked for by its role."""
-    manifest = bundles[VAR.golden].manifest
-    graphs = select_graphs(manifest, ("fp32",))
-    assert {graph.key for graph in graphs} == {"student", "student@14", "decoder", "teacher"}
-    assert [graph.key for graph in select_graphs(manifest, ("fp32",), ("teacher",))] == ["teacher"]
-
-
-@pytest.mark.parametrize(
-    ("family", "steps"), [(VAR, 3), (VAR, "teacher"), (LLAMAGEN, 4), (LLAMAGEN, "teacher")]
-)
-def test_engines_draw_what_onnx_runtime_draws(
-    family: Family, steps: int | str, bundles: Mapping[str, Exported], gpu: Any, tmp_path: Path
-) -> None:
-    """The real graphs, with the sizes that `ddexport trt` gives their engines, on a device made of plain
-    memory: equal tokens where the largest logit is taken, though three images are two requests."""
-    folder = Path(shutil.copytree(bundles[family.golden].path, tmp_path / "bundle"))
-    manifest = read_manifest(folder)
-    others = profiles_for(manifest.graph("teacher"), manifest, (Profile(2, 2, 2),))[0].others
-    keys = tuple(graph.key for graph in manifest.graphs)
-    fakes.write_engines(folder, "tensorrt", profiles=((2, 2, 2),), roles=keys, others=(others,))
-    with runtime.load(folder, "onnxruntime") as truth, runtime.load(folder, "tensorrt") as engines:
-        want, have = (
-            pipe([0, 1, 2], steps, seed=5, output="sequence", batch_size=3, top_k=1)
-            for pipe in (truth, engines)
-        )
-    for one, other in zip(want.steps, have.steps, strict=True):
-        assert np.array_equal(other.tokens, one.tokens)
-        close(other.sequence, one.sequence)
-    assert gpu.full.executed, "nothing ran on the device"
-    assert gpu.cuda.left_behind == []

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ddexport.runtime.errors import DDError
-from ddexport.validate.bench.published import var_dd
 
 from ddexport.families import family
 from ddexport.families._checkpoint import connect, load_part
 from ddexport.families._var_tokenizer import phi_of_scale
 from ddexport.families.var_dd import guided
 from ddexport.recipe import load_recipe, recipe_from_dict
+from ddexport.runtime.errors import DDError
+from ddexport.validate.bench.published import var_dd
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "var-dd-small"
 TOLERANCE = 2e-5
@@ -78,13 +78,14 @@ def test_each_step_is_the_published_one(case, tabulated, expected, tokenizer):
         tokens = torch.cat([sequence[:, :known], expected["noise"][:, known:]], dim=1)
         count = torch.full((2,), known)
         logits, embeddings = student.heads(tokens, expected["labels"], count)
-        sequence, used = student(tokens, expected["labels"], count)
+        sequence, codes, used = student(tokens, expected["labels"], count)
         prefix = f"{case}_step{n}"
         for name, value in (("input", tokens), ("raw_logits", logits), ("raw_conti", embeddings)):
             if f"{prefix}_{name}" in expected:
                 close(value, expected[f"{prefix}_{name}"])
         if f"{prefix}_raw_logits" in expected:
-            assert torch.equal(used.argmax(-1), expected[f"{prefix}_raw_logits"][:, :split].argmax(-1))
+            assert torch.equal(codes, expected[f"{prefix}_raw_logits"][:, :split].argmax(-1))
+        assert torch.equal(codes, used.argmax(-1))
         close(sequence, expected[f"{prefix}_sequence"])
     if f"{case}_image" in expected:
         close(tokenizer(sequence), expected[f"{case}_image"])
@@ -94,8 +95,8 @@ def test_each_step_is_the_published_one(case, tabulated, expected, tokenizer):
 def test_the_other_copy_of_the_weights_is_another_model(expected):
     """`--weights model` reads the set that is not sampled with; it must not be taken for the right one."""
     known = torch.zeros(2, dtype=torch.int64)
-    ema, _ = load_student()(expected["noise"], expected["labels"], known)
-    other, _ = load_student(weights="model")(expected["noise"], expected["labels"], known)
+    ema = load_student()(expected["noise"], expected["labels"], known)[0]
+    other = load_student(weights="model")(expected["noise"], expected["labels"], known)[0]
     close(other, expected["nonema_onestep_step0_sequence"])
     assert (ema - other).abs().max() > 0.1
 
@@ -106,7 +107,7 @@ def test_known_is_per_image(expected):
     student = load_student()
     first, second = expected["onestep_step0_input"], expected["twostep_step1_input"]
     tokens = torch.cat([first[:1], second[1:]])
-    sequence, _ = student(tokens, expected["labels"], torch.tensor([0, 5]))
+    sequence = student(tokens, expected["labels"], torch.tensor([0, 5]))[0]
     close(sequence[0], expected["onestep_step0_sequence"][0])
     close(sequence[1], expected["twostep_step1_sequence"][1])
 
@@ -123,7 +124,7 @@ def test_the_simplifications_change_nothing(known, expected):
     count = torch.full((2,), known)
     for _ in range(2):  # as loaded, then tabulated
         own_logits, own_embeddings = student.heads(tokens, expected["labels"], count)
-        sequence, used = student(tokens, expected["labels"], count)
+        sequence, _, used = student(tokens, expected["labels"], count)
         torch.testing.assert_close(own_logits, logits, rtol=0, atol=1e-5)
         torch.testing.assert_close(own_embeddings, embeddings, rtol=0, atol=1e-5)
         torch.testing.assert_close(used, logits[:, : used.shape[1]], rtol=0, atol=1e-5)
@@ -228,5 +229,5 @@ def test_scales_that_are_no_list_are_a_clear_error(scales):
     """A recipe of one's own may get this wrong; it must not end in a traceback."""
     data = load_recipe(str(GOLDEN / "recipe.yaml")).to_dict()
     data["model"]["scales"] = scales
-    with pytest.raises(DDError, match="scales"):
+    with pytest.raises(DDError, match=r"scales|model\["):
         family("var_dd").build(recipe_from_dict(data), "student")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ddexport.runtime.errors import VerificationError
 
 from ddexport.graph.accuracy import OutputError, check_limits, check_sane, output_errors
 from ddexport.recipe import Limits
+from ddexport.runtime.errors import VerificationError
 
 LIMITS = Limits(token_margin=0.1, embedding_error=0.01, image_psnr=40.0, image_max=3)
 

@@ -16,7 +16,7 @@ from ddexport.bundle import Exported, WeightRequest, load_parts
 from ddexport.graph.emulate import HALF_TYPES, EmulatedGraph, emulate_half
 from ddexport.graph.spec import graph_specs, sample_inputs
 from ddexport.precision.cast import in_precision
-from ddexport.recipe import recipe_from_dict
+from ddexport.recipe import recipe_of
 
 HALVES = ("fp16", "bf16")
 ONNX_TYPES = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
@@ -84,7 +84,7 @@ class TestThePass:
 class TestAgainstTorch:
     def errors(self, exported: Exported, role: str, precision: str) -> dict[str, float]:
         """Relative error of torch in half, of the emulated graph, and of the provider as it is."""
-        recipe = recipe_from_dict(exported.manifest.recipe)
+        recipe = recipe_of(exported.manifest)
         parts = load_parts(recipe, WeightRequest({}, random_seed=exported.manifest.weights.seed))
         spec = next(spec for spec in graph_specs(recipe) if spec.role == role)
         feeds = sample_inputs(spec, recipe, 3, seed=2)
@@ -94,7 +94,7 @@ class TestAgainstTorch:
         def run(module: torch.nn.Module) -> np.ndarray:
             with torch.no_grad():
                 out = module(*tensors)
-            return (out[1] if isinstance(out, tuple) else out).numpy()
+            return (out[-1] if isinstance(out, tuple) else out).numpy()
 
         # The weights' own rounding is in all three: what is measured is the rounding between operators.
         half = in_precision(parts[spec.part], precision)
@@ -131,7 +131,7 @@ def test_bf16_runs_where_the_provider_refuses(half_export: Exported) -> None:
     path = graph_path(half_export, "decoder", "bf16")
     with pytest.raises(Exception, match="NOT_IMPLEMENTED"):
         ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    recipe = recipe_from_dict(half_export.manifest.recipe)
+    recipe = recipe_of(half_export.manifest)
     spec = next(spec for spec in graph_specs(recipe) if spec.role == "decoder")
     image = EmulatedGraph(path, threads=1).run(sample_inputs(spec, recipe, 2, seed=0))["image"]
     assert image.dtype == np.float32
@@ -143,7 +143,7 @@ def test_weights_in_a_file_beside_the_graph(half_export: Exported, tmp_path: Pat
     path = graph_path(half_export, "student", "fp16")
     ir.save(ir.load(path), tmp_path / "student.onnx", external_data="student.onnx.data")
     assert (tmp_path / "student.onnx.data").stat().st_size > 1000
-    recipe = recipe_from_dict(half_export.manifest.recipe)
+    recipe = recipe_of(half_export.manifest)
     feeds = sample_inputs(graph_specs(recipe)[0], recipe, 2, seed=0)
     inside, beside = (EmulatedGraph(p, threads=1).run(feeds) for p in (path, tmp_path / "student.onnx"))
     assert all(np.array_equal(inside[name], beside[name]) for name in inside)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from ddexport.runtime.manifest import FileInfo, Teacher
 
 from ddexport.graph.spec import BATCHES, graph_specs, rows, sample_inputs
 from ddexport.recipe import Recipe, load_recipe, recipe_names
+from ddexport.runtime.bundle import FileInfo, Teacher
 
 
 def test_the_graphs_are_those_of_the_bundle_format() -> None:
     """Names, types and shapes as in docs/bundle.md."""
     student, decoder = graph_specs(load_recipe("var-d16"))
     assert [(t.name, t.dtype, t.shape) for t in student.inputs] == [
-        ("tokens", "float32", ("batch", 680, 32)),
+        ("latents", "float32", ("batch", 680, 32)),
         ("label", "int64", ("batch",)),
         ("known", "int64", ("batch",)),
     ]
     assert [(t.name, t.dtype, t.shape) for t in student.outputs] == [
         ("sequence", "float32", ("batch", 680, 32)),
+        ("tokens", "int64", ("batch", 55)),
         ("logits", "float32", ("batch", 55, 4096)),
     ]
     assert [(t.name, t.dtype, t.shape) for t in (*decoder.inputs, *decoder.outputs)] == [
@@ -51,7 +52,7 @@ def test_sample_inputs_depend_on_the_seed_alone(golden_recipe: Recipe) -> None:
     student, _ = graph_specs(golden_recipe)
     one, again, other = (sample_inputs(student, golden_recipe, 3, seed) for seed in (0, 0, 1))
     assert all(np.array_equal(one[name], again[name]) for name in one)
-    assert not np.array_equal(one["tokens"], other["tokens"])
+    assert not np.array_equal(one["latents"], other["latents"])
 
 
 TEACHER = Teacher(
@@ -64,7 +65,7 @@ TEACHER = Teacher(
     top_k=900,
     top_p=0.95,
     temperature=1.0,
-    codebook=FileInfo("codebook.npy", "", 0),
+    codebook=FileInfo(file="codebook.npy", sha256="", bytes=0),
 )
 
 
@@ -75,7 +76,7 @@ def test_a_teacher_brings_its_graph_and_students_of_other_splits() -> None:
         "student", "decoder", "student_split255", "student_split424", "teacher"
     ]  # fmt: skip
     assert [spec.part for spec in specs] == ["student", "tokenizer", "student", "student", "teacher"]
-    assert {spec.outputs[1].shape for spec in specs if spec.role == "student"} == {
+    assert {spec.outputs[2].shape for spec in specs if spec.role == "student"} == {
         ("batch", split, 4096) for split in (55, 255, 424)
     }
     teacher = specs[-1]

@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from ddexport.runtime.manifest import read_manifest
 from onnx import numpy_helper
 
 from ddexport.bundle import WeightRequest, load_parts
@@ -17,6 +16,7 @@ from ddexport.graph import to_onnx
 from ddexport.graph.rewrites import rewrite
 from ddexport.graph.spec import graph_specs
 from ddexport.graph.to_onnx import OPSETS, ExportError, check_onnx, check_opset, onnx_from_module
+from ddexport.runtime.bundle import read_manifest
 
 FORBIDDEN = {"If", "Loop", "Scan", "NonZero", "Dropout", "Bernoulli", "Multinomial"} | {
     f"Random{law}{like}" for law in ("Normal", "Uniform") for like in ("", "Like")
@@ -68,7 +68,7 @@ def test_large_weights_lie_beside_the_graph(tiny, tmp_path: Path, monkeypatch: p
     assert data.stat().st_size > 0.9 * sum(value.nbytes for value in whole.values())
     assert path.stat().st_size < (tiny.bundle / "student.onnx").stat().st_size
 
-    feeds = {"tokens": np.ones((3, 5, 4), np.float32), "label": np.arange(3), "known": np.array([0, 1, 0])}
+    feeds = {"latents": np.ones((3, 5, 4), np.float32), "label": np.arange(3), "known": np.array([0, 1, 0])}
     results = [
         ort.InferenceSession(str(p), providers=["CPUExecutionProvider"]).run(None, feeds)
         for p in (path, tiny.bundle / "student.onnx")

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from ddexport.runtime.errors import VerificationError
 
 from ddexport.bundle import WeightRequest, load_parts
 from ddexport.graph.spec import BATCHES, GraphSpec, graph_specs
 from ddexport.graph.verify import Agreement, compare, trial, verify_graph
 from ddexport.recipe import Recipe
+from ddexport.runtime.errors import VerificationError
 
 Arrays = dict[str, np.ndarray]
 Fault = Callable[[Arrays, Arrays], None]
@@ -56,7 +56,7 @@ def test_the_module_agrees_with_itself(verify: Callable[..., list[Agreement]]) -
     """Every output at every batch size is compared."""
     found = verify("student") + verify("decoder")
     assert [(a.output, a.batch) for a in found] == [
-        *((name, b) for b in BATCHES for name in ("sequence", "logits")),
+        *((name, b) for b in BATCHES for name in ("sequence", "tokens", "logits")),
         *(("image", b) for b in BATCHES),
     ]
     assert all(a.passed and a.error < 1e-5 for a in found)
@@ -104,7 +104,7 @@ def test_a_graph_that_ignores_known_is_found(verify: Callable[..., list[Agreemen
     def fault(feeds: Arrays, outputs: Arrays) -> None:
         same = np.full_like(feeds["known"], feeds["known"].max())
         is_known = np.arange(30)[None, :] < same[:, None]
-        outputs["sequence"] = np.where(is_known[..., None], feeds["tokens"], outputs["sequence"])
+        outputs["sequence"] = np.where(is_known[..., None], feeds["latents"], outputs["sequence"])
 
     with pytest.raises(VerificationError, match="sequence"):
         verify("student", fault)

@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ddexport.runtime.contract import FileInfo
-from ddexport.runtime.schedules import Span, Teacher
-from ddexport.runtime.teacher import draw
 
 from ddexport.families._base import Teacher as TeacherModule
 from ddexport.families._checkpoint import load_part
 from ddexport.graph.wrappers import TeacherGraph
 from ddexport.precision.cast import in_precision
 from ddexport.recipe import load_recipe
+from ddexport.runtime.bundle import FileInfo, Span, Teacher
+from ddexport.runtime.teacher import generate
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 TOKENIZERS = {"var-dd-small": "vae.pth", "llamagen-dd-small": "vq.pth"}
@@ -48,7 +47,7 @@ class Golden:
             top_k=GREEDY,
             top_p=1.0,
             temperature=1.0,
-            codebook=FileInfo("codebook.npy", "", 0),
+            codebook=FileInfo(file="codebook.npy", sha256="", bytes=0),
         )
         with np.load(folder / "expected.npz") as arrays:
             self.expected = {key: arrays[key] for key in arrays.files}
@@ -73,7 +72,8 @@ class Golden:
         def greedy(logits: np.ndarray, place: slice) -> np.ndarray:
             return logits.argmax(-1)
 
-        return draw(run, self.teacher, Span(start, end), prefix, labels, cfg, greedy), seen
+        span = Span(start=start, end=end)
+        return generate(run, self.teacher, span, prefix, labels, cfg, greedy), seen
 
 
 @pytest.fixture(scope="module")

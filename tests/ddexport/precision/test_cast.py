@@ -87,6 +87,9 @@ class TestTypes:
             run(in_precision(parts[role], precision), inputs), run(parts[role], inputs), strict=True
         )
         for got, wanted in outputs:
+            if wanted.dtype == torch.int64:  # the student's tokens
+                assert got.dtype == torch.int64
+                continue
             assert got.dtype == torch.float32
             error = (got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
             assert 0 < error < 20 * unit
@@ -140,7 +143,7 @@ class TestKeep:
         found = self.kept(student, f"blocks.*.{leaf}")
         assert found
         assert all(f".{leaf.removesuffix('.*')}" in name for name in found)
-        logits = run(in_precision(student, "bf16", (f"blocks.*.{leaf}",)), inputs)[1]
+        logits = run(in_precision(student, "bf16", (f"blocks.*.{leaf}",)), inputs)[2]
         assert logits.isfinite().all()
 
     def test_everything(self, recipe: Recipe, parts: dict[str, nn.Module]) -> None:
@@ -183,8 +186,8 @@ class TestOverflow:
 
     def test_the_ways_out_work(self, recipe: Recipe, student: nn.Module) -> None:
         inputs = feeds(recipe, "student")
-        wanted = run(student, inputs)[1]
-        kept = run(in_precision(student, "fp16", ("blocks.1.attention",)), inputs)[1]
+        wanted = run(student, inputs)[2]
+        kept = run(in_precision(student, "fp16", ("blocks.1.attention",)), inputs)[2]
         assert (kept - wanted).abs().max() < 0.05 * wanted.abs().max()
         in_precision(student, "fp16", ("blocks.1.attention.qkv",))
-        assert run(in_precision(student, "bf16"), inputs)[1].isfinite().all()
+        assert run(in_precision(student, "bf16"), inputs)[2].isfinite().all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +9,17 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
-from ddexport.runtime.errors import VerificationError
-from ddexport.runtime.manifest import read_manifest
+from msgspec import structs
 
 from ddexport.bundle import Exported, WeightRequest, export_bundle, load_parts
 from ddexport.families._checkpoint import save_part
 from ddexport.graph.accuracy import PRODUCTS
 from ddexport.graph.to_onnx import ExportError
 from ddexport.precision.cast import PrecisionError
-from ddexport.recipe import Recipe
+from ddexport.precision.table import read_accuracy
+from ddexport.recipe import Parity, Recipe
+from ddexport.runtime.bundle import read_manifest
+from ddexport.runtime.errors import VerificationError
 
 HALVES = ("fp16", "bf16")
 TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -64,8 +65,9 @@ class TestTypes:
     def test_inputs_and_outputs_are_the_contract(
         self, half_export: Exported, role: str, precision: str
     ) -> None:
-        graph, contract = graph_of(half_export, role, precision), half_export.manifest.graph(role, precision)
-        for values, specs in ((graph.inputs, contract.inputs), (graph.outputs, contract.outputs)):
+        graph, manifest = graph_of(half_export, role, precision), half_export.manifest
+        inputs, outputs = manifest.tensors(manifest.graph(role, precision))
+        for values, specs in ((graph.inputs, inputs), (graph.outputs, outputs)):
             assert [(v.name, str(v.dtype).lower()) for v in values] == [
                 (s.name, {"float32": "float", "int64": "int64"}[s.dtype]) for s in specs
             ]
@@ -109,12 +111,13 @@ class TestTypes:
         assert len(full) == 1 + scales  # conv_out, and a phi for each scale
 
 
-class TestManifest:
+class TestAccuracy:
     def test_errors_at_every_batch_size(self, half_export: Exported) -> None:
         for graph in half_export.manifest.graphs:
-            accuracy = graph.accuracy
+            accuracy = read_accuracy(half_export.path)[graph.file]
             rows = [(e["batch"], e["output"]) for e in accuracy["errors"]]
-            assert rows == [(b, t.name) for b in (1, 2, 3) for t in graph.outputs]
+            outputs = ("sequence", "logits") if graph.role == "student" else ("image",)
+            assert rows == [(batch, name) for batch in (1, 2, 3) for name in outputs]
             unit = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 1e-1}[graph.precision]
             assert all(0 < e["rms"] < unit for e in accuracy["errors"])
             emulated = "half rounding emulated" in accuracy["oracle"]
@@ -122,21 +125,18 @@ class TestManifest:
 
     def test_operators_by_type_are_those_of_the_graph(self, half_export: Exported) -> None:
         for graph in half_export.manifest.graphs:
-            found = graph_of(half_export, graph.role, graph.precision)
-            for row in graph.accuracy["operators"]:
-                nodes = [n for n in found if n.op_type == row["operator"]]
+            whole = graph_of(half_export, graph.role, graph.precision)
+            accuracy = read_accuracy(half_export.path)[graph.file]
+            for row in accuracy["operators"]:
+                nodes = [n for n in whole if n.op_type == row["operator"]]
                 assert row["nodes"] == sum(n.outputs[0].dtype == TYPES[row["type"]] for n in nodes)
-            weights = sum(row["weights"] for row in graph.accuracy["operators"])
+            weights = sum(row["weights"] for row in accuracy["operators"])
             assert weights == sum(
-                v.const_value.size for n in found if n.op_type in PRODUCTS
+                v.const_value.size for n in whole if n.op_type in PRODUCTS
                 for v in n.inputs[:2] if v is not None and v.const_value is not None
             )  # fmt: skip
-            share = graph.accuracy["half_share"]["weights"]
+            share = accuracy["half_share"]["weights"]
             assert share == 0 if graph.precision == "fp32" else share > 0.5
-
-    def test_it_is_read_back(self, half_export: Exported) -> None:
-        found = read_manifest(half_export.path)
-        assert [g.accuracy for g in found.graphs] == [g.accuracy for g in half_export.manifest.graphs]
 
 
 class TestOptions:
@@ -149,8 +149,9 @@ class TestOptions:
         assert made.manifest.precisions == ("fp16",)
         assert made.agreement == ()
         names = {path.name for path in made.path.iterdir()}
-        assert names == {"bundle.json", "labels.json", "README.md", "student_fp16.onnx", "decoder_fp16.onnx"}
-        assert all(tuple(g.accuracy["keep_fp32"]) == patterns for g in made.manifest.graphs)
+        assert names == {"bundle.json", "labels.json", "README.md", "parity", "student_fp16.onnx",
+                         "decoder_fp16.onnx"}  # fmt: skip
+        assert [g.keep_fp32 for g in read_manifest(made.path).graphs] == [patterns] * 2
         half = [n for n in graph_of(made, "student", "fp16")
                 if n.op_type == "MatMul" and n.outputs[0].dtype == TYPES["fp16"]]  # fmt: skip
         assert len(half) == 4  # without the MLP's two
@@ -168,7 +169,7 @@ class TestOptions:
             )
 
     def test_a_recipe_without_limits(self, tiny_recipe: Recipe, tmp_path: Path) -> None:
-        recipe = dataclasses.replace(tiny_recipe, parity={"fp32": tiny_recipe.parity["fp32"]})
+        recipe = structs.replace(tiny_recipe, parity=Parity(fp32=tiny_recipe.parity.fp32))
         with pytest.raises(PrecisionError, match="states no parity limits for bf16"):
             export_bundle(recipe, tmp_path / "b", WeightRequest({}, random_seed=0), precisions=("bf16",))
 
@@ -198,13 +199,27 @@ class TestNothingBadGetsOut:
     ) -> None:
         """The recipe's limits hold at the export already."""
         replayed_trace(lambda path: None, llamagen_half.path)
-        tight = dataclasses.replace(tiny_llamagen_recipe.parity["fp16"], embedding_error=1e-9)
-        recipe = dataclasses.replace(
-            tiny_llamagen_recipe, parity={**tiny_llamagen_recipe.parity, "fp16": tight}
-        )
+        parity = tiny_llamagen_recipe.parity
+        tight = structs.replace(parity.fp16, embedding_error=1e-9)
+        recipe = structs.replace(tiny_llamagen_recipe, parity=structs.replace(parity, fp16=tight))
         with pytest.raises(VerificationError, match=r"student_fp16\.onnx is too far from float32") as caught:
             export_bundle(recipe, tmp_path / "b", WeightRequest({}, random_seed=5), precisions=("fp16",))
         assert "debug layers" in caught.value.hint
+        assert list(tmp_path.iterdir()) == []
+
+    def test_tokens_that_are_not_the_largest_logits(
+        self,
+        tiny_llamagen_recipe: Recipe,
+        llamagen_half: Exported,
+        replayed_trace: Callable[..., None],
+        wrong_tokens: Callable[[Path], None],
+        tmp_path: Path,
+    ) -> None:
+        """They may differ from float32's, but not from those of the graph's own logits."""
+        replayed_trace(wrong_tokens, llamagen_half.path)
+        request = WeightRequest({}, random_seed=5)
+        with pytest.raises(VerificationError, match=r"student_fp16\.onnx: tokens are not the largest logits"):
+            export_bundle(tiny_llamagen_recipe, tmp_path / "b", request, precisions=("fp16",))
         assert list(tmp_path.iterdir()) == []
 
     def test_a_weight_that_overflows(self, tiny_llamagen_recipe: Recipe, tmp_path: Path) -> None:
@@ -250,7 +265,8 @@ class TestCommand:
                       "batch  output", "dB"):  # fmt: skip
             assert words in text
         assert "student.onnx: " not in text
-        graphs = json.loads(CliRunner().invoke(onnx.command, [*arguments, "--json"]).stdout)["graphs"]
-        assert [g["accuracy"]["half_share"]["weights"] > 0 for g in graphs] == [False] * 2 + [True] * 4
+        data = json.loads(CliRunner().invoke(onnx.command, [*arguments, "--json"]).stdout)
+        shares = [data["accuracy"][graph["file"]]["half_share"]["weights"] for graph in data["graphs"]]
+        assert [share > 0 for share in shares] == [False] * 2 + [True] * 4
         shown = CliRunner().invoke(inspect.command, [str(half_export.path)]).stdout
         assert shown.count("batch  output") == 4

@@ -64,9 +64,9 @@ class TestStages:
             torch.zeros(2, dtype=int),
         )
         with torch.no_grad():
-            wanted = parts["student"](*feeds)[1]
+            wanted = parts["student"](*feeds)[2]
             with HalfArithmetic():
-                got = in_precision(parts["student"], "fp16")(*feeds)[1]
+                got = in_precision(parts["student"], "fp16")(*feeds)[2]
         error = (got - wanted).double()
         assert found.rms == pytest.approx(float(error.square().mean().sqrt()), rel=0.05)
         assert found.largest == pytest.approx(float(error.abs().max()), rel=0.05)
@@ -126,7 +126,7 @@ class TestCommand:
         manifest = json.loads((bundle / "bundle.json").read_text())
         for graph in manifest["graphs"]:
             if graph["precision"] == "fp16":
-                graph["accuracy"]["keep_fp32"] = ["blocks.0.*"]
+                graph["keep_fp32"] = ["blocks.0.*"]
         (bundle / "bundle.json").write_text(json.dumps(manifest))
         data = json.loads(debug(bundle, "--json").stdout)
         assert data["keep_fp32"] == ["blocks.0.*"]

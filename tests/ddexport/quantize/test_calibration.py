@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from ddexport.runtime.noise import gaussian_noise
 from onnx import TensorProto, helper, numpy_helper
 
 import ddexport.quantize.calibration as calibration
 from ddexport.quantize.calibration import SEED, Observed, calibrate, student_passes
 from ddexport.recipe import Recipe
+from ddexport.runtime.noise import gaussian_noise
 
 
 class Recorder:
@@ -24,7 +24,7 @@ class Recorder:
 
     def run(self, feeds: Any) -> dict[str, np.ndarray]:
         self.seen.append({name: np.array(value) for name, value in feeds.items()})
-        return {"sequence": feeds["tokens"] + 100.0} if "tokens" in feeds else {}
+        return {"sequence": feeds["latents"] + 100.0} if "latents" in feeds else {}
 
 
 def drawn(recipe: Recipe, images: int) -> tuple[Recorder, Recorder]:
@@ -40,11 +40,11 @@ class TestSamples:
     def test_noise_is_the_runtimes_with_a_seed_of_its_own(self, golden_recipe: Recipe) -> None:
         student, _ = drawn(golden_recipe, 6)
         sequence = golden_recipe.sequence
-        first = [feeds["tokens"] for feeds in student.seen if not feeds["known"].any()]
+        first = [feeds["latents"] for feeds in student.seen if not feeds["known"].any()]
         np.testing.assert_array_equal(
             np.concatenate(first), gaussian_noise(SEED, range(6), sequence.length, sequence.width)
         )
-        assert {feeds["tokens"].dtype for feeds in student.seen} == {np.dtype(np.float32)}
+        assert {feeds["latents"].dtype for feeds in student.seen} == {np.dtype(np.float32)}
 
     def test_labels_spread_over_the_classes(self, golden_recipe: Recipe) -> None:
         for images, wanted in ((5, [0, 2, 4, 6, 8]), (20, sorted([*range(10), *range(10)]))):
@@ -57,15 +57,15 @@ class TestSamples:
         student, _ = drawn(golden_recipe, 2)
         first, second = student.seen
         assert second["known"].tolist() == [5, 5]
-        np.testing.assert_array_equal(second["tokens"][:, :5], first["tokens"][:, :5] + 100.0)
-        np.testing.assert_array_equal(second["tokens"][:, 5:], first["tokens"][:, 5:])
+        np.testing.assert_array_equal(second["latents"][:, :5], first["latents"][:, :5] + 100.0)
+        np.testing.assert_array_equal(second["latents"][:, 5:], first["latents"][:, 5:])
 
     def test_the_decoder_sees_each_pass_in_turn(self, golden_recipe: Recipe) -> None:
         """Images of one step and of two, from the first batch on and across batches."""
         student, decoder = drawn(golden_recipe, 7)
         passes = [student.seen[0::2], student.seen[1::2]]
         got = np.concatenate([feeds["sequence"] for feeds in decoder.seen])
-        inputs = [np.concatenate([feeds["tokens"] for feeds in some]) for some in passes]
+        inputs = [np.concatenate([feeds["latents"] for feeds in some]) for some in passes]
         wanted = np.stack([inputs[image % 2][image] + 100.0 for image in range(7)])
         np.testing.assert_array_equal(got, wanted)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,16 +11,18 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from ddexport.runtime.errors import VerificationError
-from ddexport.runtime.manifest import Graph, read_manifest
-from ddexport.runtime.pipeline import load
+from msgspec import structs
 from onnx import numpy_helper
 
 from ddexport.bundle import WeightRequest, export_bundle
 from ddexport.commands.onnx import command
 from ddexport.precision.cast import PrecisionError
+from ddexport.precision.table import read_accuracy
 from ddexport.quantize.graphs import check_int8, int8_graphs
 from ddexport.recipe import Limits, Recipe
+from ddexport.runtime.bundle import Graph, read_manifest
+from ddexport.runtime.errors import VerificationError
+from ddexport.runtime.pipeline import load
 
 LIMITS = Limits(token_margin=100.0, embedding_error=1.0, image_psnr=5.0, image_max=255)
 TIGHT = Limits(token_margin=1e-6, embedding_error=1e-6, image_psnr=150.0, image_max=0)
@@ -41,8 +42,8 @@ def folder(golden_bundle: Path, tmp_path: Path) -> Path:
 
 def made(folder: Path, bundle: Path, recipe: Recipe, images: int = 2) -> list[Graph]:
     student, decoder = read_manifest(bundle, verify=False).graphs
-    split = dataclasses.replace(student, split=9, file="student_split9.onnx")
-    teacher = dataclasses.replace(decoder, role="teacher", file="missing.onnx")
+    split = structs.replace(student, split=9, file="student_split9.onnx")
+    teacher = structs.replace(decoder, role="teacher", file="missing.onnx")
     return int8_graphs(folder, [student, decoder, split, teacher], recipe, images, lambda name: nullcontext())
 
 
@@ -99,7 +100,9 @@ def test_graphs_say_what_they_are(folder: Path, golden_bundle: Path, golden_reci
 @pytest.fixture
 def quantisable(golden_recipe: Recipe) -> Callable[[Limits], Recipe]:
     """The golden recipe with limits for int8."""
-    return lambda limits: dataclasses.replace(golden_recipe, parity={**golden_recipe.parity, "int8": limits})
+    return lambda limits: structs.replace(
+        golden_recipe, parity=structs.replace(golden_recipe.parity, int8=limits)
+    )
 
 
 def test_a_bundle_of_both_precisions_runs(
@@ -115,7 +118,7 @@ def test_a_bundle_of_both_precisions_runs(
     )
     assert exported.manifest.precisions == ("fp32", "int8")
     for role in ("student", "decoder"):
-        accuracy = exported.manifest.graph(role, "int8").accuracy
+        accuracy = read_accuracy(target)[exported.manifest.graph(role, "int8").file]
         assert accuracy["oracle"] == "onnxruntime"
         assert {row["batch"] for row in accuracy["errors"]} == {1, 2, 3}
         assert 0.5 < accuracy["half_share"]["weights"] < 1
@@ -123,7 +126,7 @@ def test_a_bundle_of_both_precisions_runs(
     images = {}
     for precision in ("fp32", "int8"):
         with load(target, "onnxruntime", 1, precision) as pipe:
-            assert pipe.precision == pipe.backend.precision == precision
+            assert pipe.precision == pipe.backend.configuration.graphs == precision
             images[precision] = np.asarray(pipe(3, 2, seed=5, output="sequence").images)
     different = np.abs(images["int8"] - images["fp32"])
     assert 0 < different.mean() < 0.5 * np.abs(images["fp32"]).mean()
@@ -140,7 +143,7 @@ def test_int8_alone_leaves_no_float_graph(
         quantisable(LIMITS), target, WeightRequest(golden_files), precisions=("int8",), calibration=1
     )
     assert {path.name for path in target.iterdir()} == {
-        "bundle.json", "labels.json", "README.md", "student_int8.onnx", "decoder_int8.onnx",
+        "bundle.json", "labels.json", "README.md", "parity", "student_int8.onnx", "decoder_int8.onnx",
     }  # fmt: skip
     assert exported.manifest.precisions == ("int8",)
     assert "in int8" in (target / "README.md").read_text()

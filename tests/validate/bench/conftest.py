@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ddexport.runtime.errors import DDError
 from ddexport.validate.bench.case import Job
 from ddexport.validate.bench.plan import Request

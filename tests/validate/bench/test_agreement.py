@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ddexport.runtime.manifest import read_manifest
+from msgspec import structs
+
+from ddexport.runtime.bundle import read_manifest
 from ddexport.validate.bench.agreement import Agreement, Judge, limits_of, worst_of
 from ddexport.validate.bench.case import REFERENCE, Job, inputs
 from ddexport.validate.bench.outputs import Outputs
@@ -142,8 +144,8 @@ def test_other_shapes_are_a_fault(judge_of):
 
 def test_limits_that_are_not_whole_are_none(manifest):
     parity = {"fp32": {"token_margin": 1.0}, "bf16": "much"}
-    assert limits_of(dataclasses.replace(manifest, parity=parity), "fp32") is None
-    assert limits_of(dataclasses.replace(manifest, parity=parity), "bf16") is None
+    assert limits_of(structs.replace(manifest, parity=parity), "fp32") is None
+    assert limits_of(structs.replace(manifest, parity=parity), "bf16") is None
     assert limits_of(manifest, "fp32").image_max == 2
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from functools import partial
@@ -11,13 +10,15 @@ from pathlib import Path
 import onnx
 import pytest
 from click.testing import CliRunner
+from msgspec import structs
+from onnx import numpy_helper
+
+from ddexport.runtime.bundle import file_info, read_manifest
 from ddexport.runtime.machine import Machine
-from ddexport.runtime.manifest import file_info, read_manifest
 from ddexport.runtime.measured import read_measured
 from ddexport.validate.bench import run as running
 from ddexport.validate.bench.cli import command
 from ddexport.validate.bench.page import END, START
-from onnx import numpy_helper
 
 KEYS = {
     "model", "backend", "precision", "batch", "steps", "student_ms", "decoder_ms", "total_ms", "images_per_s",
@@ -54,7 +55,7 @@ def damage(bundle: Path, role: str, factor: float) -> None:
     manifest = json.loads((bundle / "bundle.json").read_text())
     for graph in manifest["graphs"]:
         if graph["file"] == path.name:
-            graph["files"] = [dataclasses.asdict(file_info(path, bundle))]
+            graph["files"] = [structs.asdict(file_info(path, bundle))]
     (bundle / "bundle.json").write_text(json.dumps(manifest))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from ddexport.validate.bench.case import Times
 from ddexport.validate.bench.figures import part_ms, percentiles, speedup
 from ddexport.validate.bench.rounds import Sample
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 times = st.lists(st.floats(1e-4, 1e3), min_size=3, max_size=12)
 few = settings(max_examples=25)

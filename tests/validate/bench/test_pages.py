@@ -6,13 +6,14 @@ import dataclasses
 import math
 
 import pytest
+from PIL import Image
+
 from ddexport.runtime.errors import DDError, OutputError
 from ddexport.validate.bench.page import END, START, address, block, check_page, marks_of, update
 from ddexport.validate.bench.peak import Peak
 from ddexport.validate.bench.plot import write_plot
 from ddexport.validate.bench.rows import Environment, Row, best_rows
 from ddexport.validate.bench.table import parity_grid, ratio, remarks, times_grid, work_line
-from PIL import Image
 
 PEAKS = {(2, "fp32"): Peak("fp32", 430.4, "numpy"), (2, "int8"): Peak("int8", None, why="no engine")}
 WORK = {"student": 600e9, "decoder": 402e9, "total": 1002e9}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
+
+from ddexport.families._checkpoint import connect, random_part
+from ddexport.recipe import load_recipe
 from ddexport.runtime.errors import DDError
 from ddexport.validate.bench.published import published_step
 from ddexport.validate.bench.torch_ways import PublishedWay, TorchWay
 from ddexport.validate.reference import TorchReference
-
-from ddexport.families._checkpoint import connect, random_part
-from ddexport.recipe import load_recipe
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -53,6 +53,7 @@ def test_all_ways_of_pytorch_take_and_give_the_same(name):
         pass
 
     Manifest.recipe, Manifest.name = recipe.to_dict(), recipe.name
+    Manifest.parity, Manifest.licence, Manifest.published = Manifest.recipe["parity"], {}, {}
     noise = torch.randn(2, size.length, size.width, generator=torch.Generator().manual_seed(1)).numpy()
     feeds = {
         "tokens": noise,
@@ -74,4 +75,4 @@ def test_all_ways_of_pytorch_take_and_give_the_same(name):
 def test_a_family_without_one_says_so():
     recipe, student, _ = parts("var-dd-small")
     with pytest.raises(DDError, match="no published sampler"):
-        published_step(dataclasses.replace(recipe, family="other"), student)
+        published_step(structs.replace(recipe, family="other"), student)

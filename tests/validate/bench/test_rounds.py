@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+
 from ddexport.validate.bench.case import Times
 from ddexport.validate.bench.rounds import LONG, MOST_ROUNDS, Contender, Sample, interleave, least_rounds
 

@@ -7,8 +7,9 @@ import itertools
 
 import numpy as np
 import pytest
+
+from ddexport.runtime.bundle import read_manifest
 from ddexport.runtime.machine import Machine
-from ddexport.runtime.manifest import read_manifest
 from ddexport.validate.bench import remember
 from ddexport.validate.bench.peak import Peak
 from ddexport.validate.bench.plan import make_plan

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from ddexport.validate.bench.case import Job
 from ddexport.validate.bench.memory import peak_mib, reset_peak
 from ddexport.validate.bench.peak import PRECISIONS, Peak, best_of, fastest, rates_of

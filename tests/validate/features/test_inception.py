@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from ddexport.validate.features._base import FeatureError, load_extractor
 from ddexport.validate.features._inception_network import FidInception, prepare_half_pixel, prepare_tf1
 from ddexport.validate.features._inception_weights import WRAPPED, load_weights, random_state

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import linalg
+
 from ddexport.runtime.errors import DDError
 from ddexport.validate.bootstrap import figure
 from ddexport.validate.metrics.frechet import FrechetTo, frechet_distance, gaussian_fit
 from ddexport.validate.statistics import Gaussian, GroupedMoments, TooFewSamples
-from scipy import linalg
 
 
 def gaussian(count, width=5, seed=0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from ddexport.validate.metrics.inception_score import ScoreSums, inception_score
 from ddexport.validate.statistics import TooFewSamples
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from ddexport.validate.metrics.kernel_distance import kernel_distance, mmd
 from ddexport.validate.statistics import TooFewSamples
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from prdc import compute_prdc
+
 from ddexport.validate.metrics.precision_recall import coverage, precision_recall, squared_distances
 from ddexport.validate.statistics import TooFewSamples
-from prdc import compute_prdc
 
 
 def gaussian(count, width=5, seed=0):

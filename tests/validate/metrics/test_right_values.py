@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from ddexport.runtime.teacher import Choice
 from ddexport.validate.metrics import images
 from ddexport.validate.metrics._base import ImagePair, Limits, TeacherPair

@@ -8,6 +8,8 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from ddexport.validate.metrics.tokens import margins
 from ddexport.validate.page.evidence import (
     MAX_SIDE,
@@ -20,8 +22,6 @@ from ddexport.validate.page.evidence import (
     samples_of,
     worst_cases,
 )
-from PIL import Image
-
 from tests.validate.toys import compare
 
 
@@ -124,15 +124,15 @@ def test_infinite_errors_survive_json(toy, four_images):
     [
         (lambda data: data.pop("margins"), "margins"),
         (lambda data: data.update(schema=2), "schema"),
-        (lambda data: data.update(images=-1), "count"),
-        (lambda data: data.update(compared="many"), "count"),
+        (lambda data: data.update(images=-1), "images"),
+        (lambda data: data.update(compared="many"), "compared"),
         (lambda data: data["margins"].update(low=5, high=5), "axis"),
-        (lambda data: data["margins"].update(counts=[]), "axis"),
-        (lambda data: data["margins"].update(low="nan"), "axis"),
-        (lambda data: data["worst"][0].update(bundle="not base64!"), "picture"),
+        (lambda data: data["margins"].update(counts=[]), "counts"),
+        (lambda data: data["margins"].update(low="nan"), "low"),
+        (lambda data: data["worst"][0].update(bundle="not base64!"), "bundle"),
         (lambda data: data["worst"][0].update(bundle=base64.b64encode(b"<svg/>").decode()), "picture"),
         (lambda data: data["samples"].update({"1": [{"label": 0}]}), "picture"),
-        (lambda data: data.update(samples=[]), "items"),
+        (lambda data: data.update(samples=[]), "samples"),
         (lambda data: data.update(mismatches=[{}]), "scope"),
     ],
 )

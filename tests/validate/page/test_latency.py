@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+
 from ddexport.validate.page.latency import Latency, latencies, measure
 
 ROW = {"model": "m", "backend": "openvino", "precision": "bf16", "batch": 4, "steps": 2, "total_ms": 8.0}

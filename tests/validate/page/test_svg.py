@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+
 from ddexport.validate.page.evidence import Histogram, Mismatch
 from ddexport.validate.page.svg import LEFT, RIGHT, Point, against_passes, against_steps, closeness
 

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ddexport.validate.bench.published import Step
-
     from ddexport.families.llamagen_dd import LlamaGenStudent
     from ddexport.recipe import Recipe
+    from ddexport.validate.bench.published import Step
 
 
 def literal_step(

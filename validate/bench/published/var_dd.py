@@ -18,9 +18,8 @@ from ddexport.families._var_blocks import Conditioning, NoiseDataRows
 from ddexport.families.var_dd import VarStudent
 
 if TYPE_CHECKING:
-    from ddexport.validate.bench.published import Step
-
     from ddexport.recipe import Recipe
+    from ddexport.validate.bench.published import Step
 
 
 def literal_step(

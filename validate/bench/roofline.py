@@ -1,15 +1,23 @@
-"""What this machine multiplies at its best: the largest rate of a square matrix product, by precision.
+"""How much arithmetic an image takes, and how much this machine does at its best.
 
-The best over the installed engines that can multiply: numpy, PyTorch, ONNX Runtime, OpenVINO. It is the roof
-that every row's own rate is held against, so it is measured in the same run, with the same threads.
+The peak is the largest rate of a square matrix product, by precision: the best over the installed engines
+that can multiply. It is the roof that every row's own rate is held against, so it is measured in the same
+run, with the same threads.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ddexport.runtime.bundle import TEACHER, Manifest, Schedule
+from ddexport.runtime.errors import BundleError
 
 Product = Callable[[], Any]
 SIZE = 2048
@@ -19,51 +27,78 @@ PRECISIONS = ("fp32", "bf16", "int8")
 
 @dataclass(frozen=True)
 class Peak:
-    """gflops: the largest rate, by which engine; None with the reason if nothing could be measured."""
+    """gflops: the largest rate, by which engine; None with the obstacle if nothing could be measured."""
 
     precision: str
     gflops: float | None
     engine: str = ""
-    why: str = ""
+    obstacle: str = ""
 
 
-class PeakSession:
-    """A worker's session that measures one engine: see `bench/worker.py`. Each has a process of its
-    own, because the libraries of several do not always go together."""
+Peaks: TypeAlias = Mapping[tuple[int, str], Peak]  # by threads and precision
 
-    def __init__(self, engine: str, threads: int) -> None:
-        self._engine, self._threads = engine, threads
-        self.hello = {"version": "", "provider": None}
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The engine's rate in every precision."""
-        return {"peaks": [asdict(peak) for peak in rates_of(self._engine, self._threads)]}
+def flops_of(
+    root: Path, manifest: Manifest, schedule: Schedule, precision: str | None = None
+) -> dict[str, float]:
+    """Operations of one image by part, and in all. Raises CountError.
+
+    precision: of the graphs to count; the bundle's first where it is None, or has not all of the graphs. A
+    teacher's products with its cache count the whole length of the cache, as the graph computes them.
+    """
+    parts: dict[str, float] = {}
+
+    def file(role: str, split: int | None = None) -> Path:
+        try:
+            return root / manifest.graph(role, precision, split).file
+        except BundleError:
+            return root / manifest.graph(role, None, split).file
+
+    if schedule.known:
+        parts["student"] = len(schedule.known) * _flops(file("student", schedule.split), (("batch", 1),))
+    span, teacher = schedule.teacher, manifest.teacher
+    if span is not None and teacher is not None:
+        filled, total = 0, 0
+        for _, end in teacher.steps(span):
+            sizes = (("batch", 1), ("new", end - filled), ("capacity", span.end))
+            total, filled = total + _flops(file(TEACHER), sizes), end
+        parts[TEACHER] = total
+    parts["decoder"] = _flops(file("decoder"), (("batch", 1),))
+    return {**parts, "total": sum(parts.values())}
+
+
+@cache
+def _flops(file: Path, sizes: tuple[tuple[str, int], ...]) -> int:
+    from ddexport.graph.flops import count
+
+    flops: int = count(file, dict(sizes)).flops
+    return flops
 
 
 def rates_of(engine: str, threads: int, size: int = SIZE, seconds: float = SECONDS) -> list[Peak]:
-    """The rate of one engine in each of `PRECISIONS`, or why it has none."""
-    found = []
+    """The rate of one engine in each of `PRECISIONS`, or what stands in its way."""
+    peaks = []
     for precision in PRECISIONS:
         try:
             product = ENGINES[engine](precision, size, threads)
             if product is None:
-                found.append(Peak(precision, None, engine, f"{engine} does not multiply in it"))
+                peaks.append(Peak(precision, None, engine, f"{engine} does not multiply in it"))
             else:
-                rate = 2 * size**3 / fastest(product, seconds) / 1e9
-                found.append(Peak(precision, rate, engine))
-        except Exception as error:  # an engine that lacks a kernel, or is missing, says so in its own way
+                peaks.append(Peak(precision, 2 * size**3 / fastest(product, seconds) / 1e9, engine))
+        except Exception as error:  # an engine that lacks a kernel, or is missing, says so in its own words
             text = str(error).strip() or type(error).__name__
-            found.append(Peak(precision, None, engine, f"{engine}: {text.splitlines()[0][:120]}"))
-    return found
+            peaks.append(Peak(precision, None, engine, f"{engine}: {text.splitlines()[0][:120]}"))
+    return peaks
 
 
-def best_of(found: Iterable[Peak], precision: str) -> Peak:
-    """The largest rate in a precision; without any, all reasons."""
-    own = [peak for peak in found if peak.precision == precision]
+def best_of(peaks: Iterable[Peak], precision: str) -> Peak:
+    """The largest rate in a precision; without any, all obstacles."""
+    own = [peak for peak in peaks if peak.precision == precision]
     able = [peak for peak in own if peak.gflops is not None]
     if able:
         return max(able, key=lambda peak: peak.gflops or 0.0)
-    return Peak(precision, None, why="; ".join(peak.why for peak in own) or "no engine was tried")
+    obstacles = "; ".join(peak.obstacle for peak in own)
+    return Peak(precision, None, obstacle=obstacles or "no engine was tried")
 
 
 def fastest(product: Product, seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
@@ -79,8 +114,6 @@ def fastest(product: Product, seconds: float, clock: Callable[[], float] = time.
 
 def _numpy(precision: str, size: int, threads: int) -> Product | None:
     """By the threads that its environment says: numpy cannot be told."""
-    import numpy as np
-
     if precision != "fp32":
         return None
     first, second = _matrices(size)
@@ -104,7 +137,7 @@ def _onnxruntime(precision: str, size: int, threads: int) -> Product | None:
     import onnxruntime
 
     if precision == "bf16":
-        return None  # its processor kernels have none
+        return None  # its kernels for CPUs have none
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -121,11 +154,10 @@ def _openvino(precision: str, size: int, threads: int) -> Product | None:
     core = openvino.Core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return None
-    hint = openvino.Type.bf16 if precision == "bf16" else openvino.Type.f32
     settings = {
-        openvino.properties.hint.inference_precision(): hint,
-        openvino.properties.inference_num_threads(): threads,
-        openvino.properties.hint.performance_mode(): openvino.properties.hint.PerformanceMode.LATENCY,
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
     }
     model = core.read_model(_graph(precision, size).SerializeToString(), b"")
     request = core.compile_model(model, "CPU", settings).create_infer_request()
@@ -142,10 +174,7 @@ ENGINES: dict[str, Callable[[str, int, int], Product | None]] = {
 
 
 def _matrices(size: int) -> tuple[Any, Any]:
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    first, second = generator.standard_normal((2, size, size), dtype=np.float32)
+    first, second = np.random.default_rng(0).standard_normal((2, size, size), dtype=np.float32)
     return first, second
 
 
@@ -154,28 +183,24 @@ def _graph(precision: str, size: int) -> Any:
 
     Its rate counts the time of quantising x, some percent: it is what a graph can reach.
     """
-    import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
     weight = _matrices(size)[1]
-    shape = [size, size]
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("x", "y")]
-    if precision != "int8":
-        nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
-        stored = [numpy_helper.from_array(weight, "w")]
-    else:
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in ("x", "y")]
+    nodes, stored = [helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": weight}
+    if precision == "int8":
         nodes = [
             helper.make_node("QuantizeLinear", ["x", "scale", "middle"], ["xq"]),
             helper.make_node("DequantizeLinear", ["xq", "scale", "middle"], ["xd"]),
             helper.make_node("DequantizeLinear", ["wq", "scale", "zero"], ["wd"]),
             helper.make_node("MatMul", ["xd", "wd"], ["y"]),
         ]
-        quantised = np.clip(np.rint(weight / 0.04), -127, 127).astype(np.int8)
-        stored = [
-            numpy_helper.from_array(quantised, "wq"),
-            numpy_helper.from_array(np.float32(0.04), "scale"),
-            numpy_helper.from_array(np.uint8(128), "middle"),
-            numpy_helper.from_array(np.int8(0), "zero"),
-        ]
-    graph = helper.make_graph(nodes, "product", ends[:1], ends[1:], stored)
+        stored = {
+            "wq": np.clip(np.rint(weight / 0.04), -127, 127).astype(np.int8),
+            "scale": np.float32(0.04),
+            "middle": np.uint8(128),
+            "zero": np.int8(0),
+        }
+    arrays = [numpy_helper.from_array(np.asarray(array), name) for name, array in stored.items()]
+    graph = helper.make_graph(nodes, "product", ends[:1], ends[1:], arrays)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)

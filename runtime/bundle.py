@@ -1,0 +1,410 @@
+"""The manifest `bundle.json`, which is where the runtime has every number from. Format: docs/bundle.md."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+
+from ddexport.runtime.errors import BundleError, ScheduleError
+from ddexport.runtime.records import Natural, Positive, Record, convert, read_json, to_json
+
+SCHEMA = 2
+FILE_NAME = "bundle.json"
+TEACHER = "teacher"
+ROLES = ("student", "decoder")  # what every precision of a bundle has
+DAMAGED = "The bundle is damaged or incomplete: copy it again, or export it again."
+SHOWN_STARTS = 20
+
+
+class TensorSpec(NamedTuple):
+    """An input or output of a graph; a dimension that is a name, such as `batch`, is dynamic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class FileInfo(Record, frozen=True, kw_only=True):
+    """A file of the bundle: POSIX path relative to the bundle, SHA-256 in hex, size."""
+
+    file: str
+    sha256: str
+    bytes: Natural
+
+
+class SequenceSize(Record, frozen=True, kw_only=True):
+    """L positions of width Cv; the first `split` are entries of a codebook of V."""
+
+    length: Positive
+    width: Positive
+    codebook: Positive
+    split: Positive
+
+
+class ImageSize(Record, frozen=True, kw_only=True):
+    height: Positive
+    width: Positive
+    channels: Positive
+
+
+class Span(Record, frozen=True, kw_only=True):
+    """The positions from `start` to `end` (not included) that the teacher generates."""
+
+    start: Natural
+    end: Natural
+
+
+class Schedule(Record, frozen=True, kw_only=True):
+    """For each student step `known`, the number of leading positions that hold data and pass through.
+
+    split: positions before it are codebook entries; None is the manifest's own. teacher: what the teacher
+    generates, before the last student step, or to the end where it is the last of all.
+    """
+
+    known: tuple[Natural, ...]
+    split: Positive | None = None
+    teacher: Span | None = None
+
+    def with_teacher_start(self, teacher: Teacher | None, start: int) -> Schedule:
+        """The schedule with a teacher that starts at another position. Raises ScheduleError if it cannot."""
+        if self.teacher is None or teacher is None:
+            raise ScheduleError(
+                "teacher_start is for schedules that involve the teacher", "Choose other steps."
+            )
+        starts = [number for number in teacher.starts if number < self.teacher.end]
+        if start not in starts:
+            have = ", ".join(map(str, starts)) if len(starts) <= SHOWN_STARTS else f"0 to {starts[-1]}"
+            raise ScheduleError(f"the teacher cannot start at position {start}", f"It can start at: {have}.")
+        after = self.known[-1:] if self.teacher.end in self.known else ()
+        span = Span(start=start, end=self.teacher.end)
+        return Schedule(known=((0,) if start else ()) + after, split=self.split, teacher=span)
+
+
+class Teacher(Record, frozen=True, kw_only=True):
+    """The auto-regressive model in a bundle, and how its tokens are chosen unless a request says otherwise.
+
+    starts: where its AR steps start, and the length. layers, heads, head_width: of its key-value cache.
+    guidance: `rising` from 0 in the first AR step to `cfg` in the last one, or `constant` at `cfg` - 1.
+    top_k, top_p, temperature: which tokens can be drawn. codebook: npy, float32 (V, Cv).
+    """
+
+    starts: tuple[Natural, ...]
+    layers: Positive
+    heads: Positive
+    head_width: Positive
+    guidance: Literal["rising", "constant"]
+    cfg: Annotated[float, msgspec.Meta(ge=0)]
+    top_k: Positive
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    temperature: Annotated[float, msgspec.Meta(gt=0)]
+    codebook: FileInfo
+
+    def steps(self, span: Span) -> list[tuple[int, int]]:
+        """The AR steps of a span, each by its first position and the one after its last."""
+        inside = [start for start in self.starts if span.start <= start <= span.end]
+        return list(itertools.pairwise(inside))
+
+    def guidance_scale(self, start: int, cfg: float) -> float:
+        """The g of logits c + g (c - u) in the AR step that starts at position `start`.
+
+        Source: VAR (arXiv 2404.02905) counts from no guidance and lets it rise with the scale; LlamaGen
+        (arXiv 2406.06525) calls no guidance 1.
+        """
+        if self.guidance == "constant":
+            return max(cfg - 1.0, 0.0)
+        return cfg * self.starts.index(start) / max(len(self.starts) - 2, 1)
+
+
+class Graph(Record, frozen=True, kw_only=True):
+    """One graph in one precision; `files` lists `file` itself and its external data.
+
+    split: of a student whose split is not the manifest's. keep_fp32: patterns of the modules that stayed
+    float32 in a half graph.
+    """
+
+    role: Literal["student", "decoder", "teacher"]
+    precision: str
+    file: str
+    files: tuple[FileInfo, ...]
+    split: Positive | None = None
+    keep_fp32: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hex over the contents of the graph and its external data."""
+        content = "".join(f"{info.sha256} {info.bytes}\n" for info in self.files)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+class Source(Record, frozen=True, kw_only=True):
+    """A checkpoint file that a part was made from; `weights` names the copy in it, such as `ema`."""
+
+    role: str
+    file: str
+    sha256: str
+    bytes: Natural
+    weights: str | None = None
+
+
+class Weights(Record, frozen=True, kw_only=True):
+    """Where the weights come from: `checkpoint`, `embedded`, or `random` with its seed."""
+
+    kind: Literal["checkpoint", "embedded", "random"]
+    seed: int | None = None
+    files: tuple[Source, ...] = ()
+
+
+class Manifest(Record, frozen=True, kw_only=True, dict=True):
+    """All of bundle.json. `licence` to `tools` are carried as data, but for the limits in `parity`.
+
+    recipe: what the bundle was exported from, without the keys that stand here.
+    """
+
+    schema: int
+    name: str
+    title: str
+    created: str
+    sequence: SequenceSize
+    image: ImageSize
+    classes: Positive
+    labels: FileInfo
+    schedules: Mapping[int, Schedule]
+    teacher: Teacher | None = None
+    graphs: tuple[Graph, ...]
+    weights: Weights
+    licence: Mapping[str, Any]
+    published: Mapping[str, Any]
+    parity: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    tools: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the manifest contradicts itself."""
+        length = self.sequence.length
+        if self.sequence.split > length:
+            raise ValueError(f"sequence.split is {self.sequence.split}, past the length {length}")
+        if not self.schedules:
+            raise ValueError("schedules is empty")
+        starts = self.teacher.starts if self.teacher else ()
+        if self.teacher and not (starts[:1] == (0,) and starts[-1:] == (length,) and _rises(starts)):
+            raise ValueError(f"teacher.starts must rise from 0 to {length}, but is {list(starts)}")
+        for steps, schedule in self.schedules.items():
+            if fault := schedule_fault(steps, schedule, length, starts):
+                raise ValueError(f"schedules.{steps}{fault}")
+        for number, graph in enumerate(self.graphs):
+            other = graph.role == "student" and graph.split != self.sequence.split
+            if graph.split is not None and not other:
+                raise ValueError(f"graphs[{number}].split is for students of another split than the sequence")
+            if graph.file not in [info.file for info in graph.files]:
+                raise ValueError(f"graphs[{number}].files does not list {graph.file}")
+        if len(self._index) < len(self.graphs):
+            raise ValueError("graphs lists one role and precision twice")
+        if not self.precisions:
+            raise ValueError(f"graphs needs a {' and a '.join(ROLES)} in one precision")
+        splits = {schedule.split for schedule in self.schedules.values()} - {self.sequence.split, None}
+        needed = [("student", split) for split in sorted(splits, key=str)]
+        for role, split in needed + ([(TEACHER, None)] if self.teacher else []):
+            if (role, split, self.precisions[0]) not in self._index:
+                of = f" of split {split}" if split else ""
+                raise ValueError(f"graphs lacks the {role}{of} in {self.precisions[0]}, which schedules need")
+
+    @cached_property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions that have a student and a decoder, in the manifest's order."""
+        found = dict.fromkeys(graph.precision for graph in self.graphs)
+        return tuple(p for p in found if all((role, None, p) in self._index for role in ROLES))
+
+    @cached_property
+    def _index(self) -> dict[tuple[str, int | None, str], Graph]:
+        return {(graph.role, graph.split, graph.precision): graph for graph in self.graphs}
+
+    def graph(self, role: str, precision: str | None = None, split: int | None = None) -> Graph:
+        """The graph of a role, of the student with that split; without a precision, that of the first one.
+
+        BundleError if there is none.
+        """
+        if role != "student" or split == self.sequence.split:
+            split = None
+        wanted = precision or self.precisions[0]
+        graph = self._index.get((role, split, wanted))
+        if graph is None:
+            have = ", ".join(p for r, s, p in self._index if (r, s) == (role, split))
+            what = role if split is None else f"{role} of split {split}"
+            raise BundleError(
+                f"bundle {self.name} has no {what} in precision {wanted}", f"It has: {have or 'none'}."
+            )
+        return graph
+
+    def tensors(self, graph: Graph) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """The inputs and outputs that a graph must have; see `contract`."""
+        return contract(graph.role, self.sequence, self.image, self.teacher, graph.split)
+
+    def schedule(self, steps: int | str | None = None) -> Schedule:
+        """The schedule of so many steps, the shortest without a number, all from the teacher for "teacher".
+
+        ScheduleError if there is none.
+        """
+        if steps is None:
+            return self.schedules[min(self.schedules)]
+        if steps == TEACHER and self.teacher is not None:
+            return Schedule(known=(), teacher=Span(start=0, end=self.sequence.length))
+        if isinstance(steps, (bool, str)) or steps not in self.schedules:
+            have = ", ".join([str(n) for n in sorted(self.schedules)] + ([TEACHER] if self.teacher else []))
+            raise ScheduleError(f"{self.name} has no schedule of {steps} steps", f"It can draw in: {have}.")
+        return self.schedules[steps]
+
+    def number_of_steps(self, schedule: Schedule) -> int:
+        """Student steps and the teacher's AR steps together."""
+        span = schedule.teacher
+        return len(schedule.known) + (len(self.teacher.steps(span)) if self.teacher and span else 0)
+
+    def files(self) -> tuple[FileInfo, ...]:
+        """Every file of the bundle that the runtime may open, each once."""
+        listed = [self.labels, *(info for graph in self.graphs for info in graph.files)]
+        return tuple(dict.fromkeys(listed + ([self.teacher.codebook] if self.teacher else [])))
+
+    def to_json(self) -> str:
+        """The text of bundle.json."""
+        return to_json(self)
+
+
+def schedule_fault(steps: int, schedule: Schedule, length: int, starts: tuple[int, ...] | None) -> str:
+    """What is wrong with a schedule that is said to have so many steps, as `.key must ...`; "" if nothing.
+
+    starts: where the teacher's AR steps start, and the length; () without a teacher, None if not known yet.
+    """
+    known, split, span = schedule.known, schedule.split, schedule.teacher
+    if split is not None and not 1 <= split <= length:
+        return f".split must be from 1 to {length}, but is {split}"
+    if span is None:
+        whole = len(known) == steps and known[:1] == (0,) and _rises(known) and known[-1] < length
+        rule = f".known must be {steps} rising numbers from 0 to below {length}, but is {list(known)}"
+        return "" if whole else rule
+    if starts == ():
+        return " involves a teacher, and there is none"
+    ends = {span.start, span.end}
+    if not (span.start < span.end <= length and (starts is None or ends <= set(starts))):
+        return f".teacher must go from one AR step's start to a later one's, not {span.start} to {span.end}"
+    wanted = ((0,) if span.start else ()) + ((span.end,) if span.end < length else ())
+    if known != wanted:
+        return f".known must be {list(wanted)} around that teacher, but is {list(known)}"
+    count = len(known) + starts.index(span.end) - starts.index(span.start) if starts else steps
+    return "" if count == steps else f" has {count} steps: call it {count}"
+
+
+def contract(
+    role: str,
+    sequence: SequenceSize,
+    image: ImageSize,
+    teacher: Teacher | None = None,
+    split: int | None = None,
+) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs and outputs that docs/bundle.md promises for a role; the same in every precision.
+
+    teacher: needed for its role. split: of a student whose split is not that of `sequence`.
+    """
+    latent = TensorSpec("sequence", "float32", ("batch", sequence.length, sequence.width))
+    batch: tuple[int | str, ...] = ("batch",)
+    label = TensorSpec("label", "int64", batch)
+    if role == "student":
+        codes = split or sequence.split
+        return (latent._replace(name="latents"), label, TensorSpec("known", "int64", batch)), (
+            latent,
+            TensorSpec("tokens", "int64", ("batch", codes)),
+            TensorSpec("logits", "float32", ("batch", codes, sequence.codebook)),
+        )
+    if role == "decoder":
+        shape = ("batch", image.channels, image.height, image.width)
+        return (latent,), (TensorSpec("image", "float32", shape),)
+    assert teacher is not None  # `Manifest` has seen to it
+    names = [f"{what}_{layer}" for layer in range(teacher.layers) for what in ("key", "value")]
+    # 2: the conditional and the unconditional rows of classifier-free guidance.
+    cache = (2, "batch", teacher.heads, "capacity", teacher.head_width)
+    fresh = (2, "batch", teacher.heads, "new", teacher.head_width)
+    return (
+        TensorSpec("tokens", "int64", ("batch", sequence.length)),
+        label,
+        TensorSpec("positions", "int64", ("new",)),
+        TensorSpec("guidance", "float32", batch),
+        TensorSpec("filled", "int64", (1,)),
+        *(TensorSpec(name, "float32", cache) for name in names),
+    ), (
+        TensorSpec("logits", "float32", ("batch", "new", sequence.codebook)),
+        *(TensorSpec(f"new_{name}", "float32", fresh) for name in names),
+    )
+
+
+def read_manifest(directory: str | Path, verify: bool = True) -> Manifest:
+    """Reads and checks the manifest of a bundle directory.
+
+    Paths, presence and sizes of the files are always checked; `verify` also compares every SHA-256.
+    Raises BundleError, which names the key or the file.
+    """
+    root = Path(directory)
+    path = root / FILE_NAME
+    if not path.is_file():
+        what = "has no bundle.json" if root.is_dir() else "is no directory" if root.exists() else "not found"
+        raise BundleError(
+            f"not a bundle: {root} {what}", "Make one with: ddexport onnx --model NAME -o DIRECTORY"
+        )
+    content = read_json(path)
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if isinstance(schema, int) and schema != SCHEMA:
+        remedy = "Upgrade: pip install --upgrade ddexport" if schema > SCHEMA else "Export the model again."
+        raise BundleError(f"the bundle has schema {schema}, and this runtime reads {SCHEMA}", remedy)
+    manifest = convert(Manifest, content, FILE_NAME, hint=DAMAGED)
+    for info in manifest.files():
+        _check_file(root, info, verify)
+    return manifest
+
+
+def resolve(root: Path, file: str) -> Path:
+    """The path of a file of the bundle. BundleError if it leaves the bundle, through a link as well."""
+    pure = PurePosixPath(file)
+    path = root / pure
+    inside = path.resolve().is_relative_to(root.resolve())
+    if not file or pure.is_absolute() or ".." in pure.parts or "\\" in file or ":" in file or not inside:
+        raise BundleError(
+            f"bundle.json names a path outside the bundle: {file!r}",
+            "A bundle may only name files in its own directory; do not trust this one.",
+        )
+    return path
+
+
+def file_info(path: Path, root: Path) -> FileInfo:
+    """Describes `path`, which lies in `root`, reading it in pieces."""
+    name = path.relative_to(root).as_posix()
+    return FileInfo(file=name, sha256=sha256_of(path), bytes=path.stat().st_size)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hex, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_file(root: Path, info: FileInfo, verify: bool) -> None:
+    try:
+        path = resolve(root, info.file)
+        size = path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError):  # no file can have this name
+        size = None
+    if size is None:
+        raise BundleError(f"the bundle {root} lacks its file {info.file!r}", DAMAGED)
+    if size != info.bytes:
+        raise BundleError(f"{info.file} has {size} bytes, but bundle.json says {info.bytes}", DAMAGED)
+    if verify and sha256_of(path) != info.sha256:
+        raise BundleError(f"the SHA-256 of {info.file} is not the one in bundle.json", DAMAGED)
+
+
+def _rises(numbers: tuple[int, ...]) -> bool:
+    return all(before < after for before, after in itertools.pairwise(numbers))

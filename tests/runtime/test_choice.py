@@ -1,0 +1,222 @@
+"""What `auto` takes and why: the order of preference, saved benchmarks, and nothing by itself that draws
+something else than the bundle's first precision."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ddexport import runtime
+from ddexport.runtime import backends
+from ddexport.runtime.backends import (
+    CPU,
+    CUDA,
+    ENGINE,
+    OTHER,
+    SAVED,
+    UNSUPPORTED,
+    Configuration,
+    _saved,
+    checked_device,
+    choose,
+    configurations,
+)
+from ddexport.runtime.bundle import read_manifest
+from ddexport.runtime.errors import BackendError
+from ddexport.runtime.machine import Cpu, gpu_fault, version_of
+
+GPU_ENGINE = Configuration("tensorrt", "cuda:0", "fp16", "fp16", ENGINE, folder="rtx")
+ON_CUDA = Configuration("onnxruntime", "cuda:0", "fp32", "fp32", CUDA)
+ON_CPU = Configuration("onnxruntime", "cpu", "fp32", "fp32", CPU)
+OPENVINO = Configuration("openvino", "cpu", "fp32", "fp32", OTHER)
+HOPPER = Configuration("tensorrt", "cuda:0", "fp32", "fp32", UNSUPPORTED, folder="old")
+EVERYTHING = [HOPPER, OPENVINO, ON_CPU, ON_CUDA, GPU_ENGINE]
+
+
+@pytest.fixture
+def there_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Configuration]], None]:
+    """Says what the engines can do here; they are plug-ins, known by their files alone."""
+
+    def say(made_up: list[Configuration]) -> None:
+        def engine(name: str) -> Any:
+            mine = [configuration for configuration in made_up if configuration.backend == name]
+            return SimpleNamespace(configurations=lambda root, manifest, precision, device: mine)
+
+        monkeypatch.setattr(backends, "plugins", lambda package: sorted({c.backend for c in made_up}))
+        monkeypatch.setattr(backends, "backend_class", engine)
+
+    return say
+
+
+def save(root: Path, **milliseconds: float) -> Path:
+    return _saved.save(root, read_manifest(root, verify=False), milliseconds)
+
+
+def taken(root: Path, *asked: Any) -> Configuration:
+    return choose(root, read_manifest(root, verify=False), *asked)
+
+
+def test_the_order_of_preference(bundle: Path, there_is: Any) -> None:
+    """Each is taken when all before it cannot run."""
+    save(bundle, openvino=2.0, onnxruntime=3.0)
+    order = [GPU_ENGINE, ON_CUDA, replace(OPENVINO, rank=SAVED), ON_CPU, HOPPER]
+    for number, wanted in enumerate(order):
+        before = [(c.backend, c.device, c.precision) for c in order[:number]]
+        there_is(
+            [
+                replace(c, obstacle="it is broken") if (c.backend, c.device, c.precision) in before else c
+                for c in EVERYTHING
+            ]
+        )
+        assert replace(taken(bundle), note="") == wanted
+    (bundle / _saved.FILE).unlink()
+    there_is(EVERYTHING)
+    ordered = configurations(bundle, read_manifest(bundle))
+    assert ordered == [GPU_ENGINE, ON_CUDA, ON_CPU, OPENVINO, HOPPER]
+
+
+def test_every_reason_is_given_when_nothing_can_run(bundle: Path, there_is: Any) -> None:
+    there_is([replace(c, obstacle=f"reason {number}") for number, c in enumerate(EVERYTHING)])
+    with pytest.raises(BackendError, match="no engine here can run toy in fp32: ") as caught:
+        taken(bundle, "auto", "fp32")
+    reasons = [f"{c}: reason {number}" for number, c in enumerate(EVERYTHING)]
+    assert all(reason in caught.value.message for reason in reasons)
+    assert "tensorrt, cuda:0, fp16, rtx: reason 4" in reasons
+    assert "fp32" in caught.value.hint and "doctor" in caught.value.hint
+
+
+def test_a_benchmark_is_followed_on_this_cpu_with_this_engine_and_these_graphs_alone(
+    bundle: Path, there_is: Any, replace_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there_is([OPENVINO, ON_CPU])
+    assert taken(bundle) == ON_CPU
+    assert save(bundle, openvino=2.0, onnxruntime=3.0).name == "bench.json"
+    chosen = taken(bundle)
+    assert (chosen.backend, chosen.rank) == ("openvino", SAVED)
+    assert "2 ms" in chosen.note
+    cpu = _saved.cpu()
+    for other in (Cpu("Toy EPYC", cpu.cores), Cpu(cpu.name, cpu.cores + 1)):
+        monkeypatch.setattr(_saved, "cpu", lambda other=other: other)
+        assert taken(bundle) == ON_CPU
+    monkeypatch.setattr(_saved, "cpu", lambda: cpu)
+    for newer in ("2099.1", None):
+        monkeypatch.setattr(
+            _saved, "version_of", lambda name, newer=newer: newer if name == "openvino" else "1"
+        )
+        assert taken(bundle) == ON_CPU
+    monkeypatch.setattr(_saved, "version_of", version_of)
+    assert taken(bundle).backend == "openvino"
+    replace_file("student.onnx", (bundle / "student.onnx").read_bytes() + b"\0")
+    assert taken(bundle) == ON_CPU
+
+
+def test_a_newer_time_takes_the_place_of_the_older_and_the_others_stay(bundle: Path, there_is: Any) -> None:
+    there_is([OPENVINO, ON_CPU])
+    save(bundle, openvino=2.0, onnxruntime=3.0)
+    save(bundle, onnxruntime=float(np.median([1.0, 2.0])))
+    assert (taken(bundle).backend, taken(bundle).rank) == ("onnxruntime", SAVED)
+    save(bundle, onnxruntime=9.0)
+    assert taken(bundle).backend == "openvino"
+    assert (bundle / _saved.FILE).read_text().count("milliseconds") == 2
+
+
+def test_a_benchmark_says_nothing_of_another_precision(bundle: Path, add_precision: Any) -> None:
+    """One of int8 would change what a seed draws; the graphs of the first are the ones it was made with."""
+    add_precision(bundle, "int8")
+    save(bundle, openvino=0.1)
+    assert (taken(bundle).backend, taken(bundle).precision) == ("openvino", "fp32")
+    assert taken(bundle, "auto", "fp32").rank == SAVED
+    chosen = taken(bundle, "auto", "int8")
+    assert (chosen.backend, chosen.precision, chosen.graphs, chosen.rank) == (
+        "onnxruntime",
+        "int8",
+        "int8",
+        CPU,
+    )
+
+
+def test_the_first_precision_unless_another_is_named(bundle: Path, add_precision: Any) -> None:
+    for precision in ("fp16", "int8"):
+        add_precision(bundle, precision, first=precision == "fp16")
+    assert read_manifest(bundle).precisions == ("fp16", "fp32", "int8")
+    for asked, precision in ((None, "fp16"), ("int8", "int8")):
+        with runtime.load(bundle, precision=asked) as pipe:
+            assert pipe.precision == precision
+    manifest = read_manifest(bundle)
+    assert {c.precision for c in configurations(bundle, manifest) if c.backend != "tensorrt"} == {"fp16"}
+
+
+DAMAGED = [b"{", b"[]x", b'[{"cpu": 1}]', b'{"times": []}', b"\xff", b"[" * 10**5]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_benchmark_is_left_aside(
+    bundle: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    (bundle / _saved.FILE).write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert taken(bundle).backend == "onnxruntime"
+    assert "bench.json is left aside" in caplog.text
+    save(bundle, openvino=1.0)  # and written anew
+    assert taken(bundle).backend == "openvino"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_or_a_link_in_its_place_is_not_read(bundle: Path, tmp_path: Path) -> None:
+    os.mkfifo(bundle / _saved.FILE)
+    assert taken(bundle).backend == "onnxruntime"
+    save(bundle, openvino=1.0).rename(tmp_path / "outside.json")
+    (bundle / _saved.FILE).symlink_to(tmp_path / "outside.json")
+    assert taken(bundle).backend == "onnxruntime"
+
+
+def test_devices(shared_bundle: Path) -> None:
+    names = {None: None, "cpu": "cpu", "cuda": "cuda:0", "cuda:0": "cuda:0", "cuda:12": "cuda:12"}
+    assert {name: checked_device(name) for name in names} == names
+    for name in ("rocm", "cpu:0", "cuda:", "cuda:x", "cuda:-1", "gpu"):
+        if name != "cuda:":
+            with pytest.raises(BackendError, match="there is no device"):
+                runtime.load(shared_bundle, device=name)
+    assert (ON_CPU.gpu, replace(ON_CUDA, device="cuda:3").gpu) == (0, 3)
+
+
+@pytest.mark.skipif(not gpu_fault(0), reason="this machine has a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_machine_without_a_gpu_says_so(shared_bundle: Path, device: str) -> None:
+    """And what to install; the CPU is not taken in its place."""
+    with pytest.raises(BackendError, match=f"onnxruntime, cuda:{device[5:] or 0}, fp32: ") as caught:
+        runtime.load(shared_bundle, device=device)
+    assert 'pip install "ddexport[gpu]"' in caught.value.message
+    assert "openvino" not in caught.value.message
+    with pytest.raises(BackendError, match="does not run on cuda:0"):
+        runtime.load(shared_bundle, "openvino", device="cuda")
+    with pytest.raises(BackendError, match="does not run on cpu"):
+        runtime.load(shared_bundle, "tensorrt", device="cpu")
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime", "openvino"])
+def test_without_any_engine_it_says_which_line_to_type(
+    shared_bundle: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base install brings none, because two of them overwrite each other's files."""
+    for module in ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, module, None)
+    extra = "openvino" if backend == "openvino" else "cpu"
+    with pytest.raises(BackendError, match="no engine here can run toy") as caught:
+        runtime.load(shared_bundle, backend)
+    assert f'pip install "ddexport[{extra}]"' in caught.value.message
+
+
+def test_an_unknown_engine_lists_those_there_are(shared_bundle: Path) -> None:
+    with pytest.raises(BackendError, match="'onnxruntme'") as caught:
+        runtime.load(shared_bundle, "onnxruntme")
+    assert caught.value.hint == "Did you mean onnxruntime? There is: onnxruntime, openvino, tensorrt."
