@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -12,6 +15,8 @@ import click
 import pytest
 
 ROOT = Path(__file__).parents[1]
+BESIDE = ("runtime", "validate", "recipes")  # folders that lie beside ddexport/, and are imported from it
+Lint = Callable[[Path], subprocess.CompletedProcess[str]]
 HEAVY = {
     "PIL", "matplotlib", "mlxtend", "numpy", "onnx", "onnxruntime", "onnxscript", "pandas", "safetensors",
     "scipy", "sklearn", "torch", "yaml",
@@ -26,33 +31,75 @@ def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def lint_imports(*arguments: object) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def lint_imports(tmp_path_factory: pytest.TempPathFactory) -> Lint:
+    """lint_imports(config): in a tree of links as `make lint` has it, for it does not follow `__path__`."""
     program = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
     assert program, "lint-imports is in the dev extra"
-    return subprocess.run(
-        [program, "--no-logo", "--no-cache", *map(str, arguments)],
-        capture_output=True, text=True, cwd=ROOT, timeout=120, check=False,
-    )  # fmt: skip
+    tree = tmp_path_factory.mktemp("lint")
+    (tree / "ddexport").mkdir()
+    for path in (*(ROOT / "ddexport").iterdir(), *(ROOT / name for name in BESIDE)):
+        (tree / "ddexport" / path.name).symlink_to(path)
+
+    def run(config: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [program, "--no-logo", "--no-cache", "--config", str(config)],
+            capture_output=True, text=True, cwd=tree, timeout=120, check=False,
+        )  # fmt: skip
+
+    return run
 
 
 class TestArrow:
-    def test_the_contracts_of_the_project_hold(self) -> None:
+    def test_the_contracts_of_the_project_hold(self, lint_imports: Lint) -> None:
         """`runtime` <- `ddexport` <- `validate`, and a runtime without torch."""
-        done = lint_imports()
-        assert done.returncode == 0, done.stdout
+        done = lint_imports(ROOT / "pyproject.toml")
+        assert done.returncode == 0, done.stdout + done.stderr
         assert "3 kept, 0 broken" in done.stdout
 
-    def test_they_would_break(self, tmp_path: Path) -> None:
+    def test_they_would_break(self, lint_imports: Lint, tmp_path: Path) -> None:
         """The checker sees the project's imports: the arrow turned round is refused."""
         config = tmp_path / "reversed.toml"
         config.write_text(
-            '[tool.importlinter]\nroot_packages = ["runtime", "ddexport", "validate"]\n'
+            '[tool.importlinter]\nroot_packages = ["ddexport"]\n'
             '[[tool.importlinter.contracts]]\nname = "reversed"\ntype = "layers"\n'
-            'layers = ["runtime", "ddexport", "validate"]\n'
+            'containers = ["ddexport"]\nlayers = ["runtime", "graph", "validate"]\n'
         )
-        done = lint_imports("--config", config)
+        done = lint_imports(config)
         assert done.returncode == 1
         assert "reversed BROKEN" in done.stdout
+        for importer, imported in (("validate", "graph"), ("validate", "runtime"), ("graph", "runtime")):
+            assert f"ddexport.{importer} is not allowed to import ddexport.{imported}" in done.stdout
+
+
+class TestOneName:
+    """In site-packages there is `ddexport` alone: others have a `runtime` and a `validate` of their own."""
+
+    def test_the_wheel_has_every_package(self) -> None:
+        """A folder that is not listed would be missing in the wheel, though a checkout has it."""
+        config = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        listed = re.search(r"^\[tool\.setuptools\]\npackages = (\[.*?\])", config, re.M | re.S)
+        assert listed
+        folders = [
+            path.parent.relative_to(ROOT).parts
+            for top in ("ddexport", *BESIDE) for path in (ROOT / top).rglob("__init__.py")
+        ]  # fmt: skip
+        names = [".".join(parts if parts[0] == "ddexport" else ("ddexport", *parts)) for parts in folders]
+        assert sorted(ast.literal_eval(listed[1])) == sorted(names)
+        for name in BESIDE:
+            assert f'"ddexport.{name}" = "{name}"' in config
+
+    def test_nothing_is_imported_by_a_short_name(self) -> None:
+        """It would be a second copy: an error that is caught under one name is not the other's."""
+        short = re.compile(rf"^\s*(?:from|import)\s+(?:{'|'.join(BESIDE)})\b.*", re.M)
+        assert short.search("    from runtime.errors import DDError") and short.search("import validate")
+        assert not short.search("from ddexport.runtime import load") and not short.search("import runtimes")
+        lines = {
+            f"{path.relative_to(ROOT)}: {line.strip()}"
+            for top in ("ddexport", "tests", *BESIDE) for path in (ROOT / top).rglob("*.py")
+            for line in short.findall(path.read_text(encoding="utf-8"))
+        }  # fmt: skip
+        assert lines == set()
 
 
 def command_modules() -> list[str]:
@@ -68,8 +115,8 @@ def command_lines() -> list[tuple[str, ...]]:
             return [words]
         context = click.Context(command)
         names = command.list_commands(context)
-        found = [(name, command.get_command(context, name)) for name in names]
-        return [words, *(line for name, each in found if each for line in walk(each, (*words, name)))]
+        below = [(name, command.get_command(context, name)) for name in names]
+        return [words, *(line for name, sub in below if sub for line in walk(sub, (*words, name)))]
 
     return walk(main, ())
 
@@ -79,7 +126,8 @@ SHOW_HEAVY = "\nimport sys; print(sorted({name.partition('.')[0] for name in sys
 
 class TestImports:
     @pytest.mark.parametrize(
-        "module", ["runtime", "ddexport", "validate", "ddexport.cli", *command_modules()]
+        "module",
+        ["ddexport", "ddexport.runtime", "ddexport.validate", "ddexport.cli", *command_modules()],
     )
     def test_nothing_heavy(self, module: str) -> None:
         done = python(f"import {module}{SHOW_HEAVY}")

@@ -29,10 +29,12 @@ def registered(package: str) -> list[str]:
 
 def section(package: str) -> str:
     """The part of the page about the plug-ins of a package: its heading names the folder."""
+    folder = package.replace(".", "/")
+    folder = folder if (ROOT / folder).is_dir() else folder.removeprefix("ddexport/")
     parts = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.M)
-    found = [part for part in parts if f"`{package.replace('.', '/')}/" in part.splitlines()[0]]
-    assert len(found) == 1, f"docs/plugins.md needs one heading that names {package}"
-    return found[0]
+    named = [part for part in parts if f"`{folder}/" in part.splitlines()[0]]
+    assert len(named) == 1, f"docs/plugins.md needs one heading that names {folder}/"
+    return named[0]
 
 
 def rows(package: str) -> list[str]:

@@ -38,8 +38,7 @@ def save(root: Path, manifest: Manifest, milliseconds: dict[str, float]) -> Path
     machine, graphs = _this_cpu(), _digest(manifest)
     kept = [t for t in _read(root) if (t.cpu, t.backend) not in {(machine, name) for name in milliseconds}]
     for name, time in milliseconds.items():
-        version = version_of(name) or ""
-        kept.append(Time(cpu=machine, backend=name, version=version, graphs=graphs, milliseconds=time))
+        kept.append(Time(cpu=machine, backend=name, version=_version(name), graphs=graphs, milliseconds=time))
     with atomic_write(root / FILE) as stream:
         stream.write(to_json(kept).encode())
     return root / FILE
@@ -54,19 +53,23 @@ def fastest(root: Path, manifest: Manifest) -> tuple[str, float] | None:
     times = [
         (time.milliseconds, time.backend)
         for time in _read(root)
-        if (time.cpu, time.graphs, time.version) == (machine, graphs, version_of(time.backend))
+        if (time.cpu, time.graphs, time.version) == (machine, graphs, _version(time.backend))
     ]
     return min(times)[::-1] if times else None
 
 
 def _read(root: Path) -> list[Time]:
-    if not (root / FILE).exists():
+    if not (root / FILE).is_file():
         return []
     try:
         return convert(list[Time], read_json(resolve(root, FILE)), FILE)
     except DDError as error:
         logger.warning("%s is left aside: %s", root / FILE, error)
         return []
+
+
+def _version(backend: str) -> str:
+    return version_of(backend) or version_of(f"{backend}-gpu") or ""
 
 
 def _this_cpu() -> str:

@@ -91,7 +91,10 @@ def test_tokens_that_are_not_those_of_the_logits_fail(planted: Planted, parity: 
             "schedules.2.known is [0, 6]",
         ),
         (faults.in_manifest(lambda m: m["parity"]["fp32"].update(token_margin=9)), "token_margin is 9"),
-        (faults.in_manifest(lambda m: m["sequence"].update(split=m["sequence"]["split"] + 1)), "damaged"),
+        (
+            faults.in_manifest(lambda m: m["sequence"].update(split=m["sequence"]["split"] + 1)),
+            "sequence.split is",
+        ),
     ],
     ids=["rolled codebook", "swapped codebook", "labels", "known", "limits", "split"],
 )

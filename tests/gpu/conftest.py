@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ddexport.runtime.fit import RTX_TARGETS
-from ddexport.runtime.machine import Machine
+from ddexport.runtime import machine
+from ddexport.runtime.engines import MODULES, RTX_CAPABILITIES
+from ddexport.runtime.machine import Gpu, import_fault
 
 HOW = "on a machine with an NVIDIA GPU, run: tests/gpu/run_all.sh"
 PREPARED = "DDEXPORT_GPU_BUNDLES"
@@ -23,32 +24,30 @@ PROFILE = (2, 4, 8)
 
 
 @pytest.fixture(scope="session")
-def gpu_machine() -> Machine:
-    """This machine, if it has a GPU that can be used."""
-    machine = Machine()
-    if machine.cuda_problem:
-        pytest.skip(f"{machine.cuda_problem}; {HOW}")
-    return machine
+def real_gpu() -> Gpu:
+    """The GPU of this machine, if it can be used."""
+    if fault := machine.gpu_fault(0):
+        pytest.skip(f"{fault}; {HOW}")
+    return machine.cuda().gpus[0]
 
 
 @pytest.fixture(scope="session")
-def engine_backend(gpu_machine: Machine) -> str:
+def engine_backend(real_gpu: Gpu) -> str:
     """The package to build with: TensorRT-RTX where it has engines for this GPU, else full TensorRT.
 
     The environment may name one, to try what NVIDIA does not promise.
     """
     if named := os.environ.get(BACKEND):
         return named
-    rtx = gpu_machine.engine_packages["tensorrt-rtx"]
-    if not rtx.problem and gpu_machine.gpus[0].capability in RTX_TARGETS:
+    if real_gpu.capability in RTX_CAPABILITIES and not import_fault(MODULES["tensorrt-rtx"], "tensorrt-rtx"):
         return "tensorrt-rtx"
-    if problem := gpu_machine.engine_packages["tensorrt"].problem:
-        pytest.skip(f"TensorRT-RTX has no engines for {gpu_machine.gpus[0].name}, and {problem}; {HOW}")
+    if fault := import_fault(MODULES["tensorrt"], "tensorrt"):
+        pytest.skip(f"TensorRT-RTX has no engines for {real_gpu.name}, and {fault}; {HOW}")
     return "tensorrt"
 
 
 @pytest.fixture(scope="session")
-def graph_bundle(gpu_machine: Machine, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def graph_bundle(real_gpu: Gpu, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The bundle of a model, with graphs in every precision."""
     folder = tmp_path_factory.mktemp("gpu")
 

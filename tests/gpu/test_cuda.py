@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
-from ddexport.runtime.backends._cuda import CudaDevice, CudaError, host_view
-from ddexport.runtime.machine import Machine
+from ddexport.runtime.backends._cuda import CudaDevice, CudaStream, host_view
+from ddexport.runtime.errors import BackendError
+from ddexport.runtime.machine import Gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -16,61 +19,76 @@ SIZE = 1 << 20
 
 
 @pytest.fixture
-def device(gpu_machine: Machine) -> CudaDevice:
-    return CudaDevice(gpu_machine.gpus[0].index)
+def gpu(real_gpu: Gpu) -> Iterator[CudaStream]:
+    stream = CudaStream(real_gpu.index)
+    yield stream
+    stream.close()
 
 
-@pytest.fixture
-def stream(device: CudaDevice) -> Iterator[int]:
-    made = device.new_stream()
-    yield made
-    device.free_stream(made)
-
-
-def test_what_goes_up_comes_down(device: CudaDevice, stream: int) -> None:
+def test_what_goes_up_comes_down(gpu: CudaStream) -> None:
     """Plainly, and by a recorded graph that sees what the host memory holds when it is replayed."""
-    source, target, memory = device.allocate_host(SIZE), device.allocate_host(SIZE), device.allocate(SIZE)
+    source, target, memory = gpu.allocate_host(SIZE), gpu.allocate_host(SIZE), gpu.allocate(SIZE)
 
     def there_and_back() -> None:
-        device.upload(memory, source, SIZE, stream)
-        device.download(target, memory, SIZE, stream)
+        gpu.upload(memory, source, SIZE)
+        gpu.download(target, memory, SIZE)
 
-    graph = device.record(there_and_back, stream)
+    graph = gpu.record(there_and_back)
     rng = np.random.default_rng(0)
-    for run in (there_and_back, lambda: device.replay(graph, stream), lambda: device.replay(graph, stream)):
+    for run in (there_and_back, lambda: gpu.replay(graph), lambda: gpu.replay(graph)):
         host_view(source, SIZE)[:] = rng.integers(0, 256, SIZE, dtype=np.uint8)
         host_view(target, SIZE)[:] = 0
         run()
-        device.wait(stream)
+        gpu.wait()
         np.testing.assert_array_equal(host_view(target, SIZE), host_view(source, SIZE))
-    device.free_graph(graph)
-    device.free(memory)
-    device.free_host(source)
-    device.free_host(target)
+    gpu.free_graph(graph)
+    gpu.free(memory)
+    gpu.free_host(source)
+    gpu.free_host(target)
 
 
-def test_a_broken_recording_leaves_the_stream_usable(device: CudaDevice, stream: int) -> None:
+def test_rows_are_copied_within_the_device(gpu: CudaStream) -> None:
+    """As a teacher's cache is appended to: 3 rows of 4 bytes into rows of 10."""
+    source, target, host = gpu.allocate(12), gpu.allocate(30), gpu.allocate_host(30)
+    view = host_view(host, 30)
+    view[:] = np.arange(30)
+    gpu.upload(source, host, 12)
+    gpu.upload(target, host, 30)
+    gpu.wait()
+    gpu.copy_rows(target + 2, 10, source, 4, 4, 3)
+    gpu.download(host, target, 30)
+    gpu.wait()
+    want = np.arange(30, dtype=np.uint8).reshape(3, 10)
+    want[:, 2:6] = np.arange(12).reshape(3, 4)
+    np.testing.assert_array_equal(view.reshape(3, 10), want)
+    for address in (source, target):
+        gpu.free(address)
+    gpu.free_host(host)
+
+
+def test_a_broken_recording_leaves_the_stream_usable(gpu: CudaStream) -> None:
     """Waiting is forbidden while recording, and breaks it."""
-    memory, host = device.allocate(SIZE), device.allocate_host(SIZE)
-    with pytest.raises(CudaError, match="cudaStreamSynchronize failed"):
-        device.record(lambda: device.wait(stream), stream)
-    device.upload(memory, host, SIZE, stream)
-    device.wait(stream)
-    device.free(memory)
-    device.free_host(host)
+    memory, host = gpu.allocate(SIZE), gpu.allocate_host(SIZE)
+    with pytest.raises(BackendError, match="cudaStreamSynchronize failed"):
+        gpu.record(gpu.wait)
+    gpu.upload(memory, host, SIZE)
+    gpu.wait()
+    gpu.free(memory)
+    gpu.free_host(host)
 
 
-def test_errors_have_names(device: CudaDevice) -> None:
-    with pytest.raises(CudaError, match=r"cudaMalloc failed: .*\(cudaErrorMemoryAllocation\)"):
-        device.allocate(1 << 50)
-    with pytest.raises(CudaError, match=r"cudaSetDevice failed: .*\(cudaErrorInvalidDevice\)"):
+def test_errors_have_names(gpu: CudaStream) -> None:
+    with pytest.raises(BackendError, match=r"cudaMalloc failed: .*\(cudaErrorMemoryAllocation\)"):
+        gpu.allocate(1 << 50)
+    with pytest.raises(BackendError, match=r"cudaSetDevice failed: .*\(cudaErrorInvalidDevice\)"):
         CudaDevice(999)
 
 
-def test_memory_is_given_back(device: CudaDevice) -> None:
-    before = device.free_memory()
-    held = [device.allocate(64 << 20) for _ in range(4)]
-    assert before - device.free_memory() >= 256 << 20
-    for address in held:
-        device.free(address)
-    assert before - device.free_memory() < 16 << 20
+def test_memory_is_given_back(gpu: CudaStream) -> None:
+    cuda: Any = importlib.import_module("cuda.bindings.runtime")
+    before = cuda.cudaMemGetInfo()[1]
+    addresses = [gpu.allocate(64 << 20) for _ in range(4)]
+    assert before - cuda.cudaMemGetInfo()[1] >= 256 << 20
+    for address in addresses:
+        gpu.free(address)
+    assert before - cuda.cudaMemGetInfo()[1] < 16 << 20

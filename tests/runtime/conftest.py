@@ -6,8 +6,8 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,7 @@ def add_precision(root: Path, precision: str, first: bool = False) -> None:
     def edit(content: dict[str, Any]) -> None:
         more = []
         for graph in content["graphs"]:
-            if graph["role"] != TEACHER:
+            if graph["precision"] == "fp32" and graph["role"] != TEACHER:
                 file = graph["file"].replace(".onnx", f"_{precision}.onnx")
                 shutil.copyfile(root / graph["file"], root / file)
                 files = [graph["files"][0] | {"file": file}]
@@ -163,9 +163,11 @@ _spec.loader.exec_module(_toy_teacher)
 
 
 @pytest.fixture(scope="session")
-def toy_teacher() -> Any:
-    """The module `toy_teacher.py`."""
-    return _toy_teacher
+def toy() -> Any:
+    """The functions of this module that change a bundle, and the module `toy_teacher.py`."""
+    return SimpleNamespace(
+        put_file=put_file, add_precision=add_precision, change=change_manifest, teacher=_toy_teacher
+    )
 
 
 @pytest.fixture(scope="session")
@@ -197,24 +199,6 @@ def teacher_bundle(shared_teacher_bundle: Path, tmp_path: Path) -> Path:
 def random_bundle(tmp_path: Path) -> Path:
     """The toy bundle, saying that its weights are random."""
     return write_bundle(tmp_path / "random", Weights(kind="random", seed=7))
-
-
-@pytest.fixture
-def replace_file(bundle: Path) -> Callable[[str, bytes], None]:
-    """Gives a file of the copy another content, which the manifest then agrees with."""
-    return partial(put_file, bundle)
-
-
-@pytest.fixture(name="add_precision")
-def _add_precision() -> Callable[..., None]:
-    """The function `add_precision`."""
-    return add_precision
-
-
-@pytest.fixture(name="change_manifest")
-def _change_manifest() -> Callable[[Path, Edit], None]:
-    """The function `change_manifest`."""
-    return change_manifest
 
 
 def rename_input(model: onnx.ModelProto) -> None:

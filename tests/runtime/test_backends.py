@@ -1,114 +1,188 @@
-"""An engine is checked on the way in and on the way out, and says what to install if it is missing."""
+"""An engine is checked on the way in and on the way out, opens a graph once, and lets go of everything."""
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import sys
-from collections.abc import Callable
+import ctypes
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from ddexport import runtime
-from ddexport.runtime.backends._base import Arrays, Backend
-from ddexport.runtime.backends.onnxruntime import OnnxRuntime
-from ddexport.runtime.bundle import read_manifest
+from ddexport.runtime.backends import Arrays, Backend, Configuration, open_backend
+from ddexport.runtime.backends import onnxruntime as module
+from ddexport.runtime.backends.onnxruntime import DeviceCache, OnnxRuntime, run_bound
+from ddexport.runtime.bundle import Graph, Span, read_manifest
 from ddexport.runtime.errors import BackendError
-from ddexport.runtime.options import Options
-from ddexport.runtime.selection import Candidate
+from ddexport.runtime.teacher import HostCache, Sampling, by_uniforms, generate
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+ON_CPU = Configuration("onnxruntime", "cpu", "fp32", "fp32", 0)
 
 
 class Echo(Backend):
     """Computes nothing: returns what the test has put into `answer`."""
 
+    name = "echo"
     answer: dict[str, Any]
-    opened = closed = 0
+    fails: str = ""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.opened, self.closed = list[str](), list[str]()
 
     @classmethod
-    def available(cls) -> str | None:
-        return None
-
-    @classmethod
-    def candidates(cls, *arguments: Any) -> list[Candidate]:
+    def configurations(cls, *arguments: Any) -> list[Configuration]:
         return []
 
-    def _open_impl(self) -> None:
-        self.opened += 1
+    def _open(self, graph: Graph, closing: ExitStack) -> str:
+        time.sleep(0.05)
+        self.opened.append(graph.file)
+        closing.callback(self._let_go, graph.file)
+        if self.fails == f"open {graph.file}":
+            raise BackendError(self.fails)
+        return graph.file
 
-    def _close_impl(self) -> None:
-        self.closed += 1
+    def _let_go(self, file: str) -> None:
+        self.closed.append(file)
+        if self.fails == f"close {file}":
+            raise RuntimeError(self.fails)
 
-    def _run_impl(self, role: str, feeds: Arrays) -> Arrays:
-        return self.answer
+    def _run(self, session: Any, feeds: Arrays, names: Sequence[str]) -> Arrays:
+        return {name: self.answer[name] for name in self.answer if name in names or name == "more"}
 
 
 def feeds(batch: int = 2) -> dict[str, Any]:
-    return {
-        "tokens": np.zeros((batch, 6, 4), np.float32),
-        "label": np.zeros(batch, np.int64),
-        "known": np.zeros(batch, np.int64),
-    }
+    numbers = np.zeros(batch, np.int64)
+    return {"latents": np.zeros((batch, 6, 4), np.float32), "label": numbers, "known": numbers}
 
 
-def answer(batch: int = 2) -> dict[str, Any]:
-    return {"sequence": np.zeros((batch, 6, 4), np.float32), "logits": np.zeros((batch, 2, 5), np.float32)}
-
-
-def graphs(bundle: Path) -> dict[str, Any]:
-    manifest = read_manifest(bundle, verify=False)
-    return {role: manifest.graph(role) for role in ("student", "decoder")}
+@pytest.fixture
+def graphs(shared_bundle: Path) -> dict[str, Graph]:
+    return {graph.role: graph for graph in read_manifest(shared_bundle).graphs}
 
 
 @pytest.fixture
 def echo(shared_bundle: Path) -> Echo:
-    backend = Echo(shared_bundle, graphs(shared_bundle))
-    backend.answer = answer()
+    backend = Echo(shared_bundle, read_manifest(shared_bundle), ON_CPU)
+    logits, tokens = np.zeros((2, 2, 5), np.float32), np.zeros((2, 2), np.int64)
+    backend.answer = {"sequence": np.zeros((2, 6, 4), np.float32), "tokens": tokens, "logits": logits}
     return backend
 
 
-WRONG_FEEDS: list[tuple[dict[str, Any], str]] = [
-    ({"extra": np.zeros(2)}, "inputs of student.onnx are tokens, label, known, but are given as"),
-    ({"label": np.zeros(2, np.int32)}, "label must be int64, but is int32"),
-    ({"tokens": np.zeros((2, 6, 4))}, "tokens must be float32, but is float64"),
-    ({"tokens": np.zeros((2, 5, 4), np.float32)}, "shape ['batch', 6, 4], but has [2, 5, 4]"),
-    ({"label": np.zeros((2, 1), np.int64)}, "label must have shape ['batch'], but has [2, 1]"),
-    ({"known": np.zeros(3, np.int64)}, "but has [3] where batch is 2"),
-]
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"extra": np.zeros(2)}, "given as latents, label, known, extra"),
+        ({"label": np.zeros(2, np.int32)}, "label must be int64 ['batch'], but is int32 [2]"),
+        ({"latents": np.zeros((2, 6, 4))}, "latents must be float32 ['batch', 6, 4], but is float64"),
+        ({"latents": np.zeros((2, 5, 4), np.float32)}, "but is float32 [2, 5, 4]"),
+        ({"label": np.zeros((2, 1), np.int64)}, "but is int64 [2, 1]"),
+        ({"known": np.zeros(3, np.int64)}, "but is int64 [3] where batch is 2"),
+    ],
+)
+def test_inputs_are_checked(echo: Echo, graphs: Any, change: dict[str, Any], named: str) -> None:
+    """Before anything is opened."""
+    with pytest.raises(BackendError) as caught:
+        echo.run(graphs["student"], feeds() | change)
+    assert "the inputs of student.onnx" in caught.value.message and named in caught.value.message
+    assert echo.opened == []
 
 
-@pytest.mark.parametrize(("change", "message"), WRONG_FEEDS)
-def test_inputs_are_checked(echo: Echo, change: dict[str, Any], message: str) -> None:
-    with echo, pytest.raises(BackendError, match=re.escape(message)):
-        echo.run("student", feeds() | change)
-
-
-WRONG_ANSWERS: list[tuple[dict[str, Any], str]] = [
-    ({"logits": np.zeros((2, 2, 5), np.float16)}, "outputs of student.onnx: logits must be float32"),
-    ({"logits": np.zeros((3, 2, 5), np.float32)}, "but has [3, 2, 5] where batch is 2"),
-    ({"more": np.zeros(1)}, "outputs of student.onnx are sequence, logits"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), WRONG_ANSWERS)
-def test_outputs_are_checked(echo: Echo, change: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            {"logits": np.zeros((2, 2, 5), np.float16)},
+            "logits must be float32 ['batch', 2, 5], but is float16",
+        ),
+        ({"tokens": np.zeros((3, 2), np.int64)}, "but is int64 [3, 2] where batch is 2"),
+        (
+            {"more": np.zeros(1)},
+            "are sequence, tokens, logits, but are given as sequence, tokens, logits, more",
+        ),
+    ],
+)
+def test_outputs_are_checked(echo: Echo, graphs: Any, change: dict[str, Any], named: str) -> None:
     echo.answer |= change
-    with echo, pytest.raises(BackendError, match=re.escape(message)):
-        echo.run("student", feeds())
+    with pytest.raises(BackendError) as caught:
+        echo.run(graphs["student"], feeds())
+    assert "the outputs of student.onnx" in caught.value.message and named in caught.value.message
 
 
-def test_it_opens_and_closes_once(echo: Echo) -> None:
-    with echo:
-        echo.open()
-        assert echo.run("student", feeds())["logits"].shape == (2, 2, 5)
-        with pytest.raises(BackendError, match="no graph for the role 'teacher'"):
-            echo.run("teacher", {})
+def test_outputs_that_are_not_asked_for_are_not_fetched(shared_bundle: Path, graphs: Any) -> None:
+    manifest = read_manifest(shared_bundle)
+    backend = open_backend(shared_bundle, manifest, ON_CPU, 1)
+    assert set(backend.run(graphs["student"], feeds())) == {"sequence", "tokens", "logits"}
+    for names in (("tokens",), ("sequence", "tokens")):
+        assert tuple(backend.run(graphs["student"], feeds(), names)) == names
+
+
+def test_several_threads_open_a_graph_once(echo: Echo, graphs: Any) -> None:
+    threads = [threading.Thread(target=echo.run, args=(graphs["student"], feeds())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert echo.opened == ["student.onnx"]
+
+
+def test_it_closes_everything_even_if_one_part_fails(echo: Echo, graphs: Any) -> None:
+    for graph in graphs.values():
+        echo.open(graph)
+    echo.fails = "close decoder.onnx"
+    with pytest.raises(RuntimeError, match="close decoder"):
+        echo.close()
+    assert echo.closed == ["decoder.onnx", "student.onnx"]
     echo.close()
-    assert (echo.opened, echo.closed) == (1, 1)
-    with pytest.raises(BackendError, match="is closed"):
-        echo.run("student", feeds())
+    with pytest.raises(BackendError, match="echo is closed"):
+        echo.run(graphs["student"], feeds())
+    assert len(echo.opened) == len(echo.closed) == 2
+
+
+def test_a_graph_that_cannot_be_opened_leaves_nothing_behind(echo: Echo, graphs: Any) -> None:
+    echo.fails = "open student.onnx"
+    for _ in range(2):  # it is tried again
+        with pytest.raises(BackendError, match=echo.fails):
+            echo.open(graphs["student"])
+    assert echo.closed == echo.opened == ["student.onnx"] * 2
+
+
+# ONNX Runtime
+
+
+def session_of(root: Path, name: str) -> Any:
+    manifest = read_manifest(root, verify=False)
+    return OnnxRuntime(root, manifest, ON_CPU, 1).open(manifest.graph(name))
+
+
+def test_a_graph_that_is_no_graph(bundle: Path, toy: Any) -> None:
+    toy.put_file(bundle, "decoder.onnx", b"not a graph")
+    with pytest.raises(BackendError, match=r"onnxruntime cannot load decoder\.onnx") as caught:
+        session_of(bundle, "decoder")
+    assert "\n" not in caught.value.message
+
+
+def test_a_graph_that_is_not_the_one_of_the_contract(lying_bundle: Path) -> None:
+    with pytest.raises(BackendError, match=r"inputs of student\.onnx are not those of the contract"):
+        session_of(lying_bundle, "student")
+
+
+def test_a_failure_of_the_engine_is_a_short_message(shared_bundle: Path, graphs: Any) -> None:
+    """A label that the table of the graph lacks: the engine refuses it while it runs."""
+    backend = OnnxRuntime(shared_bundle, read_manifest(shared_bundle), ON_CPU, 1)
+    with pytest.raises(BackendError, match=r"onnxruntime failed on student\.onnx") as caught:
+        backend.run(graphs["student"], feeds() | {"label": np.array([0, 99])})
+    assert "\n" not in caught.value.message
+    assert session_of(shared_bundle, "student")._enable_fallback is False  # nor does it start again elsewhere
 
 
 def test_threads_must_be_positive(shared_bundle: Path) -> None:
@@ -116,38 +190,158 @@ def test_threads_must_be_positive(shared_bundle: Path) -> None:
         runtime.load(shared_bundle, threads=0)
 
 
-def test_an_engine_that_is_not_installed_says_what_to_install(
-    shared_bundle: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_onnxruntime_cannot_do_is_known_before_anything_is_loaded(
+    bundle: Path, toy: Any, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "path", [])
-    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
-    importlib.invalidate_caches()
-    with pytest.raises(BackendError) as caught:
-        OnnxRuntime(shared_bundle, graphs(shared_bundle)).open()
-    assert caught.value.message == "backend onnxruntime cannot be used"
-    assert "pip install onnxruntime" in caught.value.hint
+    toy.add_precision(bundle, "bf16")
+    with pytest.raises(BackendError, match=r"onnxruntime, cpu, bf16: .* no bf16 operators"):
+        runtime.load(bundle, "onnxruntime", precision="bf16")
+    with pytest.raises(BackendError, match="the bundle has no graphs in fp16") as caught:
+        runtime.load(bundle, precision="fp16")
+    assert "fp32, bf16" in caught.value.hint
+    monkeypatch.setattr(module, "version_of", lambda name: "1.31")
+    with pytest.raises(BackendError, match="overwrite each other's files: pip uninstall -y onnxruntime"):
+        runtime.load(bundle, "onnxruntime")
+    assert opened == []
 
 
-def test_an_unknown_engine_lists_those_there_are(shared_bundle: Path) -> None:
-    with pytest.raises(BackendError, match="no backend called 'onnxruntme'") as caught:
-        runtime.load(shared_bundle, backend="onnxruntme")
-    assert "Did you mean onnxruntime?" in caught.value.hint
+# On a GPU: what is asked for is used, or it is an error
 
 
-def test_a_graph_that_is_no_graph(bundle: Path, replace_file: Callable[[str, bytes], None]) -> None:
-    replace_file("decoder.onnx", b"not a graph")
-    with pytest.raises(BackendError, match=r"onnxruntime cannot load decoder\.onnx"):
-        OnnxRuntime(bundle, graphs(bundle)).open()
+def session_on(providers: list[str], **nodes: list[str]) -> Any:
+    """A session that says where it runs its nodes."""
+    parts = [
+        SimpleNamespace(ep_name=name, get_nodes=lambda ops=ops: [SimpleNamespace(op_type=op) for op in ops])
+        for name, ops in nodes.items()
+    ]
+    told = {"get_provider_graph_assignment_info": lambda: parts} if nodes else {}
+    return SimpleNamespace(get_providers=lambda: providers, **told)
 
 
-def test_a_graph_that_is_not_the_one_in_the_manifest(lying_bundle: Path) -> None:
-    with pytest.raises(BackendError, match=r"inputs of student\.onnx are not those that bundle\.json names"):
-        OnnxRuntime(lying_bundle, graphs(lying_bundle)).open()
+def test_nodes_left_to_the_cpu_are_an_error(graphs: Any) -> None:
+    """All but the arithmetic of shapes, which ONNX Runtime keeps there itself."""
+    check, student = module._check_on_gpu, graphs["student"]
+    shapes = ["Shape", "Gather", "Concat", "Cast"]
+    check(session_on([CUDA, CPU], **{CUDA: ["MatMul"], CPU: shapes}), student)
+    check(session_on([CUDA, CPU]), student)  # an ONNX Runtime that does not tell
+    fallen = session_on([CUDA, CPU], **{CUDA: ["MatMul"], CPU: [*shapes, "Conv", "Softmax", "Conv"]})
+    with pytest.raises(BackendError, match=r"leaves nodes of student\.onnx to the CPU: 2 Conv, 1 Softmax"):
+        check(fallen, student)
+    with pytest.raises(BackendError, match=f"could not load {CUDA} and fell back to {CPU}"):
+        check(session_on([CPU]), student)
 
 
-def test_a_failure_of_the_engine_is_a_short_message(shared_bundle: Path) -> None:
-    """A label that the table of the graph lacks: the engine refuses it while it runs."""
-    with OnnxRuntime(shared_bundle, graphs(shared_bundle), Options(threads=1)) as backend:
-        with pytest.raises(BackendError, match=r"onnxruntime failed on student\.onnx") as caught:
-            backend.run("student", feeds() | {"label": np.array([0, 99])})
-        assert "\n" not in caught.value.message
+@pytest.fixture
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """An ONNX Runtime that says it has the CUDA provider, and then runs on the CPU; what it was asked for."""
+    asked: list[dict[str, Any]] = []
+    real = onnxruntime.InferenceSession
+
+    def session(path: Path, options: Any, providers: list[Any]) -> Any:
+        if providers != [CPU]:
+            record = options.get_session_config_entry(module.RECORD_NODES)
+            asked.append({"providers": providers, "record": record})
+        return real(path, options, providers=[CPU])
+
+    def preload() -> None:
+        asked.append({"preloaded": True})
+        print("what ONNX Runtime has to say")  # noqa: T201
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload, raising=False)
+    monkeypatch.setattr(module, "gpu_fault", lambda index: "" if index == 0 else "there is no such GPU")
+    return asked
+
+
+def test_a_silent_fallback_stops_the_load(
+    with_cuda: list[dict[str, Any]], bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where `auto` has chosen the GPU."""
+    for device in ("cuda", None):
+        with pytest.raises(BackendError, match="could not load CUDAExecutionProvider and fell back to CPU"):
+            runtime.load(bundle, device=device)
+    with pytest.raises(BackendError, match="cuda:1, fp32: there is no such GPU"):
+        runtime.load(bundle, device="cuda:1")
+    assert capsys.readouterr().out == ""  # where results go
+    options = (CUDA, {"device_id": "0", "use_tf32": "0"})
+    assert with_cuda[:2] == [{"preloaded": True}, {"providers": [options, CPU], "record": "1"}]
+
+
+def test_real_nodes_on_the_cpu_are_seen(
+    with_cuda: list[dict[str, Any]], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The installed ONNX Runtime's own report, where the provider is there and does not take the nodes."""
+    monkeypatch.setitem(module.PROVIDERS, "cuda", CPU)
+    with pytest.raises(BackendError, match=r"leaves nodes of student\.onnx to the CPU: .*MatMul"):
+        runtime.load(bundle, device="cuda")
+
+
+def copy_rows(target: int, pitch: int, source: int, other: int, width: int, rows: int) -> None:
+    for row in range(rows):
+        ctypes.memmove(target + row * pitch, source + row * other, width)
+
+
+@pytest.mark.parametrize("span", [Span(start=0, end=6), Span(start=1, end=4), Span(start=2, end=6)])
+def test_a_cache_on_a_device_is_that_of_the_host_bit_for_bit(shared_teacher_bundle: Path, span: Span) -> None:
+    """With the CPU as the device: logits, tokens and what the caches hold in the end."""
+    teacher = read_manifest(shared_teacher_bundle).teacher
+    assert teacher is not None
+    session = session_of(shared_teacher_bundle, "teacher")
+    names = [value.name for value in session.get_outputs()]
+    rng = np.random.default_rng(0)
+    numbers, labels, prefix = rng.random((3, 6)), np.array([0, 1, 2]), rng.integers(0, 5, (3, span.start))
+    by_numbers = by_uniforms(numbers, Sampling(guidance_scale=2.0, top_k=4, top_p=0.9, temperature=1.2))
+    results = []
+    for new_cache, run in (
+        (HostCache, lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))),
+        (
+            partial(DeviceCache, kind="cpu", device=0, copy_rows=copy_rows),
+            lambda feeds: run_bound(session, feeds, names, "cpu", 0),
+        ),
+    ):
+        caches, logits = [], []
+
+        def pick(scores: Any, places: slice, logits: Any = logits) -> Any:
+            logits.append(scores.copy())
+            return by_numbers(scores, places)
+
+        def new(*sizes: Any, make: Any = new_cache, caches: Any = caches) -> Any:
+            caches.append(make(*sizes))
+            return caches[0]
+
+        tokens = generate(run, teacher, span, prefix, labels, 2.0, pick, None, new)
+        kept = {n: v if isinstance(v, np.ndarray) else v.numpy() for n, v in caches[0].feeds.items()}
+        results.append((tokens, *logits, kept["key_0"], kept["value_0"]))
+    assert results[0][-1].any()
+    for host, device in zip(*results, strict=True):
+        np.testing.assert_array_equal(host, device)
+
+
+def test_a_pipeline_keeps_its_teachers_cache_on_the_device(
+    with_cuda: list[dict[str, Any]], shared_teacher_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a GPU runs, with arrays of the CPU in its place; only the logits come to the host."""
+    with runtime.load(shared_teacher_bundle, "onnxruntime", 1, device="cpu") as pipe:
+        want = pipe([0, 1, 2], 4, num_images=2, output="numpy")
+    bound: list[Sequence[str]] = []
+
+    def on_cpu(session: Any, feeds: Any, names: Sequence[str], kind: str, device: int) -> Any:
+        bound.append((kind, device, *names))
+        results = run_bound(session, feeds, names, "cpu", device)
+        assert [name for name, value in results.items() if isinstance(value, np.ndarray)] == ["logits"]
+        return results
+
+    gpu = SimpleNamespace(index=0, copy_rows=copy_rows)
+    monkeypatch.setattr("ddexport.runtime.backends._cuda.CudaDevice", lambda index: gpu)
+    monkeypatch.setattr(module, "_check_on_gpu", lambda *arguments: None)
+    monkeypatch.setattr(module, "run_bound", on_cpu)
+    monkeypatch.setattr(
+        module, "DeviceCache", lambda t, n, c, kind, i, copy: DeviceCache(t, n, c, "cpu", i, copy)
+    )
+    with runtime.load(shared_teacher_bundle, "onnxruntime", 1, device="cuda") as pipe:
+        have = pipe([0, 1, 2], 4, num_images=2, output="numpy")
+    assert bound == [("cuda", 0, "logits", "new_key_0", "new_value_0")] * 3
+    np.testing.assert_array_equal(have.images, want.images)
+    for one, other in zip(have.steps, want.steps, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)

@@ -95,7 +95,7 @@ def test_every_reason_is_given_when_nothing_can_run(bundle: Path, there_is: Any)
 
 
 def test_a_benchmark_is_followed_on_this_cpu_with_this_engine_and_these_graphs_alone(
-    bundle: Path, there_is: Any, replace_file: Any, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, there_is: Any, toy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there_is([OPENVINO, ON_CPU])
     assert taken(bundle) == ON_CPU
@@ -115,7 +115,7 @@ def test_a_benchmark_is_followed_on_this_cpu_with_this_engine_and_these_graphs_a
         assert taken(bundle) == ON_CPU
     monkeypatch.setattr(_saved, "version_of", version_of)
     assert taken(bundle).backend == "openvino"
-    replace_file("student.onnx", (bundle / "student.onnx").read_bytes() + b"\0")
+    toy.put_file(bundle, "student.onnx", (bundle / "student.onnx").read_bytes() + b"\0")
     assert taken(bundle) == ON_CPU
 
 
@@ -129,9 +129,9 @@ def test_a_newer_time_takes_the_place_of_the_older_and_the_others_stay(bundle: P
     assert (bundle / _saved.FILE).read_text().count("milliseconds") == 2
 
 
-def test_a_benchmark_says_nothing_of_another_precision(bundle: Path, add_precision: Any) -> None:
+def test_a_benchmark_says_nothing_of_another_precision(bundle: Path, toy: Any) -> None:
     """One of int8 would change what a seed draws; the graphs of the first are the ones it was made with."""
-    add_precision(bundle, "int8")
+    toy.add_precision(bundle, "int8")
     save(bundle, openvino=0.1)
     assert (taken(bundle).backend, taken(bundle).precision) == ("openvino", "fp32")
     assert taken(bundle, "auto", "fp32").rank == SAVED
@@ -144,9 +144,9 @@ def test_a_benchmark_says_nothing_of_another_precision(bundle: Path, add_precisi
     )
 
 
-def test_the_first_precision_unless_another_is_named(bundle: Path, add_precision: Any) -> None:
+def test_the_first_precision_unless_another_is_named(bundle: Path, toy: Any) -> None:
     for precision in ("fp16", "int8"):
-        add_precision(bundle, precision, first=precision == "fp16")
+        toy.add_precision(bundle, precision, first=precision == "fp16")
     assert read_manifest(bundle).precisions == ("fp16", "fp32", "int8")
     for asked, precision in ((None, "fp16"), ("int8", "int8")):
         with runtime.load(bundle, precision=asked) as pipe:
@@ -182,10 +182,9 @@ def test_a_pipe_or_a_link_in_its_place_is_not_read(bundle: Path, tmp_path: Path)
 def test_devices(shared_bundle: Path) -> None:
     names = {None: None, "cpu": "cpu", "cuda": "cuda:0", "cuda:0": "cuda:0", "cuda:12": "cuda:12"}
     assert {name: checked_device(name) for name in names} == names
-    for name in ("rocm", "cpu:0", "cuda:", "cuda:x", "cuda:-1", "gpu"):
-        if name != "cuda:":
-            with pytest.raises(BackendError, match="there is no device"):
-                runtime.load(shared_bundle, device=name)
+    for name in ("rocm", "cpu:0", "cuda:x", "cuda:-1", "gpu"):
+        with pytest.raises(BackendError, match=f"there is no device '{name}'"):
+            runtime.load(shared_bundle, device=name)
     assert (ON_CPU.gpu, replace(ON_CUDA, device="cuda:3").gpu) == (0, 3)
 
 
@@ -197,9 +196,9 @@ def test_a_machine_without_a_gpu_says_so(shared_bundle: Path, device: str) -> No
         runtime.load(shared_bundle, device=device)
     assert 'pip install "ddexport[gpu]"' in caught.value.message
     assert "openvino" not in caught.value.message
-    with pytest.raises(BackendError, match="does not run on cuda:0"):
+    with pytest.raises(BackendError, match="openvino does not run on cuda"):
         runtime.load(shared_bundle, "openvino", device="cuda")
-    with pytest.raises(BackendError, match="does not run on cpu"):
+    with pytest.raises(BackendError, match="tensorrt does not run on cpu"):
         runtime.load(shared_bundle, "tensorrt", device="cpu")
 
 

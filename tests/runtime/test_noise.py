@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddexport.runtime.errors import NoiseError
@@ -64,22 +63,17 @@ def page_code() -> dict[str, Any]:
 def test_philox_gives_the_published_answers(counter: str, key: str, expected: str) -> None:
     low, high = words(key).tolist()
     assert philox4x32(words(counter), low | high << 32).tolist() == words(expected).tolist()
+    assert f"| `{counter}` | `{key}` | `{expected}` |" in PAGE
 
 
 @pytest.mark.parametrize(("seed", "image", "expected"), NOISE)
 def test_golden_numbers(seed: int, image: int, expected: str) -> None:
-    """Up to the last bit of a float32, which another mathematics library may round otherwise."""
+    """Up to the last bit of a float32, which another mathematics library may round otherwise. The page has
+    the same rows."""
     np.testing.assert_array_max_ulp(gaussian_noise(seed, [image], 3, 2).ravel(), bits(expected), maxulp=1)
-
-
-def test_the_page_has_the_vectors_that_are_tested_here() -> None:
-    for counter, key, expected in PHILOX:
-        assert f"| `{counter}` | `{key}` | `{expected}` |" in PAGE
-    for seed, image, expected in NOISE:
-        row = re.search(rf"^\| {seed} \| {image} \| `(.*)` \| `{expected}` \|$", PAGE, re.MULTILINE)
-        assert row
-        numbers = np.array(row.group(1).split(), dtype=np.float32)
-        np.testing.assert_array_equal(numbers, bits(expected))
+    row = re.search(rf"^\| {seed} \| {image} \| `(.*)` \| `{expected}` \|$", PAGE, re.MULTILINE)
+    assert row
+    np.testing.assert_array_equal(np.array(row.group(1).split(), dtype=np.float32), bits(expected))
 
 
 @given(seed=seeds, image=seeds, count=st.integers(1, 23))
@@ -136,6 +130,7 @@ def test_an_image_does_not_depend_on_its_batch(seed: int, images: list[int]) -> 
         np.testing.assert_array_equal(noise, gaussian_noise(seed, [image], 5, 3)[0])
 
 
+@settings(max_examples=10)
 @given(seed=seeds)
 def test_every_bit_of_seed_and_image_matters(seed: int) -> None:
     """64 seeds one bit away, and 64 images one bit away, all differ: no word of key or counter is dropped."""
@@ -179,13 +174,3 @@ def test_it_is_standard_normal_and_uncorrelated() -> None:
 def test_a_wrong_seed_says_so(seed: Any, image: int, text: str) -> None:
     with pytest.raises(NoiseError, match=text):
         gaussian_noise(seed, [image], 2, 2)
-
-
-def test_the_largest_published_image_takes_milliseconds() -> None:
-    """680 positions of width 32; it takes 1 ms, and the limit leaves room for a busy machine."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        gaussian_noise(0, [0], 680, 32)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.05

@@ -26,12 +26,13 @@ class FakeStudent:
 
     def __call__(self, feeds: Any) -> dict[str, Any]:
         self.feeds.append({name: array.copy() for name, array in feeds.items()})
-        tokens, known = feeds["tokens"], feeds["known"][:, None, None]
-        logits = np.sin(tokens[:, : self.split] @ self.weight + feeds["label"][:, None, None] + known)
-        fresh = np.tanh(tokens + known + tokens.mean(axis=1, keepdims=True))
-        fresh[:, : self.split] = self.codebook[logits.argmax(-1)]
-        is_known = np.arange(tokens.shape[1])[None, :, None] < known
-        return {"sequence": np.where(is_known, tokens, fresh).astype(np.float32), "logits": logits}
+        latents, known = feeds["latents"], feeds["known"][:, None, None]
+        logits = np.sin(latents[:, : self.split] @ self.weight + feeds["label"][:, None, None] + known)
+        fresh, tokens = np.tanh(latents + known + latents.mean(axis=1, keepdims=True)), logits.argmax(-1)
+        fresh[:, : self.split] = self.codebook[tokens]
+        is_known = np.arange(latents.shape[1])[None, :, None] < known
+        tokens.flags.writeable = False  # as an engine may hand them out
+        return {"sequence": np.where(is_known, latents, fresh).astype(np.float32), "tokens": tokens}
 
 
 @st.composite
@@ -42,25 +43,25 @@ def cases(draw: DrawFn) -> tuple[FakeStudent, np.ndarray, np.ndarray, Schedule]:
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
     noise = rng.standard_normal((batch, length, width)).astype(np.float32)
     labels = rng.integers(0, 10, batch)
-    return FakeStudent(split, 6, width), noise, labels, Schedule((0, *sorted(later)))
+    return FakeStudent(split, 6, width), noise, labels, Schedule(known=(0, *sorted(later)))
 
 
 @given(cases())
 def test_every_step_gets_kept_positions_then_original_noise(case: Any) -> None:
     student, noise, labels, schedule = case
-    before, counts, began = noise.copy(), [], time.perf_counter()
-    steps = sample(student, noise, labels, schedule, on_pass=counts.append)
+    before, began = noise.copy(), time.perf_counter()
+    steps = sample(student, noise, labels, schedule)
     np.testing.assert_array_equal(noise, before)  # the caller's noise is not written to
     assert len(student.feeds) == len(steps) == len(schedule.known)
-    assert counts == [len(labels)] * len(steps)
+    assert {step.role for step in steps} == {"student"}
     assert 0 < sum(step.seconds for step in steps) < time.perf_counter() - began
     for number, (known, feeds) in enumerate(zip(schedule.known, student.feeds, strict=True)):
         np.testing.assert_array_equal(feeds["label"], labels)
         assert feeds["known"].tolist() == [known] * len(labels)
         assert feeds["known"].dtype == np.int64
-        np.testing.assert_array_equal(feeds["tokens"][:, known:], noise[:, known:])
+        np.testing.assert_array_equal(feeds["latents"][:, known:], noise[:, known:])
         if number:
-            np.testing.assert_array_equal(feeds["tokens"][:, :known], steps[number - 1].sequence[:, :known])
+            np.testing.assert_array_equal(feeds["latents"][:, :known], steps[number - 1].sequence[:, :known])
 
 
 @given(cases())
@@ -90,11 +91,3 @@ def test_images_do_not_see_each_other(case: Any, random: Any) -> None:
         np.testing.assert_array_equal(other.tokens, step.tokens[order])
         np.testing.assert_allclose(other.sequence, step.sequence[order], rtol=1e-6)
         np.testing.assert_array_equal(one.tokens, step.tokens[:1])
-
-
-@given(cases())
-def test_a_longer_schedule_starts_like_the_shorter_one(case: Any) -> None:
-    student, noise, labels, schedule = case
-    one = sample(student, noise, labels, Schedule((0,)))
-    more = sample(student, noise, labels, schedule)
-    np.testing.assert_array_equal(one[0].sequence, more[0].sequence)

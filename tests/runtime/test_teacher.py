@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +11,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
+from msgspec.structs import replace
 
-from ddexport.runtime.bundle import FileInfo, Schedule, Span, read_manifest
+from ddexport.runtime.bundle import Schedule, Span, read_manifest
 from ddexport.runtime.errors import BackendError, BundleError, NoiseError, ScheduleError
 from ddexport.runtime.noise import uniform_numbers
 from ddexport.runtime.teacher import (
     CHUNK,
-    Choice,
+    HostCache,
     Sampling,
-    by_stream,
+    by_uniforms,
     check_uniforms,
-    choice_of,
     choose,
-    draw,
+    generate,
     nearest_codes,
     read_codebook,
+    sampling_of,
     weights,
 )
 
-GREEDY = Choice(cfg=2.0, top_k=1, top_p=1.0, temperature=1.0)
-LARGEST = by_stream(np.zeros((9, 6)), GREEDY)
+
+def sampling(
+    guidance_scale: float = 1.0, top_k: int = 100, top_p: float = 1.0, temperature: float = 1.0
+) -> Sampling:
+    return Sampling(guidance_scale, top_k, top_p, temperature)
 
 
-def literal_weights(logits: np.ndarray, choice: Choice) -> np.ndarray:
+GREEDY = sampling(2.0, top_k=1)
+LARGEST = by_uniforms(np.zeros((9, 6)), GREEDY)
+
+
+def literal_weights(logits: np.ndarray, choice: Sampling) -> np.ndarray:
     """One row, the way the published samplers filter it: sorted, cumulated, cut off."""
     scaled = logits.astype(np.float64) / choice.temperature
     order = np.argsort(-scaled, kind="stable")
@@ -59,14 +65,13 @@ def literal_token(mass: np.ndarray, number: float) -> int:
 
 
 @st.composite
-def cases(draw: DrawFn) -> tuple[np.ndarray, np.ndarray, Choice]:
+def cases(draw: DrawFn) -> tuple[np.ndarray, np.ndarray, Sampling]:
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     shape = (draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(2, 12)))
     logits = (3 * rng.standard_normal(shape)).astype(np.float32)
     if draw(st.booleans()):
         logits = np.rint(logits)  # with ties
-    choice = Choice(
-        cfg=1.0,
+    choice = sampling(
         top_k=draw(st.integers(2, 15)),
         # Not a mass that a set of ties could have to the last bit.
         top_p=draw(st.sampled_from([1.0, 0.951, 0.803, 0.4999, 0.0101])),
@@ -80,8 +85,8 @@ def test_the_filter_is_the_published_one(case: Any) -> None:
     """Against a literal reading, ties included; the largest weight is 1."""
     logits, _, choice = case
     rows = logits.reshape(-1, logits.shape[-1])
-    found = weights(rows, choice)
-    for row, mass in zip(rows, found, strict=True):
+    filtered = weights(rows, choice)
+    for row, mass in zip(rows, filtered, strict=True):
         np.testing.assert_allclose(mass, literal_weights(row, choice), rtol=1e-12)
         assert mass.max() == 1.0
 
@@ -113,7 +118,7 @@ def test_one_candidate_is_the_largest_logit(case: Any) -> None:
     logits, numbers, _ = case
     np.testing.assert_array_equal(choose(logits, numbers, GREEDY), logits.argmax(-1))
     sure = logits + 50 * (np.arange(logits.shape[-1]) == 1)
-    alone = Choice(cfg=1.0, top_k=100, top_p=0.5, temperature=1.0)
+    alone = sampling(top_k=100, top_p=0.5, temperature=1.0)
     assert (choose(sure.astype(np.float32), numbers, alone) == 1).all()
 
 
@@ -123,7 +128,7 @@ def test_one_candidate_is_the_largest_logit(case: Any) -> None:
 def test_tokens_follow_the_filtered_distribution(top_k: int, top_p: float, temperature: float) -> None:
     """A chi-square over 40,000 draws by the stream lies within five standard deviations; what is filtered out
     never comes."""
-    choice = Choice(cfg=1.0, top_k=top_k, top_p=top_p, temperature=temperature)
+    choice = sampling(top_k=top_k, top_p=top_p, temperature=temperature)
     logits = (1.5 * np.random.default_rng(1).standard_normal(40)).astype(np.float32)
     numbers = uniform_numbers(9, range(400), 100)
     tokens = choose(np.broadcast_to(logits, (400, 100, 40)), numbers, choice)
@@ -142,7 +147,7 @@ def test_tokens_follow_the_filtered_distribution(top_k: int, top_p: float, tempe
 )
 def test_top_p_keeps_the_token_that_crosses_it_and_no_more(top_p: float, kept: int) -> None:
     """Of the probabilities 1/2, 1/4, 1/8 and 1/8, in an order in which position says nothing."""
-    choice = Choice(cfg=1.0, top_k=9, top_p=top_p, temperature=float(1 / np.log(2)))
+    choice = sampling(top_k=9, top_p=top_p, temperature=float(1 / np.log(2)))
     mass = weights(np.array([[-2, 0, -2, -1]], np.float32), choice)[0]
     wanted = np.array([0.25, 1, 0.25, 0.5])
     np.testing.assert_array_equal(mass, np.where(wanted >= np.sort(wanted)[-kept], wanted, 0))
@@ -151,16 +156,16 @@ def test_top_p_keeps_the_token_that_crosses_it_and_no_more(top_p: float, kept: i
 def test_top_k_keeps_the_largest_of_many_and_top_p_of_one_everything() -> None:
     """More than a sort does in one go; and a token too small to change the sum of all."""
     logits = np.random.default_rng(0).permutation(1000).astype(np.float32)
-    mass = weights(logits[None], Choice(cfg=1.0, top_k=100, top_p=1.0, temperature=50.0))[0]
+    mass = weights(logits[None], sampling(top_k=100, top_p=1.0, temperature=50.0))[0]
     np.testing.assert_array_equal(mass > 0, logits >= 900)
-    mass = weights(np.array([[-50, 0]], np.float32), Choice(cfg=1.0, top_k=2, top_p=1.0, temperature=1.0))[0]
+    mass = weights(np.array([[-50, 0]], np.float32), sampling(top_k=2, top_p=1.0, temperature=1.0))[0]
     np.testing.assert_allclose(mass, [np.exp(-50.0), 1])
 
 
 def test_a_number_of_zero_draws_the_first_token_that_is_left() -> None:
     """And one just below 1 the last: those filtered out in front and behind never come."""
     logits = np.array([[[0, 5, 4, 0], [5, 0, 0, 4]]], np.float32)
-    choice = Choice(cfg=1.0, top_k=2, top_p=1.0, temperature=1.0)
+    choice = sampling(top_k=2, top_p=1.0, temperature=1.0)
     assert choose(logits, np.zeros((1, 2)), choice).tolist() == [[1, 0]]
     assert choose(logits, np.full((1, 2), np.nextafter(1, 0)), choice).tolist() == [[2, 3]]
 
@@ -174,7 +179,7 @@ def test_more_logits_than_are_chosen_from_at_once() -> None:
     logits = np.full((batch, positions, codes), -1e9, np.float32)
     np.put_along_axis(logits, first[..., None] + np.arange(16), 0, axis=-1)
     numbers = uniform_numbers(1, range(batch), positions)
-    choice = Choice(cfg=1.0, top_k=codes, top_p=1.0, temperature=1.0)
+    choice = sampling(top_k=codes, top_p=1.0, temperature=1.0)
     np.testing.assert_array_equal(choose(logits, numbers, choice), first + np.floor(16 * numbers))
 
 
@@ -192,17 +197,22 @@ def test_logits_that_are_not_finite_are_refused(where: Any, bad: float) -> None:
 class Spy:
     """The toy graph in ONNX Runtime; remembers what it was fed."""
 
-    def __init__(self, path: Path) -> None:
-        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    def __init__(self, root: Path) -> None:
+        self.session = onnxruntime.InferenceSession(root / "teacher.onnx", providers=["CPUExecutionProvider"])
         self.names = [value.name for value in self.session.get_outputs()]
         self.feeds: list[dict[str, Any]] = []
-        self.addresses: list[int] = []
+        self.addresses: set[int] = set()
 
     def __call__(self, feeds: Any) -> dict[str, np.ndarray]:
         self.feeds.append({name: array.copy() for name, array in feeds.items()})
-        self.addresses.append(feeds["key_0"].ctypes.data)
+        self.addresses.add(feeds["key_0"].ctypes.data)
         assert all(array.flags.c_contiguous for array in feeds.values())
         return dict(zip(self.names, self.session.run(self.names, dict(feeds)), strict=True))
+
+
+@pytest.fixture
+def spy(shared_teacher_bundle: Path) -> Spy:
+    return Spy(shared_teacher_bundle)
 
 
 @pytest.fixture(scope="module")
@@ -210,112 +220,130 @@ def teacher(shared_teacher_bundle: Path) -> Any:
     return read_manifest(shared_teacher_bundle).teacher
 
 
-def literal_draw(
-    toy: Any, teacher: Any, span: Span, prefix: np.ndarray, labels: np.ndarray, u: np.ndarray, choice: Choice
+def without_a_cache(
+    toy: Any,
+    teacher: Any,
+    span: Span,
+    prefix: np.ndarray,
+    labels: np.ndarray,
+    u: np.ndarray,
+    choice: Sampling,
 ) -> np.ndarray:
-    """The loop without a cache: everything is computed again in every AR step."""
+    """The loop with everything computed again in every AR step."""
     tokens = np.zeros((len(labels), 6), np.int64)
     tokens[:, : span.start] = prefix
     passes: list[tuple[int, int]] = []
     for start, end in teacher.steps(span):
         passes.append((passes[-1][1] if passes else 0, end))
-        g = teacher.strength(start, choice.cfg)
-        logits = toy.without_cache(tokens, labels, g, passes)[:, start:end]
+        g = teacher.guidance_scale(start, choice.guidance_scale)
+        logits = toy.teacher.without_cache(tokens, labels, g, passes)[:, start:end]
         tokens[:, start:end] = choose(logits, u[:, start:end], choice)
     return tokens[:, : span.end]
 
 
-@pytest.mark.parametrize("span", [Span(0, 6), Span(0, 2), Span(1, 4), Span(2, 4), Span(4, 6), Span(2, 6)])
-@pytest.mark.parametrize("choice", [GREEDY, Choice(cfg=1.5, top_k=4, top_p=0.9, temperature=1.2)])
+@pytest.mark.parametrize(("start", "end"), [(0, 6), (0, 2), (1, 4), (2, 4), (4, 6), (2, 6)])
+@pytest.mark.parametrize("choice", [GREEDY, sampling(1.5, top_k=4, top_p=0.9, temperature=1.2)])
 def test_the_cache_changes_nothing(
-    span: Span, choice: Choice, toy_teacher: Any, teacher: Any, shared_teacher_bundle: Path
+    start: int, end: int, choice: Sampling, toy: Any, teacher: Any, spy: Spy
 ) -> None:
     """The graph with its cache draws what a computation without one draws, from any start to any end."""
-    rng = np.random.default_rng(0)
-    labels, prefix = np.array([0, 1, 2, 1]), rng.integers(0, 5, (4, span.start))
-    numbers = rng.random((4, 6))
-    spy, counts = Spy(shared_teacher_bundle / "teacher.onnx"), []
-    tokens = draw(spy, teacher, span, prefix, labels, choice.cfg, by_stream(numbers, choice), counts.append)
-    np.testing.assert_array_equal(
-        tokens, literal_draw(toy_teacher, teacher, span, prefix, labels, numbers, choice)
-    )
-    np.testing.assert_array_equal(tokens[:, : span.start], prefix)
+    rng, span = np.random.default_rng(0), Span(start=start, end=end)
+    labels, prefix, numbers = np.array([0, 1, 2, 1]), rng.integers(0, 5, (4, start)), rng.random((4, 6))
+    counts: list[int] = []
+    pick, scale = by_uniforms(numbers, choice), choice.guidance_scale
+    tokens = generate(spy, teacher, span, prefix, labels, scale, pick, counts.append)
+    wanted = without_a_cache(toy, teacher, span, prefix, labels, numbers, choice)
+    np.testing.assert_array_equal(tokens, wanted)
+    np.testing.assert_array_equal(tokens[:, :start], prefix)
     assert counts == [4] * len(teacher.steps(span))
 
 
-def test_what_the_graph_is_fed(teacher: Any, shared_teacher_bundle: Path) -> None:
-    """The first pass carries the prefix, guidance rises, and the same buffers are fed every time."""
-    spy = Spy(shared_teacher_bundle / "teacher.onnx")
+def test_what_the_graph_is_fed(teacher: Any, spy: Spy) -> None:
+    """The first pass carries the prefix, guidance rises, and the same buffers are fed every time, as large as
+    the span."""
     prefix = np.array([[3], [4]])
-    draw(spy, teacher, Span(1, 6), prefix, np.array([2, 0]), 2.0, LARGEST)
+    generate(spy, teacher, Span(start=1, end=6), prefix, np.array([2, 0]), 2.0, LARGEST)
     assert [feeds["positions"].tolist() for feeds in spy.feeds] == [[0, 1], [2, 3], [4, 5]]
     assert [feeds["filled"].tolist() for feeds in spy.feeds] == [[0], [2], [4]]
-    assert [feeds["guidance"].tolist() for feeds in spy.feeds] == [
-        [np.float32(2 * k / 3)] * 2 for k in (1, 2, 3)
-    ]
+    guidance = [[np.float32(2 * k / 3)] * 2 for k in (1, 2, 3)]
+    assert [feeds["guidance"].tolist() for feeds in spy.feeds] == guidance
+    assert {str(feeds["guidance"].dtype) for feeds in spy.feeds} == {"float32"}
     assert spy.feeds[0]["tokens"].tolist() == [[3, 0, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0]]
     assert spy.feeds[0]["key_0"].shape == (2, 2, 1, 6, 2)
-    assert len(set(spy.addresses)) == 1
+    assert len(spy.addresses) == 1
     assert all(np.isfinite(feeds["value_0"]).all() for feeds in spy.feeds)
+    generate(spy, teacher, Span(start=0, end=2), np.zeros((1, 0), int), np.array([0]), 2.0, LARGEST)
+    assert spy.feeds[-1]["key_0"].shape == (2, 1, 1, 2, 2)
 
 
-def test_the_cache_is_as_large_as_the_span(teacher: Any, shared_teacher_bundle: Path) -> None:
-    spy = Spy(shared_teacher_bundle / "teacher.onnx")
-    draw(spy, teacher, Span(0, 2), np.zeros((1, 0), int), np.array([0]), 2.0, LARGEST)
-    assert spy.feeds[0]["key_0"].shape == (2, 1, 1, 2, 2)
+def test_the_cache_of_many_layers_keeps_them_apart(teacher: Any) -> None:
+    many = HostCache(replace(teacher, layers=3, heads=2, head_width=5), 4, 7)
+    assert list(many.feeds) == ["key_0", "value_0", "key_1", "value_1", "key_2", "value_2"]
+    rows = {f"new_{name}": np.full((2, 4, 2, 3, 5), n, np.float32) for n, name in enumerate(many.feeds, 1)}
+    many.append(rows, 2, 5)
+    for number, array in enumerate(many.feeds.values(), 1):
+        assert (array.shape, array.dtype) == ((2, 4, 2, 7, 5), np.float32)
+        assert (
+            (array[:, :, :, 2:5] == number).all()
+            and not array[:, :, :, :2].any()
+            and not array[:, :, :, 5:].any()
+        )
 
 
-def test_an_image_does_not_depend_on_its_batch(teacher: Any, shared_teacher_bundle: Path) -> None:
-    """Drawn by the stream: image 5 is the same alone and among others."""
-    spy = Spy(shared_teacher_bundle / "teacher.onnx")
-    choice = Choice(cfg=2.0, top_k=5, top_p=1.0, temperature=3.0)
-    labels, none = np.arange(9) % 3, np.zeros((9, 0), int)
-    whole = draw(
-        spy, teacher, Span(0, 6), none, labels, 2.0, by_stream(uniform_numbers(1, range(9), 6), choice)
-    )
-    one = draw(
-        spy, teacher, Span(0, 6), none[5:6], labels[5:6], 2.0, by_stream(uniform_numbers(1, [5], 6), choice)
-    )
-    np.testing.assert_array_equal(one, whole[5:6])
+def test_an_image_does_not_depend_on_its_batch(teacher: Any, spy: Spy) -> None:
+    """Drawn by the numbers of its seed, image 5 is the same alone and among others."""
+    choice, labels, none = sampling(top_k=5, temperature=3.0), np.arange(9) % 3, np.zeros((9, 0), int)
+
+    def tokens(rows: slice) -> np.ndarray:
+        pick = by_uniforms(uniform_numbers(1, range(9)[rows], 6), choice)
+        return generate(spy, teacher, Span(start=0, end=6), none[rows], labels[rows], 2.0, pick)
+
+    whole = tokens(slice(0, 9))
+    np.testing.assert_array_equal(tokens(slice(5, 6)), whole[5:6])
     assert len(np.unique(whole, axis=0)) > 3  # the draws differ, so that the equality above says something
 
 
 # What a request may ask for
 
+AFTER_TEACHER = Schedule(known=(4,), teacher=Span(start=0, end=4))
+
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "values", "rule"),
     [
-        ({"cfg": -0.1}, "cfg must be a finite number of at least 0"),
-        ({"cfg": float("nan")}, "cfg must be"),
-        ({"cfg": float("inf")}, "cfg must be"),
-        ({"top_k": 0}, "top_k must be an integer of at least 1, but is 0"),
-        ({"top_k": 2.5}, "top_k must be an integer"),
-        ({"top_k": True}, "top_k must be an integer"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
-        ({"top_p": 1.1}, "top_p must be above 0 and at most 1"),
-        ({"temperature": 0.0}, "temperature must be a finite number above 0"),
-        ({"temperature": float("inf")}, "temperature must be"),
+        ("guidance_scale", (-0.1, float("nan"), float("inf")), "a finite number of at least 0"),
+        ("top_k", (0, 2.5, True), "an integer of at least 1"),
+        ("top_p", (0.0, 1.1, float("nan")), "above 0 and at most 1"),
+        ("temperature", (0.0, float("inf"), float("nan")), "a finite number above 0"),
     ],
 )
-def test_a_value_out_of_range_says_so(change: dict[str, Any], message: str, teacher: Any) -> None:
-    with pytest.raises(ScheduleError, match=message):
-        choice_of(Schedule((4,), None, Span(0, 4)), teacher, Sampling(**change))
+def test_a_value_out_of_range_says_so(name: str, values: tuple[Any, ...], rule: str, teacher: Any) -> None:
+    for value in values:
+        with pytest.raises(ScheduleError) as caught:
+            sampling_of(AFTER_TEACHER, teacher, {name: value})
+        assert caught.value.message == f"{name} must be {rule}, but is {value}"
 
 
 def test_the_bundle_has_the_last_word_only_where_the_request_has_none(teacher: Any) -> None:
-    schedule = Schedule((4,), None, Span(0, 4))
-    assert choice_of(schedule, teacher, Sampling()) == Choice(2.0, 4, 0.9, 1.0)
-    assert choice_of(schedule, teacher, Sampling(cfg=0, top_k=7)) == Choice(0, 7, 0.9, 1.0)
+    given = {
+        "guidance_scale": 0,
+        "top_k": np.int64(7),
+        "top_p": None,
+        "uniforms": np.zeros(3),
+        "teacher_start": 0,
+    }
+    assert sampling_of(AFTER_TEACHER, teacher, {}) == Sampling(2.0, 4, 0.9, 1.0)
+    assert sampling_of(AFTER_TEACHER, teacher, given) == Sampling(0, 7, 0.9, 1.0)
+    assert sampling_of(AFTER_TEACHER, teacher, {"temperature": 3, "top_p": 1.0}) == Sampling(2.0, 4, 1.0, 3)
+    with pytest.raises(TypeError, match="no argument called nose, sead"):
+        sampling_of(AFTER_TEACHER, teacher, {"sead": None, "nose": 1})
 
 
 def test_an_option_without_effect_is_refused(teacher: Any) -> None:
-    for steps, one in ((Schedule((0,)), teacher), (Schedule((0,)), None)):
-        assert choice_of(steps, one, Sampling()) is None
-        with pytest.raises(
-            ScheduleError, match="cfg, top_k can only be given for steps that involve"
-        ) as caught:
-            choice_of(steps, one, Sampling(cfg=1.0, top_k=2))
+    for schedule, one in ((Schedule(known=(0,)), teacher), (AFTER_TEACHER, None)):
+        assert sampling_of(schedule, one, {"top_k": None}) is None
+        with pytest.raises(ScheduleError, match="guidance_scale, uniforms can only be given for") as caught:
+            sampling_of(schedule, one, {"guidance_scale": 1.0, "uniforms": np.zeros(3)})
         assert caught.value.hint == "Choose such steps, or leave it out."
 
 
@@ -369,25 +397,20 @@ def test_nearest_codes_of_more_than_are_compared_at_once() -> None:
         (np.array([None]), "is not an npy file"),
     ],
 )
-def test_a_codebook_that_is_another_array(array: np.ndarray, message: str, teacher_bundle: Path) -> None:
+def test_a_codebook_that_is_another_array(array: Any, message: str, teacher_bundle: Path, toy: Any) -> None:
+    assert read_codebook(teacher_bundle, read_manifest(teacher_bundle)).shape == (5, 4)
     np.save(teacher_bundle / "codebook.npy", array, allow_pickle=True)
+    toy.put_file(teacher_bundle, "codebook.npy", (teacher_bundle / "codebook.npy").read_bytes())
     with pytest.raises(BundleError, match=message) as caught:
-        read_codebook(teacher_bundle, read_manifest_unchecked(teacher_bundle))
+        read_codebook(teacher_bundle, read_manifest(teacher_bundle))
+    assert caught.value.message.startswith("codebook.npy ")
     assert caught.value.hint.startswith("The bundle is damaged")
 
 
-def read_manifest_unchecked(root: Path) -> Any:
-    """The manifest with the size that the codebook has now."""
-    path = root / "bundle.json"
-    content = json.loads(path.read_text())
-    content["teacher"]["codebook"]["bytes"] = (root / "codebook.npy").stat().st_size
-    path.write_text(json.dumps(content))
-    return read_manifest(root, verify=False)
-
-
-def test_strengths_of_the_families(teacher: Any) -> None:
+def test_guidance_of_the_families(teacher: Any) -> None:
     """VAR: from 0 in the first scale to cfg in the last. LlamaGen: cfg - 1 everywhere, and never below 0."""
-    assert [teacher.strength(start, 3.0) for start in (0, 1, 2, 4)] == [0, 1, 2, 3]
-    constant = dataclasses.replace(teacher, guidance="constant", codebook=FileInfo("a", "b", 1))
-    assert [constant.strength(start, 3.0) for start in (0, 4)] == [2, 2]
-    assert constant.strength(0, 0.5) == 0
+    assert [teacher.guidance_scale(start, 3.0) for start in (0, 1, 2, 4)] == [0, 1, 2, 3]
+    assert replace(teacher, starts=(0, 6)).guidance_scale(0, 3.0) == 0
+    constant = replace(teacher, guidance="constant")
+    assert [constant.guidance_scale(start, 3.0) for start in (0, 4)] == [2, 2]
+    assert constant.guidance_scale(0, 0.5) == 0

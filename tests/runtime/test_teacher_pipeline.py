@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from msgspec.structs import replace
 
 from ddexport import runtime
-from ddexport.runtime import console, infer
 from ddexport.runtime.backends.onnxruntime import OnnxRuntime
-from ddexport.runtime.errors import BackendError, DDError, NoiseError, ScheduleError
+from ddexport.runtime.errors import BackendError, BundleError, DDError, NoiseError, ScheduleError
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 from ddexport.runtime.pipeline import Pipeline, default_batch_size
 
@@ -27,32 +26,8 @@ def pipe(shared_teacher_bundle: Path) -> Iterator[Pipeline]:
         yield pipeline
 
 
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """Every run of a graph: its key and its inputs."""
-    seen: list[tuple[str, dict[str, Any]]] = []
-    original = OnnxRuntime.run
-
-    def run(self: OnnxRuntime, role: str, feeds: Any) -> Any:
-        seen.append((role, {name: array.copy() for name, array in feeds.items()}))
-        return original(self, role, feeds)
-
-    monkeypatch.setattr(OnnxRuntime, "run", run)
-    return seen
-
-
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that the engine opens."""
-    seen: list[str] = []
-    original = OnnxRuntime._session
-
-    def session(self: OnnxRuntime, graph: Any) -> Any:
-        seen.append(graph.file)
-        return original(self, graph)
-
-    monkeypatch.setattr(OnnxRuntime, "_session", session)
-    return seen
+def files(runs: list[Any]) -> list[str]:
+    return [file.removesuffix(".onnx") for file, *_ in runs]
 
 
 def test_three_steps(pipe: Pipeline, runs: list[Any]) -> None:
@@ -61,55 +36,52 @@ def test_three_steps(pipe: Pipeline, runs: list[Any]) -> None:
     began = time.perf_counter()
     result = pipe([0, 2], 3, seed=4, num_images=2)
     assert 0 < sum(step.seconds for step in result.steps) < time.perf_counter() - began
-    assert [key for key, _ in runs] == ["student", "teacher", "student", "decoder"]
+    assert files(runs) == ["student", "teacher", "student", "decoder"]
     first, teacher, last = result.steps
     assert [step.role for step in result.steps] == ["student", "teacher", "student"]
-    noise = gaussian_noise(4, range(4), 6, 4)
-    np.testing.assert_array_equal(runs[0][1]["tokens"], noise)
-    np.testing.assert_array_equal(runs[1][1]["tokens"][:, :2], first.tokens)
-    assert runs[1][1]["positions"].tolist() == [0, 1, 2, 3]
+    noise, (one, two, three, four) = gaussian_noise(4, range(4), 6, 4), [feeds for _, feeds, _ in runs]
+    np.testing.assert_array_equal(one["latents"], noise)
+    np.testing.assert_array_equal(two["tokens"][:, :2], first.tokens)
+    assert two["positions"].tolist() == [0, 1, 2, 3]
     assert pipe.codebook is not None
-    np.testing.assert_array_equal(runs[2][1]["tokens"][:, :4], pipe.codebook[teacher.tokens])
-    np.testing.assert_array_equal(runs[2][1]["tokens"][:, 4:], noise[:, 4:])
-    assert runs[2][1]["known"].tolist() == [4] * 4
-    np.testing.assert_array_equal(teacher.sequence, runs[2][1]["tokens"])
+    np.testing.assert_array_equal(three["latents"][:, :4], pipe.codebook[teacher.tokens])
+    np.testing.assert_array_equal(three["latents"][:, 4:], noise[:, 4:])
+    assert three["known"].tolist() == [4] * 4
+    np.testing.assert_array_equal(teacher.sequence, three["latents"])
     np.testing.assert_array_equal(last.tokens, teacher.tokens[:, :2])  # the split lies before what is known
-    np.testing.assert_array_equal(last.sequence, runs[3][1]["sequence"])
+    np.testing.assert_array_equal(last.sequence, four["sequence"])
     np.testing.assert_array_equal(result.uniforms, uniform_numbers(4, range(4), 6))
-    assert result.timings.teacher > 0
+    assert list(result.seconds) == ["student", "teacher", "decoder"] and min(result.seconds.values()) > 0
+    assert result.seconds["teacher"] == teacher.seconds
+    assert result.seconds["student"] == first.seconds + last.seconds
 
 
-def test_each_pass_of_either_is_told(pipe: Pipeline) -> None:
-    counts: list[int] = []
-    list(pipe.stream([0, 2], 3, num_images=2, on_pass=counts.append))
-    assert counts == [4] * 3
-    list(pipe.stream([1], 4, on_pass=counts.append))
-    assert counts[3:] == [1] * 4
-
-
-def test_without_a_first_student_step_and_with_another_split(pipe: Pipeline, runs: list[Any]) -> None:
+def test_which_graphs_the_other_schedules_run(pipe: Pipeline, runs: list[Any]) -> None:
+    """Without a first student step and with another split; the whole teacher, whose codes are decoded; a
+    prefix behind the split, of which the nearest codes are taken."""
     result = pipe(1, 4, seed=1)
-    assert [key for key, _ in runs] == ["teacher", "teacher", "teacher", "student@4", "decoder"]
+    assert files(runs) == ["teacher"] * 3 + ["student_split4", "decoder"]
     assert [step.tokens.shape for step in result.steps] == [(1, 4), (1, 4)]
     np.testing.assert_array_equal(result.steps[1].tokens, result.steps[0].tokens)
-
-
-def test_the_whole_teacher(pipe: Pipeline, runs: list[Any]) -> None:
-    """No student takes part: the decoder is given the codes of its tokens."""
+    runs.clear()
     result = pipe([1, 2], "teacher", seed=3)
-    assert [key for key, _ in runs] == ["teacher"] * 4 + ["decoder"]
+    assert files(runs) == ["teacher"] * 4 + ["decoder"]
     assert pipe.codebook is not None
     np.testing.assert_array_equal(runs[-1][1]["sequence"], pipe.codebook[result.steps[0].tokens])
-    assert result.timings.student == 0
-
-
-def test_a_prefix_behind_the_split_is_the_nearest_codes(pipe: Pipeline, runs: list[Any]) -> None:
+    assert (result.seconds["student"], result.steps[0].tokens.shape) == (0, (2, 6))
+    runs.clear()
     result = pipe([1, 2], "teacher", seed=3, teacher_start=4)
-    assert [key for key, _ in runs] == ["student", "teacher", "decoder"]
-    assert pipe.codebook is not None
+    assert files(runs) == ["student", "teacher", "decoder"]
     distances = ((result.steps[0].sequence[:, 2:4, None] - pipe.codebook) ** 2).sum(-1)
     np.testing.assert_array_equal(runs[1][1]["tokens"][:, 2:4], distances.argmin(-1))
     np.testing.assert_array_equal(runs[1][1]["tokens"][:, :2], result.steps[0].tokens)
+
+
+def test_every_pass_of_either_is_told(pipe: Pipeline) -> None:
+    counts: list[int] = []
+    pipe([0, 2], 3, num_images=2, on_pass=counts.append)
+    list(pipe.stream([1, 0, 2], 4, batch_size=2, on_pass=counts.append))
+    assert counts == [4] * 3 + [2] * 4 + [1] * 4
 
 
 @pytest.mark.parametrize("steps", [2, 3, 4, "teacher"])
@@ -121,6 +93,11 @@ def test_the_batch_size_changes_nothing(pipe: Pipeline, steps: int | str) -> Non
         for one, other in zip(parts.steps, whole.steps, strict=True):
             np.testing.assert_array_equal(one.tokens, other.tokens)
             np.testing.assert_allclose(one.sequence, other.sequence, atol=1e-5)
+        assert (parts.uniforms is None) == (steps == 2)
+        if steps != 2:
+            np.testing.assert_array_equal(parts.uniforms, whole.uniforms)
+    part = pipe([1, 2, 2], steps, seed=11, first_image=5, output="sequence")
+    np.testing.assert_array_equal(part.steps[-1].tokens, whole.steps[-1].tokens[5:8])
 
 
 def test_the_seed_decides_the_draws_and_uniform_numbers_replay_them(pipe: Pipeline) -> None:
@@ -131,21 +108,67 @@ def test_the_seed_decides_the_draws_and_uniform_numbers_replay_them(pipe: Pipeli
 
     assert tokens() == tokens()
     assert tokens() != tokens(seed=6)
-    assert tokens(seed=6, uniforms=uniform_numbers(5, range(12), 6)) == tokens()
+    for batch_size in (None, 5):
+        numbers = uniform_numbers(5, range(12), 6)
+        assert tokens(seed=6, uniforms=numbers, batch_size=batch_size) == tokens()
     assert tokens(top_k=1) == tokens(top_k=1, seed=6)
-    assert tokens(cfg=0.0) != tokens(cfg=9.0)
+    assert tokens(guidance_scale=0.0) != tokens(guidance_scale=9.0) == tokens(cfg=9.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "named"),
+    [
+        ({"steps": 5}, ScheduleError, "5 steps"),
+        ({"steps": "student"}, ScheduleError, "student steps"),
+        (
+            {"steps": 1, "guidance_scale": 2.0},
+            ScheduleError,
+            "guidance_scale can only be given",
+        ),
+        ({"steps": 1, "teacher_start": 0}, ScheduleError, "teacher_start is for schedules that involve"),
+        ({"steps": 1, "uniforms": np.zeros((2, 6))}, ScheduleError, "uniforms can only be given"),
+        ({"steps": 3, "teacher_start": 3}, ScheduleError, "position 3"),
+        ({"steps": 3, "top_p": 0}, ScheduleError, "top_p must be above 0"),
+        ({"steps": 3, "uniforms": np.zeros((2, 5))}, NoiseError, "shape (2, 6), but are float64 (2, 5)"),
+        ({"steps": 3, "uniforms": np.ones((2, 6))}, NoiseError, "from 0 to below 1"),
+    ],
+)
+def test_a_wrong_request_is_told_before_anything_is_drawn(
+    pipe: Pipeline, runs: list[Any], given: dict[str, Any], error: type[DDError], named: str
+) -> None:
+    for call in (pipe, lambda labels, **request: next(pipe.stream(labels, **request))):
+        with pytest.raises(error) as caught:
+            call([0, 1], **given)
+        assert named in caught.value.message
+    assert runs == []
+
+
+def test_the_caches_count_for_the_batch_size(pipe: Pipeline) -> None:
+    """A teacher of d16's size: its caches are half as large as all else, and so is what fits."""
+    manifest, teacher = pipe.manifest, pipe.manifest.teacher
+    assert teacher is not None
+    large = replace(
+        manifest,
+        sequence=replace(manifest.sequence, length=680, width=32, codebook=4096),
+        image=replace(manifest.image, height=256, width=256),
+        teacher=replace(teacher, layers=16, heads=16, head_width=64, starts=(0, 1, 2, 4, 680)),
+    )
+    plain, whole = default_batch_size(large), default_batch_size(large, large.schedule("teacher"))
+    assert (plain, whole) == (6, 5)
+
+
+# What is opened
 
 
 def test_only_what_a_request_needs_is_opened(shared_teacher_bundle: Path, opened: list[str]) -> None:
     """At once for the steps that `load` is told, later for others."""
     with runtime.load(shared_teacher_bundle, steps="teacher") as pipe:
-        assert opened == ["teacher.onnx", "decoder.onnx"]
+        assert sorted(opened) == ["decoder.onnx", "teacher.onnx"]
         pipe(0, "teacher")
         assert len(opened) == 2
-        pipe(0, 2)
-        assert opened[2:] == ["student_split4.onnx"]
-        pipe(0, 4)
-        assert len(opened) == 3
+        for steps in (2, 4):
+            pipe(0, steps)
+            assert opened[2:] == ["student_split4.onnx"]
     opened.clear()
     with runtime.load(shared_teacher_bundle) as pipe:
         assert opened == ["student.onnx", "decoder.onnx"]
@@ -154,127 +177,74 @@ def test_only_what_a_request_needs_is_opened(shared_teacher_bundle: Path, opened
     assert len(opened) == 2
 
 
-def test_a_key_that_no_graph_has(pipe: Pipeline) -> None:
-    with pytest.raises(BackendError, match="no graph for the role 'student@5'") as caught:
-        pipe.backend.run("student@5", {})
-    assert caught.value.hint == "There is: student, decoder, teacher, student@4."
-
-
-@pytest.mark.parametrize(
-    ("request_", "error", "message"),
-    [
-        ({"steps": 5}, ScheduleError, "toy has no schedule of 5 steps"),
-        ({"steps": "student"}, ScheduleError, "toy has no schedule of student steps"),
-        ({"steps": 1, "cfg": 2.0}, ScheduleError, "cfg can only be given for steps that involve a teacher"),
-        ({"steps": 1, "teacher_start": 0}, ScheduleError, "teacher_start is for schedules that involve"),
-        ({"steps": 3, "teacher_start": 3}, ScheduleError, "the teacher cannot start at position 3"),
-        ({"steps": 3, "top_p": 0}, ScheduleError, "top_p must be above 0"),
-        ({"steps": 3, "uniforms": np.zeros((2, 5))}, NoiseError, "a float64 array of shape (2, 6), but are"),
-        ({"steps": 3, "uniforms": np.ones((2, 6))}, NoiseError, "must be from 0 to below 1"),
-    ],
-)
-def test_a_wrong_request_is_told_at_once(
-    pipe: Pipeline, request_: dict[str, Any], error: type[DDError], message: str
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_several_threads_open_the_teacher_once(
+    shared_teacher_bundle: Path, opened: list[str], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(error) as caught:
-        pipe.stream([0, 1], **request_)
-    assert message in caught.value.message
-    with pytest.raises(error):
-        pipe([0, 1], **request_)
+    original = OnnxRuntime._open
+    monkeypatch.setattr(OnnxRuntime, "_open", lambda *given: (time.sleep(0.05), original(*given))[1])
+    drawn: dict[int, Any] = {}
+    with runtime.load(shared_teacher_bundle, backend, threads=1) as pipe:
+
+        def draw(seed: int) -> None:
+            drawn[seed] = pipe([0, 1], 3, seed=seed).steps[1].tokens
+
+        threads = [threading.Thread(target=draw, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert opened.count("teacher.onnx") == 1
+        for seed, tokens in drawn.items():
+            np.testing.assert_array_equal(pipe([0, 1], 3, seed=seed).steps[1].tokens, tokens)
+    assert len(drawn) == 4
 
 
-def test_the_caches_count_for_the_batch_size(pipe: Pipeline) -> None:
-    """A teacher of d16's size: its caches are half as large as all else, and so is what fits."""
-    manifest = pipe.manifest
-    assert manifest.teacher is not None
-    large = dataclasses.replace(
-        manifest,
-        sequence=dataclasses.replace(manifest.sequence, length=680, width=32, codebook=4096, split=55),
-        image=dataclasses.replace(manifest.image, height=256, width=256),
-        teacher=dataclasses.replace(
-            manifest.teacher, layers=16, heads=16, head_width=64, starts=(0, 424, 680)
-        ),
-    )
-    plain, whole = default_batch_size(large), default_batch_size(large, large.schedule("teacher"))
-    assert 1 <= whole < plain
+def test_a_bad_codebook_opens_no_engine(teacher_bundle: Path, toy: Any, opened: list[str]) -> None:
+    np.save(teacher_bundle / "codebook.npy", np.zeros((4, 4), np.float32))
+    toy.put_file(teacher_bundle, "codebook.npy", (teacher_bundle / "codebook.npy").read_bytes())
+    for backend in ("onnxruntime", "openvino"):
+        with pytest.raises(BundleError, match=r"codebook\.npy"):
+            runtime.load(teacher_bundle, backend)
+    assert opened == []
 
 
-# The command
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def sample(shared_teacher_bundle: Path, folder: Path) -> Callable[..., Result]:
-    def run(*options: object) -> Result:
-        return CliRunner().invoke(infer.command, [str(shared_teacher_bundle), *map(str, options)])
-
-    return run
-
-
-def test_steps_teacher_and_its_options(sample: Callable[..., Result], shared_teacher_bundle: Path) -> None:
-    """All of them arrive: the dump has the tokens that the Python interface gives for the same request."""
-    options = ("--steps", 3, "--teacher-start", 1, "--cfg", 1.5, "--top-k", 3, "--top-p", 0.9)
-    result = sample(*options, "--temperature", 2, "--seed", 7, "--dump", "d.npz", "--json")
-    assert result.exit_code == 0
-    report = json.loads(result.stdout)
-    assert report["steps"] == 4  # another start than the schedule's
-    assert report["seconds"].keys() == {"load", "student", "decoder", "teacher"}
-    with runtime.load(shared_teacher_bundle) as pipe:
-        wanted = pipe([0, 1, 2], 3, seed=7, teacher_start=1, cfg=1.5, top_k=3, top_p=0.9, temperature=2.0)
-    with np.load("d.npz") as dump:
-        assert list(dump) == [
-            "labels", "noise", "uniforms", "step1_tokens", "step1_sequence",
-            "teacher_tokens", "teacher_sequence", "step2_tokens", "step2_sequence", "images",
-        ]  # fmt: skip
-        np.testing.assert_array_equal(dump["teacher_tokens"], wanted.steps[1].tokens)
-        np.testing.assert_array_equal(dump["uniforms"], wanted.uniforms)
-
-
-def test_a_dump_replays_the_draws(sample: Callable[..., Result]) -> None:
-    """Without a seed: its uniform numbers are used; steps without a teacher leave them alone."""
-    assert sample("--steps", "teacher", "--seed", 8, "--dump", "one.npz").exit_code == 0
-    assert sample("--steps", "teacher", "--noise", "one.npz", "--dump", "two.npz").exit_code == 0
-    with np.load("one.npz") as one, np.load("two.npz") as two:
-        np.testing.assert_array_equal(one["teacher_tokens"], two["teacher_tokens"])
-        np.testing.assert_array_equal(one["images"], two["images"])
-    assert sample("--steps", 1, "--noise", "one.npz").exit_code == 0
-
-
-def test_the_whole_teacher_draws(sample: Callable[..., Result]) -> None:
-    result = sample("--steps", "teacher")
-    assert result.exit_code == 0
-    assert "out.png: 3 images in 4 steps; teacher " in result.stdout  # and no time of a student
-
-
-@pytest.mark.parametrize(
-    ("options", "code", "message"),
-    [
-        (("--steps", "all"), 2, "'all' is not a valid integer range"),
-        (("--steps", 0), 2, "0 is not in the range"),
-        (("--top-k", 0), 2, "0 is not in the range"),
-        (("--steps", 7), 1, "It can draw in: 1, 2, 3, 4, teacher."),
-        (("--steps", 2, "--cfg", 1), 1, "cfg can only be given for steps that involve a teacher"),
-        (("--steps", 3, "--top-p", 2), 1, "top_p must be above 0 and at most 1, but is 2.0"),
-    ],
-)
-def test_wrong_options(
-    sample: Callable[..., Result], options: tuple[object, ...], code: int, message: str
+def test_a_failing_close_of_the_student_closes_the_teacher(
+    shared_teacher_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = sample(*options)
-    assert result.exit_code == code
-    assert message in result.stderr
+    pipe = runtime.load(shared_teacher_bundle, "openvino", threads=1, steps=3)
+    closed: list[str] = []
+
+    def fails() -> None:
+        raise RuntimeError("the student cannot be closed")
+
+    monkeypatch.setattr(pipe.backend, "close", fails)
+    assert pipe.teacher_backend is not None
+    monkeypatch.setattr(pipe.teacher_backend, "close", lambda: closed.append("teacher"))
+    with pytest.raises(RuntimeError, match="the student"):
+        pipe.close()
+    assert closed == ["teacher"]
 
 
-def test_a_long_run_shows_its_passes(
-    shared_teacher_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_load_that_fails_halfway_closes_what_it_opened(
+    teacher_bundle: Path, toy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bar advances with every pass of the teacher, not only with every batch."""
-    seen: list[int] = []
-    monkeypatch.setattr(console.Progress, "advance", lambda self, count=1: seen.append(count))
-    infer.draw(infer.Request(shared_teacher_bundle, ("0",), steps="teacher", num_images=3))
-    assert seen == [3] * 4
+    toy.put_file(teacher_bundle, "teacher.onnx", b"not a graph")
+    closed: list[str] = []
+    close: Callable[[Any], None] = OnnxRuntime.close
+    monkeypatch.setattr(OnnxRuntime, "close", lambda self: (closed.append("closed"), close(self))[1])
+    with pytest.raises(BackendError, match=r"teacher\.onnx"):
+        runtime.load(teacher_bundle, "onnxruntime", steps=3)
+    assert closed
+
+
+def test_without_onnxruntime_the_teacher_says_what_to_install(
+    shared_teacher_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest runs in OpenVINO."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with runtime.load(shared_teacher_bundle, "openvino") as pipe:
+        assert len(pipe([0, 1], 2)) == 2
+        with pytest.raises(BackendError, match="the teacher runs in ONNX Runtime") as caught:
+            pipe(0, 3)
+    assert caught.value.hint == 'pip install "ddexport[cpu]"'

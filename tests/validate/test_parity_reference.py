@@ -57,7 +57,7 @@ def test_embedded_weights_need_no_option_and_give_the_published_outputs():
     golden = np.load(GOLDEN / "expected.npz")
     reference = build_reference(manifest_of("embedded"), {})
     feeds = {"tokens": golden["noise"], "label": golden["labels"], "known": np.zeros(2, np.int64)}
-    output = reference.run("student", feeds)
+    output = reference.run("student", None, feeds)
     assert np.abs(output["logits"] - golden["onestep_step0_raw_logits"][:, :5]).max() < 2e-5
     assert np.abs(output["sequence"] - golden["onestep_step0_sequence"]).max() < 2e-5
     assert np.abs(reference.sampler.decode(output["sequence"]) - golden["onestep_image"]).max() < 2e-5

@@ -93,7 +93,11 @@ class Judge:
         allowed = limits_of(self.manifest, precision)
         if not self.fits(got):
             return Agreement(passed=False, faults=("the outputs have other shapes than the reference's",))
-        comparison = Comparison(self._students(got), [self._images(got, decoded)], self._teachers(got))
+        agree, image = self.comparable(got), got.image
+        if decoded is not None:
+            agree, image = np.ones_like(agree), decoded
+        pair = ImagePair("image", self.expected.image, image, agree, self.places)
+        comparison = Comparison(self._students(got), [pair], self._teachers(got))
         measurements = measure(comparison, allowed or NO_LIMITS)
         differing, compared = self._tokens(got)
         faults = tuple(failure_line(measurement) for measurement in measurements if not measurement.passed)
@@ -161,12 +165,6 @@ class Judge:
                 )
             )
         return pairs
-
-    def _images(self, got: Outputs, decoded: FloatArray | None) -> ImagePair:
-        agree = self.comparable(got)
-        if decoded is not None:
-            return ImagePair("image", self.expected.image, decoded, np.ones_like(agree), self.places)
-        return ImagePair("image", self.expected.image, got.image, agree, self.places)
 
     def _tokens(self, got: Outputs) -> tuple[int, int]:
         """How many tokens that a step decided differ, and of how many."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ddexport.runtime import console
-from ddexport.runtime.errors import DDError, VerificationError
+from ddexport.runtime.errors import BackendError, DDError, VerificationError
 
 if TYPE_CHECKING:
     from ddexport.validate.bench.plan import Request
@@ -85,125 +85,59 @@ def _known(word: str, names: Sequence[str]) -> str:
     return word
 
 
-def block_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def block_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
     """A callback for a name that can stand in a comment of Markdown."""
-    if value and not re.fullmatch(r"[a-z0-9][a-z0-9-]*", value):
+    if value is not None and not re.fullmatch(r"[a-z0-9][a-z0-9-]*", value):
         raise click.BadParameter(f"{value!r} is no name of small letters, digits and hyphens.", ctx, param)
-    return value
+    return value or ""
 
 
-@click.command("bench", cls=console.Command, epilog=EPILOG)
+@click.command("bench", cls=console.Command, epilog=EPILOG, context_settings={"show_default": True})
 @click.argument("bundles", metavar="BUNDLE...", type=_PATH, nargs=-1, required=True)
-@click.option(
-    "--backend",
-    "backends",
-    callback=comma_list(_backend),
-    metavar="A,B,...",
-    help="Backends of the runtime, and torch, torch-compile, published. All that are named stay in memory at"
-    " once: name fewer where it is short.  [default: the runtime's]",
-)
-@click.option("--device", "--provider", "device", metavar="NAME", help="cpu, cuda or cuda:N.  [default: any]")
-@click.option(
-    "--batch", "batches", callback=comma_list(_number), default="1", show_default=True, metavar="N,N,..."
-)
-@click.option(
-    "--steps",
-    callback=comma_list(_steps),
-    default="1",
-    show_default=True,
-    metavar="N,...,teacher",
-    help="Schedules of the bundle; teacher is the whole auto-regressive model.",
-)
-@click.option(
-    "--precision",
-    "precisions",
-    callback=comma_list(_precision),
-    metavar="NAME,...",
-    help="fp32, fp16, bf16, int8.  [default: all that each backend can run]",
-)
-@click.option(
-    "--against",
-    callback=comma_list(_backend, single=True),
-    metavar="BACKEND",
-    help="How many times faster than that one each row is; it is timed too if it was not named.",
-)
-@click.option(
-    "--against-steps",
-    callback=comma_list(_steps, single=True),
-    metavar="N|teacher",
-    help="The steps of --against.  [default: those of each row]",
-)
-@click.option(
-    "--against-precision",
-    callback=comma_list(_precision, single=True),
-    default="fp32",
-    show_default=True,
-    metavar="NAME",
-    help="The precision of --against.",
-)
-@click.option(
-    "--threads", callback=comma_list(_number), metavar="N,...", help="Of the CPU.  [default: all cores]"
-)
-@click.option(
-    "--processes",
-    "--streams",
-    "processes",
-    callback=comma_list(_number),
-    default="1",
-    show_default=True,
-    metavar="N,...",
-    help="Copies side by side that share the threads; images a second are those of all.",
-)
-@click.option(
-    "--warmup", type=click.IntRange(0), default=1, show_default=True, help="Runs that are not counted."
-)
-@click.option(
-    "--duration",
-    type=click.FloatRange(0),
-    default=2.0,
-    show_default=True,
-    metavar="S",
-    help="Seconds of rounds for each row; five rounds at least, of a teacher's minutes one.",
-)
-@click.option(
-    "--percentile",
-    "percentiles",
-    callback=comma_list(_percentile),
-    default="50,90,99",
-    show_default=True,
-    metavar="P,...",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**64 - 1),
-    default=0,
-    show_default=True,
-    help="Of noise and labels, and of the order in the rounds.",
-)
+@click.option("--backend", "backends", callback=comma_list(_backend), metavar="A,B,...",
+              help="Backends of the runtime, and torch, torch-compile, published. All that are named stay in"
+              " memory at once: name fewer where it is short.  [default: the runtime's]")  # fmt: skip
+@click.option("--device", "--provider", "device", metavar="NAME",
+              help="cpu, cuda or cuda:N.  [default: any]")  # fmt: skip
+@click.option("--batch", "batches", callback=comma_list(_number), default="1", metavar="N,N,...")
+@click.option("--steps", callback=comma_list(_steps), default="1", metavar="N,...,teacher",
+              help="Schedules of the bundle; teacher is the whole auto-regressive model.")  # fmt: skip
+@click.option("--precision", "precisions", callback=comma_list(_precision), metavar="NAME,...",
+              help="fp32, fp16, bf16, int8.  [default: all that each backend can run]")  # fmt: skip
+@click.option("--against", callback=comma_list(_backend, single=True), metavar="BACKEND",
+              help="How many times faster than that one each row is; it is timed too if it was not"
+              " named.")  # fmt: skip
+@click.option("--against-steps", callback=comma_list(_steps, single=True), metavar="N|teacher",
+              help="The steps of --against.  [default: those of each row]")  # fmt: skip
+@click.option("--against-precision", callback=comma_list(_precision, single=True), default="fp32",
+              metavar="NAME", help="The precision of --against.")  # fmt: skip
+@click.option("--threads", callback=comma_list(_number), metavar="N,...",
+              help="Of the CPU.  [default: all cores]")  # fmt: skip
+@click.option("--processes", "--streams", "processes", callback=comma_list(_number), default="1",
+              metavar="N,...", help="Copies side by side that share the threads; images a second are those"
+              " of all.")  # fmt: skip
+@click.option("--warmup", type=click.IntRange(0), default=1, help="Runs that are not counted.")
+@click.option("--duration", type=click.FloatRange(0), default=2.0, metavar="S",
+              help="Seconds of rounds for each row; five rounds at least, of a teacher's minutes"
+              " one.")  # fmt: skip
+@click.option("--percentile", "percentiles", callback=comma_list(_percentile), default="50,90,99",
+              metavar="P,...")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0,
+              help="Of noise and labels, and of the order in the rounds.")  # fmt: skip
 @click.option("--checkpoint", type=_PATH, help="The student's checkpoint that the bundle was made from.")
 @click.option("--vae", type=_PATH, help="The tokenizer's checkpoint that the bundle was made from.")
 @click.option("--teacher", type=_PATH, help="The teacher's checkpoint that the bundle was made from.")
 @click.option("--weights", type=click.Choice(["ema", "model"]), help="Which copy in --checkpoint.")
 @click.option("--roofline/--no-roofline", default=True, help="Whether to measure the machine's own peak.")
-@click.option(
-    "--save",
-    is_flag=True,
-    help="Keep the times of one step in the bundle's first precision there, for --backend auto.",
-)
-@click.option("--plot", type=_PATH, metavar="FILE.png", help="Draw the times.")
-@click.option(
-    "--update",
-    type=_PATH,
-    metavar="FILE.md",
-    help="Replace what is between <!-- bench --> and <!-- /bench --> in a Markdown file by the tables.",
-)
-@click.option(
-    "--block",
-    default="",
-    callback=block_name,
-    metavar="NAME",
-    help="Which block of --update, of a page with several: <!-- bench NAME -->.",
-)
+@click.option("--save", is_flag=True,
+              help="Keep in the bundle how fast each CPU backend is in one step and the first precision, for"
+              " --backend auto.")  # fmt: skip
+@click.option("--plot", type=_PATH, metavar="FILE.png", help="Plot the times.")
+@click.option("--update", type=_PATH, metavar="FILE.md",
+              help="Replace what is between <!-- bench --> and <!-- /bench --> in a Markdown file by the"
+              " tables.")  # fmt: skip
+@click.option("--block", callback=block_name, metavar="NAME",
+              help="Which block of --update, of a page with several: <!-- bench NAME -->.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as a JSON list.")
 @console.debug_option
 @click.pass_context
@@ -224,10 +158,10 @@ def command(
     What cannot run here is listed with its reason. Exit code 3 if the outputs of a row miss the bundle's
     limits: a fast wrong row is marked as wrong. docs/benchmark.md explains the columns.
     """
-    from ddexport.runtime.backends._saved import FILE
     from ddexport.runtime.files import check_writable
     from ddexport.validate.bench import report
     from ddexport.validate.bench.plan import Request
+    from ddexport.validate.bench.table import remarks
 
     if asked["against"] is None and asked["against_steps"] is not None:
         raise click.UsageError("--against-steps says which steps of --against: give both.")
@@ -238,29 +172,27 @@ def command(
     if update is not None:
         report.check_page(update, block)
     request = Request(files={"student": checkpoint, "tokenizer": vae, "teacher": teacher}, **asked)
-    if request.save:
-        for root in request.bundles:
-            check_writable(root / FILE)
     rows, peaks, skipped = _measure(request)
-    machine = report.environment()
+    machine, stamp = report.environment()
     if as_json:
         console.emit_json([row.to_dict() for row in rows])
-        report.say_work(rows, peaks)
     else:
         report.show(rows, peaks, machine, request.percentiles)
     if plot is not None and any(row.timed for row in rows):
         from ddexport.validate.bench.plot import write_plot
 
-        write_plot(rows, str(machine), plot)
+        write_plot(rows, machine, plot)
         click.echo(f"plot: {plot}", err=True)
     if update is not None:
         picture = report.address(plot, update) if plot is not None and plot.exists() else None
-        line = command_line(ctx)
-        text = report.block(rows, peaks, machine, line, request.percentiles, skipped, picture)
+        parts = (command_line(ctx), stamp, request.percentiles, skipped, picture)
+        text = report.block(rows, peaks, *parts)
         report.update(update, text, block)
         click.echo(f"updated: {update}", err=True)
-    for remark in report.remarks(rows):
+    for remark in remarks(rows):
         click.echo(remark, err=True)
+    for root in request.bundles if request.save else ():
+        click.echo(_save(root, [row for row in rows if row.bundle == str(root)]), err=True)
     _end(rows)
 
 
@@ -283,29 +215,31 @@ def command_line(ctx: click.Context) -> str:
 
 def _measure(request: Request) -> tuple[list[Row], Peaks, list[str]]:
     """The rows of all bundles, the machine's peaks, and what was skipped. Raises DDError."""
+    from ddexport.runtime.backends._saved import FILE
     from ddexport.runtime.bundle import read_manifest
-    from ddexport.validate.bench.plan import make_plan, nothing_left
+    from ddexport.runtime.files import check_writable
+    from ddexport.validate.bench.plan import make_plan
     from ddexport.validate.bench.run import measure_peaks, run_bench
 
     plans = []
     for root in request.bundles:
         with console.stage(f"loading {root}", keep=False):
             manifest = read_manifest(root)
+        if request.save:
+            check_writable(root / FILE)
         plans.append((root, manifest, make_plan(root, manifest, request)))
     skipped = [f"{manifest.name}: {text}" for _, manifest, plan in plans for text in plan.skipped]
     for text in skipped:
         click.echo(f"skipped: {text}", err=True)
-    threads = sorted({entry.runner.threads for _, _, plan in plans for entry in plan.entries})
-    if not threads:
-        raise nothing_left(skipped)
-    peaks = measure_peaks(threads) if request.roofline else {}
+    runners = [entry.runner for _, _, plan in plans for entry in plan.entries]
+    if not runners:
+        what = f"nothing that was asked for can be timed here: {'; '.join(skipped)}"
+        raise BackendError(what, "ddexport doctor says what is installed.")
+    peaks = measure_peaks(runners) if request.roofline else {}
     rows: list[Row] = []
     for root, manifest, plan in plans:
         if plan.entries:
-            own = run_bench(root, manifest, plan, request, peaks)
-            rows += own
-            if request.save:
-                click.echo(f"{manifest.name}: {_save(root, own)}", err=True)
+            rows += run_bench(root, manifest, plan, request, peaks)
     return rows, peaks, skipped
 
 
@@ -319,7 +253,7 @@ def _save(root: Path, rows: Sequence[Row]) -> str:
     manifest = read_manifest(root, verify=False)
     times, precision = times_to_save(rows, manifest.precisions[0]), manifest.precisions[0]
     if not times:
-        return f"nothing to save: no CPU backend was timed and right in {precision} and one step"
+        return f"nothing to save in {root}: no CPU backend was timed and right in {precision} and one step"
     texts = [f"{name} {milliseconds:.3g} ms" for name, milliseconds in times.items()]
     path = save(root, manifest, times)
     return f"saved in {path}: {', '.join(texts)} an image; auto takes {choose(root, manifest)}"

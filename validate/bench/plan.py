@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from ddexport.runtime import backends
 from ddexport.runtime.bundle import Manifest
-from ddexport.runtime.errors import BackendError, DDError
+from ddexport.runtime.errors import DDError
 from ddexport.runtime.machine import cpu
 from ddexport.runtime.registry import plugins
 from ddexport.validate.bench.workload import (
@@ -80,12 +80,13 @@ def backend_names() -> list[str]:
 def make_plan(root: Path, manifest: Manifest, request: Request) -> Plan:
     """Raises BackendError for an unknown backend or device: what cannot run is listed."""
     planner = _Planner(root, manifest, request)
+    usual = dict.fromkeys((*manifest.precisions, *USUAL))
     wanted = [
         planner.runner(backend, precision, threads, processes)
         for backend in request.backends or plugins(backends.__name__)
         for threads in request.threads or (cpu().cores,)
         for processes in request.processes
-        for precision in _precisions(backend, manifest, request)
+        for precision in request.precisions or OF_TORCH.get(backend) or usual
     ]
     workloads = [Workload(batch, steps) for batch in request.batches for steps in request.steps]
     planned = [planner.entry(runner, workload) for workload in workloads for runner in wanted]
@@ -115,7 +116,8 @@ class _Planner:
     ) -> RunnerConfiguration | None:
         """The runner if it can run, else None."""
         if processes > threads:
-            return self._skip(f"{processes} processes", f"they need as many threads, not {threads}")
+            self._skip(f"{processes} processes", f"they need as many threads, not {threads}")
+            return None
         runner, graphs = RunnerConfiguration(backend, precision, threads, processes=processes), None
         if backend in IN_TORCH:
             obstacle = torch_obstacle(backend, precision, self.request.device)
@@ -124,7 +126,8 @@ class _Planner:
             if chosen is not None:
                 runner, graphs = replace(runner, device=chosen.device), chosen.graphs
         if obstacle:
-            return self._skip(runner.name, obstacle)
+            self._skip(str(runner), obstacle)
+            return None
         self._graphs[runner] = graphs
         return runner
 
@@ -142,8 +145,8 @@ class _Planner:
         except DDError as error:
             obstacle = f"{error.message}. {error.hint}"
         if obstacle:
-            return self._skip(f"{runner.name}, steps {workload.steps}", obstacle)
-        return Entry(runner, workload)
+            self._skip(f"{runner}, steps {workload.steps}", obstacle)
+        return None if obstacle else Entry(runner, workload)
 
     def baseline(self, entry: Entry) -> Entry | None:
         """What an entry is held against: of the same batch and threads."""
@@ -168,10 +171,6 @@ class _Planner:
         self.skipped.setdefault(reason, {})[what] = None
 
 
-def _precisions(backend: str, manifest: Manifest, request: Request) -> Iterable[str]:
-    return request.precisions or OF_TORCH.get(backend) or dict.fromkeys((*manifest.precisions, *USUAL))
-
-
 def torch_obstacle(backend: str, precision: str, device: str | None = None) -> str:
     """What keeps PyTorch from being timed; "" if nothing."""
     missing = [name for name in ("torch", "safetensors", "yaml") if find_spec(name) is None]
@@ -190,11 +189,3 @@ def compiler() -> str | None:
     """The C++ compiler that torch.compile finds, if any."""
     names = (os.environ.get("CXX", ""), "g++", "c++", "clang++")
     return next((path for name in names if name and (path := shutil.which(name))), None)
-
-
-def nothing_left(skipped: Iterable[str]) -> BackendError:
-    """The error when everything is skipped."""
-    return BackendError(
-        f"nothing that was asked for can be timed here: {'; '.join(skipped)}",
-        "ddexport doctor says what is installed.",
-    )

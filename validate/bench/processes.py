@@ -61,7 +61,7 @@ class Worker:
         except (EOFError, pickle.UnpicklingError) as error:  # nothing, or what a dying process half wrote
             raise self._death() from error
         if isinstance(reply, WorkerError):
-            raise WorkerError(reply.message[:SHOWN], reply.hint)
+            raise reply
         return reply
 
     def close(self) -> None:
@@ -95,7 +95,15 @@ class Worker:
 
 
 def call_all(workers: Sequence[Worker], method: str, *arguments: Any) -> list[Any]:
-    """What all of them give, working at the same time. Raises WorkerError."""
+    """What all of them give, working at the same time. Raises WorkerError, after all have replied."""
     for worker in workers:
         worker.send(method, *arguments)
-    return [worker.receive() for worker in workers]
+    replies, errors = [], []
+    for worker in workers:
+        try:
+            replies.append(worker.receive())
+        except WorkerError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return replies

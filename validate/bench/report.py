@@ -14,26 +14,20 @@ from ddexport.runtime.errors import OutputError
 from ddexport.runtime.files import atomic_write, check_writable
 from ddexport.runtime.machine import cpu, version_of
 from ddexport.validate.bench.roofline import Peaks
-from ddexport.validate.bench.rows import Environment, Row
+from ddexport.validate.bench.rows import Row
 from ddexport.validate.bench.table import parity_grid, remarks, times_grid, work_line
 
 PACKAGES = ("ddexport", "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "openvino")
 
 
-def environment() -> Environment:
-    """This machine and what is installed, now."""
-    versions = {name: version for name in PACKAGES if (version := version_of(name))}
-    date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return Environment(cpu().name, cpu().cores, versions, date)
+def environment() -> tuple[str, str]:
+    """For people: this machine, and with it the time and what is installed."""
+    machine = f"{cpu().name}, {cpu().cores} core{'s' * (cpu().cores != 1)}"
+    versions = ", ".join(f"{name} {version}" for name in PACKAGES if (version := version_of(name)))
+    return machine, f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M UTC}, {machine}; {versions}."
 
 
-def say_work(rows: Sequence[Row], peaks: Peaks) -> None:
-    """The line on work and peaks, on stderr."""
-    for own in _by_bundle(rows):
-        click.echo(f"{own[0].model}: {work_line(own, peaks)}", err=True)
-
-
-def show(rows: Sequence[Row], peaks: Peaks, machine: Environment, marks: Sequence[float]) -> None:
+def show(rows: Sequence[Row], peaks: Peaks, machine: str, marks: Sequence[float]) -> None:
     """The tables for people, on stdout."""
     click.echo(machine)
     for own in _by_bundle(rows):
@@ -47,15 +41,14 @@ def show(rows: Sequence[Row], peaks: Peaks, machine: Environment, marks: Sequenc
 def block(
     rows: Sequence[Row],
     peaks: Peaks,
-    machine: Environment,
     command: str,
+    stamp: str,
     marks: Sequence[float],
     skipped: Sequence[str] = (),
     plot: str | None = None,
 ) -> str:
-    """What stands between the two marks of a page. plot: its address, as seen from there."""
-    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-    parts = [f"```\n{command}\n```", f"{machine.date}, {machine}; {versions}."]
+    """What stands between the two marks of a page. stamp: see `environment`. plot: its address there."""
+    parts = [f"```\n{command}\n```", stamp]
     for own in _by_bundle(rows):
         parts += [f"**{own[0].model}**: {work_line(own, peaks)}.", times_grid(own, marks).markdown()]
         parts.append(parity_grid(own).markdown())
@@ -72,11 +65,8 @@ def block(
 
 def marks_of(name: str = "") -> tuple[str, str]:
     """The lines around a block: a page may hold several, told apart by their names."""
-    return (
-        (f"<!-- bench {name} -->", f"<!-- /bench {name} -->")
-        if name
-        else ("<!-- bench -->", "<!-- /bench -->")
-    )
+    name = f" {name}" if name else ""
+    return f"<!-- bench{name} -->", f"<!-- /bench{name} -->"
 
 
 def check_page(path: Path, name: str = "") -> None:

@@ -9,32 +9,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from ddexport.graph.flops import count
 from ddexport.runtime.bundle import TEACHER, Manifest, Schedule
-from ddexport.runtime.errors import BundleError
+from ddexport.runtime.errors import BackendError, BundleError
 
 Product = Callable[[], Any]
 SIZE = 2048
 SECONDS = 0.4  # for each engine and precision: enough for ten products at 100 GFLOP/s
-PRECISIONS = ("fp32", "bf16", "int8")
 
 
-@dataclass(frozen=True)
-class Peak:
-    """gflops: the largest rate, by which engine; None with the obstacle if nothing could be measured."""
-
-    precision: str
-    gflops: float | None
-    engine: str = ""
-    obstacle: str = ""
-
-
+Peak: TypeAlias = "float | str"  # GFLOP/s, or what stands in the way of measuring them
 Peaks: TypeAlias = Mapping[tuple[int, str], Peak]  # by threads and precision
 
 
@@ -69,43 +59,31 @@ def flops_of(
 
 @cache
 def _flops(file: Path, sizes: tuple[tuple[str, int], ...]) -> int:
-    from ddexport.graph.flops import count
-
     flops: int = count(file, dict(sizes)).flops
     return flops
 
 
-def rates_of(engine: str, threads: int, size: int = SIZE, seconds: float = SECONDS) -> list[Peak]:
-    """The rate of one engine in each of `PRECISIONS`, or what stands in its way."""
-    peaks = []
-    for precision in PRECISIONS:
-        try:
-            product = ENGINES[engine](precision, size, threads)
-            if product is None:
-                peaks.append(Peak(precision, None, engine, f"{engine} does not multiply in it"))
-            else:
-                peaks.append(Peak(precision, 2 * size**3 / fastest(product, seconds) / 1e9, engine))
-        except Exception as error:  # an engine that lacks a kernel, or is missing, says so in its own words
-            text = str(error).strip() or type(error).__name__
-            peaks.append(Peak(precision, None, engine, f"{engine}: {text.splitlines()[0][:120]}"))
-    return peaks
+def rate_of(engine: str, precision: str, threads: int, size: int = SIZE, seconds: float = SECONDS) -> float:
+    """GFLOP/s of one engine. Raises BackendError if it does not multiply in that precision, and whatever an
+    engine raises that is missing or lacks a kernel."""
+    product = ENGINES[engine](precision, size, threads)
+    if product is None:
+        raise BackendError("it does not multiply in this precision")
+    return 2 * size**3 / fastest(product, seconds) / 1e9
 
 
-def best_of(peaks: Iterable[Peak], precision: str) -> Peak:
-    """The largest rate in a precision; without any, all obstacles."""
-    own = [peak for peak in peaks if peak.precision == precision]
-    able = [peak for peak in own if peak.gflops is not None]
-    if able:
-        return max(able, key=lambda peak: peak.gflops or 0.0)
-    obstacles = "; ".join(peak.obstacle for peak in own)
-    return Peak(precision, None, obstacle=obstacles or "no engine was tried")
+def best_of(rates: Iterable[Peak]) -> Peak:
+    """The largest; without any, all obstacles."""
+    known = list(rates)
+    obstacles = "; ".join(rate for rate in known if isinstance(rate, str))
+    return max((rate for rate in known if not isinstance(rate, str)), default=obstacles)
 
 
 def fastest(product: Product, seconds: float, clock: Callable[[], float] = time.perf_counter) -> float:
-    """The shortest time of a product, tried for so many seconds, three times at least, once to warm up."""
+    """The shortest time of a product, tried for so many seconds after one that warms up."""
     product()
     spent: list[float] = []
-    while len(spent) < 3 or sum(spent) < seconds:
+    while not spent or sum(spent) < seconds:
         start = clock()
         product()
         spent.append(clock() - start)

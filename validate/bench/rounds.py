@@ -1,4 +1,4 @@
-"""Rows in turn, round after round, so that a noisy machine is as noisy for all; and figures of their times."""
+"""Rows in turn, round after round, so that a noisy machine is as noisy for all; figures of their times."""
 
 from __future__ import annotations
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ddexport.validate.bench.workload import IN_TORCH, runner_name
+from ddexport.validate.bench.workload import IN_TORCH, RunnerConfiguration, Workload
 
 VERDICTS = {True: "ok", False: "WRONG", None: "?"}
 
@@ -25,13 +25,8 @@ class Row:
 
     bundle: str
     model: str
-    backend: str
-    precision: str
-    batch: int
-    steps: int | str
-    threads: int
-    device: str = "cpu"
-    processes: int = 1
+    runner: RunnerConfiguration
+    workload: Workload
     version: str = ""
     machine: str = ""
     student_ms: float | None = None
@@ -59,11 +54,6 @@ class Row:
     error: str | None = None
 
     @property
-    def name(self) -> str:
-        """Of the runner, for people."""
-        return runner_name(self.backend, self.precision, self.device, self.processes)
-
-    @property
     def timed(self) -> bool:
         return self.error is None and self.total_ms is not None
 
@@ -73,12 +63,13 @@ class Row:
         return "failed" if self.error is not None else VERDICTS[self.passed]
 
     def __str__(self) -> str:
-        return f"{self.name}, batch {self.batch}, steps {self.steps}"
+        return f"{self.runner}, {self.workload}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data. Equal images have an infinite PSNR, which JSON lacks: it becomes null there, and
-        `image_max` is 0."""
-        return {column.name: getattr(self, column.name) for column in fields(self)}
+        """As plain data in one level. Equal images have an infinite PSNR, which JSON lacks: it becomes null
+        there, and `image_max` is 0."""
+        data = asdict(self)
+        return {**data.pop("runner"), **data.pop("workload"), **data}
 
 
 def best_rows(rows: Sequence[Row]) -> set[int]:
@@ -86,9 +77,9 @@ def best_rows(rows: Sequence[Row]) -> set[int]:
     best: dict[tuple[str, int], int] = {}
     for index, row in enumerate(rows):
         if row.timed and row.passed:
-            other = best.setdefault((row.bundle, row.batch), index)
+            other = best.setdefault((row.bundle, row.workload.batch), index)
             if (row.images_per_s or 0.0) > (rows[other].images_per_s or 0.0):
-                best[row.bundle, row.batch] = index
+                best[row.bundle, row.workload.batch] = index
     return set(best.values())
 
 
@@ -98,25 +89,15 @@ def times_to_save(rows: Sequence[Row], precision: str) -> dict[str, float]:
     right = [
         row
         for row in rows
-        if row.backend not in IN_TORCH
-        and (row.device, row.precision, row.steps, row.processes) == ("cpu", precision, 1, 1)
+        if row.runner.backend not in IN_TORCH
+        and (row.runner.device, row.runner.precision, row.runner.processes) == ("cpu", precision, 1)
+        and row.workload.steps == 1
         and row.timed
         and row.passed
     ]
-    usual = min(((row.batch, -row.threads) for row in right), default=None)
+    usual = min(((row.workload.batch, -row.runner.threads) for row in right), default=None)
     return {
-        row.backend: (row.total_ms or 0.0) / row.batch for row in right if (row.batch, -row.threads) == usual
+        row.runner.backend: (row.total_ms or 0.0) / row.workload.batch
+        for row in right
+        if (row.workload.batch, -row.runner.threads) == usual
     }
-
-
-@dataclass(frozen=True)
-class Environment:
-    """The machine of a run, for people who read the figures later."""
-
-    cpu: str
-    cores: int
-    versions: Mapping[str, str]
-    date: str
-
-    def __str__(self) -> str:
-        return f"{self.cpu}, {self.cores} core{'s' * (self.cores != 1)}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +17,7 @@ from ddexport.runtime.machine import cpu
 from ddexport.validate.bench.agreement import Agreement, Judge, worst_of
 from ddexport.validate.bench.plan import Entry, Plan, Request
 from ddexport.validate.bench.processes import Worker, call_all
-from ddexport.validate.bench.roofline import ENGINES, PRECISIONS, Peak, Peaks, best_of, flops_of
+from ddexport.validate.bench.roofline import ENGINES, Peak, Peaks, best_of, flops_of
 from ddexport.validate.bench.rounds import LONG, Contender, interleave, least_rounds, percentiles, speedup
 from ddexport.validate.bench.rows import Row
 from ddexport.validate.bench.worker import WorkerError
@@ -33,6 +34,7 @@ from ddexport.validate.bench.workload import (
 
 PARTS = ("student", "teacher", "decoder", "total")
 Start = Callable[[int], Worker]  # by the number of its threads
+JobOf = Callable[[RunnerConfiguration], Job]
 
 
 @dataclass
@@ -102,18 +104,9 @@ class Timing(Contender):
 
     def row(self, root: Path, manifest: Manifest, request: Request, peaks: Peaks) -> Row:
         """What is told of it."""
-        runner, workload = self.entry.runner, self.entry.workload
-        row = Row(
-            bundle=str(root),
-            model=manifest.name,
-            **asdict(runner),
-            **asdict(workload),
-            version=self.opened.version,
-            machine=cpu().name,
-            peak_mib=self.peak_mib,
-            rounds=len(self.times),
-            error=self.error,
-        )
+        row = Row(str(root), manifest.name, self.entry.runner, self.entry.workload, self.opened.version)
+        row.machine, row.peak_mib, row.error = cpu().name, self.peak_mib, self.error
+        row.rounds = len(self.times)
         if self.error is not None:
             return row
         for part in PARTS:
@@ -126,7 +119,7 @@ class Timing(Contender):
         if not isinstance(self.judge, str):
             agreement = worst_of(self.agreements)
         vars(row).update(vars(agreement))
-        if self.opened.teacher and manifest.schedule(workload.steps).teacher is not None:
+        if self.opened.teacher and manifest.schedule(row.workload.steps).teacher is not None:
             row.notes += (f"the teacher ran in {self.opened.teacher}",)
         _fill_roofline(row, root, manifest, peaks)
         return row
@@ -139,18 +132,19 @@ def run_bench(
 
     What goes wrong in a worker is told in its rows.
     """
+    job_of = partial(Job, root, seed=request.seed, files=request.files, weights=request.weights)
     timings: dict[Entry, Timing] = {}
     with ExitStack() as stack:
-        judges = _judges(root, manifest, plan, request, start)
+        judges = _judges(manifest, plan, job_of, start)
         runners = dict.fromkeys(entry.runner for entry in plan.entries)
-        opened = {runner: _opened(root, runner, request, start, stack) for runner in runners}
+        opened = {runner: _opened(job_of(runner), start, stack) for runner in runners}
         for batch, entries in groupby(plan.entries, key=lambda entry: entry.workload.batch):
             group = {
                 entry: Timing(entry=entry, opened=opened[entry.runner], judge=judges[entry.workload])
                 for entry in entries
             }
             for entry, timing in group.items():
-                with console.stage(f"preparing {entry.runner.name}, {entry.workload}", keep=False):
+                with console.stage(f"preparing {entry.runner}, {entry.workload}", keep=False):
                     timing.prepare(request.warmup)
             ready = [timing for timing in group.values() if timing.error is None]
             with console.stage(f"timing {manifest.name}, batch {batch}, {len(ready)} rows"):
@@ -159,47 +153,43 @@ def run_bench(
     rows = {entry: timing.row(root, manifest, request, peaks) for entry, timing in timings.items()}
     for entry, baseline in plan.baselines.items():
         row, other = rows[entry], rows[baseline]
-        row.against = f"{other.name}, steps {other.steps}"
+        row.against = f"{other.runner}, steps {other.workload.steps}"
         ratio = speedup(timings[baseline].walls, timings[entry].walls, request.seed)
         if row.timed and other.timed and ratio is not None:
             row.speedup, row.speedup_low, row.speedup_high = ratio
     return [rows[entry] for entry in plan.entries]
 
 
-def measure_peaks(threads: Sequence[int], start: Start = Worker) -> dict[tuple[int, str], Peak]:
-    """The machine's matrix-product peaks for each number of threads: the best of the installed engines.
+def measure_peaks(runners: Iterable[RunnerConfiguration], start: Start = Worker) -> Peaks:
+    """The machine's matrix-product peaks for what runs on its CPU: the best of the installed engines.
 
     Each has a process of its own, because the libraries of several do not always go together.
     """
-    best: dict[tuple[int, str], Peak] = {}
-    for count in dict.fromkeys(threads):
-        peaks: list[Peak] = []
-        with console.stage(f"measuring the machine, {count} threads"):
+    rates: dict[tuple[int, str], list[Peak]] = {
+        (runner.threads, runner.precision): [] for runner in runners if runner.device == "cpu"
+    }
+    for threads in sorted({threads for threads, _ in rates}):
+        precisions = [precision for count, precision in rates if count == threads]
+        with console.stage(f"measuring the machine, {threads} threads"):
             for engine in filter(find_spec, ENGINES):
-                with start(count) as worker:
-                    try:
-                        peaks += worker.call("peaks", engine, count)
-                    except WorkerError as error:
-                        text = f"{engine}: {error.message}"
-                        peaks += [Peak(precision, None, engine, text) for precision in PRECISIONS]
-        best |= {(count, precision): best_of(peaks, precision) for precision in PRECISIONS}
-    return best
+                with start(threads) as worker:
+                    for precision in precisions:
+                        try:
+                            rate: Peak = worker.call("rate", engine, precision, threads)
+                        except WorkerError as error:
+                            rate = f"{engine}: {error.message}"
+                        rates[threads, precision].append(rate)
+    return {key: best_of(values) for key, values in rates.items()}
 
 
-def _job(root: Path, runner: RunnerConfiguration, request: Request) -> Job:
-    return Job(root, runner, request.seed, request.files, request.weights)
-
-
-def _judges(
-    root: Path, manifest: Manifest, plan: Plan, request: Request, start: Start
-) -> Mapping[Workload, Judge | str]:
-    """Who judges each workload, or why nobody can: the float32 modules run it once, then their worker ends."""
+def _judges(manifest: Manifest, plan: Plan, job_of: JobOf, start: Start) -> Mapping[Workload, Judge | str]:
+    """Who judges each workload, or why nobody can: the float32 modules run it once in a worker."""
     judges: dict[Workload, Judge | str] = {}
     runner = RunnerConfiguration(REFERENCE, "fp32", max(entry.runner.threads for entry in plan.entries))
-    workloads = dict.fromkeys(entry.workload for entry in plan.entries)
+    workloads, job = dict.fromkeys(entry.workload for entry in plan.entries), job_of(runner)
     with console.stage("sampling from the reference"), start(runner.threads) as worker:
         try:
-            worker.call("open", _job(root, runner, request))
+            worker.call("open", job)
         except WorkerError as error:
             return dict.fromkeys(workloads, _text(error))
         for workload in workloads:
@@ -209,21 +199,18 @@ def _judges(
                 judges[workload] = _text(error)
                 continue
             assert run.outputs is not None  # the first ones
-            given = inputs_of(manifest, workload.batch, request.seed)
+            given = inputs_of(manifest, workload.batch, job.seed)
             judges[workload] = Judge(manifest, manifest.schedule(workload.steps), given, run.outputs)
     return judges
 
 
-def _opened(
-    root: Path, runner: RunnerConfiguration, request: Request, start: Start, stack: ExitStack
-) -> Opened:
+def _opened(job: Job, start: Start, stack: ExitStack) -> Opened:
     """The open workers of a runner, which the stack closes."""
     opened = Opened()
-    with console.stage(f"opening {runner.name}", keep=False):
+    with console.stage(f"opening {job.runner}", keep=False):
         try:
-            for _ in range(runner.processes):
-                opened.workers.append(stack.enter_context(start(runner.threads_each)))
-                job = _job(root, runner, request)
+            for _ in range(job.runner.processes):
+                opened.workers.append(stack.enter_context(start(job.runner.threads_each)))
                 opened.version, opened.teacher = opened.workers[-1].call("open", job)
         except WorkerError as error:
             opened.error = _text(error)
@@ -234,19 +221,18 @@ def _opened(
 
 def _fill_roofline(row: Row, root: Path, manifest: Manifest, peaks: Peaks) -> None:
     """The row's own rate, and its share of what this machine multiplies at its best in that precision."""
-    own = None if row.backend in IN_TORCH else row.precision
-    row.flops = flops_of(root, manifest, manifest.schedule(row.steps), own)
+    runner, schedule = row.runner, manifest.schedule(row.workload.steps)
+    row.flops = flops_of(root, manifest, schedule, None if runner.backend in IN_TORCH else runner.precision)
     if not peaks:  # nobody wants them
         return
-    peak = peaks.get((row.threads, row.precision))
-    if row.device != "cpu":
-        row.notes += ("no share of the peak: what was measured is the CPU's",)
-    elif peak is None or not peak.gflops:
-        obstacle = peak.obstacle if peak is not None else "it is not measured"
-        row.notes += (f"no share of the peak in {row.precision}: {obstacle}",)
+    peak: Peak = "what was measured is the CPU's"
+    if runner.device == "cpu":
+        peak = peaks[runner.threads, runner.precision]
+    if isinstance(peak, str):
+        row.notes += (f"no share of the peak in {runner.precision}: {peak}",)
     elif row.images_per_s:
-        row.peak_gflops = peak.gflops
-        row.roofline = row.flops["total"] * row.images_per_s / (peak.gflops * 1e9)
+        row.peak_gflops = peak
+        row.roofline = row.flops["total"] * row.images_per_s / (peak * 1e9)
 
 
 def _text(error: WorkerError) -> str:

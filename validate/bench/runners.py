@@ -37,7 +37,7 @@ DISTRIBUTIONS = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "tensorrt": 
 
 
 class Runner(ABC):
-    """An open configuration. version: of the engine. teacher: what runs the teacher, if another engine does."""
+    """An open configuration. version: of the engine. teacher: what else runs the teacher, if anything."""
 
     version: str
     teacher = ""
@@ -149,11 +149,10 @@ class TimedSampler:
         decoded = time.perf_counter()
         to_uint8(image)
         total = time.perf_counter() - began
-        by_role = {
-            role: sum(step.seconds for step in steps if step.role == role) for role in ("student", TEACHER)
-        }
+        by_teacher = sum(step.seconds for step in steps if step.role == TEACHER)
+        by_student = sum(step.seconds for step in steps) - by_teacher
         outputs = Outputs(steps, image, np.concatenate(guided, axis=1) if guided else None)
-        return Times(by_role["student"], by_role[TEACHER], decoded - sampled, total), outputs, fed
+        return Times(by_student, by_teacher, decoded - sampled, total), outputs, fed
 
     def logits(self, schedule: Schedule, fed: list[Arrays]) -> list[FloatArray]:
         """The student's logits of what it was fed: users do not ask for them, so that no timed run does."""

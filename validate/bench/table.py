@@ -97,15 +97,15 @@ def work_line(rows: Sequence[Row], peaks: Peaks) -> str:
     """What an image asks for, and what the machine gives; empty if neither is known."""
     work: dict[str, float] = {}
     for row in rows:
-        flops = row.flops or {}
-        if "student" in flops and "teacher" not in flops and isinstance(row.steps, int):
-            work.setdefault("student", flops["student"] / row.steps)
+        flops, steps = row.flops or {}, row.workload.steps
+        if "student" in flops and "teacher" not in flops and isinstance(steps, int):
+            work.setdefault("student", flops["student"] / steps)
         for part in ("teacher", "decoder"):
             work[part] = max(work.get(part, 0.0), flops.get(part, 0.0))
     parts = [f"{part} {_flops(work[part])}" for part in ("student", "teacher", "decoder") if work.get(part)]
     rates: dict[int, list[str]] = {}
     for (threads, precision), peak in sorted(peaks.items(), key=lambda item: item[0][0]):
-        rate = f"{peak.gflops:.0f} ({precision})" if peak.gflops else f"? ({precision}: {peak.obstacle})"
+        rate = f"? ({precision}: {peak})" if isinstance(peak, str) else f"{peak:.0f} ({precision})"
         rates.setdefault(threads, []).append(rate)
     given = [f"{', '.join(rates[n])} GFLOP/s with {n} thread{'s' * (n > 1)}" for n in rates]
     texts = [f"{', '.join(parts)} an image"] if parts else []
@@ -129,10 +129,10 @@ def _flops(value: float) -> str:
 def _grid(rows: Sequence[Row], columns: dict[str, list[str]]) -> Grid:
     """The columns, with those before them that say which row it is."""
     named = {
-        "": [row.name for row in rows],
-        "threads": [str(row.threads) for row in rows],
-        "batch": [str(row.batch) for row in rows],
-        "steps": [str(row.steps) for row in rows],
+        "": [str(row.runner) for row in rows],
+        "threads": [str(row.runner.threads) for row in rows],
+        "batch": [str(row.workload.batch) for row in rows],
+        "steps": [str(row.workload.steps) for row in rows],
         **columns,
     }
     if len(set(named["threads"])) == 1:  # the line about the machine says it

@@ -15,8 +15,9 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from ddexport.runtime.backends import said
 from ddexport.runtime.bundle import Schedule, read_manifest
 from ddexport.runtime.errors import DDError
 from ddexport.validate.bench.workload import Inputs, Job, Outputs, Run, Times, Workload, inputs_of
@@ -68,11 +69,11 @@ class Session:
         """The image of a sequence. Raises DDError."""
         return self._sampler.runner.run("decoder", None, {"sequence": sequence})["image"]  # type: ignore[no-any-return]
 
-    def peaks(self, engine: str, threads: int) -> Any:
-        """What one engine multiplies at its best, in every precision."""
-        from ddexport.validate.bench.roofline import rates_of
+    def rate(self, engine: str, precision: str, threads: int) -> float:
+        """GFLOP/s of one engine at its best. Raises whatever it raises."""
+        from ddexport.validate.bench.roofline import rate_of
 
-        return rates_of(engine, threads)
+        return rate_of(engine, precision, threads)
 
     def _request(self, workload: Workload) -> tuple[Schedule, Inputs]:
         schedule = self._manifest.schedule(workload.steps)
@@ -99,7 +100,7 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         except DDError as error:
             reply = WorkerError(error.message, error.hint)
         except Exception as error:  # whatever an engine raises is this row's end, not the benchmark's
-            reply = WorkerError(f"{type(error).__name__}: {error}")
+            reply = WorkerError(f"{type(error).__name__}: {said(error)}")
         pickle.dump(reply, replies)
         replies.flush()
 

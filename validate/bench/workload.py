@@ -20,16 +20,6 @@ IN_TORCH = (TORCH, COMPILED, PUBLISHED)  # what PyTorch computes, beside the bac
 REFERENCE = "reference"  # the float32 modules that outputs are held against
 
 
-def runner_name(backend: str, precision: str, device: str, processes: int) -> str:
-    """For people: `onnxruntime bf16, cuda:0, 2 processes`."""
-    parts = [f"{backend} {precision}"]
-    if device != "cpu":
-        parts.append(device)
-    if processes > 1:
-        parts.append(f"{processes} processes")
-    return ", ".join(parts)
-
-
 @dataclass(frozen=True)
 class RunnerConfiguration:
     """What computes: a backend of the runtime, one of `IN_TORCH`, or `REFERENCE`.
@@ -47,9 +37,11 @@ class RunnerConfiguration:
     def threads_each(self) -> int:
         return max(1, self.threads // self.processes)
 
-    @property
-    def name(self) -> str:
-        return runner_name(self.backend, self.precision, self.device, self.processes)
+    def __str__(self) -> str:
+        """For people: `onnxruntime bf16, cuda:0, 2 processes`."""
+        device = f", {self.device}" if self.device != "cpu" else ""
+        processes = f", {self.processes} processes" if self.processes > 1 else ""
+        return f"{self.backend} {self.precision}{device}{processes}"
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ here with AttributeError, as it would there.
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from types import SimpleNamespace as Names
 from typing import Any
+
+import onnx
 
 from ddexport.engine.network import layers_of_model
 
@@ -19,6 +21,7 @@ FLAGS = {
 }
 CREATION = {"10.16.1.11": {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, "11.4.0.106": {"STRONGLY_TYPED": 0}}
 DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
+LEVELS = ("AMPERE_PLUS", "SAME_COMPUTE_CAPABILITY")
 
 
 class Config:
@@ -39,29 +42,24 @@ class Config:
     def set_memory_pool_limit(self, pool: str, size: int) -> None:
         self.limits[pool] = size
 
-    def add_optimization_profile(self, profile: Any) -> int:
-        self.profiles.append(profile.shapes)
+    def add_optimization_profile(self, shapes: Any) -> int:
+        self.profiles.append(shapes)
         return len(self.profiles) - 1
 
     def create_timing_cache(self, content: bytes) -> Any:
-        return SimpleNamespace(content=content, serialize=lambda: content + b"+")
+        return Names(content=content, serialize=lambda: content + b"+")
 
     def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
-        if cache.content == b"another GPU":
-            return False
         self.cache = cache
-        return True
+        return cache.content != b"another GPU"
 
     def get_timing_cache(self) -> Any:
         return self.cache
 
 
-class Profile:
-    def __init__(self) -> None:
-        self.shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
-
+class Profile(dict):
     def set_shape(self, name: str, low: Any, best: Any, high: Any) -> None:
-        self.shapes[name] = (low, best, high)
+        self[name] = (low, best, high)
 
 
 class Plan(bytes):
@@ -70,13 +68,7 @@ class Plan(bytes):
 
 def fake_tensorrt(version: str) -> Any:
     """A module as `import tensorrt` gives it; `built` collects the configs of its builds."""
-    module = SimpleNamespace(__version__=version, built=[], networks=[])
-
-    class ILogger:
-        INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
-
-    class IProgressMonitor:
-        pass
+    module = Names(__version__=version, built=[], networks=[])
 
     class OnnxParser:
         num_errors = 0
@@ -89,64 +81,50 @@ def fake_tensorrt(version: str) -> Any:
             return True
 
     class Builder:
+        create_builder_config, create_optimization_profile = Config, Profile
+
         def __init__(self, logger: Any) -> None:
             self.logger = logger
 
         def create_network(self, flags: int) -> Any:
             module.networks.append(flags)
-            return SimpleNamespace()
-
-        def create_builder_config(self) -> Config:
-            return Config()
-
-        def create_optimization_profile(self) -> Profile:
-            return Profile()
+            return Names()
 
         def build_serialized_network(self, network: Any, config: Config) -> Plan | None:
-            monitor = config.progress_monitor
-            monitor.phase_start("build", None, 10)
-            for step in range(10):
-                if not monitor.step_complete("build", step):
-                    return None
-            monitor.phase_finish("build")
+            config.progress_monitor.phase_start("build", None, 10)
+            if not all(config.progress_monitor.step_complete("build", step) for step in range(10)):
+                return None
+            config.progress_monitor.phase_finish("build")
             module.built.append(config)
             return Plan(b"plan of " + version.encode())
 
-    module.ILogger, module.IProgressMonitor = ILogger, IProgressMonitor
+    levels = {"INTERNAL_ERROR": 0, "ERROR": 1, "WARNING": 2, "INFO": 3, "VERBOSE": 4}
+    module.ILogger = type("ILogger", (), levels)
+    module.IProgressMonitor = type("IProgressMonitor", (), {})
     module.OnnxParser, module.Builder = OnnxParser, Builder
-    module.BuilderFlag = SimpleNamespace(**{flag: flag for flag in FLAGS[version]})
-    module.NetworkDefinitionCreationFlag = SimpleNamespace(**CREATION[version])
-    module.MemoryPoolType = SimpleNamespace(WORKSPACE="WORKSPACE")
-    module.HardwareCompatibilityLevel = SimpleNamespace(
-        AMPERE_PLUS="AMPERE_PLUS", SAME_COMPUTE_CAPABILITY="SAME_COMPUTE_CAPABILITY"
-    )
+    module.BuilderFlag = Names(**{flag: flag for flag in FLAGS[version]})
+    module.NetworkDefinitionCreationFlag = Names(**CREATION[version])
+    module.MemoryPoolType = Names(WORKSPACE="WORKSPACE")
+    module.HardwareCompatibilityLevel = Names(**{level: level for level in LEVELS})
     return module
 
 
 def _fill(network: Any, path: Path) -> None:
     """What a parser would find: the layers and tensors of the graph."""
-    import onnx
-
     model = onnx.load(path, load_external_data=False)
-    graph = model.graph
-    layers = []
+    graph, layers = model.graph, []
     for (kind, name), count in layers_of_model(model).items():
-        tensor = SimpleNamespace(dtype=SimpleNamespace(name=DTYPES[name]))
-        layer = SimpleNamespace(
-            type=SimpleNamespace(name="MATRIX_MULTIPLY" if kind == "product" else "CONVOLUTION"),
-            get_input=lambda index, tensor=tensor: tensor,
-            get_output=lambda index, tensor=tensor: tensor,
-        )
-        layers += [layer] * count
+        tensor = Names(dtype=Names(name=DTYPES[name]))
+        get = lambda index, tensor=tensor: tensor  # noqa: E731
+        kind_name = "MATRIX_MULTIPLY" if kind == "product" else "CONVOLUTION"
+        layers += [Names(type=Names(name=kind_name), get_input=get, get_output=get)] * count
     inputs, outputs = ([_tensor(value) for value in side] for side in (graph.input, graph.output))
-    network.num_layers, network.get_layer = len(layers), lambda index: layers[index]
-    network.num_inputs, network.get_input = len(inputs), lambda index: inputs[index]
-    network.num_outputs, network.get_output = len(outputs), lambda index: outputs[index]
+    network.num_layers, network.get_layer = len(layers), layers.__getitem__
+    network.num_inputs, network.get_input = len(inputs), inputs.__getitem__
+    network.num_outputs, network.get_output = len(outputs), outputs.__getitem__
 
 
 def _tensor(value: Any) -> Any:
     kind = value.type.tensor_type
     shape = tuple(dim.dim_value or -1 for dim in kind.shape.dim)
-    return SimpleNamespace(
-        name=value.name, dtype=SimpleNamespace(name={1: "FLOAT", 7: "INT64"}[kind.elem_type]), shape=shape
-    )
+    return Names(name=value.name, dtype=Names(name={1: "FLOAT", 7: "INT64"}[kind.elem_type]), shape=shape)

@@ -56,7 +56,7 @@ def build(
 
 @pytest.mark.tensorrt
 def test_a_plan_is_written_with_its_hash(toy_bundle: Any, rtx: TensorRT, quick: BuildOptions) -> None:
-    """Protects the sidecar; and --batch given twice, a list of GPUs, every flag that needs no GPU with them."""
+    """Protects the sidecar; --batch given twice, a list of GPUs, every flag that needs no GPU."""
     folder = toy_bundle()
     steps: list[int] = []
 

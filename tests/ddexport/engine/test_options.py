@@ -48,7 +48,7 @@ def test_texts_are_read_or_refused() -> None:
 
 
 def test_senseless_options_are_refused_and_all_are_in_the_key() -> None:
-    """Protects the builder: TensorRT only logs some of these; and the key, from an option that is forgotten."""
+    """Protects the builder: TensorRT only logs some of these; and the key, from a forgotten option."""
     for wrong in (
         {"profiles": ()}, {"workspace": 0}, {"optimization_level": 6}, {"optimization_level": -1},
         {"hardware": "x"},

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ddexport.runtime.errors import DDError
-from ddexport.validate.bench.case import Job
 from ddexport.validate.bench.plan import Request
-from ddexport.validate.bench.processes import WorkerError
+from ddexport.validate.bench.worker import Session, WorkerError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "var-dd-small"
 
@@ -36,43 +35,34 @@ def bundle(cached_export: Callable[..., Any]) -> Path:
 
 
 class InProcess:
-    """A worker without a process: the same session, asked directly."""
+    """A worker without a process: the same session, called directly."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self._session, self._reply = job, None, None
-        self.closed = False
+    def __init__(self, threads: int) -> None:
+        self.threads, self.backend, self._session = threads, "", Session()
 
-    def ready(self) -> dict[str, Any]:
-        from ddexport.validate.bench.worker import Session
-
-        if self._session is None:
-            self._session = self._try(Session, self.job)
-        return self._session.hello
-
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        self.send(request)
+    def call(self, method: str, *arguments: Any) -> Any:
+        self.send(method, *arguments)
         return self.receive()
 
-    def send(self, request: Mapping[str, Any]) -> None:
-        self._reply = self._try(self._session.answer, dict(request))
+    def send(self, method: str, *arguments: Any) -> None:
+        if method == "open":
+            self.backend = arguments[0].runner.backend
+        try:
+            self.reply = getattr(self._session, method)(*arguments)
+        except DDError as error:
+            raise WorkerError(error.message, error.hint) from error
 
-    def receive(self) -> dict[str, Any]:
-        return self._reply
+    def receive(self) -> Any:
+        return self.reply
 
     def close(self) -> None:
-        self.closed = True
+        pass
 
     def __enter__(self) -> InProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _try(self, function: Any, *arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except DDError as error:
-            raise WorkerError(error.message, error.hint) from error
 
 
 @pytest.fixture
@@ -83,4 +73,4 @@ def in_process() -> type[InProcess]:
 @pytest.fixture
 def quick(bundle: Path) -> Request:
     """Five rounds of everything, and no more."""
-    return Request((bundle,), duration=0.0, roofline=False, remember=False, threads=(1,))
+    return Request((bundle,), duration=0.0, roofline=False, threads=(1,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
+from functools import cache
 
 import numpy as np
 import pytest
@@ -12,10 +12,8 @@ from msgspec import structs
 
 from ddexport.runtime.bundle import read_manifest
 from ddexport.validate.bench.agreement import Agreement, Judge, limits_of, worst_of
-from ddexport.validate.bench.case import REFERENCE, Job, inputs
-from ddexport.validate.bench.outputs import Outputs
-from ddexport.validate.bench.ways import Drawer
-from ddexport.validate.metrics._base import StudentOutput
+from ddexport.validate.bench.worker import Session
+from ddexport.validate.bench.workload import REFERENCE, Job, RunnerConfiguration, Workload, inputs_of
 
 
 @pytest.fixture(scope="module")
@@ -24,28 +22,32 @@ def manifest(bundle):
 
 
 @pytest.fixture(scope="module")
-def drawer(bundle, manifest, tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("outputs"))
-    return Drawer(Job(str(bundle), REFERENCE, "fp32", 1, None, 0, folder, {}), manifest)
-
-
-@pytest.fixture(scope="module")
-def judge_of(drawer, manifest):
+def judge_of(bundle, manifest):
+    @cache
     def judge(steps, batch=3):
-        schedule, given = manifest.schedule(steps), inputs(manifest, batch, 0)
-        _, expected = drawer.draw(schedule, given)
-        return Judge(manifest, schedule, given, expected, Path("expected.npz"))
+        session = Session()
+        session.open(Job(bundle, RunnerConfiguration(REFERENCE, "fp32", 1)))
+        expected = session.run(Workload(batch, steps), True).outputs
+        return Judge(manifest, manifest.schedule(steps), inputs_of(manifest, batch, 0), expected)
 
     return judge
 
 
+def with_tokens(outputs, number, tokens):
+    """The same outputs with other tokens in a step."""
+    steps = list(outputs.steps)
+    steps[number] = dataclasses.replace(steps[number], tokens=tokens)
+    return dataclasses.replace(outputs, steps=steps)
+
+
 def changed(outputs, step=0, sequence=0.0, logits=0.0, image=0.0):
     """The same outputs with everything of one kind moved."""
-    students = list(outputs.students)
-    old = students[step] if students else None
-    if old is not None:
-        students[step] = StudentOutput(old.sequence + np.float32(sequence), old.logits + np.float32(logits))
-    return dataclasses.replace(outputs, students=students, image=outputs.image + np.float32(image))
+    steps, of_student = list(outputs.steps), list(outputs.logits)
+    steps[step] = dataclasses.replace(steps[step], sequence=steps[step].sequence + np.float32(sequence))
+    of_student[step] = of_student[step] + np.float32(logits)
+    return dataclasses.replace(
+        outputs, steps=steps, logits=of_student, image=outputs.image + np.float32(image)
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, "teacher"])
@@ -76,16 +78,14 @@ def test_a_fault_is_seen_where_it_is(fault, said, judge_of):
 
 def other_token(outputs, row, margin):
     """One image's first token is another one, which the reference's logits put `margin` below the largest."""
-    expected, got = outputs.students[0].logits.copy(), outputs.students[0].logits.copy()
+    expected, got = outputs.logits[0].copy(), outputs.logits[0].copy()
     order = expected[row, 0].argsort()
     got[row, 0, order[-2]] = expected[row, 0, order[-1]] + 1e-6
     expected[row, 0, order[-2]] = expected[row, 0, order[-1]] - margin
-    tokens = [array.copy() for array in outputs.tokens]
-    tokens[0][row, 0] = order[-2]
-    sequence = outputs.students[0].sequence
-    mine = dataclasses.replace(outputs, students=[StudentOutput(sequence, expected)])
-    theirs = dataclasses.replace(outputs, students=[StudentOutput(sequence, got)], tokens=tokens)
-    return mine, theirs
+    tokens = outputs.steps[0].tokens.copy()
+    tokens[row, 0] = order[-2]
+    theirs = dataclasses.replace(with_tokens(outputs, 0, tokens), logits=[got])
+    return dataclasses.replace(outputs, logits=[expected]), theirs
 
 
 @pytest.mark.parametrize(("margin", "passed"), [(5e-4, True), (5e-2, False)])
@@ -115,14 +115,14 @@ def test_where_no_image_can_be_compared_the_decoder_is_compared_alone(judge_of):
 def test_a_teacher_is_held_to_its_logits_up_to_the_first_token_that_differs(judge_of, manifest):
     """What comes after another token was drawn from other inputs; what comes before may not differ."""
     judge = judge_of("teacher", batch=1)
-    tokens = [judge.expected.tokens[0].copy()]
-    tokens[0][0, 1:] = (tokens[0][0, 1:] + 1) % 16
+    tokens = judge.expected.steps[0].tokens.copy()
+    tokens[0, 1:] = (tokens[0, 1:] + 1) % 16
     guided = judge.expected.guided.copy()
     guided[0, 0] += 0.1 * np.arange(16, dtype=np.float32)
     found = judge.judge(dataclasses.replace(judge.expected, guided=guided), "fp32")
     assert found.passed is False and any("guided logits" in text for text in found.faults)
     # The second AR step is compared, because the first one's tokens agree.
-    later = dataclasses.replace(judge.expected, tokens=tokens, guided=judge.expected.guided + np.float32(0))
+    later = with_tokens(judge.expected, 0, tokens)
     found = judge.judge(later, "fp32", decoded=judge.expected.image)
     assert found.tokens_equal == pytest.approx(1 / 5)
     assert found.embedding_error is None
@@ -159,11 +159,9 @@ def test_the_worst_run_of_a_row_counts():
     assert worst_of([right, dataclasses.replace(right, passed=None)]).passed is None
 
 
-def test_outputs_survive_their_file(judge_of, tmp_path):
+def test_equal_outputs_have_one_digest(judge_of):
     for steps in (2, "teacher"):
         outputs = judge_of(steps).expected
-        outputs.write(tmp_path / "o.npz")
-        again = Outputs.read(tmp_path / "o.npz")
-        assert again.digest() == outputs.digest()
-        assert again.arrays().keys() == outputs.arrays().keys()
-    assert changed(judge_of(1).expected, image=1e-6).digest() != judge_of(1).expected.digest()
+        assert dataclasses.replace(outputs, image=outputs.image.copy()).digest() == outputs.digest()
+        assert dataclasses.replace(outputs, image=outputs.image * 2).digest() != outputs.digest()
+    assert changed(judge_of(2).expected, step=1, sequence=1e-6).digest() != judge_of(2).expected.digest()

@@ -13,18 +13,20 @@ from click.testing import CliRunner
 from msgspec import structs
 from onnx import numpy_helper
 
+from ddexport.runtime.backends import choose
 from ddexport.runtime.bundle import file_info, read_manifest
-from ddexport.runtime.machine import Machine
-from ddexport.runtime.measured import read_measured
 from ddexport.validate.bench import run as running
 from ddexport.validate.bench.cli import command
-from ddexport.validate.bench.page import END, START
+from ddexport.validate.bench.report import marks_of
+from ddexport.validate.bench.worker import WorkerError
+
+START, END = marks_of()
 
 KEYS = {
     "model", "backend", "precision", "batch", "steps", "student_ms", "decoder_ms", "total_ms", "images_per_s",
     "peak_mib", "roofline", "tokens_equal", "image_psnr", "against", "speedup", "speedup_low", "speedup_high",
     "teacher_ms", "percentiles", "rounds", "embedding_error", "image_max", "passed", "faults", "flops",
-    "threads", "version", "machine",
+    "threads", "device", "processes", "version", "machine",
 }  # fmt: skip
 QUICK = ("--duration", "0", "--no-roofline", "--threads", "1", "--precision", "fp32")
 
@@ -75,7 +77,7 @@ def test_real_workers_and_pure_json(copied):
         assert one["images_per_s"] > 0 and one["threads"] == 1
         assert one["speedup_low"] <= one["speedup"] <= one["speedup_high"]
         assert set(one["percentiles"]["total"]) == {"50", "90", "99"}
-    assert "auto takes onnxruntime" in done.stderr
+    assert not (copied / "bench.json").exists()
 
 
 def test_tables_plot_and_page(bench, copied, tmp_path):
@@ -106,22 +108,24 @@ def test_a_fast_wrong_row_is_marked_and_ends_with_3(bench, copied, role):
     assert "miss the bundle's limits: onnxruntime fp32, batch 1, steps 1" in done.stderr
     rows = json.loads(bench(copied, "--backend", "onnxruntime", *QUICK, "--json").stdout)
     assert rows[0]["passed"] is False and rows[0]["faults"]
-    records = read_measured(copied, read_manifest(copied), Machine())
-    assert [record.passed for record in records] == [False]
 
 
-def test_auto_is_told_unless_it_shall_not(bench, copied):
-    assert bench(copied, "--backend", "onnxruntime", *QUICK, "--no-remember").exit_code == 0
+def test_auto_follows_what_was_saved(bench, copied):
+    """And nothing that was wrong is saved: neither by itself nor in place of what was right."""
+    pytest.importorskip("openvino")
+    done = bench(copied, "--backend", "openvino", *QUICK, "--save")
+    assert done.exit_code == 0 and "auto takes openvino, cpu, fp32" in done.stderr
     manifest = read_manifest(copied)
-    assert read_measured(copied, manifest, Machine()) == ()
-    done = bench(copied, "--backend", "onnxruntime", *QUICK)
-    (record,) = read_measured(copied, manifest, Machine())
-    assert (record.backend, record.precision, record.passed) == ("onnxruntime", "fp32", True)
-    assert "auto takes onnxruntime" in done.stderr
+    assert choose(copied, manifest).backend == "openvino"
+    assert choose(copied, manifest, precision="fp32").backend == "openvino"
+    damage(copied, "decoder", 1.5)
+    done = bench(copied, "--backend", "onnxruntime", *QUICK, "--save")
+    assert done.exit_code == 3 and "nothing to save" in done.stderr
+    assert choose(copied, read_manifest(copied)).backend == "onnxruntime"  # these are other graphs
 
 
 def test_several_bundles_are_one_list(bench, bundle, copied):
-    done = bench(bundle, copied, "--backend", "onnxruntime", *QUICK, "--no-remember", "--json")
+    done = bench(bundle, copied, "--backend", "onnxruntime", *QUICK, "--json")
     assert [Path(one["bundle"]) for one in json.loads(done.stdout)] == [bundle, copied]
 
 
@@ -133,9 +137,7 @@ def test_nothing_left_ends_with_1(bench, bundle):
 
 
 def test_a_row_that_could_not_be_timed_ends_with_1(monkeypatch, bench, bundle, in_process):
-    from ddexport.validate.bench.processes import WorkerError
-
-    def send(self, request):
+    def send(self, *call):
         raise WorkerError("the worker was ended by SIGSEGV")
 
     monkeypatch.setattr(in_process, "send", send)
@@ -145,18 +147,24 @@ def test_a_row_that_could_not_be_timed_ends_with_1(monkeypatch, bench, bundle, i
     assert "could not be timed" in done.stderr
 
 
+def test_a_device_has_two_names(bench, bundle):
+    for option in ("--device", "--provider"):
+        done = bench(bundle, "--backend", "onnxruntime", option, "gpu")
+        assert done.exit_code == 1 and "no device 'gpu'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (
             ["--backend", "nonsense"],
-            "There is: onnxruntime, openvino, tensorrt, torch, torch-compile, published",
+            "there is: onnxruntime, openvino, tensorrt, torch, torch-compile, published",
         ),
-        (["--precision", "fp31"], "There is: fp32, fp16, bf16, int8"),
-        (["--against", "nonsense"], "There is: onnxruntime"),
+        (["--precision", "fp31"], "there is: fp32, fp16, bf16, int8"),
+        (["--against", "nonsense"], "there is: onnxruntime"),
         (["--against", "torch,published"], "it takes one"),
         (["--against-steps", "1"], "give both"),
-        (["--mode", "fast"], "There is: latency, throughput"),
+        (["--backend", ","], "there is: onnxruntime"),
         (["--steps", "one"], "teacher"),
         (["--steps", "0"], "teacher"),
         (["--batch", "1,x"], "list of numbers"),

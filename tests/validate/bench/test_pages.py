@@ -9,23 +9,24 @@ import pytest
 from PIL import Image
 
 from ddexport.runtime.errors import DDError, OutputError
-from ddexport.validate.bench.page import END, START, address, block, check_page, marks_of, update
-from ddexport.validate.bench.peak import Peak
 from ddexport.validate.bench.plot import write_plot
-from ddexport.validate.bench.rows import Environment, Row, best_rows
+from ddexport.validate.bench.report import address, block, check_page, marks_of, update
+from ddexport.validate.bench.rows import Row, best_rows, times_to_save
 from ddexport.validate.bench.table import parity_grid, ratio, remarks, times_grid, work_line
+from ddexport.validate.bench.workload import RunnerConfiguration, Workload
 
-PEAKS = {(2, "fp32"): Peak("fp32", 430.4, "numpy"), (2, "int8"): Peak("int8", None, why="no engine")}
+START, END = marks_of()
+PEAKS = {(2, "fp32"): 430.4, (2, "int8"): "no engine"}
 WORK = {"student": 600e9, "decoder": 402e9, "total": 1002e9}
 
 
-def row(backend="openvino", precision="fp32", total=10.0, **more):
+def row(backend="openvino", precision="fp32", total=10.0, batch=1, steps=1, runner=None, **more):
     given = {
-        "bundle": "b", "model": "var-d16", "backend": backend, "precision": precision, "batch": 1, "steps": 1,
-        "threads": 2, "student_ms": 0.6 * total, "decoder_ms": 0.3 * total, "total_ms": total, "rounds": 7,
-        "percentiles": {"total": {"50": total, "99": 1.5 * total}}, "images_per_s": 1e3 / total,
-        "peak_mib": 1234.5, "roofline": 0.42, "tokens_equal": 1.0, "embedding_error": 3e-7,
-        "image_psnr": 120.0, "image_max": 0.0, "passed": True, "flops": WORK,
+        "bundle": "b", "model": "var-d16", "runner": runner or RunnerConfiguration(backend, precision, 2),
+        "workload": Workload(batch, steps), "student_ms": 0.6 * total, "decoder_ms": 0.3 * total,
+        "total_ms": total, "percentiles": {"total": {"50": total, "99": 1.5 * total}}, "rounds": 7,
+        "images_per_s": 1e3 / total, "peak_mib": 1234.5, "roofline": 0.42, "tokens_equal": 1.0,
+        "embedding_error": 3e-7, "image_psnr": 120.0, "image_max": 0.0, "passed": True, "flops": WORK,
     }  # fmt: skip
     return Row(**{**given, **more})
 
@@ -34,10 +35,10 @@ def row(backend="openvino", precision="fp32", total=10.0, **more):
 def rows():
     return [
         row("openvino", "fp32", 10.0, speedup=2.0, speedup_low=1.9, speedup_high=2.125, against="torch"),
-        row("openvino", "int8", 4.0, passed=False, faults=["step 1: tokens differ"], speedup=5.0),
+        row("openvino", "int8", 4.0, passed=False, faults=("step 1: tokens differ",), speedup=5.0),
         row("torch", "fp32", 20.0, image_psnr=math.inf, speedup=1.0, speedup_low=1.0, speedup_high=1.0),
         row("published", "fp32", 30.0, total_ms=None, error="the worker was ended by SIGKILL", passed=None),
-        row("openvino", "bf16", 3.0, batch=4, notes=["1 of 55 tokens differ"]),
+        row("openvino", "bf16", 3.0, batch=4, notes=("1 of 55 tokens differ",)),
     ]
 
 
@@ -64,7 +65,7 @@ class TestTables:
             assert len(lines) == 2 + len(rows) and len({line.count("|") for line in lines}) == 1
 
     def test_what_is_not_known_is_empty(self):
-        unknown = Row("b", "m", "torch", "fp32", 1, 1, 2)
+        unknown = Row("b", "m", RunnerConfiguration("torch", "fp32", 2), Workload(1, 1))
         assert set(times_grid([unknown]).cells[0]) == {"torch fp32", "1", "0", "", "?"}
         assert parity_grid([unknown]).cells[0][-1] == "?"
 
@@ -76,13 +77,15 @@ class TestTables:
 
     def test_the_work_and_the_machine(self, rows):
         """A student's step, whichever schedule was timed, and the peaks that were measured."""
-        text = work_line([dataclasses.replace(rows[0], steps=2)], PEAKS)
+        text = work_line([dataclasses.replace(rows[0], workload=Workload(1, 2))], PEAKS)
         assert text == (
             "student 300 GFLOP, decoder 402 GFLOP an image; this machine multiplies at 430 (fp32), ? (int8:"
             " no engine) GFLOP/s with 2 threads"
         )
         teacher = dataclasses.replace(
-            rows[0], steps="teacher", flops={"teacher": 5e9, "decoder": 1e9, "total": 6e9}
+            rows[0],
+            workload=Workload(1, "teacher"),
+            flops={"teacher": 5e9, "decoder": 1e9, "total": 6e9},
         )
         assert work_line([teacher], {}) == "teacher 5 GFLOP, decoder 1 GFLOP an image"
 
@@ -94,15 +97,31 @@ class TestTables:
         ]
 
 
-class TestPage:
-    environment = Environment("A processor", 2, ("AVX2", "BF16"), {"torch": "2.13"}, "2026-01-02 03:04 UTC")
+class TestSaving:
+    """What `--backend auto` goes by: the first precision, one step, the smallest batch, all threads."""
 
+    def test_only_what_is_right_and_comparable_is_saved(self):
+        rows = [
+            row("onnxruntime", total=20.0, batch=2), row("openvino", total=12.0, batch=2),
+            row("openvino", total=30.0, batch=4), row("openvino", "int8", 1.0, batch=2),
+            row("torch", total=1.0, batch=2), row("openvino", total=1.0, batch=2, steps=2),
+            row("openvino", total=1.0, runner=RunnerConfiguration("openvino", "fp32", 2, processes=2)),
+            row(total=1.0, batch=2, runner=RunnerConfiguration("openvino", "fp32", 1)),
+            row(total=1.0, batch=2, runner=RunnerConfiguration("tensorrt", "fp32", 2, "cuda:0")),
+            row("fast", total=1.0, batch=1, passed=False), row("fast", total=1.0, batch=1, passed=None),
+            row("fast", total=1.0, batch=1, error="died"),
+        ]  # fmt: skip
+        assert times_to_save(rows, "fp32") == {"onnxruntime": 10.0, "openvino": 6.0}
+        assert times_to_save(rows, "fp16") == {}
+
+
+class TestPage:
     def text(self, rows):
         return block(
             rows,
             PEAKS,
-            self.environment,
             "ddexport bench b --batch 1",
+            "2026-01-02 03:04 UTC, A processor, 2 cores; torch 2.13.",
             (50.0, 99.0),
             ["x: not here"],
             "p/plot.png",
@@ -111,9 +130,9 @@ class TestPage:
     def test_a_reader_finds_the_command_the_machine_and_the_tables(self, rows):
         text = self.text(rows)
         for wanted in (
-            "```\nddexport bench b --batch 1\n```", "2026-01-02 03:04 UTC, A processor, 2 cores, AVX2 BF16",
-            "torch 2.13", "| openvino bf16 |", "WRONG", "GFLOP",
-            "- skipped: x: not here", "![times of the alternatives](p/plot.png)", "against torch",
+            "```\nddexport bench b --batch 1\n```", "2026-01-02 03:04 UTC, A processor, 2 cores; torch 2.13.",
+            "| openvino bf16 |", "WRONG", "GFLOP",
+            "- skipped: x: not here", "![times of the runners](p/plot.png)", "against torch",
         ):  # fmt: skip
             assert wanted in text
 

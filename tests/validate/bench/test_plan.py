@@ -8,59 +8,58 @@ import pytest
 from msgspec import structs
 
 from ddexport.runtime.bundle import read_manifest
-from ddexport.runtime.machine import Cpu, Machine
+from ddexport.runtime.errors import BackendError
 from ddexport.validate.bench import plan as module
-from ddexport.validate.bench.case import Alternative, Case
-from ddexport.validate.bench.plan import backend_names, make_plan, nothing_left
+from ddexport.validate.bench.plan import backend_names, make_plan
+from ddexport.validate.bench.workload import RunnerConfiguration, Workload
 
 
 @pytest.fixture
 def planned(bundle, quick):
     manifest = read_manifest(bundle)
-    machine = Machine(cpu=Cpu("a processor", 4, ("AVX2",)))
 
     def make(**changes):
-        return make_plan(bundle, manifest, machine, dataclasses.replace(quick, **changes))
+        return make_plan(bundle, manifest, dataclasses.replace(quick, **changes))
 
     return make
 
 
 def reasons(plan):
-    return {one.what: one.reason for one in plan.skipped}
+    return dict(text.split(": ", 1) for text in plan.skipped)
 
 
 def names(plan):
-    return [(one.alternative.name, one.case.batch, one.case.steps) for one in plan.entries]
+    return [(str(entry.runner), entry.workload.batch, entry.workload.steps) for entry in plan.entries]
 
 
-def test_every_case_of_every_alternative_from_the_smallest_on(planned):
-    found = planned(
+def test_every_workload_of_every_runner_from_the_smallest_on(planned):
+    plan = planned(
         backends=("onnxruntime", "torch"), precisions=("fp32",), batches=(4, 1), steps=("teacher", 2, 1)
     )
-    order = [(batch, steps) for _, batch, steps in names(found)][::2]
+    order = [(batch, steps) for _, batch, steps in names(plan)][::2]
     assert order == [(1, 1), (1, 2), (1, "teacher"), (4, 1), (4, 2), (4, "teacher")]
-    assert len(found.entries) == 12 and not found.skipped
+    assert len(plan.entries) == 12 and not plan.skipped
 
 
 def test_what_cannot_run_is_listed_with_its_reason(planned):
     """Not installed, no such graphs, no such schedule, no such arithmetic: none is dropped in silence."""
-    found = reasons(
+    plan = reasons(
         planned(backends=("onnxruntime", "tensorrt", "torch"), precisions=("fp32", "int8"), steps=(1, 7))
     )
-    assert found["onnxruntime int8"] == "the bundle has no graphs in int8"
-    assert found["torch int8"] == "torch computes in fp32 or bf16"
-    assert any("tensorrt fp32" in what for what in found)
-    schedule = next(reason for what, reason in found.items() if "steps 7" in what)
+    assert plan["onnxruntime int8"] == "the bundle has no graphs in int8"
+    assert plan["torch int8"] == "torch computes in fp32 or bf16"
+    assert any("tensorrt fp32" in what for what in plan)
+    schedule = next(reason for what, reason in plan.items() if "steps 7" in what)
     assert "7 steps" in schedule and "1, 2, teacher" in schedule
 
 
 def test_by_default_every_backend_of_the_runtime_in_what_it_can(planned):
-    found = planned()
-    spoken = {entry.alternative.backend for entry in found.entries} | {
-        name.split()[0] for one in found.skipped for name in one.what.split("; ")
+    plan = planned()
+    spoken = {entry.runner.backend for entry in plan.entries} | {
+        name.split()[0] for names in reasons(plan) for name in names.split("; ")
     }
     assert {"onnxruntime", "openvino", "tensorrt"} <= spoken
-    assert ("onnxruntime fp32", 1, 1) in names(found)
+    assert ("onnxruntime fp32", 1, 1) in names(plan)
 
 
 def test_a_bundle_without_a_teacher(planned, bundle, quick):
@@ -70,67 +69,65 @@ def test_a_bundle_without_a_teacher(planned, bundle, quick):
     request = dataclasses.replace(
         quick, backends=("onnxruntime", "torch"), precisions=("fp32",), steps=("teacher",)
     )
-    found = make_plan(bundle, manifest, Machine(), request)
-    assert not found.entries
-    assert "no schedule of teacher steps" in found.skipped[0].reason
-    assert "no schedule of teacher steps" in nothing_left(found.skipped).message
+    plan = make_plan(bundle, manifest, request)
+    assert not plan.entries
+    assert "no schedule of teacher steps" in plan.skipped[0]
 
 
 def test_torch_compile_needs_a_compiler(planned, monkeypatch):
     monkeypatch.setattr(module, "compiler", lambda: None)
-    found = planned(backends=("torch-compile",), precisions=("fp32",))
-    assert not found.entries and "C++ compiler" in reasons(found)["torch-compile fp32"]
+    plan = planned(backends=("torch-compile",), precisions=("fp32",))
+    assert not plan.entries and "C++ compiler" in reasons(plan)["torch-compile fp32"]
 
 
 def test_the_teacher_in_pytorch_is_torch_alone(planned):
-    found = planned(
-        backends=("torch", "torch-compile", "published"), precisions=("fp32",), steps=("teacher",)
-    )
-    assert names(found) == [("torch fp32", 1, "teacher")]
-    assert set(reasons(found).values()) == {
-        "the auto-regressive model in PyTorch is timed by --backend torch"
-    }
+    plan = planned(backends=("torch", "torch-compile", "published"), precisions=("fp32",), steps=("teacher",))
+    assert names(plan) == [("torch fp32", 1, "teacher")]
+    assert set(reasons(plan).values()) == {"the auto-regressive model in PyTorch is timed by --backend torch"}
 
 
 def test_a_baseline_is_timed_though_it_was_not_named(planned):
     """Of the same batch and threads, in float32, in the steps that were asked for."""
-    found = planned(
+    plan = planned(
         backends=("onnxruntime",),
         precisions=("fp32",),
         threads=(1, 2),
         against="torch",
         against_steps="teacher",
     )
-    for entry, baseline in found.baselines.items():
-        wanted = Alternative("torch", "fp32", entry.alternative.threads)
-        assert (baseline.alternative, baseline.case) == (wanted, Case(1, "teacher"))
-    assert len(found.entries) == len(found.baselines) == 4  # those of the baseline are their own
+    for entry, baseline in plan.baselines.items():
+        wanted = RunnerConfiguration("torch", "fp32", entry.runner.threads)
+        assert (baseline.runner, baseline.workload) == (wanted, Workload(1, "teacher"))
+    assert len(plan.entries) == len(plan.baselines) == 4  # those of the baseline are their own
     own = planned(backends=("onnxruntime",), precisions=("fp32",), steps=(1, 2), against="onnxruntime")
     assert all(baseline == entry for entry, baseline in own.baselines.items())
     assert len(own.baselines) == len(own.entries) == 2
 
 
 def test_a_baseline_that_cannot_run_is_listed(planned):
-    found = planned(
+    plan = planned(
         backends=("onnxruntime",), precisions=("fp32",), against="published", against_steps="teacher"
     )
-    assert len(found.entries) == 1 and not found.baselines
-    assert any("published" in what for what in reasons(found))
+    assert len(plan.entries) == 1 and not plan.baselines
+    assert any("published" in what for what in reasons(plan))
 
 
-def test_modes_are_for_those_that_have_them(planned):
-    found = planned(backends=("onnxruntime", "torch"), precisions=("fp32",), modes=("latency", "throughput"))
-    assert [entry.alternative.mode for entry in found.entries] == [None, None]
-    assert "--processes" in reasons(found)["onnxruntime, throughput; torch, throughput"]
+def test_a_device_is_for_those_that_compute_on_it(planned):
+    plan = reasons(
+        planned(backends=("openvino", "onnxruntime", "torch"), precisions=("fp32",), device="cuda")
+    )
+    assert plan["openvino fp32"] == "it does not run on cuda"
+    assert plan["torch fp32"] == "PyTorch is timed on the CPU alone"
+    assert "CUDAExecutionProvider" in plan["onnxruntime fp32"]
+    with pytest.raises(BackendError, match="no device 'gpu'"):
+        planned(device="gpu")
 
 
 def test_processes_share_the_threads(planned):
-    found = planned(backends=("onnxruntime",), precisions=("fp32",), threads=(4, 1), processes=(1, 2))
-    each = [
-        (e.alternative.threads, e.alternative.processes, e.alternative.threads_each) for e in found.entries
-    ]
-    assert each == [(4, 1, 4), (4, 2, 2), (1, 1, 1)]
-    assert reasons(found) == {"2 processes": "they need as many threads, not 1"}
+    plan = planned(backends=("onnxruntime",), precisions=("fp32",), threads=(4, 1), processes=(1, 2))
+    shares = [(e.runner.threads, e.runner.processes, e.runner.threads_each) for e in plan.entries]
+    assert shares == [(4, 1, 4), (4, 2, 2), (1, 1, 1)]
+    assert reasons(plan) == {"2 processes": "they need as many threads, not 1"}
 
 
 def test_the_names_are_those_of_the_runtime_and_pytorchs():

@@ -9,27 +9,26 @@ import numpy as np
 import pytest
 
 from ddexport.runtime.bundle import read_manifest
-from ddexport.runtime.machine import Machine
-from ddexport.validate.bench import remember
-from ddexport.validate.bench.peak import Peak
+from ddexport.validate.bench.agreement import Judge
 from ddexport.validate.bench.plan import make_plan
-from ddexport.validate.bench.processes import WorkerError
+from ddexport.validate.bench.roofline import flops_of
 from ddexport.validate.bench.run import measure_peaks, run_bench
-from ddexport.validate.bench.work import flops_of
+from ddexport.validate.bench.worker import WorkerError
+from ddexport.validate.bench.workload import Run, RunnerConfiguration, Times
 
-PEAKS = {(1, "fp32"): Peak("fp32", 100.0, "numpy"), (1, "bf16"): Peak("bf16", None, why="no engine")}
+PEAKS = {(1, "fp32"): 100.0, (2, "fp32"): 100.0, (1, "bf16"): "no engine"}
 
 
 @pytest.fixture
 def rows_of(bundle, quick):
-    """Rows of a request, drawn by `worker`."""
+    """Rows of a request, made by `worker`."""
 
     def rows(worker, peaks=PEAKS, **changes):
         request = dataclasses.replace(quick, **changes)
         manifest = read_manifest(bundle)
-        plan = make_plan(bundle, manifest, Machine(), request)
+        plan = make_plan(bundle, manifest, request)
         assert not plan.skipped
-        return run_bench(bundle, manifest, plan, request, peaks, "this machine", start=worker)
+        return run_bench(bundle, manifest, plan, request, peaks, start=worker)
 
     return rows
 
@@ -40,13 +39,13 @@ def clocked(base, times):
     class Clocked(base):
         def receive(self):
             reply = super().receive()
-            if "times" in reply:
-                student, teacher, decoder = next(times[self.job.backend])
-                total = student + teacher + decoder + 1.0
-                made = {"student": student, "teacher": teacher, "decoder": decoder, "total": total}
-                reply["times"] = {part: value / 1e3 for part, value in made.items()}
-                reply["peak"] = 300.0
-            return reply
+            if not isinstance(reply, (Run, Times)):
+                return reply
+            student, teacher, decoder = (value / 1e3 for value in next(times[self.backend]))
+            made = Times(student, teacher, decoder, student + teacher + decoder + 1e-3)
+            if isinstance(reply, Times):
+                return made
+            return dataclasses.replace(reply, times=made, peak_mib=300.0)
 
     return Clocked
 
@@ -81,21 +80,21 @@ def test_the_arithmetic_of_a_row(rows_of, in_process, bundle):
     assert fast.roofline == pytest.approx(4 * work["total"] / 0.010 / 100e9)
 
 
-def test_every_way_is_right_and_judged_on_what_it_drew(rows_of, in_process):
+def test_every_runner_is_right_and_judged_on_what_it_gave(rows_of, in_process):
     rows = rows_of(
         in_process, backends=("onnxruntime", "torch", "published"), precisions=("fp32",), batches=(2,),
         steps=(1, 2),
     )  # fmt: skip
-    assert [(row.backend, row.steps) for row in rows] == [
+    assert [(row.runner.backend, row.workload.steps) for row in rows] == [
         (backend, steps) for steps in (1, 2) for backend in ("onnxruntime", "torch", "published")
     ]
     for row in rows:
         assert (row.passed, row.tokens_equal, row.error) == (True, 1.0, None)
         assert row.image_psnr > 60 and row.image_max <= 2 and row.embedding_error < 1e-4
-        assert row.version and row.machine == "this machine" and row.model == "tiny"
+        assert row.version and row.machine and row.model == "tiny"
 
 
-def test_the_teacher_draws_the_same_tokens_in_pytorch_and_in_the_runtime(rows_of, in_process):
+def test_the_teacher_gives_the_same_tokens_in_pytorch_and_in_the_runtime(rows_of, in_process):
     """The published sampler with its own cache, and the runtime's loop over the graph, by equal numbers."""
     rows = rows_of(
         in_process, backends=("onnxruntime", "torch"), precisions=("fp32",), steps=("teacher",), batches=(3,)
@@ -115,13 +114,32 @@ def test_the_work_of_a_schedule(bundle):
     assert flops_of(bundle, manifest, manifest.schedule(1), "bf16") == one
 
 
-@pytest.mark.parametrize(
-    "peaks", [{(1, "fp32"): Peak("fp32", None, why="no engine")}, {(2, "fp32"): Peak("fp32", 9.0)}]
-)
-def test_a_peak_that_could_not_be_measured_has_its_reason(rows_of, in_process, peaks):
-    (row,) = rows_of(in_process, peaks, backends=("onnxruntime",), precisions=("fp32",))
+def test_the_teacher_of_another_engine_is_told(rows_of, in_process):
+    pytest.importorskip("openvino")
+    (row,) = rows_of(in_process, backends=("openvino",), precisions=("fp32",), steps=("teacher",))
+    assert row.passed is True and row.notes == ("the teacher ran in onnxruntime, cpu, fp32",)
+
+
+def test_no_timed_run_asks_for_logits(rows_of, in_process, monkeypatch):
+    """As users do not; they are computed once more, after the clock has stopped, for outputs that are new."""
+    from ddexport.runtime.backends.onnxruntime import OnnxRuntime
+
+    asked, run = [], OnnxRuntime.run
+
+    def spy(self, graph, feeds, names=None):
+        asked.append(names)
+        return run(self, graph, feeds, names)
+
+    monkeypatch.setattr(OnnxRuntime, "run", spy)
+    (row,) = rows_of(in_process, backends=("onnxruntime",), precisions=("fp32",), steps=(2,))
+    assert asked.count(("logits",)) == 2 and asked.count(("sequence", "tokens")) == 2 * (row.rounds + 2)
+    assert asked.index(("logits",)) > asked.index(None) and row.passed is True
+
+
+def test_a_peak_that_could_not_be_measured_has_its_reason(rows_of, in_process):
+    (row,) = rows_of(in_process, {(1, "fp32"): "no engine"}, backends=("onnxruntime",), precisions=("fp32",))
     assert row.roofline is None and row.flops is not None
-    assert any("no share of the peak in fp32" in note for note in row.notes)
+    assert "no share of the peak in fp32: no engine" in row.notes
 
 
 def test_a_worker_that_dies_is_a_row_that_says_so(rows_of, in_process):
@@ -130,12 +148,12 @@ def test_a_worker_that_dies_is_a_row_that_says_so(rows_of, in_process):
     class Dying(in_process):
         count = 0
 
-        def send(self, request):
-            if self.job.backend == "torch" and request["do"] == "run":
+        def send(self, method, *arguments):
+            if self.backend == "torch" and method == "run":
                 Dying.count += 1
                 if Dying.count > 3:
                     raise WorkerError("the worker was ended by SIGKILL")
-            super().send(request)
+            super().send(method, *arguments)
 
     good, bad = rows_of(Dying, backends=("onnxruntime", "torch"), precisions=("fp32",), against="torch")
     assert bad.error == "the worker was ended by SIGKILL" and bad.total_ms is None and bad.passed is None
@@ -144,31 +162,27 @@ def test_a_worker_that_dies_is_a_row_that_says_so(rows_of, in_process):
 
 def test_what_cannot_be_opened_or_prepared_is_a_row_too(rows_of, in_process):
     class Closed(in_process):
-        def ready(self):
-            if self.job.backend == "torch":
+        def send(self, method, *arguments):
+            super().send(method, *arguments)
+            if self.backend == "torch" and method == "open":
                 raise WorkerError("no torch today")
-            return super().ready()
-
-        def send(self, request):
-            if self.job.backend == "published":
-                raise WorkerError("not this case")
-            super().send(request)
+            if self.backend == "published" and method == "prepare":
+                raise WorkerError("not this workload", "Another one.")
 
     rows = rows_of(Closed, backends=("torch", "published", "onnxruntime"), precisions=("fp32",))
-    assert [row.error for row in rows] == ["no torch today", "not this case", None]
+    assert [row.error for row in rows] == ["no torch today", "not this workload. Another one.", None]
 
 
 def test_without_the_reference_rows_are_timed_and_not_judged(rows_of, in_process):
     class NoReference(in_process):
-        def ready(self):
-            if self.job.backend == "reference":
+        def send(self, method, *arguments):
+            super().send(method, *arguments)
+            if self.backend == "reference":
                 raise WorkerError("it needs that file", "give it with --checkpoint")
-            return super().ready()
 
     (row,) = rows_of(NoReference, backends=("onnxruntime",), precisions=("fp32",))
     assert row.timed and row.passed is None
-    assert row.notes == ["not compared: it needs that file. give it with --checkpoint"]
-    assert remember.records([row], Machine()) == []
+    assert row.notes == ("not compared: it needs that file. give it with --checkpoint",)
 
 
 def test_copies_side_by_side_count_together(rows_of, in_process):
@@ -186,38 +200,21 @@ def test_copies_side_by_side_count_together(rows_of, in_process):
 
 def test_an_image_whose_tokens_all_differ_is_compared_by_its_decoder(rows_of, in_process, monkeypatch):
     """And differing tokens are told."""
-    from ddexport.validate.bench.agreement import Judge
-
     monkeypatch.setattr(Judge, "comparable", lambda self, got: np.zeros(len(got.image), dtype=np.bool_))
     (row,) = rows_of(in_process, backends=("onnxruntime",), precisions=("fp32",))
     assert row.image_psnr > 60
     assert any("reference's sequence" in note for note in row.notes)
 
 
-def test_what_auto_is_told(rows_of, in_process):
-    """Backends of the runtime alone, one process each, with the verdict."""
-    rows = rows_of(
-        in_process, backends=("onnxruntime", "torch"), precisions=("fp32",), threads=(2,), processes=(1, 2)
-    )
-    rows[0].passed, rows[0].faults = False, ["far off"]
-    (record,) = remember.records(rows, Machine())
-    assert (record.backend, record.provider, record.precision) == ("onnxruntime", "cpu", "fp32")
-    assert (record.threads, record.steps, record.batch) == (2, 1, 1)
-    assert record.total_ms == rows[0].total_ms
-    assert (record.passed, record.why) == (False, "far off")
-
-
 def test_peaks_of_engines_that_fail_are_reasons():
     class Engine:
-        def __init__(self, job):
-            self.engine = job.precision
+        def __init__(self, threads):
+            assert threads == 2
 
-        def ready(self):
-            if self.engine != "numpy":
+        def call(self, method, engine, precision, threads):
+            if (engine, precision) != ("numpy", "fp32"):
                 raise WorkerError("gone")
-
-        def ask(self, request):
-            return {"peaks": [{"precision": "fp32", "gflops": 7.0, "engine": "numpy", "why": ""}]}
+            return 7.0
 
         def __enter__(self):
             return self
@@ -225,6 +222,7 @@ def test_peaks_of_engines_that_fail_are_reasons():
         def __exit__(self, *_):
             pass
 
-    found = measure_peaks([2, 2], start=Engine)
-    assert found[2, "fp32"] == Peak("fp32", 7.0, "numpy")
-    assert found[2, "int8"].gflops is None and "onnxruntime: gone" in found[2, "int8"].why
+    runners = [RunnerConfiguration("torch", precision, 2) for precision in ("fp32", "int8")]
+    peaks = measure_peaks([*runners, RunnerConfiguration("onnxruntime", "fp16", 2, "cuda:0")], start=Engine)
+    assert peaks[2, "fp32"] == 7.0
+    assert "onnxruntime: gone" in peaks[2, "int8"] and len(peaks) == 2

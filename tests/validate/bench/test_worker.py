@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -12,24 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from ddexport.validate.bench.case import Job
-from ddexport.validate.bench.memory import peak_mib, reset_peak
-from ddexport.validate.bench.peak import PRECISIONS, Peak, best_of, fastest, rates_of
-from ddexport.validate.bench.processes import Gang, Worker, WorkerError
-from ddexport.validate.bench.worker import KEPT, Session, serve
+from ddexport.runtime.errors import DDError
+from ddexport.validate.bench.processes import Worker, call_all
+from ddexport.validate.bench.roofline import best_of, fastest, rate_of
+from ddexport.validate.bench.worker import KEPT, Session, WorkerError, peak_mib, reset_peak, serve
+from ddexport.validate.bench.workload import Job, RunnerConfiguration, Workload
 
-REPLIES = "import sys\nfor line in sys.stdin:\n    "
+REPLIES = "import pickle, sys\nwhile True:\n    pickle.load(sys.stdin.buffer); "
+ANSWER = "pickle.dump({!r}, sys.stdout.buffer); sys.stdout.flush()"
 
 
-def job(root="", backend="onnxruntime", directory="", **more):
-    return Job(**{
-        "bundle": str(root), "backend": backend, "precision": "fp32", "threads": 1, "mode": None, "seed": 0,
-        "directory": str(directory), "files": {}, **more,
-    })  # fmt: skip
+def job(root):
+    return Job(root, RunnerConfiguration("onnxruntime", "fp32", 1))
 
 
 def worker(code):
-    return Worker(job(), command=[sys.executable, "-c", code])
+    return Worker(1, command=[sys.executable, "-c", code])
 
 
 def gone(process):
@@ -43,62 +41,53 @@ def gone(process):
 
 
 @pytest.fixture(scope="module")
-def session(bundle, tmp_path_factory):
-    return Session(job(bundle, directory=tmp_path_factory.mktemp("worker")))
+def session(bundle):
+    session = Session()
+    version, teacher = session.open(job(bundle))
+    assert version and not teacher
+    return session
 
 
 class TestSession:
-    def test_a_run_tells_times_memory_and_where_its_outputs_are(self, session):
-        assert session.hello["provider"] == "cpu" and session.hello["version"]
-        session.answer({"do": "prepare", "batch": 2, "steps": 2})
-        reply = session.answer({"do": "run", "batch": 2, "steps": 2, "keep": True})
-        times = reply["times"]
-        assert times["student"] > 0 and times["decoder"] > 0 and times["teacher"] == 0
-        assert times["total"] >= times["student"] + times["decoder"]
-        assert reply["peak"] > 10
-        assert reply["file"].endswith("2-2-0.npz")
-        json.dumps(reply)
+    def test_a_run_tells_times_memory_and_its_outputs(self, session):
+        session.prepare(Workload(2, 2))
+        run = session.run(Workload(2, 2), True)
+        assert run.times.student > 0 and run.times.decoder > 0 and run.times.teacher == 0
+        assert run.times.total >= run.times.student + run.times.decoder
+        assert run.peak_mib > 10
+        assert len(run.outputs.steps) == len(run.outputs.logits) == 2 and len(run.outputs.image) == 2
 
     def test_equal_outputs_are_kept_once(self, session):
-        first, second = (
-            session.answer({"do": "run", "batch": 1, "steps": 1, "keep": True}) for _ in range(2)
-        )
-        assert first["file"] and second["file"] is None
-        assert session.answer({"do": "run", "batch": 1, "steps": 2})["file"] is None  # of a warm-up
+        first, second = (session.run(Workload(1, 1), True) for _ in range(2))
+        assert first.outputs is not None and second.outputs is None
+        assert session.run(Workload(1, 2)).outputs is None  # of a warm-up
 
     def test_only_so_many_different_ones_are_kept(self, session):
         class Outputs:
             def __init__(self, number):
-                self.number = number
+                self.digest = lambda: str(number)
 
-            def digest(self):
-                return str(self.number)
+        assert sum(session._is_new("w", Outputs(number)) for number in range(KEPT + 2)) == KEPT
 
-            def write(self, path):
-                path.touch()
-
-        kept = [session._keep("case", Outputs(number)) for number in range(KEPT + 2)]
-        assert sum(path is not None for path in kept) == KEPT
-
-    def test_requests_and_replies_are_lines_and_errors_are_replies(self, bundle, tmp_path):
-        requests = [
-            job(bundle, directory=tmp_path).to_dict(),
-            {"do": "prepare", "batch": 1, "steps": 9},
-            {"do": "run", "batch": 1, "steps": "teacher", "keep": True},
-            {"do": "run"},
+    def test_calls_are_pickled_and_errors_are_replies(self, bundle):
+        calls = [
+            ("open", (job(bundle),)),
+            ("prepare", (Workload(1, 9),)),
+            ("run", (Workload(1, "teacher"), True)),
+            ("run", ()),
         ]
-        replies = io.StringIO()
-        serve(io.StringIO("".join(json.dumps(one) + "\n" for one in requests)), replies)
-        hello, unknown, run, defect = map(json.loads, replies.getvalue().splitlines())
-        assert hello["version"]
-        assert "no schedule of 9 steps" in unknown["error"] and "1, 2" in unknown["hint"]
-        assert run["times"]["teacher"] > 0 and run["times"]["student"] == 0
-        assert defect["error"].startswith("KeyError")
+        replies = io.BytesIO()
+        serve(io.BytesIO(b"".join(map(pickle.dumps, calls))), replies)
+        replies.seek(0)
+        opened, unknown, run, defect = (pickle.load(replies) for _ in calls)
+        assert opened[0]
+        assert "no schedule of 9 steps" in unknown.message and "1, 2" in unknown.hint
+        assert run.times.teacher > 0 and run.times.student == 0 and run.outputs.guided is not None
+        assert isinstance(defect, WorkerError) and defect.message.startswith("TypeError")
 
-    def test_what_cannot_be_opened_is_told_once_asked(self, tmp_path):
-        replies = io.StringIO()
-        serve(io.StringIO(json.dumps(job(tmp_path).to_dict()) + "\n"), replies)
-        assert "not a bundle" in json.loads(replies.getvalue())["error"]
+    def test_what_cannot_be_opened_is_told(self, tmp_path):
+        with Worker(1) as one, pytest.raises(WorkerError, match="not a bundle"):
+            one.call("open", job(tmp_path))
 
 
 class TestProcesses:
@@ -107,65 +96,48 @@ class TestProcesses:
             worker(REPLIES + "import os; os.kill(os.getpid(), 9)") as one,
             pytest.raises(WorkerError, match=r"SIGKILL.*memory"),
         ):
-            one.ready()
+            one.call("run")
         with (
             worker(REPLIES + "print('out of luck', file=sys.stderr); sys.exit(4)") as one,
             pytest.raises(WorkerError, match="code 4: out of luck"),
         ):
-            one.ready()
+            one.call("run")
 
     def test_one_that_answers_nonsense_is_no_crash_of_the_parent(self):
-        with worker(REPLIES + "print('{'); sys.exit(0)") as one, pytest.raises(WorkerError, match="code 0"):
-            one.ready()
-
-    def test_errors_come_back(self):
-        answer = json.dumps({"error": "no such thing", "hint": "look"})
-        with worker(REPLIES + f"print({answer!r}, flush=True)") as one, pytest.raises(WorkerError) as caught:
-            one.ready()
-        assert (caught.value.message, caught.value.hint) == ("no such thing", "look")
+        code = REPLIES + "sys.stdout.buffer.write(b'{'); sys.exit(0)"
+        with worker(code) as one, pytest.raises(WorkerError, match="code 0"):
+            one.call("run")
 
     def test_none_is_left_after_an_error_or_an_interrupt(self):
         """Also one that computes and does not listen."""
         for error in (KeyboardInterrupt, RuntimeError):
-            numbers = []
-            with (
-                pytest.raises(error),
-                Gang([worker("import time; time.sleep(60)") for _ in range(2)]) as gang,
-            ):
-                numbers = [one._process.pid for one in gang.workers]
+            with pytest.raises(error), worker("import time; time.sleep(60)") as one:
                 raise error
-            assert numbers and all(map(gone, numbers))
-
-    def test_a_terminated_parent_tidies_up(self, tmp_path):
-        """As `timeout` ends one: its workers end, and so do the files of the run."""
-        code = (
-            "import os, signal, tempfile\n"
-            "from ddexport.validate.bench.processes import tidy_at_sigterm\n"
-            f"with tidy_at_sigterm(), tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):\n"
-            "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        )
-        done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
-        assert done.returncode == 128 + 15 and not list(tmp_path.iterdir())
+            assert gone(one._process.pid)
 
     def test_closing_twice_is_fine(self):
         one = worker("pass")
         one.close()
         one.close()
 
-    def test_a_gang_is_asked_at_once(self):
-        """Both have begun before the first one is waited for."""
-        code = REPLIES + "import time; time.sleep(0.3); print('{\"value\": 1}', flush=True)"
-        with Gang([worker(code), worker(code)]) as gang:
-            assert [reply["value"] for reply in gang.ask({"do": "run"})] == [1, 1]
-            for one in gang.workers:
-                one.send({"do": "run"})
+    def test_several_work_at_once(self):
+        """Both have begun before the first one is waited for, and both are read before an error is told."""
+        slow = REPLIES + "import time; time.sleep(0.3); " + ANSWER.format(1)
+        with worker(slow) as first, worker(slow) as second:
+            assert call_all([first, second], "run") == [1, 1]
+            for one in (first, second):
+                one.send("run")
             time.sleep(0.1)
-            assert [one.receive()["value"] for one in gang.workers] == [1, 1]
+            assert [one.receive() for one in (first, second)] == [1, 1]
+        with worker(REPLIES + "sys.exit(4)") as first, worker(REPLIES + ANSWER.format(1)) as second:
+            with pytest.raises(WorkerError, match="code 4"):
+                call_all([first, second], "run")
+            assert second.call("run") == 1
 
     def test_it_ends_with_its_parent(self):
         """Even while it computes: a parent that is killed closes nothing."""
         child = (
-            "import time, validate.bench.worker as w\n"
+            "import time, ddexport.validate.bench.worker as w\n"
             "w.LOOK_EVERY = 0.05; w._end_with_parent(); time.sleep(60)"
         )
         parent = (
@@ -202,18 +174,13 @@ class TestPeak:
 
     @pytest.mark.parametrize("engine", ["numpy", "torch", "onnxruntime"])
     def test_engines_multiply(self, engine):
-        found = {one.precision: one for one in rates_of(engine, 1, size=64, seconds=0.0)}
-        assert list(found) == list(PRECISIONS)
-        assert found["fp32"].gflops > 0
-        assert engine != "numpy" or found["int8"].gflops is None
+        assert rate_of(engine, "fp32", 1, size=64, seconds=0.0) > 0
+        if engine == "numpy":
+            with pytest.raises(DDError, match="does not multiply"):
+                rate_of(engine, "int8", 1, size=64)
+        else:
+            assert rate_of(engine, "int8", 1, size=64, seconds=0.0) > 0
 
     def test_the_best_engine_or_all_reasons(self):
-        found = [
-            Peak("fp32", 10.0, "a"),
-            Peak("fp32", 20.0, "b"),
-            Peak("int8", None, "a", "a: no"),
-            Peak("int8", None, "b", "b: no"),
-        ]
-        assert best_of(found, "fp32") == Peak("fp32", 20.0, "b")
-        assert best_of(found, "int8").why == "a: no; b: no"
-        assert best_of([], "bf16").gflops is None
+        assert best_of([10.0, "b: no", 20.0]) == 20.0
+        assert best_of(["a: no", "b: no"]) == "a: no; b: no"

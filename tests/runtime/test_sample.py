@@ -1,0 +1,306 @@
+"""`ddexport sample`: what it writes, what it says, and that a failure changes nothing on disk."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from ddexport import runtime
+from ddexport.runtime import cli, console, files
+from ddexport.runtime.errors import OutputError
+
+
+def sample(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.command, [str(argument) for argument in arguments])
+
+
+def failed(result: Result) -> str:
+    """The message of a run that had to end with a user's error, and nothing else on stderr."""
+    assert result.exit_code == 1, result.output
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("error: ")
+    assert len(lines) <= 2
+    assert result.stdout == ""
+    return result.stderr
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    path = tmp_path_factory.mktemp("work")
+    monkeypatch.chdir(path)
+    return path
+
+
+def save(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def test_the_defaults_just_work(shared_bundle: Path, folder: Path) -> None:
+    """All classes of a small model in one picture, and one line about it."""
+    result = sample(shared_bundle)
+    assert (result.exit_code, result.stderr, result.stdout.count("\n")) == (0, "", 1)
+    assert result.stdout.startswith("out.png: 3 images in 1 step; student ")
+    assert ", decoder " in result.stdout
+    assert listing(folder) == ["out.png"]
+    assert Image.open("out.png").size == (3 * 128, 128)  # 8 x 8 pixels would not be seen
+
+
+def test_the_picture_has_the_pipelines_images(shared_bundle: Path) -> None:
+    """Rows are labels; numbers and names; every pixel of the image is one block of the picture."""
+    options = ("--label", 2, "--label", "ZERO", "-n", 2, "--steps", 2, "--seed", 5, "--threads", 1)
+    assert "4 images in 2 steps" in sample(shared_bundle, *options, "-o", "grid.png").stdout
+    with runtime.load(shared_bundle) as pipe:
+        images = pipe([2, 0], 2, seed=5, num_images=2, output="numpy").images
+    picture = np.asarray(Image.open("grid.png"))[8::16, 8::16]
+    expected = images.reshape(2, 2, 8, 8, 3).swapaxes(1, 2).reshape(16, 16, 3)
+    assert abs(np.subtract(picture, expected, dtype=int)).max() <= 1  # another batch size may round otherwise
+
+
+@pytest.mark.parametrize("output", ["many/", "no_suffix", "there.png"])
+def test_a_directory_gets_one_file_an_image(shared_bundle: Path, folder: Path, output: str) -> None:
+    """A name that ends in a slash or has no suffix, or a directory that exists, whatever its name."""
+    (folder / "there.png").mkdir()
+    assert sample(shared_bundle, "--label", 1, "-n", 2, "--label", 2, "-o", output).exit_code == 0
+    names = ["00000-class0001.png", "00001-class0001.png", "00002-class0002.png", "00003-class0002.png"]
+    assert listing(folder / output) == names
+    assert Image.open(folder / output / names[3]).size == (8, 8)
+
+
+def test_json_reports_everything(random_bundle: Path) -> None:
+    result = sample(random_bundle, "--json", "--label", 1, "-n", 2, "--device", "cpu", "-o", "a.jpg")
+    assert result.stderr.startswith("warning: toy holds random weights (seed 7)")
+    report = json.loads(result.stdout)
+    assert report.pop("seconds").keys() == {"load", "student", "decoder"}
+    assert report == {
+        "bundle": "toy", "output": "a.jpg", "images": 2, "labels": [1], "steps": 1, "seed": 0,
+        "backend": "onnxruntime", "device": "cpu", "precision": "fp32", "random_weights": True,
+    }  # fmt: skip
+    assert Image.open("a.jpg").format == "JPEG"
+
+
+def test_list_labels(shared_bundle: Path, folder: Path) -> None:
+    assert sample(shared_bundle, "--list-labels").stdout.split() == ["0", "zero", "1", "one", "2", "two"]
+    assert json.loads(sample(shared_bundle, "--list-labels", "--json").stdout)["names"][2] == "two"
+    assert listing(folder) == []
+
+
+def test_a_large_model_shows_a_few_classes_by_default() -> None:
+    pipe: Any = SimpleNamespace(manifest=SimpleNamespace(classes=1000))
+    assert cli._labels(None, (), pipe) == [0, 142, 285, 428, 570, 713, 856, 999]
+
+
+# Dump and replay
+
+
+def test_the_dump_has_the_promised_arrays(shared_bundle: Path) -> None:
+    options = ("--label", 2, "--label", 0, "-n", 2, "--steps", 3, "--seed", 4, "--batch-size", 3)
+    assert sample(shared_bundle, *options, "--dump", "dump.npz").exit_code == 0
+    with runtime.load(shared_bundle) as pipe:
+        result = pipe([2, 0], 3, seed=4, num_images=2, output="numpy")
+    with np.load("dump.npz", allow_pickle=False) as dump:
+        steps = [f"step{number}_{what}" for number in (1, 2, 3) for what in ("tokens", "sequence")]
+        assert list(dump) == ["labels", "noise", *steps, "images"]
+        assert dump["labels"].tolist() == [2, 2, 0, 0]
+        np.testing.assert_array_equal(dump["noise"], result.noise)
+        for number, step in enumerate(result.steps, 1):
+            np.testing.assert_array_equal(dump[f"step{number}_tokens"], step.tokens)
+            np.testing.assert_allclose(dump[f"step{number}_sequence"], step.sequence, atol=1e-5)
+        assert (dump["step1_tokens"].shape, dump["step1_sequence"].shape) == ((4, 2), (4, 6, 4))
+        assert (dump["images"].dtype, dump["images"].shape) == (np.uint8, (4, 8, 8, 3))
+        assert abs(np.subtract(dump["images"], result.images, dtype=int)).max() <= 1
+
+
+def test_steps_teacher_and_its_options(shared_teacher_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them arrive: the dump has the tokens that the Python interface gives for the same request."""
+    options = ("--steps", 3, "--teacher-start", 1, "--guidance-scale", 1.5, "--top-k", 3, "--top-p", 0.9)
+    words = (*options, "--temperature", 2, "--seed", 7, "--dump", "d.npz", "--json")
+    report = json.loads(sample(shared_teacher_bundle, *words).stdout)
+    assert report["steps"] == 4  # another start than the schedule's
+    assert report["seconds"].keys() == {"load", "student", "decoder", "teacher"}
+    given = {"guidance_scale": 1.5, "top_k": 3, "top_p": 0.9, "temperature": 2.0}
+    with runtime.load(shared_teacher_bundle) as pipe:
+        wanted = pipe([0, 1, 2], 3, seed=7, teacher_start=1, **given)
+    with np.load("d.npz") as dump:
+        assert list(dump) == [
+            "labels", "noise", "uniforms", "step1_tokens", "step1_sequence",
+            "teacher_tokens", "teacher_sequence", "step2_tokens", "step2_sequence", "images",
+        ]  # fmt: skip
+        np.testing.assert_array_equal(dump["teacher_tokens"], wanted.steps[1].tokens)
+        np.testing.assert_array_equal(dump["uniforms"], wanted.uniforms)
+    # The bar advances with every pass of the teacher, not only with every batch.
+    passes: list[int] = []
+    monkeypatch.setattr(console.Progress, "advance", lambda self, count=1: passes.append(count))
+    line = sample(shared_teacher_bundle, "--steps", "teacher").stdout
+    assert line.startswith("out.png: 3 images in 4 steps; teacher ")  # and no time of a student
+    assert passes == [3] * 4
+
+
+def test_a_dump_can_be_replayed(shared_bundle: Path, shared_teacher_bundle: Path) -> None:
+    """Its labels, noise and uniform numbers give its arrays again, without a seed; steps without a teacher
+    leave the uniform numbers alone."""
+    for root, steps in ((shared_bundle, 2), (shared_teacher_bundle, "teacher")):
+        sample(root, "--steps", steps, "--seed", 8, "-n", 2, "--dump", "one.npz")
+        result = sample(root, "--steps", steps, "--noise", "one.npz", "--dump", "two.npz", "--json")
+        assert json.loads(result.stdout)["seed"] is None
+        with np.load("one.npz") as one, np.load("two.npz") as two:
+            assert list(one) == list(two)
+            for name in one:
+                np.testing.assert_allclose(one[name], two[name], atol=1e-5)
+    assert sample(shared_teacher_bundle, "--steps", 1, "--noise", "one.npz").exit_code == 0
+
+
+def test_noise_without_labels_goes_with_the_labels_given(shared_bundle: Path) -> None:
+    noise = np.random.default_rng(0).standard_normal((2, 6, 4)).astype(np.float32)
+    words = ("--noise", save(Path("noise.npz"), noise=noise), "--label", 1, "-n", 2, "--dump", "d.npz")
+    assert sample(shared_bundle, *words).exit_code == 0
+    with np.load("d.npz") as dump:
+        assert dump["labels"].tolist() == [1, 1]
+        np.testing.assert_array_equal(dump["noise"], noise)
+
+
+def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+def claims_too_much(path: Path) -> None:
+    """A file of a few bytes whose header asks for terabytes."""
+    header = io.BytesIO()
+    description = {"descr": "<f4", "fortran_order": False, "shape": (1 << 40, 6, 4)}
+    np.lib.format.write_array_header_1_0(header, description)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("noise.npy", header.getvalue())
+
+
+def truncated(path: Path) -> None:
+    save(path, noise=zeros(3, 6, 4))
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+BAD_NOISE: list[tuple[Callable[[Path], object], str]] = [
+    (lambda path: None, "does not exist"),
+    (lambda path: path.write_bytes(b"noise"), "cannot be read as an npz"),
+    (lambda path: path.mkdir(), "cannot be read as an npz"),
+    (lambda path: np.save(path.open("wb"), zeros(3, 6, 4)), "cannot be read as an npz"),
+    (truncated, "cannot be read as an npz"),
+    (lambda path: save(path, nose=zeros(3, 6, 4)), "has no array `noise`, but: nose"),
+    (lambda path: save(path, noise=zeros(6, 4)), "float32 of 3 dimensions, but is float32 (6, 4)"),
+    (lambda path: save(path, noise=zeros(3, 6, 4, dtype=float)), "float32 of 3 dimensions, but is float64"),
+    (lambda path: save(path, noise=np.array([None])), "float32 of 3 dimensions, but is object"),
+    (claims_too_much, "`noise` of shape (1099511627776, 6, 4) is too large"),
+    (lambda path: save(path, noise=zeros(3, 5, 4)), "shape (3, 6, 4), but is float32 (3, 5, 4)"),
+    (lambda path: save(path, noise=zeros(4, 6, 4)), "shape (3, 6, 4), but is float32 (4, 6, 4)"),
+    (lambda path: save(path, noise=zeros(3, 6, 4) + np.inf), "not finite: inf at (0, 0, 0)"),
+    (lambda path: save(path, noise=zeros(3, 6, 4), labels=zeros(3)), "`labels` must be integers of 1 dim"),
+    (lambda path: save(path, noise=zeros(3, 6, 4), labels=[1, 2]), "3 noises but 2 labels"),
+    (lambda path: save(path, noise=zeros(1, 6, 4), labels=[3]), "label 3 is out of range"),
+    (lambda path: save(path, noise=zeros(3, 6, 4), uniforms=zeros(3, 6)), "`uniforms` must be float64 of 2"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD_NOISE, ids=[message for _, message in BAD_NOISE])
+def test_bad_noise_is_explained(make: Any, message: str, shared_bundle: Path, folder: Path) -> None:
+    make(folder / "noise.npz")
+    assert message in failed(sample(shared_bundle, "--noise", "noise.npz"))
+    assert not (folder / "out.png").exists()
+
+
+def test_what_excludes_each_other(shared_bundle: Path) -> None:
+    save(Path("noise.npz"), noise=zeros(3, 6, 4), labels=[0, 1, 2])
+    for options in (("--label", 1), ("-n", 2)):
+        message = failed(sample(shared_bundle, "--noise", "noise.npz", *options))
+        assert "brings its own labels, so neither --label nor -n" in message
+    assert sample(shared_bundle, "--noise", "noise.npz", "--seed", 0).exit_code == 2
+
+
+# Bad input loses nothing
+
+
+BAD_OPTIONS: list[tuple[tuple[object, ...], str, str]] = [
+    (("--label", 3), "label 3 is out of range", "--list-labels"),
+    (("--label", "tow"), "'tow'", "Did you mean 'two' (class 2)?"),
+    (("--steps", 4), "4 steps", "It can draw in: 1, 2, 3."),
+    (("--steps", 2, "--guidance-scale", 1), "guidance_scale can only be given", "leave it out"),
+    (("--steps", 2, "--cfg", 1), "guidance_scale can only be given", "leave it out"),
+    (("--backend", "onnx"), "'onnx'", "There is: onnxruntime"),
+    (("--precision", "int8"), "no graphs in int8", "graphs in: fp32."),
+    (("--device", "rocm"), "'rocm'", "cpu, cuda, cuda:1"),
+    (("-o", "out.tga"), "out.tga has no suffix of an image format", ".png"),
+    (("-o", "missing/out.png"), "missing/out.png cannot be written: No such file", "Check the directory"),
+    (("-o", "old.png/x/"), "cannot be written: Not a directory", "Check the directory"),
+    (("--dump", "missing/d.npz"), "missing/d.npz cannot be written", "Check the directory"),
+    (("--dump", "."), "it is a directory", ""),
+]
+
+
+@pytest.mark.parametrize(("options", "message", "hint"), BAD_OPTIONS)
+def test_a_bad_option_is_explained_and_nothing_is_written(
+    options: tuple[object, ...], message: str, hint: str, shared_bundle: Path, folder: Path
+) -> None:
+    for name in ("old.png", "out.png"):
+        (folder / name).write_bytes(b"old")
+    text = failed(sample(shared_bundle, *options))
+    assert message in text and hint in text
+    assert listing(folder) == ["old.png", "out.png"]
+    assert (folder / "out.png").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("option", ["--steps", "-n", "--threads", "--batch-size", "--top-k", "--steps=all"])
+def test_numbers_out_of_range_are_usage_errors(shared_bundle: Path, option: str) -> None:
+    assert sample(shared_bundle, option, 0).exit_code == 2
+    assert sample(shared_bundle, "--seed", -1).exit_code == 2
+
+
+def test_what_is_wrong_with_the_bundle_or_the_machine(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changed byte is seen unless told not to look; in the graph's name, so that it still runs."""
+    assert "not a bundle: nowhere not found" in failed(sample("nowhere"))
+    path = bundle / "student.onnx"
+    path.write_bytes(path.read_bytes().replace(b"student", b"STUDENT"))
+    assert "the SHA-256 of student.onnx" in failed(sample(bundle))
+    assert sample(bundle, "--no-verify").exit_code == 0
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    text = failed(sample(bundle, "--no-verify", "--backend", "onnxruntime"))
+    assert "no engine here can run toy" in text and 'pip install "ddexport[cpu]"' in text
+
+
+def test_a_write_that_fails_leaves_the_old_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether writing fails, or is interrupted, or the last move of the complete new file fails."""
+    path = folder / "x"
+    path.write_bytes(b"old")
+
+    def write(error: BaseException | None = None) -> None:
+        with files.atomic_write(path) as stream:
+            stream.write(b"new")
+            if error:
+                raise error
+
+    def replace(self: Path, target: Path) -> None:
+        assert (self.read_bytes(), target) == (b"new", path)
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(OutputError, match="No space left"):
+        write(OSError(28, "No space left on device"))
+    with pytest.raises(KeyboardInterrupt):
+        write(KeyboardInterrupt())
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="Permission denied"):
+        patch.setattr(Path, "replace", replace)
+        write()
+    assert (listing(folder), path.read_bytes()) == (["x"], b"old")
+    write()
+    assert (listing(folder), path.read_bytes()) == (["x"], b"new")
