@@ -95,8 +95,6 @@ performance: $(VENV)/.dev $(TIMED:%=%/bundle.json)
 	    --backend onnxruntime,openvino,torch,torch-compile,published --duration 10
 	env -u OMP_NUM_THREADS $(BENCH) --block teacher --backend torch --precision fp32 --steps 1,2,teacher \
 	    --against torch --against-steps teacher --warmup 0 --duration 1
-	env -u OMP_NUM_THREADS $(BIN)/ddexport bench build/var-d16 --update docs/performance.md --block throughput \
-	    --backend openvino --precision int8 --batch 4 --threads 1,2 --duration 1
 
 $(TIMED:%=%/bundle.json): build/%/bundle.json: $(VENV)/.export
 	env -u OMP_NUM_THREADS $(BIN)/ddexport onnx --model $* --random-weights 0 --teacher random --precision fp32,int8 -o build/$*

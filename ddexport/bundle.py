@@ -110,7 +110,7 @@ def export_bundle(
     with staged_directory(target, force, _expected_bytes(recipe, roles), marker=FILE_NAME) as folder:
         with stage("loading weights"):
             parts = load_parts(recipe, request, sources)
-            forms = {each: other_forms(parts, each, without) for each in _traced(precisions)}
+            forms = {precision: other_forms(parts, precision, without) for precision in _traced(precisions)}
             rewrite(parts, without)
             check_patterns(parts.values(), keep_fp32)
             weights = provenance(recipe, request, sources)
@@ -157,7 +157,7 @@ def export_bundle(
             tools={**_tools(), **_left_out(without)},
         )
         proven, agreement = prove(folder, manifest, parts, specs, recipe, stage)
-        accuracy = {file: one.to_dict() for file, one in proven.items()}
+        accuracy = {file: measured.to_dict() for file, measured in proven.items()}
         (folder / ACCURACY_FILE).parent.mkdir()
         (folder / ACCURACY_FILE).write_text(to_json(accuracy), encoding="utf-8")
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")

@@ -21,8 +21,8 @@ class EntryPointGroup(console.Group):
         return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        found = _commands().get(cmd_name)
-        return found.load() if found else None
+        entry = _commands().get(cmd_name)
+        return entry.load() if entry else None
 
 
 def _commands() -> dict[str, EntryPoint]:

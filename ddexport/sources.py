@@ -68,14 +68,14 @@ def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, Path]:
     roles = roles_of(recipe, request)
     if request.random_seed is not None:
         return {}
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     missing: list[Source] = []
     for role in roles:
         source = recipe.files[role]
         if role in request.files:
-            found[role] = request.files[role]
+            paths[role] = request.files[role]
         elif source.embedded:
-            found[role] = embedded_weights(source)
+            paths[role] = embedded_weights(source)
         else:
             missing.append(source)
     if missing:
@@ -84,7 +84,7 @@ def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, Path]:
             f"download and give {' '.join(f'{s.option} {s.file}' for s in missing)};"
             " or try the pipeline without them: --random-weights 0",
         )
-    return found
+    return paths
 
 
 def load_parts(

@@ -217,8 +217,8 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
     @cached_property
     def precisions(self) -> tuple[str, ...]:
         """The precisions that have a student and a decoder, in the manifest's order."""
-        found = dict.fromkeys(graph.precision for graph in self.graphs)
-        return tuple(p for p in found if all((role, None, p) in self._index for role in ROLES))
+        listed = dict.fromkeys(graph.precision for graph in self.graphs)
+        return tuple(p for p in listed if all((role, None, p) in self._index for role in ROLES))
 
     @cached_property
     def _index(self) -> dict[tuple[str, int | None, str], Graph]:

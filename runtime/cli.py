@@ -85,14 +85,14 @@ def command(ctx: click.Context, /, as_json: bool, list_labels: bool, **options: 
     source = ctx.get_parameter_source("seed")
     if options["noise"] and source is click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError("--noise takes the place of the seed's noise: give one of --noise and --seed.")
-    report = draw(**options)
+    report = sample(**options)
     if as_json:
         console.emit_json(report)
     else:
         click.echo(report_line(report))
 
 
-def draw(
+def sample(
     bundle: Path,
     labels: tuple[str, ...],
     steps: int | str | None,

@@ -122,8 +122,8 @@ def show_error(error: DDError) -> None:
 def emit_json(data: Any) -> None:
     """Prints `data` as strict JSON on stdout.
 
-    Dataclasses, paths, and NumPy scalars and arrays are converted; NaN and infinities, which JSON lacks,
-    become null.
+    Dataclasses, records, paths, and NumPy scalars and arrays are converted; NaN and infinities, which JSON
+    lacks, become null.
     """
     click.echo(json.dumps(_plain(data), indent=2, allow_nan=False, ensure_ascii=False))
 
@@ -259,6 +259,8 @@ def _one_line(text: str) -> str:
 def _plain(data: Any) -> Any:
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
         data = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)}
+    elif hasattr(data, "__struct_fields__"):  # records, without importing msgspec
+        data = {name: getattr(data, name) for name in data.__struct_fields__}
     elif hasattr(data, "tolist"):  # NumPy scalars and arrays, without importing NumPy
         data = data.tolist()
     if isinstance(data, Mapping):

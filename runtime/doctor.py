@@ -67,12 +67,12 @@ def diagnose_bundle(root: Path) -> dict[str, Any]:
                 damaged.append(f"{folder.name}/{plan.name} is missing")
             elif sha256_of(plan) != sha256:
                 damaged.append(f"{folder.name}/{plan.name} is not the file its sidecar describes")
-    found = configurations(root, manifest)
+    by_default = configurations(root, manifest)
     others = [
         configuration
         for precision in dict.fromkeys((*manifest.precisions[1:], "bf16", "fp16"))
         for configuration in configurations(root, manifest, precision=precision)
-        if configuration not in found and not configuration.obstacle
+        if configuration not in by_default and not configuration.obstacle
     ]
     return {
         "path": str(root),
@@ -80,34 +80,34 @@ def diagnose_bundle(root: Path) -> dict[str, Any]:
         "title": manifest.title,
         "precisions": manifest.precisions,
         "damaged": damaged,
-        "auto": next((str(c) for c in found if not c.obstacle), None),
+        "auto": next((str(c) for c in by_default if not c.obstacle), None),
         "configurations": [
-            {"name": str(c), "runs": not c.obstacle, "reason": c.obstacle or c.note} for c in found
+            {"name": str(c), "runs": not c.obstacle, "reason": c.obstacle or c.note} for c in by_default
         ],
         "by_name": [str(c) for c in others],
     }
 
 
-def lines(found: dict[str, Any]) -> Iterator[str]:
+def lines(diagnosis: dict[str, Any]) -> Iterator[str]:
     """The diagnosis for people."""
-    yield f"ddexport {found['ddexport']}, Python {found['python']}, {found['platform']}"
+    yield f"ddexport {diagnosis['ddexport']}, Python {diagnosis['python']}, {diagnosis['platform']}"
     yield from _heading("machine")
-    yield _row("cpu", f"{found['cpu']['name']}, {found['cpu']['cores']} cores")
-    for gpu in found["gpus"]:
+    yield _row("cpu", f"{diagnosis['cpu']['name']}, {diagnosis['cpu']['cores']} cores")
+    for gpu in diagnosis["gpus"]:
         memory = gpu["memory"] / (1 << 30)
         yield _row(f"gpu {gpu['index']}", f"{gpu['name']}, {gpu['target']}, {memory:.1f} GiB")
-    if not found["gpus"]:
-        yield _row("gpu", found["cuda_fault"] or "none")
-    if found["cuda"]:
-        yield _row("driver", f"CUDA up to {found['cuda']}")
+    if not diagnosis["gpus"]:
+        yield _row("gpu", diagnosis["cuda_fault"] or "none")
+    if diagnosis["cuda"]:
+        yield _row("driver", f"CUDA up to {diagnosis['cuda']}")
     yield from _heading("packages")
-    for name, version in found["packages"].items():
+    for name, version in diagnosis["packages"].items():
         yield _row(name, version or f'not installed: pip install "ddexport[{PACKAGES[name][1]}]"')
     yield from _heading("problems")
-    for problem in found["problems"] or ["none"]:
+    for problem in diagnosis["problems"] or ["none"]:
         yield f"  {problem}"
-    if found["bundle"]:
-        yield from _bundle_lines(found["bundle"])
+    if diagnosis["bundle"]:
+        yield from _bundle_lines(diagnosis["bundle"])
 
 
 def _bundle_lines(bundle: dict[str, Any]) -> Iterator[str]:
@@ -166,14 +166,14 @@ def command(
         return
     if backend or precision:
         raise click.UsageError("--backend and --precision belong to --check.")
-    found = diagnose(bundle)
+    diagnosis = diagnose(bundle)
     if as_json:
-        console.emit_json(found)
+        console.emit_json(diagnosis)
     else:
-        click.echo("\n".join(lines(found)))
-    if found["bundle"] and found["bundle"]["damaged"]:
+        click.echo("\n".join(lines(diagnosis)))
+    if diagnosis["bundle"] and diagnosis["bundle"]["damaged"]:
         raise BundleError(
-            f"{bundle} has damaged engines: {'; '.join(found['bundle']['damaged'])}",
+            f"{bundle} has damaged engines: {'; '.join(diagnosis['bundle']['damaged'])}",
             f"Remove them, or build them again: ddexport trt {bundle} --force",
         )
 
@@ -189,10 +189,10 @@ def _check(bundle: Path, backend: str, precision: str | None, as_json: bool) -> 
             checks = check(pipe, golden)
         name = f"{pipe.backend.name} in {pipe.precision}"
     if as_json:
-        console.emit_json({"backend": name, "checks": [vars(one) for one in checks]})
+        console.emit_json({"backend": name, "checks": [vars(row) for row in checks]})
     else:
         click.echo("\n".join(map(str, checks)))
-    failed = [one.steps for one in checks if one.faults]
+    failed = [row.steps for row in checks if row.faults]
     if failed:
         raise VerificationError(
             f"{name} does not draw what PyTorch drew, in steps: {', '.join(failed)}",

@@ -56,18 +56,18 @@ def cuda() -> Cuda:
         return Cuda((), version, f"no GPU can be used: {_text(text) if version else 'no NVIDIA driver'}")
     gpus = []
     for index in range(count):
-        error, found = runtime.cudaGetDeviceProperties(index)
+        error, gpu = runtime.cudaGetDeviceProperties(index)
         if not int(error):
-            gpus.append(Gpu(index, _text(found.name), (found.major, found.minor), found.totalGlobalMem))
+            gpus.append(Gpu(index, _text(gpu.name), (gpu.major, gpu.minor), gpu.totalGlobalMem))
     return Cuda(tuple(gpus), version, "" if gpus else "the driver knows no GPU")
 
 
 def gpu_fault(index: int) -> str:
     """Why the GPU of this number cannot be used; "" if it can."""
-    found = cuda()
-    if index < len(found.gpus):
+    driver = cuda()
+    if index < len(driver.gpus):
         return ""
-    return found.fault or f"there is no GPU {index}, but {len(found.gpus)} in all"
+    return driver.fault or f"there is no GPU {index}, but {len(driver.gpus)} in all"
 
 
 @lru_cache
@@ -75,10 +75,10 @@ def cpu() -> Cpu:
     """Name and usable cores of the CPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
-        found = None
-    return Cpu(found[1].strip() if found else platform.processor() or platform.machine(), cores)
+        match = None
+    return Cpu(match[1].strip() if match else platform.processor() or platform.machine(), cores)
 
 
 def this_platform() -> str:

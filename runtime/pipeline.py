@@ -142,8 +142,8 @@ class Pipeline:
             gaussian = gaussian_noise(seed, images, size.length, size.width) if noise is None else noise[rows]
             uniforms = None
             if sampling is not None:
-                given = teacher.get("uniforms")
-                uniforms = uniform_numbers(seed, images, size.length) if given is None else given[rows]
+                replayed = teacher.get("uniforms")
+                uniforms = uniform_numbers(seed, images, size.length) if replayed is None else replayed[rows]
 
             def student(feeds: Arrays) -> Arrays:
                 outputs = self.backend.run(student_graph, feeds, ("sequence", "tokens"))
@@ -162,8 +162,8 @@ class Pipeline:
                 seconds[step.role] += step.seconds
             seconds["decoder"] = time.perf_counter() - began
             shown = to_pil(pictures) if output == "pil" else pictures
-            told = seed if noise is None else None
-            parts.append(Result(shown, batch, gaussian, done, seconds, told, uniforms))
+            used_seed = seed if noise is None else None
+            parts.append(Result(shown, batch, gaussian, done, seconds, used_seed, uniforms))
         return joined(parts)
 
     @takes_diffusers_names
@@ -252,9 +252,9 @@ class Pipeline:
         want = (count, self.manifest.sequence.length, self.manifest.sequence.width)
         if noise is not None:
             if not isinstance(noise, np.ndarray) or noise.dtype != np.float32 or noise.shape != want:
-                given = f"{noise.dtype} {noise.shape}" if isinstance(noise, np.ndarray) else type(noise)
+                actual = f"{noise.dtype} {noise.shape}" if isinstance(noise, np.ndarray) else type(noise)
                 raise NoiseError(
-                    f"the noise must be a float32 array of shape {want}, but is {given}",
+                    f"the noise must be a float32 array of shape {want}, but is {actual}",
                     f"That is one for each of the {count} images, {want[1]} positions, {want[2]} numbers.",
                 )
             if not np.isfinite(noise).all():

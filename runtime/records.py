@@ -55,7 +55,7 @@ def convert(
         unknown = re.search(r"unknown field `(.*?)`", text)
         near = difflib.get_close_matches(unknown[1], _keys(kind, set()), 1) if unknown else []
         hint = f"Did you mean {near[0]}?" if near else hint
-        raise error(f"{file}: {text.replace('- at `$.', '- at `')}", hint) from failure
+        raise error(f"{file}: {text.replace('`$.', '`')}", hint) from failure
 
 
 def to_json(record: Any) -> str:

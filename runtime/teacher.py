@@ -55,24 +55,24 @@ class Sampling:
         return self.top_k == 1
 
 
-def sampling_of(schedule: Schedule, teacher: Teacher | None, given: Mapping[str, Any]) -> Sampling | None:
+def sampling_of(schedule: Schedule, teacher: Teacher | None, arguments: Mapping[str, Any]) -> Sampling | None:
     """How a schedule's teacher chooses, in the bundle's own manner where nothing is given; None without one.
 
-    given: some of `SAMPLING` and `ONLY_TEACHER`. Raises ScheduleError for a value out of range, and for one
-    that would have no effect; TypeError for another name.
+    arguments: some of `SAMPLING` and `ONLY_TEACHER`. Raises ScheduleError for a value out of range, and for
+    one that would have no effect; TypeError for another name.
     """
-    if unknown := set(given) - {*SAMPLING, *ONLY_TEACHER}:
+    if unknown := set(arguments) - {*SAMPLING, *ONLY_TEACHER}:
         raise TypeError(f"a pipeline takes no argument called {', '.join(sorted(unknown))}")
-    given = {name: value for name, value in given.items() if value is not None}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
     if teacher is None or schedule.teacher is None:
-        if given:
+        if arguments:
             raise ScheduleError(
-                f"{', '.join(given)} can only be given for steps that involve a teacher",
+                f"{', '.join(arguments)} can only be given for steps that involve a teacher",
                 "Choose such steps, or leave it out.",
             )
         return None
     own = (teacher.cfg, teacher.top_k, teacher.top_p, teacher.temperature)
-    return Sampling(*(given.get(name, value) for name, value in zip(SAMPLING, own, strict=True)))
+    return Sampling(*(arguments.get(name, value) for name, value in zip(SAMPLING, own, strict=True)))
 
 
 class Cache(Protocol):
@@ -201,8 +201,8 @@ def check_uniforms(uniforms: Any, count: int, length: int) -> None:
     """Raises NoiseError unless `uniforms` is float64 (count, L), every number from 0 to below 1."""
     want = (count, length)
     if not isinstance(uniforms, np.ndarray) or uniforms.dtype != np.float64 or uniforms.shape != want:
-        given = f"{uniforms.dtype} {uniforms.shape}" if isinstance(uniforms, np.ndarray) else type(uniforms)
-        raise NoiseError(f"the uniform numbers must be a float64 array of shape {want}, but are {given}")
+        actual = f"{uniforms.dtype} {uniforms.shape}" if isinstance(uniforms, np.ndarray) else type(uniforms)
+        raise NoiseError(f"the uniform numbers must be a float64 array of shape {want}, but are {actual}")
     if not ((uniforms >= 0) & (uniforms < 1)).all():
         raise NoiseError("the uniform numbers must be from 0 to below 1")
 

@@ -30,8 +30,8 @@ class _LazyGroup(console.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        found: click.Command = import_module(COMMANDS[cmd_name]).command
-        return found
+        subcommand: click.Command = import_module(COMMANDS[cmd_name]).command
+        return subcommand
 
 
 @click.group("validate", cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

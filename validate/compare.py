@@ -88,7 +88,7 @@ class ReferenceRun:
     @property
     def tokens(self) -> IntArray:
         """Of all passes (N, T)."""
-        return np.concatenate([one.tokens for one in self.passes], axis=1)
+        return np.concatenate([step.tokens for step in self.passes], axis=1)
 
 
 @dataclass(frozen=True)
@@ -153,19 +153,19 @@ def compare(
         comparison = Comparison([], [])
         steps: dict[Any, tuple[Pass, StudentOutput, int]] = {}
         for run in runs:
-            for number, one in enumerate(run.passes):
-                if one.role == "teacher":
-                    comparison.teachers.extend(_teacher_pairs(bundle, run, one, noise, sampling))
+            for number, step in enumerate(run.passes):
+                if step.role == "teacher":
+                    comparison.teachers.extend(_teacher_pairs(bundle, run, step, noise, sampling))
                     continue
                 drawn = any(before.role == "teacher" for before in run.passes[:number])
                 key = (run.plan.split, *run.plan.passes[: number + 1], run.plan.teacher if drawn else None)
                 if key in steps:  # schedules share their first steps
                     continue
-                got = bundle.student(one.inputs, request.labels, one.known, run.plan.split)
-                steps[key] = (one, got, run.plan.split)
-                expected = StudentOutput(one.sequence, one.logits)
+                got = bundle.student(step.inputs, request.labels, step.known, run.plan.split)
+                steps[key] = (step, got, run.plan.split)
+                expected = StudentOutput(step.sequence, step.logits)
                 _check_shapes("logits", expected.logits, got.logits)
-                known = np.full_like(request.labels, one.known)
+                known = np.full_like(request.labels, step.known)
                 scope = _scope(run, number)
                 comparison.students.append(
                     StudentPair(scope, expected, got, known, run.plan.split, request.places)
@@ -241,14 +241,14 @@ class _Bundle:
         scope = f"{run.title}, decoder on the same sequence"
         return ImagePair(scope, run.images, images, everything, self.request.places)
 
-    def guided(self, one: Pass, plan: Plan, rows: slice) -> FloatArray:
+    def guided(self, step: Pass, plan: Plan, rows: slice) -> FloatArray:
         """The teacher's guided logits (n, P, V) on the tokens that the reference drew, with the bundle's
         caches."""
         teacher = self.pipe.manifest.teacher
         assert teacher is not None
         assert plan.teacher is not None
         parts: list[FloatArray] = []
-        tokens, labels = one.tokens[rows], self.request.labels[rows]
+        tokens, labels = step.tokens[rows], self.request.labels[rows]
 
         def forced(logits: FloatArray, positions: slice) -> IntArray:
             parts.append(logits.copy())
@@ -257,7 +257,7 @@ class _Bundle:
         engine, (start, end) = self.pipe.teacher_backend, plan.teacher
         assert engine is not None
         run = partial(engine.run, self.pipe.manifest.graph("teacher", engine.configuration.graphs))
-        span, prefix = Span(start=start, end=end), one.inputs[rows]
+        span, prefix = Span(start=start, end=end), step.inputs[rows]
         generate(run, teacher, span, prefix, labels, teacher.cfg, forced, new_cache=engine.new_cache)
         return np.concatenate(parts, axis=1)
 
@@ -268,11 +268,11 @@ class _Bundle:
         batches."""
         size, split, labels = self.request.batch, self.pipe.manifest.sequence.split, self.request.labels
         picks = [(steps[i % len(steps)], i // len(steps) % len(labels)) for i in range(size)]
-        tokens = np.stack([one.inputs[row] for (one, _, _), row in picks])
+        tokens = np.stack([step.inputs[row] for (step, _, _), row in picks])
         label = np.array([labels[row] for _, row in picks])
-        known = np.array([one.known for (one, _, _), _ in picks])
+        known = np.array([step.known for (step, _, _), _ in picks])
         alone = StudentOutput.concatenate([got.rows(slice(row, row + 1)) for (_, got, _), row in picks])
-        places = tuple(f"{self.request.places[row]}, known {one.known}" for (one, _, _), row in picks)
+        places = tuple(f"{self.request.places[row]}, known {step.known}" for (step, _, _), row in picks)
         whole = self.student(tokens, label, known, split)
         mixed = StudentPair("steps mixed in a batch", alone, whole, known, split, places, itself=True)
         images = self.decode(whole.sequence)
@@ -284,12 +284,12 @@ class _Bundle:
         pair = StudentPair(scope, whole.rows(rows), got, known[rows], split, names, itself=True)
         # The decoder is fed what the student gave, so a token that flips by rounding changes the picture too.
         agree = np.logical_not(pair.differing().any(axis=1))
-        pictures = np.concatenate([self.decode(one.sequence) for one in cut])
+        pictures = np.concatenate([self.decode(output.sequence) for output in cut])
         return [mixed, pair], [ImagePair(scope, images[rows], pictures, agree, names, itself=True)]
 
 
 def _teacher_pairs(
-    bundle: _Bundle, run: ReferenceRun, one: Pass, noise: Noise, sampling: Sampling | None
+    bundle: _Bundle, run: ReferenceRun, step: Pass, noise: Noise, sampling: Sampling | None
 ) -> list[TeacherPair]:
     """The teacher on the same tokens, and the last image alone against itself in its batch."""
     assert run.plan.teacher is not None
@@ -297,15 +297,17 @@ def _teacher_pairs(
     (start, end), request = run.plan.teacher, bundle.request
     count = len(request.labels)
     starts = range(0, count, request.batch)
-    got = np.concatenate([bundle.guided(one, run.plan, slice(i, i + request.batch)) for i in starts])
-    _check_shapes("guided logits", one.logits, got)
+    got = np.concatenate([bundle.guided(step, run.plan, slice(i, i + request.batch)) for i in starts])
+    _check_shapes("guided logits", step.logits, got)
     last, numbers = slice(count - 1, count), noise.uniforms[:, start:end]
-    alone = bundle.guided(one, run.plan, last)
+    alone = bundle.guided(step, run.plan, last)
     scope = f"{run.title}, teacher (positions {start} to {end - 1})"
     name = f"{run.title}, teacher, one image alone"
     return [
-        TeacherPair(scope, one.logits, got, start, numbers, sampling, request.places),
-        TeacherPair(name, got[last], alone, start, numbers[last], sampling, request.places[last], itself=True),
+        TeacherPair(scope, step.logits, got, start, numbers, sampling, request.places),
+        TeacherPair(
+            name, got[last], alone, start, numbers[last], sampling, request.places[last], itself=True
+        ),
     ]
 
 
@@ -313,14 +315,14 @@ def _end_to_end(bundle: _Bundle, run: ReferenceRun, noise: Noise) -> list[DrawnP
     """What users get: all images by the reference's noise, and the first one by its seed alone."""
     request, pipe = bundle.request, bundle.pipe
     steps = "teacher" if run.steps == "teacher" else int(run.steps)
-    given: dict[str, Any] = {"uniforms": noise.uniforms} if run.plan.teacher else {}
+    replayed: dict[str, Any] = {"uniforms": noise.uniforms} if run.plan.teacher else {}
     result = pipe(
         request.labels.tolist(),
         steps,
         noise=noise.gaussian,
         output="numpy",
         batch_size=request.batch,
-        **given,
+        **replayed,
     )
     tokens, scope = _tokens(result), f"{run.title}, end to end"
     _check_shapes("tokens", run.tokens, tokens)
@@ -364,7 +366,7 @@ def _tokens(result: Result) -> IntArray:
 
 
 def _scope(run: ReferenceRun, number: int) -> str:
-    known = [one.known for one in run.passes[: number + 1]]
+    known = [step.known for step in run.passes[: number + 1]]
     if run.plan.teacher is None:
         return f"step {number + 1} (known {', '.join(map(str, known))})"
     return f"{run.title}, student (known {known[-1]})"

@@ -92,19 +92,17 @@ def kinds(steps: int, schedules: Sequence[int], skip: Sequence[int] | None = Non
             f"skip-{wrong[0]} is not possible: the teacher has {steps} AR steps",
             f"--skip takes 1 to {steps - 2}; {steps - 1} would be onestep*",
         )
-    found = [Kind("teacher", "teacher", steps, f"all {steps} AR steps by the teacher")]
+    rows = [Kind("teacher", "teacher", steps, f"all {steps} AR steps by the teacher")]
     for saved in skip:
         first = steps - saved - 1
         how = f"{first} AR step{'s' * (first > 1)} by the teacher, the other {steps - first} at once"
-        found.append(Kind(f"skip-{saved}", "at once", first + 1, how, first))
-    found.append(
-        Kind("onestep*", "at once", 1, f"all {steps} AR steps at once, from the teacher's marginals")
-    )
+        rows.append(Kind(f"skip-{saved}", "at once", first + 1, how, first))
+    rows.append(Kind("onestep*", "at once", 1, f"all {steps} AR steps at once, from the teacher's marginals"))
     for count in sorted(schedules, reverse=True):
-        found.append(
+        rows.append(
             Kind(student_name(count), "student", count, f"the distilled student, {passes_text(count)}")
         )
-    return found
+    return rows
 
 
 def student_name(steps: int) -> str:
@@ -162,18 +160,20 @@ def draw_rows(models: Models, rows: Sequence[Kind], seed: int, count: int) -> It
 
 def time_rows(models: Models, rows: Sequence[Kind], batches: Sequence[int], rounds: int) -> list[Timing]:
     """The time of every kind, all in turn in one run; see `ddexport.validate.speed`."""
-    from ddexport.validate.set_prediction import one_pass_way
-    from ddexport.validate.speed import Way, student_ways, teacher_way, time_ways
+    from ddexport.validate.set_prediction import one_pass_runner
+    from ddexport.validate.speed import Runner, student_runners, teacher_runner, time_runners
 
-    students = {way.passes: way.sequences for way in student_ways(models)}
+    students = {runner.passes: runner.sequences for runner in student_runners(models)}
 
     def sequences(kind: Kind) -> Callable[[Tensor, Tensor], Tensor]:
         if kind.by == "student":
             return students[kind.passes]
-        return teacher_way(models).sequences if kind.by == "teacher" else one_pass_way(models, kind.first)
+        return (
+            teacher_runner(models).sequences if kind.by == "teacher" else one_pass_runner(models, kind.first)
+        )
 
-    ways = [Way(kind.name, kind.passes, sequences(kind)) for kind in rows]
-    return time_ways(models, ways, list(batches), rounds)
+    runners = [Runner(kind.name, kind.passes, sequences(kind)) for kind in rows]
+    return time_runners(models, runners, list(batches), rounds)
 
 
 def measure(recipe: Recipe, options: Options, gauge: Gauge | None = None) -> list[Row]:
@@ -193,16 +193,18 @@ def measure(recipe: Recipe, options: Options, gauge: Gauge | None = None) -> lis
         with console.stage("timing"):
             timings = time_rows(models, rows, options.batches, options.rounds)
         torch.set_num_threads(threads)
-        found: dict[str, list[Quality]] = {kind.name: [] for kind in rows}
+        qualities: dict[str, list[Quality]] = {kind.name: [] for kind in rows}
         fresh = load_models(recipe, options.weights)  # the timed student has its tables in place of products
         with console.progress(len(options.seeds) * len(rows), "drawing and measuring") as bar:
             for seed in options.seeds:
                 for row in draw_rows(fresh, rows, seed, options.images):
-                    found[row.name].append(gauge.measure(row))
+                    qualities[row.name].append(gauge.measure(row))
                     bar.advance()
     finally:
         torch.set_num_threads(threads)
-    return [Row(kind, tuple(found[kind.name]), timing) for kind, timing in zip(rows, timings, strict=True)]
+    return [
+        Row(kind, tuple(qualities[kind.name]), timing) for kind, timing in zip(rows, timings, strict=True)
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -71,7 +71,9 @@ def _manifest_faults(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
     """What the runtime reads against the recipe that the reference is built from."""
     said, wanted = json.loads(manifest.to_json()), recipe.to_dict()
     if manifest.teacher is None:
-        wanted["schedules"] = {k: one for k, one in wanted["schedules"].items() if "teacher" not in one}
+        wanted["schedules"] = {
+            k: schedule for k, schedule in wanted["schedules"].items() if "teacher" not in schedule
+        }
     side = recipe.image.size
     wanted["image"] = {"height": side, "width": side, "channels": recipe.image.channels}
     keys = ["name", "title", "sequence", "classes", "image", "schedules"]

@@ -78,12 +78,12 @@ def schedules_of(pipe: Pipeline) -> dict[str, tuple[int, int]]:
     names: list[int | str] = sorted(pipe.manifest.schedules)
     if pipe.manifest.teacher is not None:
         names.append("teacher")
-    found = {}
+    passes = {}
     for name in names:
         schedule = pipe.manifest.schedule(name)
         students = len(schedule.known)
-        found[str(name)] = (students, pipe.manifest.number_of_steps(schedule) - students)
-    return found
+        passes[str(name)] = (students, pipe.manifest.number_of_steps(schedule) - students)
+    return passes
 
 
 def steps_of(name: str) -> int | str:
@@ -99,13 +99,13 @@ def measure(pipe: Pipeline, options: Options, gauge: Gauge | None = None) -> lis
     gauge = gauge or _gauge(recipe_of(pipe.manifest))
     with console.stage("timing"):
         times = time_schedules(pipe, list(passes), options.batches, options.rounds)
-    found: dict[str, list[Quality]] = {name: [] for name in passes}
+    qualities: dict[str, list[Quality]] = {name: [] for name in passes}
     with console.progress(len(options.seeds) * len(passes), "drawing and measuring") as bar:
         for seed in options.seeds:
             for name in passes:
-                found[name].append(_quality(pipe, gauge, name, seed, options.images))
+                qualities[name].append(_quality(pipe, gauge, name, seed, options.images))
                 bar.advance()
-    return [Point(name, *passes[name], tuple(found[name]), times[name]) for name in passes]
+    return [Point(name, *passes[name], tuple(qualities[name]), times[name]) for name in passes]
 
 
 def time_schedules(
@@ -115,7 +115,7 @@ def time_schedules(
 
     The smaller the batch, the more rounds, up to ten times as many: a short run is easily disturbed.
     """
-    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
+    milliseconds: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
     for batch in batches:
         labels = [number % pipe.manifest.classes for number in range(batch)]
         spent: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -126,10 +126,10 @@ def time_schedules(
                     spent[name].append(drawn.seconds)
         for name, all_rounds in spent.items():
             parts = all_rounds[0]
-            found[name][batch] = {
+            milliseconds[name][batch] = {
                 part: median(times[part] for times in all_rounds) * 1000 / batch for part in parts
             }
-    return found
+    return milliseconds
 
 
 def table(points: Sequence[Point]) -> str:

@@ -159,7 +159,7 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
         if result.settings.paired:
             raise DDError(verdict_line(result), hint)
         return
-    for one in result.failures:
-        click.echo(f"failed: {failure_line(one)}", err=True)
+    for measurement in result.failures:
+        click.echo(f"failed: {failure_line(measurement)}", err=True)
     if result.failures:
         raise VerificationError(verdict_line(result), hint)

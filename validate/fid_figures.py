@@ -53,7 +53,7 @@ class Resampling:
 
 def figures_of(run: PairedRun, compared: Reference | None, how: Resampling) -> list[Figure]:
     """Every figure that the features and the reference set allow, schedule by schedule."""
-    found: list[Figure] = []
+    figures: list[Figure] = []
     to_reference = FrechetTo(compared.moments, allow_few=how.allow_few) if compared else None
     for steps in run.schedules:
         sets = [run.sets[side, steps] for side in (BUNDLE, REFERENCE) if (side, steps) in run.sets]
@@ -63,22 +63,24 @@ def figures_of(run: PairedRun, compared: Reference | None, how: Resampling) -> l
         if compared is not None and compared.features is not None:
             features = np.asarray(compared.features)
             trios |= _neighbours(sets, features, how) | _kernel(sets, features, how)
-        scores = [one.scores for one in sets if one.scores is not None]
+        scores = [tally.scores for tally in sets if tally.scores is not None]
         if scores:
             trios[SCORE] = _scores(scores, how)
         order = [name for name in (FID, KID, SCORE, PRECISION, RECALL) if name in trios]
-        found += [Figure(steps, name, *trios[name]) for name in order]
-    return found
+        figures += [Figure(steps, name, *trios[name]) for name in order]
+    return figures
 
 
 def measurements_of(run: PairedRun, figures: list[Figure], gate: Gate, how: Resampling) -> list[Measurement]:
     """The difference and the distance of the two sets, held to the limits. Empty for a bundle alone."""
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     for steps, pair in run.pairs.items():
-        fids = [one for one in figures if one.steps == steps and one.name == FID]
-        found += [_difference(one.steps, one.difference, gate) for one in fids if one.difference]
-        found += _between(steps, pair, run, gate, how)
-    return found
+        fids = [figure for figure in figures if figure.steps == steps and figure.name == FID]
+        measurements += [
+            _difference(figure.steps, figure.difference, gate) for figure in fids if figure.difference
+        ]
+        measurements += _between(steps, pair, run, gate, how)
+    return measurements
 
 
 def published_of(
@@ -95,11 +97,11 @@ def published_of(
         return []
     return [
         Measurement(
-            METRIC, scope_of(one.steps), "FID, published", value,
-            note=f"measured less published: {one.bundle.value - value:+.2f}; {APART}",
+            METRIC, scope_of(figure.steps), "FID, published", value,
+            note=f"measured less published: {figure.bundle.value - value:+.2f}; {APART}",
         )
-        for one in figures
-        if one.name == FID and isinstance(value := published.get(str(one.steps)), (int, float))
+        for figure in figures
+        if figure.name == FID and isinstance(value := published.get(str(figure.steps)), (int, float))
     ]  # fmt: skip
 
 
@@ -144,8 +146,8 @@ def _relative(pair: PairTally, reference: GaussianFit) -> float:
 
 
 def _frechet(sets: list[SetTally], to_reference: FrechetTo, how: Resampling) -> Trio:
-    groups = [one.moments for one in sets]
-    totals = [one.total() for one in groups]
+    groups = [tally.moments for tally in sets]
+    totals = [group.total() for group in groups]
     for total in totals:
         require_samples(total, how.allow_few)
     values = [to_reference.distance(total) for total in totals]
@@ -175,7 +177,7 @@ def _resampled(
 def _scores(sums: list[ScoreSums], how: Resampling) -> Trio:
     """Groups are drawn anew inside each split, the same ones on both sides."""
     splits = SPLITS if sums[0].count >= SPLITS else 1
-    values = [one.score(splits).mean for one in sums]
+    values = [side.score(splits).mean for side in sums]
     if how.resamples < 2:
         return _alone(values)
     rng = np.random.default_rng(how.seed)
@@ -185,7 +187,7 @@ def _scores(sums: list[ScoreSums], how: Resampling) -> Trio:
     for _ in range(how.resamples):
         chosen = np.concatenate([rng.choice(groups, len(groups)) for groups in filled])
         times = np.bincount(chosen, minlength=len(member))
-        rows.append([_weighted(one, times).score(splits).mean for one in sums])
+        rows.append([_weighted(side, times).score(splits).mean for side in sums])
     return _spread(values, np.array(rows))
 
 
@@ -197,16 +199,18 @@ def _weighted(sums: ScoreSums, times: IntArray) -> ScoreSums:
 def _kernel(sets: list[SetTally], features: FloatArray, how: Resampling) -> dict[str, Trio]:
     """The kernel distance, both sides against the same subsets; {} where there are too few images."""
     try:
-        found = [kernel_distance(one.sample.features, features) for one in sets]
+        distances = [kernel_distance(tally.sample.features, features) for tally in sets]
     except TooFewSamples:
         return {}
-    if len(found) > 1:
-        apart = found[0].subset_values - found[1].subset_values
-        found.append(replace(found[0], value=found[0].value - found[1].value, subset_values=apart))
+    if len(distances) > 1:
+        apart = distances[0].subset_values - distances[1].subset_values
+        distances.append(
+            replace(distances[0], value=distances[0].value - distances[1].value, subset_values=apart)
+        )
     if how.resamples < 2:
-        return {KID: _alone([one.value for one in found[: len(sets)]])}
-    made = [Estimate.of(one.figure(how.seed, how.resamples)) for one in found]
-    return {KID: _trio(made[: len(sets)], made[-1] if len(sets) > 1 else None)}
+        return {KID: _alone([distance.value for distance in distances[: len(sets)]])}
+    estimates = [Estimate.of(distance.figure(how.seed, how.resamples)) for distance in distances]
+    return {KID: _trio(estimates[: len(sets)], estimates[-1] if len(sets) > 1 else None)}
 
 
 def _neighbours(sets: list[SetTally], features: FloatArray, how: Resampling) -> dict[str, Trio]:
@@ -214,19 +218,19 @@ def _neighbours(sets: list[SetTally], features: FloatArray, how: Resampling) -> 
     count = min(len(features), len(sets[0].sample.indices))
     if count <= NEIGHBOURS:
         return {}
-    found = [coverage(one.sample.features[:count], features[:count]) for one in sets]
+    results = [coverage(tally.sample.features[:count], features[:count]) for tally in sets]
     return {
-        PRECISION: _shares([one.inside.astype(np.float64) for one in found], how),
-        RECALL: _shares([one.covered.astype(np.float64) for one in found], how),
+        PRECISION: _shares([result.inside.astype(np.float64) for result in results], how),
+        RECALL: _shares([result.covered.astype(np.float64) for result in results], how),
     }
 
 
 def _shares(hits: list[Float64Array], how: Resampling) -> Trio:
     if how.resamples < 2:
-        return _alone([float(one.mean()) for one in hits])
+        return _alone([float(side.mean()) for side in hits])
     apart = [hits[0] - hits[1]] if len(hits) > 1 else []
-    made = [_share(one, how) for one in (*hits, *apart)]
-    return _trio(made[: len(hits)], made[-1] if apart else None)
+    estimates = [_share(side, how) for side in (*hits, *apart)]
+    return _trio(estimates[: len(hits)], estimates[-1] if apart else None)
 
 
 def _share(hits: Float64Array, how: Resampling) -> Estimate:
@@ -238,9 +242,9 @@ def _share(hits: Float64Array, how: Resampling) -> Estimate:
 
 def _spread(values: list[float], rows: Float64Array) -> Trio:
     """values of one or two sides, and what each draw (R, sides) made of them."""
-    made = [Estimate.of(figure(value, rows[:, side])) for side, value in enumerate(values)]
+    estimates = [Estimate.of(figure(value, rows[:, side])) for side, value in enumerate(values)]
     apart = figure(values[0] - values[1], rows[:, 0] - rows[:, 1]) if len(values) > 1 else None
-    return _trio(made, Estimate.of(apart) if apart else None)
+    return _trio(estimates, Estimate.of(apart) if apart else None)
 
 
 def _alone(values: list[float]) -> Trio:

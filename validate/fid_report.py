@@ -59,8 +59,8 @@ class Figure:
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for the JSON report."""
         sides = {side: getattr(self, side) for side in ("bundle", "reference", "difference")}
-        found = {side: one.to_dict() if one else None for side, one in sides.items()}
-        return {"steps": self.steps, "name": self.name, **found}
+        estimates = {side: estimate.to_dict() if estimate else None for side, estimate in sides.items()}
+        return {"steps": self.steps, "name": self.name, **estimates}
 
 
 @dataclass(frozen=True)
@@ -114,22 +114,22 @@ class FidReport:
     @property
     def failures(self) -> tuple[Measurement, ...]:
         """The measurements past their limit."""
-        return tuple(one for one in self.measurements if not one.passed)
+        return tuple(row for row in self.measurements if not row.passed)
 
     @property
     def no_verdict(self) -> str:
         """Why the rows, within their limits or past them, say nothing; "" where they do."""
-        settings, rows = self.settings, [one for one in self.measurements if one.name == DIFFERENCE]
+        settings, rows = self.settings, [row for row in self.measurements if row.name == DIFFERENCE]
         if not settings.paired:
             return "measured alone, without PyTorch beside it"
-        compared = {one.scope for one in rows} == {scope_of(steps) for steps in settings.steps}
-        differences = [one.difference for one in self.figures if one.name == FID]
-        interval = all(one is not None and one.low is not None for one in differences)
+        compared = {row.scope for row in rows} == {scope_of(steps) for steps in settings.steps}
+        differences = [figure.difference for figure in self.figures if figure.name == FID]
+        interval = all(difference is not None and difference.low is not None for difference in differences)
         reasons = {
             "no FID compares the two sides (--reference none)": not compared,
             "--allow-few is for trials of the tools": settings.allow_few,
             "random feature weights measure nothing": settings.random_features,
-            f"the limits are not for the features {settings.features}": not all(one.gated for one in rows)
+            f"the limits are not for the features {settings.features}": not all(row.gated for row in rows)
             and not settings.random_features,
             f"no interval of the FID difference (--bootstrap {LEAST_RESAMPLES} at least)": not interval
             or settings.bootstrap < LEAST_RESAMPLES,
@@ -151,7 +151,7 @@ class FidReport:
             "steps": list(self.settings.steps),
             "limits": self.limits,
             "figures": [figure.to_dict() for figure in self.figures],
-            "measurements": [one.to_dict() for one in self.measurements],
+            "measurements": [row.to_dict() for row in self.measurements],
         }
 
 
@@ -169,17 +169,17 @@ def table(report: FidReport) -> str:
     lines = [_title(report.settings)]
     heads = ("bundle", "PyTorch", "difference") if report.settings.paired else ("bundle",)
     schedules = map(scope_of, report.settings.steps)
-    for scope in dict.fromkeys((*schedules, *(one.scope for one in report.measurements))):
-        figures = [one for one in report.figures if scope_of(one.steps) == scope]
+    for scope in dict.fromkeys((*schedules, *(row.scope for row in report.measurements))):
+        figures = [figure for figure in report.figures if scope_of(figure.steps) == scope]
         titles = "".join(f"{head:<{CELL_WIDTH}}" for head in heads) if figures else ""
         lines += ["", f"{scope:{NAME_WIDTH}}{titles}".rstrip(), *map(_figure_line, figures)]
-        lines += [_measurement_line(one) for one in report.measurements if one.scope == scope]
+        lines += [_measurement_line(row) for row in report.measurements if row.scope == scope]
     return "\n".join([*lines, "", verdict_line(report)])
 
 
 def verdict_line(report: FidReport) -> str:
     """One sentence: whether the gate holds."""
-    gated = sum(one.gated for one in report.measurements)
+    gated = sum(row.gated for row in report.measurements)
     if report.no_verdict:
         return f"no verdict: {report.no_verdict}"
     provisional = " (provisional: nobody has measured this model)" if report.limits.get("provisional") else ""
@@ -189,10 +189,10 @@ def verdict_line(report: FidReport) -> str:
     return f"image quality fails: {failed} of {gated} measurements past their limits{provisional}"
 
 
-def failure_line(one: Measurement) -> str:
+def failure_line(row: Measurement) -> str:
     """One failed row, in words."""
-    place = f", {one.where}" if one.where else ""
-    return f"{one.scope}: {one.name} {one.value:.4g}, limit {one.limit:.4g}{place}"
+    place = f", {row.where}" if row.where else ""
+    return f"{row.scope}: {row.name} {row.value:.4g}, limit {row.limit:.4g}{place}"
 
 
 def scope_of(steps: int) -> str:
@@ -223,11 +223,11 @@ def _figure_line(figure: Figure) -> str:
     return f"  {figure.name:{NAME_WIDTH - 2}}" + "".join(f"{cell:<{CELL_WIDTH}}" for cell in cells).rstrip()
 
 
-def _measurement_line(one: Measurement) -> str:
-    limit = "" if one.limit is None else f"<= {one.limit:.4g}"
-    verdict = "" if not one.gated else "ok" if one.passed else "FAIL"
-    remark = "; ".join(part for part in (one.where, one.note) if part)
-    return f"    {one.name:{NAME_WIDTH + 4}}{one.value:>10.4g}  {limit:>12}  {verdict:4}  {remark}".rstrip()
+def _measurement_line(row: Measurement) -> str:
+    limit = "" if row.limit is None else f"<= {row.limit:.4g}"
+    verdict = "" if not row.gated else "ok" if row.passed else "FAIL"
+    remark = "; ".join(part for part in (row.where, row.note) if part)
+    return f"    {row.name:{NAME_WIDTH + 4}}{row.value:>10.4g}  {limit:>12}  {verdict:4}  {remark}".rstrip()
 
 
 def _plain(value: Any) -> Any:

@@ -261,10 +261,10 @@ def _hashes(manifest: Manifest, precision: str) -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in ("ddexport", "torch", "onnxruntime", "numpy"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:  # another engine than onnxruntime, or a source tree
             continue
-    return found
+    return versions

@@ -106,15 +106,15 @@ def _text(key: Mapping[str, Any]) -> str:
     return json.dumps(key, sort_keys=True)
 
 
-def _differences(found: Any, wanted: Any) -> list[str]:
+def _differences(stored: Any, wanted: Any) -> list[str]:
     """`seed 1, here 2`, one for each entry that differs."""
-    if not isinstance(found, dict):
+    if not isinstance(stored, dict):
         return ["it names no run"]
-    names = sorted({*found, *wanted})
+    names = sorted({*stored, *wanted})
     return [
-        f"{name} {_shown(found.get(name))}, here {_shown(wanted.get(name))}"
+        f"{name} {_shown(stored.get(name))}, here {_shown(wanted.get(name))}"
         for name in names
-        if found.get(name) != wanted.get(name)
+        if stored.get(name) != wanted.get(name)
     ]
 
 

@@ -43,6 +43,6 @@ def write_golden(path: Path, settings: Settings, runs: list[ReferenceRun]) -> No
 
 def _smallest_margin(run: ReferenceRun) -> np.ndarray:
     """(N,): of the student's decisions; a teacher's are draws, which a margin says nothing about."""
-    students = [one for one in run.passes if one.role == "student" and one.logits.shape[1] > one.known]
-    smallest = [margins(one.logits[:, one.known :]).min(axis=1) for one in students]
+    students = [step for step in run.passes if step.role == "student" and step.logits.shape[1] > step.known]
+    smallest = [margins(step.logits[:, step.known :]).min(axis=1) for step in students]
     return np.min(smallest, axis=0) if smallest else np.full(len(run.pixels), np.inf)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ddexport.distill.data import DataSet
 from ddexport.distill.pairs import mapped_tokens
 from ddexport.distill.settings import PairSettings, distill_settings
-from ddexport.distill.teacher import at_random, draw
+from ddexport.distill.teacher import at_random, generate
 from ddexport.distill.tokenizer import images_of_sequences, tokens_of_images
 from ddexport.families._base import compose
 from ddexport.families._checkpoint import connect, load_part
@@ -93,7 +93,7 @@ def drawn_rows(models: Models, seed: int, count: int) -> list[ImageRow]:
     generator = torch.Generator().manual_seed(seed)
     choose = at_random(generator)
     teacher = by_chunks(
-        lambda rows: draw(
+        lambda rows: generate(
             models.teacher,
             models.tokenizer,
             labels[rows],
@@ -135,11 +135,11 @@ def student_sequences(
         tokens = e
         for count in known:
             held = torch.full_like(label, count)
-            given = torch.where(position < count, tokens, e)
+            inputs = torch.where(position < count, tokens, e)
             with torch.no_grad():
-                logits, embeddings = models.student.heads(given, label, held)
+                logits, embeddings = models.student.heads(inputs, label, held)
             codebook = models.student.codebook
-            tokens, *_ = compose(given, logits[:, :split], embeddings[:, split:], codebook, held)
+            tokens, *_ = compose(inputs, logits[:, :split], embeddings[:, split:], codebook, held)
         parts.append(tokens)
     return torch.cat(parts)
 

@@ -43,20 +43,20 @@ def limits_of(manifest: Manifest, precision: str, complete: bool = True) -> Limi
     from ddexport.validate.metrics._base import Limits
 
     stated = manifest.parity.get(precision)
-    given: dict[str, Any] = stated if isinstance(stated, dict) else {}
+    numbers: dict[str, Any] = stated if isinstance(stated, dict) else {}
     names = [field.name for field in fields(Limits) if field.name != "provisional"]
     needed = names if complete else [field.name for field in fields(Limits) if field.default is MISSING]
     if manifest.teacher is None:
         needed = [name for name in needed if name != "drawn_left_out"]
-    missing = [name for name in needed if not isinstance(given.get(name), (int, float))]
+    missing = [name for name in needed if not isinstance(numbers.get(name), (int, float))]
     if missing:
         raise VerificationError(
             f"bundle {manifest.name} states no parity limits for {precision}: {', '.join(missing)} missing",
             f"state them in the recipe under parity.{precision}, and export again;"
             " `ddexport validate limits BUNDLE` measures what they can be",
         )
-    values: dict[str, Any] = {name: given.get(name) for name in names}
-    return Limits(**values, provisional=given.get("provisional", False))
+    values: dict[str, Any] = {name: numbers.get(name) for name in names}
+    return Limits(**values, provisional=numbers.get("provisional", False))
 
 
 @dataclass(frozen=True)
@@ -82,30 +82,30 @@ class LimitRow:
 def worst_of(measurements: Iterable[Measurement]) -> dict[str, Measurement]:
     """The measurement furthest towards its limit, by the limit's name."""
     worst: dict[str, Measurement] = {}
-    for one in measurements:
-        if not one.rule:
+    for row in measurements:
+        if not row.rule:
             continue
-        known = worst.get(one.rule)
-        further = one.value > known.value if known and one.direction == "at most" else None
-        if known is None or further or (one.direction == "at least" and one.value < known.value):
-            worst[one.rule] = one
+        known = worst.get(row.rule)
+        further = row.value > known.value if known and row.direction == "at most" else None
+        if known is None or further or (row.direction == "at least" and row.value < known.value):
+            worst[row.rule] = row
     return worst
 
 
 def rows_of(measurements: Iterable[Measurement], precision: str) -> list[LimitRow]:
     """Every limit beside what was measured."""
     rows = []
-    for name, one in worst_of(measurements).items():
+    for name, row in worst_of(measurements).items():
         ratio: float | None
-        if one.limit is None:
+        if row.limit is None:
             ratio = None
-        elif one.direction == "at least":
-            ratio = 10 ** ((one.value - one.limit) / 20) if math.isfinite(one.value) else math.inf
+        elif row.direction == "at least":
+            ratio = 10 ** ((row.value - row.limit) / 20) if math.isfinite(row.value) else math.inf
         else:
-            ratio = one.limit / one.value if one.value else (1.0 if one.limit == 0 else math.inf)
-        if ratio is not None and ratio >= 1 and FIXED.get((name, precision)) == one.limit:
+            ratio = row.limit / row.value if row.value else (1.0 if row.limit == 0 else math.inf)
+        if ratio is not None and ratio >= 1 and FIXED.get((name, precision)) == row.limit:
             ratio = 1.0
-        rows.append(LimitRow(name, one.value, one.limit, ratio))
+        rows.append(LimitRow(name, row.value, row.limit, ratio))
     return rows
 
 
@@ -163,12 +163,12 @@ def command(
     measurements: list[Measurement] = []
     precision = ""
     for seed, name in product(range(seeds), backend.split(",")):
-        given = {**options, "seed": seed, "backend": name}
-        report, _, _ = run_parity(Options(teacher=teacher, **given), complete=False)
+        arguments = {**options, "seed": seed, "backend": name}
+        report, _, _ = run_parity(Options(teacher=teacher, **arguments), complete=False)
         precision = report.settings.precision
         measurements += report.measurements
         if fid_images:
-            measurements += run_fid(FidOptions(**{**given, "images": fid_images})).measurements
+            measurements += run_fid(FidOptions(**{**arguments, "images": fid_images})).measurements
     rows = rows_of(measurements, precision)
     if as_json:
         console.emit_json([{**vars(row), "verdict": row.verdict} for row in rows])

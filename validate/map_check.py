@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddexport.distill.mapping import tokens_from_noise
-from ddexport.distill.teacher import draw
+from ddexport.distill.teacher import generate
 from ddexport.validate.image_sets import Models
 
 CONTEXTS, SEED = 8, 77
@@ -54,14 +54,14 @@ def chi_square(tokens: Tensor, probabilities: Tensor) -> tuple[float, int]:
     fewer than 5 times, it joins the last of the others.
     """
     expected = probabilities.double() / probabilities.sum() * len(tokens)
-    found = torch.bincount(tokens, minlength=len(expected)).double()
+    observed = torch.bincount(tokens, minlength=len(expected)).double()
     rare = expected < 5
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    found = torch.cat([found[~rare], found[rare].sum()[None]])
+    observed = torch.cat([observed[~rare], observed[rare].sum()[None]])
     if expected[-1] < 5 and len(expected) > 1:  # too rare even together: part of the last common bin
         expected = torch.cat([expected[:-2], expected[-2:].sum()[None]])
-        found = torch.cat([found[:-2], found[-2:].sum()[None]])
-    return float(((found - expected) ** 2 / expected).sum()), len(expected) - 1
+        observed = torch.cat([observed[:-2], observed[-2:].sum()[None]])
+    return float(((observed - expected) ** 2 / expected).sum()), len(expected) - 1
 
 
 def p_value(statistic: float, degrees: int) -> float:
@@ -80,7 +80,7 @@ def check_map(models: Models, draws: int, steps: int | None = None) -> list[ChiS
         chosen.append(log_p)
         return torch.multinomial(log_p.exp().flatten(0, 1), 1, generator=generator).view(log_p.shape[:-1])
 
-    draw(models.teacher, models.tokenizer, labels, choose, models.pairs.guidance, models.pairs.top_k)
+    generate(models.teacher, models.tokenizer, labels, choose, models.pairs.guidance, models.pairs.top_k)
     codebook = models.tokenizer.codebook
     results = []
     groups = list(pairwise(models.tokenizer.starts))

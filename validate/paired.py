@@ -149,13 +149,13 @@ class PairedRun:
 
     def _draw(self, indices: range, sink: Sink | None) -> dict[tuple[str, int], tuple[ByteImages, Readings]]:
         """Images and readings of one batch. Nothing is counted yet: it may be stopped at any point."""
-        found = {}
+        drawn = {}
         for side, draw in self.sides.items():
             for steps, images in draw(self.order, indices).items():
                 if sink is not None:
                     sink(side, steps, indices, images)
-                found[side, steps] = images, self.extractor(images)
-        return found
+                drawn[side, steps] = images, self.extractor(images)
+        return drawn
 
     def _count(self, indices: range, drawn: Mapping[tuple[str, int], tuple[ByteImages, Readings]]) -> None:
         self._whole = False

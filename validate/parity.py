@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from msgspec import structs
 
 from ddexport.runtime import console
 from ddexport.runtime.errors import OutputError, VerificationError
@@ -120,13 +119,13 @@ def run_parity(
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    versions = {}
     for name in ("ddexport", "torch", "onnxruntime", "numpy"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:  # another engine than onnxruntime, or a source tree
             continue
-    return found
+    return versions
 
 
 def _require_validate_extra() -> None:
@@ -216,7 +215,7 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
         if result.passed:
             write_golden(directory / "golden.npz", result.settings, runs)
         hint = f"see {page}"
-    for one in result.failures:
-        click.echo(f"failed: {failure_line(one)}", err=True)
+    for measurement in result.failures:
+        click.echo(f"failed: {failure_line(measurement)}", err=True)
     if not result.passed:
         raise VerificationError(verdict_line(result), hint)

@@ -112,7 +112,7 @@ def ranked(pairs: Sequence[ImagePair]) -> list[tuple[ImagePair, int, float]]:
         for i, size in enumerate(np.nan_to_num(sizes, nan=np.inf)):
             if i not in worst or size > worst[i][2]:
                 worst[i] = (pair, i, float(size))
-    return sorted(worst.values(), key=lambda one: -one[2])[:SHOWN_IMAGES]
+    return sorted(worst.values(), key=lambda entry: -entry[2])[:SHOWN_IMAGES]
 
 
 def amplification(size: float) -> float:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ddexport.distill.pairs import mapped_tokens
-from ddexport.distill.teacher import at_random, draw
+from ddexport.distill.teacher import at_random, generate
 from ddexport.distill.tokenizer import images_of_sequences
 from ddexport.runtime.errors import OutputError
 from ddexport.runtime.noise import gaussian_noise
@@ -28,7 +28,7 @@ def write_grid(models: Models, seed: int, path: Path) -> None:
     noise = torch.from_numpy(gaussian_noise(seed, index, sequence.length, sequence.width))
     choose = at_random(torch.Generator().manual_seed(seed))
     tokenizer, pairs = models.tokenizer, models.pairs
-    drawn = draw(models.teacher, tokenizer, labels, choose, pairs.guidance, pairs.top_k)
+    drawn = generate(models.teacher, tokenizer, labels, choose, pairs.guidance, pairs.top_k)
     mapped = mapped_tokens(models.teacher, tokenizer, noise, labels, pairs)
     schedules = models.recipe.schedules
     sequences = {

@@ -76,8 +76,8 @@ class TorchReference:
 
         assert self.recipe is not None
         assert self.recipe.teacher is not None
-        draw, choice = trainer(module.family).draw, TokenChoice(**structs.asdict(self.recipe.teacher))
-        return Sampler(self._student, self._tokenizer, module, draw, choice, self.device)
+        generate, choice = trainer(module.family).generate, TokenChoice(**structs.asdict(self.recipe.teacher))
+        return Sampler(self._student, self._tokenizer, module, generate, choice, self.device)
 
     def run(
         self, role: str, split: int | None, feeds: Mapping[str, npt.NDArray[Any]]
@@ -197,22 +197,22 @@ def _file_of(
     else:
         option = _option(recipe, role)
         name = source.file if source else recipe.files[role].file
-        given = files.get(role)
-        if given is None:
+        file = files.get(role)
+        if file is None:
             digest = f" (sha256 {_short(source.sha256)})" if source else ""
             raise ReferenceFilesError(
                 f"bundle {manifest.name} was made from {name}{digest}; the reference needs that file",
                 f"give it with {option} {name}",
             )
-        if not given.is_file():
-            raise ReferenceFilesError(f"{option}: there is no file {given}", f"give the path of {name}")
-        path = given
+        if not file.is_file():
+            raise ReferenceFilesError(f"{option}: there is no file {file}", f"give the path of {name}")
+        path = file
         what = f"{option} {path} is"
         hint = f"give the {name} that the bundle was exported from with {option}, or export the bundle again"
-    if source is not None and (found := sha256_of(path)) != source.sha256:
+    if source is not None and (sha256 := sha256_of(path)) != source.sha256:
         raise ReferenceFilesError(
             f"{what} not what bundle {manifest.name} was made from:"
-            f" sha256 {_short(found)}, the manifest says {_short(source.sha256)}",
+            f" sha256 {_short(sha256)}, the manifest says {_short(source.sha256)}",
             hint,
         )
     return path

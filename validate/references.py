@@ -80,16 +80,16 @@ def load(
                 raise ReferenceSetError(f"{path} is a bundle, which cannot be drawn here", WHAT_IT_IS)
             return _of_images(spec, draw(path), extractor, rows)
         return _of_images(spec, folder_images(path), extractor, rows)
-    found = read_statistics(path, extractor.width)
-    if found.identity is not None and found.identity != extractor.identity:
+    statistics = read_statistics(path, extractor.width)
+    if statistics.identity is not None and statistics.identity != extractor.identity:
         raise ReferenceSetError(
-            f"{path} was measured with {_short(found.identity)}, not with {_short(extractor.identity)}",
+            f"{path} was measured with {_short(statistics.identity)}, not with {_short(extractor.identity)}",
             "Distances between the features of two networks mean nothing: measure the reference again.",
         )
-    if found.fit is None:
+    if statistics.fit is None:
         return _of_images(spec, read_images(path), extractor, rows)
-    features = _of_images(spec, read_images(path), extractor, rows).features if found.images else None
-    return Reference(spec, found.fit, features, found.fit.count, found.identity)
+    features = _of_images(spec, read_images(path), extractor, rows).features if statistics.images else None
+    return Reference(spec, statistics.fit, features, statistics.fit.count, statistics.identity)
 
 
 def folder_images(folder: Path) -> Iterator[ByteImages]:

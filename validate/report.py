@@ -50,7 +50,7 @@ class ParityReport:
     @property
     def failures(self) -> tuple[Measurement, ...]:
         """The measurements past their limit."""
-        return tuple(one for one in self.measurements if not one.passed)
+        return tuple(row for row in self.measurements if not row.passed)
 
     @property
     def passed(self) -> bool:
@@ -64,7 +64,7 @@ class ParityReport:
             "passed": self.passed,
             **asdict(self.settings),
             "limits": asdict(self.limits),
-            "measurements": [one.to_dict() for one in self.measurements],
+            "measurements": [row.to_dict() for row in self.measurements],
         }
 
 
@@ -74,9 +74,9 @@ def table(report: ParityReport) -> str:
     lines = [_title(settings), ""]
     for scope, group in _by_scope(report):
         lines.append(scope)
-        for one in group:
-            value, limit, verdict, where = _cells(one)
-            lines.append(f"  {one.name:{NAME_WIDTH}}{value:>10}  {limit:>10}  {verdict:4}  {where}".rstrip())
+        for row in group:
+            value, limit, verdict, where = _cells(row)
+            lines.append(f"  {row.name:{NAME_WIDTH}}{value:>10}  {limit:>10}  {verdict:4}  {where}".rstrip())
     return "\n".join([*lines, "", verdict_line(report)])
 
 
@@ -93,10 +93,10 @@ def verdict_line(report: ParityReport) -> str:
     return f"parity fails: {failed}{provisional}{images}"
 
 
-def failure_line(one: Measurement) -> str:
+def failure_line(row: Measurement) -> str:
     """One failed row, in words."""
-    value, limit, _, where = _cells(one)
-    return f"{one.scope}: {one.name} {value}, limit {limit}, worst at {where}"
+    value, limit, _, where = _cells(row)
+    return f"{row.scope}: {row.name} {value}, limit {limit}, worst at {where}"
 
 
 def write_report(report: ParityReport, comparison: Comparison, directory: Path) -> Path:
@@ -127,24 +127,24 @@ def _title(settings: Settings) -> str:
 
 
 def _by_scope(report: ParityReport) -> Iterator[tuple[str, Iterator[Measurement]]]:
-    return groupby(report.measurements, key=lambda one: one.scope)
+    return groupby(report.measurements, key=lambda row: row.scope)
 
 
-def _cells(one: Measurement) -> tuple[str, str, str, str]:
+def _cells(row: Measurement) -> tuple[str, str, str, str]:
     """Value, limit, verdict and the remark of a row."""
-    limit = "" if one.limit is None else f"{'<=' if one.direction == 'at most' else '>='} {one.limit:g}"
-    verdict = "" if not one.gated else "ok" if one.passed else "FAIL"
-    remark = "; ".join(part for part in (one.where, one.note) if part)
-    return f"{one.value:.4g}", limit, verdict, remark
+    limit = "" if row.limit is None else f"{'<=' if row.direction == 'at most' else '>='} {row.limit:g}"
+    verdict = "" if not row.gated else "ok" if row.passed else "FAIL"
+    remark = "; ".join(part for part in (row.where, row.note) if part)
+    return f"{row.value:.4g}", limit, verdict, remark
 
 
 def _page(report: ParityReport) -> str:
     rows = []
     for scope, group in _by_scope(report):
         rows.append(f'<tr><th colspan="5" scope="rowgroup">{html.escape(scope)}</th></tr>')
-        for one in group:
-            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in (one.name, *_cells(one)))
-            rows.append(f'<tr class="{"" if one.passed else "fail"}">{cells}</tr>')
+        for row in group:
+            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in (row.name, *_cells(row)))
+            rows.append(f'<tr class="{"" if row.passed else "fail"}">{cells}</tr>')
     headings = "".join(f"<th>{html.escape(heading)}</th>" for heading in HEADINGS)
     versions = ", ".join(f"{name} {version}" for name, version in report.settings.versions.items())
     return PAGE.format(

@@ -23,9 +23,9 @@ from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 Module: TypeAlias = Any  # torch.nn.Module: its stubs are not analysed
-# (teacher, tokenizer, labels, choose, guidance, prefix, end) -> tokens (N, end): `draw` of
+# (teacher, tokenizer, labels, choose, guidance, prefix, end) -> tokens (N, end): `generate` of
 # ddexport.distill.trainers.
-DrawTokens: TypeAlias = Callable[..., Tensor]
+GenerateTokens: TypeAlias = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ class Sampler:
         student: Module,
         tokenizer: Module,
         teacher: Module | None = None,
-        draw_tokens: DrawTokens | None = None,
+        generate: GenerateTokens | None = None,
         choice: TokenChoice | None = None,
         device: str = "cpu",
     ) -> None:
         self.student, self.tokenizer, self.teacher = student, tokenizer, teacher
-        self.draw_tokens, self.choice, self.device = draw_tokens, choice, device
+        self.generate, self.choice, self.device = generate, choice, device
 
     def sample(
         self,
@@ -156,7 +156,7 @@ class Sampler:
         codes."""
         assert plan.teacher is not None
         assert self.choice is not None
-        assert self.draw_tokens is not None
+        assert self.generate is not None
         (first, end), choice, codebook = plan.teacher, self.choice, self.tokenizer.codebook
         own = tokens[:, :first]
         nearest = torch.cdist(sequence[:, own.shape[1] : first].double(), codebook.double()).argmin(-1)
@@ -167,7 +167,7 @@ class Sampler:
             guided.append(logits)
             return chosen_tokens(logits, uniforms[:, positions], choice)
 
-        tokens = self.draw_tokens(self.teacher, self.tokenizer, label, choose, choice.cfg, prefix, end)
+        tokens = self.generate(self.teacher, self.tokenizer, label, choose, choice.cfg, prefix, end)
         sequence = torch.cat([codebook[tokens], noise[:, end:]], 1)
         return prefix, torch.cat(guided, 1), sequence, tokens
 

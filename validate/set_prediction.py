@@ -19,7 +19,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ddexport.distill.teacher import at_random, draw, log_probabilities
+from ddexport.distill.teacher import at_random, generate, log_probabilities
 from ddexport.distill.trainers import Choose, trainer
 from ddexport.validate.image_sets import Models
 
@@ -34,7 +34,7 @@ def teacher_of(models: Models) -> Draw:
     """The teacher as it is sampled for its pairs: guidance and top-k of the recipe."""
 
     def drawn(labels: Tensor, choose: Choose) -> Tensor:
-        tokens: Tensor = draw(
+        tokens: Tensor = generate(
             models.teacher, models.tokenizer, labels, choose, models.pairs.guidance, models.pairs.top_k
         )
         return tokens
@@ -44,17 +44,17 @@ def teacher_of(models: Models) -> Draw:
 
 def draw_until(teacher: Draw, labels: Tensor, choose: Choose, stop: int) -> Tensor:
     """The first `stop` positions of each sequence, (B, stop) int64, without the passes after them."""
-    found: list[Tensor] = []
+    tokens: list[Tensor] = []
 
     def collect(log_p: Tensor, positions: slice) -> Tensor:
-        found.append(choose(log_p, positions))
+        tokens.append(choose(log_p, positions))
         if positions.stop >= stop:
             raise _EnoughError
-        return found[-1]
+        return tokens[-1]
 
     with suppress(_EnoughError):
         teacher(labels, collect)
-    return torch.cat(found, 1)[:, :stop]
+    return torch.cat(tokens, 1)[:, :stop]
 
 
 def rest_at_once(
@@ -87,7 +87,7 @@ def rest_at_once(
     return torch.cat(columns, 1)
 
 
-def one_pass_way(models: Models, first: int) -> Callable[[Tensor, Tensor], Tensor]:
+def one_pass_runner(models: Models, first: int) -> Callable[[Tensor, Tensor], Tensor]:
     """What `rest_at_once` costs a network trained for it, to be timed: noise, labels -> (B, L, Cv).
 
     `first` passes of the teacher, one pass over all positions, one draw of every position left. The last pass

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timing:
-    """One way to draw: passes of its network for an image, and milliseconds an image by batch size.
+    """What a runner takes: passes of its network for an image, and milliseconds an image by batch size.
 
     `sequence` is the time of the network alone, `image` that with the decoder.
     """
@@ -39,8 +39,8 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to draw: its passes of a network, and noise (B, L, Cv), labels (B,) -> sequences (B, L, Cv)."""
+class Runner:
+    """What is timed: its passes of a network, and noise (B, L, Cv), labels (B,) -> sequences (B, L, Cv)."""
 
     name: str
     passes: int
@@ -53,34 +53,34 @@ def few_steps(models: Models, known: tuple[int, ...], noise: Tensor, labels: Ten
 
     tokens, position = noise, torch.arange(noise.shape[1])[:, None]
     for count in known:
-        given = torch.where(position < count, tokens, noise)
-        tokens, *_ = models.student(given, labels, torch.full_like(labels, count))
+        inputs = torch.where(position < count, tokens, noise)
+        tokens, *_ = models.student(inputs, labels, torch.full_like(labels, count))
     return tokens
 
 
 def measure_speed(models: Models, batches: list[int], rounds: int) -> list[Timing]:
     """Teacher, and every schedule of the recipe from the longest on."""
-    return time_ways(models, [teacher_way(models), *student_ways(models)], batches, rounds)
+    return time_runners(models, [teacher_runner(models), *student_runners(models)], batches, rounds)
 
 
-def teacher_way(models: Models) -> Way:
+def teacher_runner(models: Models) -> Runner:
     """The teacher, AR step by AR step, as its pairs were drawn."""
     import torch
 
-    from ddexport.distill.teacher import at_random, draw
+    from ddexport.distill.teacher import at_random, generate
 
     pairs, tokenizer = models.pairs, models.tokenizer
     choose = at_random(torch.Generator().manual_seed(0))
 
     def sequences(noise: Tensor, labels: Tensor) -> Tensor:
-        drawn = draw(models.teacher, tokenizer, labels, choose, pairs.guidance, pairs.top_k)
+        drawn = generate(models.teacher, tokenizer, labels, choose, pairs.guidance, pairs.top_k)
         embedded: Tensor = tokenizer.embed(drawn)
         return embedded
 
-    return Way("teacher", len(tokenizer.starts) - 1, sequences)
+    return Runner("teacher", len(tokenizer.starts) - 1, sequences)
 
 
-def student_ways(models: Models) -> list[Way]:
+def student_runners(models: Models) -> list[Runner]:
     """The student in every schedule, the longest first, with the tables that a bundle has."""
     from ddexport.validate.drawing import student_schedules
 
@@ -88,35 +88,37 @@ def student_ways(models: Models) -> list[Way]:
     alone = student_schedules(models.recipe.schedules, models.recipe.sequence.split)
     known = {f"student, {steps}": numbers for steps, numbers in alone.items()}
     return [
-        Way(name, len(known[name]), partial(few_steps, models, known[name]))
+        Runner(name, len(known[name]), partial(few_steps, models, known[name]))
         for name in sorted(known, reverse=True)
     ]
 
 
-def time_ways(models: Models, ways: list[Way], batches: list[int], rounds: int) -> list[Timing]:
-    """Times all ways in turn, round after round, each with the decoder behind it."""
+def time_runners(models: Models, runners: list[Runner], batches: list[int], rounds: int) -> list[Timing]:
+    """Times all runners in turn, round after round, each with the decoder behind it."""
     import torch
 
     sequence = models.recipe.sequence
-    network: dict[str, dict[int, float]] = {way.name: {} for way in ways}
-    image: dict[str, dict[int, float]] = {way.name: {} for way in ways}
+    network: dict[str, dict[int, float]] = {runner.name: {} for runner in runners}
+    image: dict[str, dict[int, float]] = {runner.name: {} for runner in runners}
     with torch.inference_mode():
         for batch in batches:
             labels = torch.arange(batch) % models.recipe.classes
             noise = torch.randn(batch, sequence.length, sequence.width)
-            spent: dict[str, list[tuple[float, float]]] = {way.name: [] for way in ways}
+            spent: dict[str, list[tuple[float, float]]] = {runner.name: [] for runner in runners}
             for number in range(rounds + 1):
-                for way in ways:
+                for runner in runners:
                     start = time.perf_counter()
-                    drawn = way.sequences(noise, labels)
+                    drawn = runner.sequences(noise, labels)
                     middle = time.perf_counter()
                     models.tokenizer(drawn)
                     if number:  # the first round warms up
-                        spent[way.name].append((middle - start, time.perf_counter() - start))
+                        spent[runner.name].append((middle - start, time.perf_counter() - start))
             for name, times in spent.items():
                 network[name][batch] = median(t for t, _ in times) * 1000 / batch
                 image[name][batch] = median(t for _, t in times) * 1000 / batch
-    return [Timing(way.name, way.passes, network[way.name], image[way.name]) for way in ways]
+    return [
+        Timing(runner.name, runner.passes, network[runner.name], image[runner.name]) for runner in runners
+    ]
 
 
 def table(timings: list[Timing]) -> str:

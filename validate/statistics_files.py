@@ -79,12 +79,12 @@ def read_images(path: Path) -> Iterator[ByteImages]:
         wrong = dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran
         if wrong or not all(0 < side <= MAX_SIDE for side in shape[1:3]) or not shape[0]:
             raise ReferenceSetError(f"{path}: `arr_0` is {dtype} {shape} and not images", WHAT_IT_IS)
-        each = int(np.prod(shape[1:]))
-        batch = max(1, min(500, BATCH_BYTES // each))
+        image_bytes = int(np.prod(shape[1:]))
+        batch = max(1, min(500, BATCH_BYTES // image_bytes))
         for start in range(0, shape[0], batch):
             count = min(batch, shape[0] - start)
-            data = stream.read(count * each)
-            if len(data) != count * each:
+            data = stream.read(count * image_bytes)
+            if len(data) != count * image_bytes:
                 raise ReferenceSetError(f"{path}: `arr_0` ends before its {shape[0]} images do", WHAT_IT_IS)
             yield np.frombuffer(data, dtype=np.uint8).reshape(count, *shape[1:])
 
@@ -131,8 +131,8 @@ def _read_npz(path: Path, width: int) -> StatisticsFile:
         mean, covariance = _array(path, archive, "mu", width), _array(path, archive, "sigma", width**2)
         count, identity = None, None
         if "count" in names:
-            found = _array(path, archive, "count", 1)
-            count = int(found) if found.shape == () and found.dtype.kind in "iu" and found > 0 else None
+            stated = _array(path, archive, "count", 1)
+            count = int(stated) if stated.shape == () and stated.dtype.kind in "iu" and stated > 0 else None
         if "identity" in names:
             identity = str(_array(path, archive, "identity", 1))
     return StatisticsFile(checked_fit(path, mean, covariance, width, count), identity, "arr_0" in names)

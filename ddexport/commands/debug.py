@@ -73,29 +73,29 @@ def layers(
         keep_fp32 = tuple(next(kept, ()))
     check_patterns(parts.values(), keep_fp32)
     size = manifest.sequence
-    found: list[Layer] = []
+    compared: list[Layer] = []
     with console.stage(f"comparing {images} image{'s' if images > 1 else ''}", keep=False):
-        found += compare_layers(
+        compared += compare_layers(
             parts, precision, keep_fp32, **inputs_of(manifest.classes, size.length, size.width, images)
         )
     if plot is not None:
         from ddexport.precision.plot import plot_layers
 
-        plot_layers(found, f"{manifest.name}: {precision} against float32", plot)
+        plot_layers(compared, f"{manifest.name}: {precision} against float32", plot)
         click.echo(f"plot: {plot}", err=True)
     if as_json:
         console.emit_json({"bundle": str(bundle), "precision": precision, "images": images,
-                           "keep_fp32": keep_fp32, "layers": found})  # fmt: skip
+                           "keep_fp32": keep_fp32, "layers": compared})  # fmt: skip
         return
     click.echo(f"{manifest.name}: {precision} against float32, {images} images")
-    click.echo("\n".join(_table(found)))
+    click.echo("\n".join(_table(compared)))
 
 
-def _table(found: list[Layer]) -> list[str]:
+def _table(compared: list[Layer]) -> list[str]:
     from ddexport.precision.table import columns
 
     rows = [list(HEADINGS)]
-    for layer in found:
+    for layer in compared:
         numbers = (layer.rms, layer.largest, layer.relative, layer.own)
         remark = f"{layer.infinite} numbers are not finite" if layer.infinite else ""
         name = f"{layer.part} {layer.layer.removeprefix('decoder.')}"

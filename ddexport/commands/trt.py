@@ -61,7 +61,7 @@ def command(
     roles: tuple[str, ...],
     force: bool,
     as_json: bool,
-    **given: Any,
+    **build_options: Any,
 ) -> None:
     """Build TensorRT engines of a bundle's students and decoders, into the bundle.
 
@@ -73,7 +73,7 @@ def command(
     from ddexport.engine.build import build_engines
     from ddexport.engine.module import load_tensorrt
 
-    options = _options(**given)
+    options = _options(**build_options)
     built = build_engines(
         bundle,
         load_tensorrt(backend),

@@ -8,7 +8,7 @@ from torch import Tensor
 from ddexport.distill.loop import Run
 from ddexport.distill.mapping import tokens_from_noise
 from ddexport.distill.settings import PairSettings
-from ddexport.distill.teacher import draw
+from ddexport.distill.teacher import generate
 from ddexport.distill.trainers import Choose, Tokenizer
 from ddexport.families._base import Teacher
 from ddexport.runtime.console import progress
@@ -30,7 +30,7 @@ def mapped_tokens(
 ) -> Tensor:
     """noise (B, L, Cv), labels (B,) -> the map's tokens (B, L) int64."""
     choose = by_map(noise, tokenizer.codebook, settings.steps)
-    return draw(teacher, tokenizer, labels, choose, settings.guidance, settings.top_k)
+    return generate(teacher, tokenizer, labels, choose, settings.guidance, settings.top_k)
 
 
 def make_pairs(teacher: Teacher, tokenizer: Tokenizer, settings: PairSettings, run: Run) -> dict[str, Tensor]:

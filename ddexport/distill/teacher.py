@@ -42,13 +42,13 @@ def train_teacher(
     key: str,
 ) -> None:
     """Train `teacher` in place: cross entropy of every token given the AR steps before it and the label."""
-    ways = trainer(teacher.family)
-    ways.initialise_teacher(teacher, run.generator("teacher-init"))
+    family_trainer = trainer(teacher.family)
+    family_trainer.initialise_teacher(teacher, run.generator("teacher-init"))
     null = teacher.geometry.classes
 
     def cross_entropy(batch: Tensor, label: Tensor) -> Tensor:
         with torch.no_grad():
-            inputs = ways.teacher_inputs(tokenizer, batch)
+            inputs = family_trainer.teacher_inputs(tokenizer, batch)
         with bfloat16():
             logits = teacher(inputs, label)
         return F.cross_entropy(logits.float().flatten(0, 1), batch.flatten())
@@ -65,7 +65,7 @@ def train_teacher(
 
 
 @torch.no_grad()
-def draw(
+def generate(
     teacher: Teacher,
     tokenizer: Tokenizer,
     labels: Tensor,
@@ -82,7 +82,7 @@ def draw(
     def choose_from(logits: Tensor, positions: slice) -> Tensor:
         return choose(log_probabilities(logits, top_k), positions)
 
-    return trainer(teacher.family).draw(teacher, tokenizer, labels, choose_from, guidance)
+    return trainer(teacher.family).generate(teacher, tokenizer, labels, choose_from, guidance)
 
 
 def log_probabilities(logits: Tensor, top_k: int = 0) -> Tensor:

@@ -142,8 +142,8 @@ class Training:
     def _tokenizer(self) -> None:
         tokenizer = self._new("tokenizer")
         settings, augment = self.settings.tokenizer, self.settings.augment
-        ways, key = trainer(self.recipe.family), self.key("tokenizer")
-        train_tokenizer(tokenizer, ways, self.data.train, settings, augment, self.run, key)
+        family_trainer, key = trainer(self.recipe.family), self.key("tokenizer")
+        train_tokenizer(tokenizer, family_trainer, self.data.train, settings, augment, self.run, key)
         self._save(tokenizer, "tokenizer", "tokenizer")
 
     def _decoder(self) -> None:

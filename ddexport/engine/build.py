@@ -152,12 +152,12 @@ class _Job:
             if engine:
                 return Built(plan, engine, "kept", time.perf_counter() - start)
             with atomic_write(plan) as stream:
-                made = build_plan(
+                built = build_plan(
                     self.trt, self.bundle, self.manifest, graph, self.options, self.targets, stream,
                     self.stage, self.progress,
                 )  # fmt: skip
                 sidecar.unlink(missing_ok=True)  # never a sidecar beside another engine's plan
-            engine = self._sidecar(graph, key, plan.name, made)
+            engine = self._sidecar(graph, key, plan.name, built)
             with atomic_write(sidecar) as stream:
                 stream.write(to_json(engine).encode())
         return Built(plan, engine, "built", time.perf_counter() - start)

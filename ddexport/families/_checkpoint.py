@@ -181,8 +181,8 @@ def _unwrapped(
     if _is_flat(data):
         return data  # type: ignore[return-value]
     place = layout.containers.get(weights, ())
-    for way in (place, *layout.alternatives):
-        if _is_flat(inside := _inside(data, way)):
+    for container in (place, *layout.alternatives):
+        if _is_flat(inside := _inside(data, container)):
             return inside  # type: ignore[return-value]
     if place and _inside(data, place) is None:
         parts = data.values() if isinstance(data, Mapping) else ()
@@ -198,8 +198,8 @@ def _unwrapped(
     )
 
 
-def _inside(data: object, way: tuple[str, ...]) -> object:
-    for key in way:
+def _inside(data: object, container: tuple[str, ...]) -> object:
+    for key in container:
         data = data.get(key) if isinstance(data, Mapping) else None
     return data
 

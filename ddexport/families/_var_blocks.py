@@ -96,14 +96,14 @@ def attend_in_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, starts: Sequ
         [B, H, N, D].
     """
     n = starts[1]
-    found = [(q[:, :, :n] @ k[:, :, :n].transpose(-2, -1) + mask).softmax(-1) @ v[:, :, :n]]
+    outputs = [(q[:, :, :n] @ k[:, :, :n].transpose(-2, -1) + mask).softmax(-1) @ v[:, :, :n]]
     for start, end in pairwise(starts[1:]):
         queries = q[:, :, start:end]
         before = queries @ k[:, :, :start].transpose(-2, -1)
         own = (queries * k[:, :, start:end]).sum(-1, keepdim=True)
         weights = torch.cat([before, own], dim=-1).softmax(-1)  # [B, H, end - start, start + 1]
-        found.append(weights[..., :start] @ v[:, :, :start] + weights[..., start:] * v[:, :, start:end])
-    return torch.cat(found, dim=2)
+        outputs.append(weights[..., :start] @ v[:, :, :start] + weights[..., start:] * v[:, :, start:end])
+    return torch.cat(outputs, dim=2)
 
 
 class Mlp(nn.Module):

@@ -101,13 +101,13 @@ class MultiScaleTokenizer(nn.Module):
     def tokens(self, latent: Tensor) -> Tensor:
         """latent [B, Cv, h, w] -> tokens [B, L] int64, by residual quantisation from the coarsest scale
         on."""
-        found, rest = [], latent
+        tokens, rest = [], latent
         for k, side in enumerate(self.scales):
             view = F.interpolate(rest, size=(side, side), mode="area") if side != self.scales[-1] else rest
             indices = self.nearest(view.flatten(2).transpose(1, 2))
             rest = rest - self.contribution(self.embed(indices), k)
-            found.append(indices)
-        return torch.cat(found, dim=1)
+            tokens.append(indices)
+        return torch.cat(tokens, dim=1)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [B, n] int64 -> code vectors [B, n, Cv]."""

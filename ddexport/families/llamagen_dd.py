@@ -224,13 +224,13 @@ class LlamaGenTeacher(Teacher):
         return x
 
 
-def guided(logits: Tensor, strength: float) -> Tensor:
+def guided(logits: Tensor, guidance_scale: float) -> Tensor:
     """Classifier-free guidance: [2B, ...], conditional rows before unconditional ones -> [B, ...].
 
-    Strength 1 is the conditional model, and so is the same at every position; VAR counts from 0.
+    A scale of 1 is the conditional model, and so is the same at every position; VAR counts from 0.
     """
     conditional, unconditional = logits.chunk(2)
-    return unconditional + strength * (conditional - unconditional)
+    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 class LlamaGenFamily(Family):
@@ -331,8 +331,8 @@ TOKENIZER_KEYS = (
 )
 
 
-def near(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).abs().max() < 1e-2)
+def near(values: Tensor, expected: Tensor) -> bool:
+    return bool((values - expected).abs().max() < 1e-2)
 
 
 def _published_transformer_keys(key: str) -> tuple[str, ...]:

@@ -261,10 +261,10 @@ class VarTeacher(Teacher):
         return self.logits_head(layer_norm(x) * (1 + scale) + shift)
 
 
-def guided(logits: Tensor, strength: float) -> Tensor:
+def guided(logits: Tensor, guidance_scale: float) -> Tensor:
     """Classifier-free guidance: [2B, n, V], conditional rows before unconditional ones -> [B, n, V]."""
     conditional, unconditional = logits.chunk(2)
-    return (1 + strength) * conditional - strength * unconditional
+    return (1 + guidance_scale) * conditional - guidance_scale * unconditional
 
 
 class VarFamily(Family):

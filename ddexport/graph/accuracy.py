@@ -135,8 +135,8 @@ def operator_counts(path: Path) -> tuple[OperatorCount, ...]:
 
 
 def _is_quantised(node: ir.Node) -> bool:
-    before = [None if value is None else value.producer() for value in node.inputs[:2]]
-    return all(each is not None and each.op_type == "DequantizeLinear" for each in before)
+    producers = [None if value is None else value.producer() for value in node.inputs[:2]]
+    return all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers)
 
 
 def _constant_size(value: ir.Value | None) -> int:
@@ -171,7 +171,7 @@ def output_errors(got: Arrays, wanted: Arrays, known: np.ndarray | None, margin:
         known: [B] the student's input, None for other graphs.
         margin: float32's own choice of a token counts as undecided below this difference of logits.
     """
-    batch, found = len(next(iter(got.values()))), []
+    batch, errors = len(next(iter(got.values()))), []
     for name, value in wanted.items():
         error, rest = got[name].astype(np.float64) - value, {}
         mask = np.ones(value.shape[:2], dtype=bool)
@@ -185,8 +185,8 @@ def output_errors(got: Arrays, wanted: Arrays, known: np.ndarray | None, margin:
             bits = np.abs(_bits8(got[name]) - _bits8(value)).max()
             rest = {"psnr": min(psnr, LARGEST_PSNR), "bits8": int(bits)}
         rms = max(_rms(error[b][mask[b]]) / max(_rms(value[b][mask[b]]), 1e-30) for b in range(batch))
-        found.append(OutputError(name, batch, rms, float(np.abs(error[mask]).max(initial=0.0)), **rest))
-    return found
+        errors.append(OutputError(name, batch, rms, float(np.abs(error[mask]).max(initial=0.0)), **rest))
+    return errors
 
 
 def check_limits(errors: Iterable[OutputError], limits: Limits, file: str, remedy: str = FIND_LAYER) -> None:

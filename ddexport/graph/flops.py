@@ -53,12 +53,12 @@ def count(path: Path, sizes: Mapping[str, int]) -> Count:
         raise CountError(f"{path} cannot be read as an ONNX graph: {error}") from error
     weights = sum(_bytes(tensor) for tensor in model.graph.initializer)
     shapes = infer_shapes(model, sizes)
-    found: dict[str, int] = {}
+    by_operator: dict[str, int] = {}
     for node in model.graph.node:
         rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx", "com.microsoft") else None
         if rule is not None:
-            found[node.op_type] = found.get(node.op_type, 0) + rule(node, shapes)
-    return Count(sum(found.values()), found, weights)
+            by_operator[node.op_type] = by_operator.get(node.op_type, 0) + rule(node, shapes)
+    return Count(sum(by_operator.values()), by_operator, weights)
 
 
 def infer_shapes(model: Any, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
@@ -84,12 +84,12 @@ def infer_shapes(model: Any, sizes: Mapping[str, int]) -> dict[str, tuple[int, .
     for value in graph.output:
         value.type.tensor_type.ClearField("shape")
     inferred = shape_inference.infer_shapes(model, data_prop=True).graph
-    found = {tensor.name: tuple(tensor.dims) for tensor in inferred.initializer}
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in inferred.initializer}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         shape = _dimensions(value, sizes) or noted.get(value.name)
         if shape is not None:
-            found[value.name] = shape
-    return {**{name: shape for name, shape in noted.items() if shape is not None}, **found}
+            shapes[value.name] = shape
+    return {**{name: shape for name, shape in noted.items() if shape is not None}, **shapes}
 
 
 def _drop_data(tensor: Any) -> None:
@@ -104,13 +104,13 @@ def _dimensions(value: Any, sizes: Mapping[str, int]) -> tuple[int, ...] | None:
     """The shape of a value; None if it, or one dimension of it, is not known."""
     if not value.type.tensor_type.HasField("shape"):
         return None
-    found = []
+    shape = []
     for dimension in value.type.tensor_type.shape.dim:
         size = dimension.dim_value if dimension.HasField("dim_value") else _size(dimension.dim_param, sizes)
         if size is None:
             return None
-        found.append(size)
-    return tuple(found)
+        shape.append(size)
+    return tuple(shape)
 
 
 def _size(text: str, sizes: Mapping[str, int]) -> int | None:
@@ -148,8 +148,8 @@ def _shape(name: str, shapes: Shapes, node: Any) -> tuple[int, ...]:
 def _attribute(node: Any, name: str, default: Any) -> Any:
     from onnx import helper
 
-    found = [each for each in node.attribute if each.name == name]
-    return helper.get_attribute_value(found[0]) if found else default
+    attributes = [attribute for attribute in node.attribute if attribute.name == name]
+    return helper.get_attribute_value(attributes[0]) if attributes else default
 
 
 def _matmul(node: Any, shapes: Shapes) -> int:

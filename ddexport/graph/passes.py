@@ -23,13 +23,13 @@ def strip_trace(model: ir.Model) -> bool:
     for node in model.graph.all_nodes():
         values.extend(node.outputs)
         changed |= _clear(node)
-    for thing in (*values, model.graph):
-        changed |= _clear(thing)
+    for owner in (*values, model.graph):
+        changed |= _clear(owner)
     return changed
 
 
-def _clear(thing: ir.Node | ir.Value | ir.Graph) -> bool:
-    changed = bool(thing.metadata_props) or bool(thing.doc_string)
-    thing.metadata_props.clear()
-    thing.doc_string = None
+def _clear(owner: ir.Node | ir.Value | ir.Graph) -> bool:
+    changed = bool(owner.metadata_props) or bool(owner.doc_string)
+    owner.metadata_props.clear()
+    owner.doc_string = None
     return changed

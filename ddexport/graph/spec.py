@@ -51,17 +51,17 @@ def graph_specs(recipe: Recipe, teacher: Teacher | None = None) -> tuple[GraphSp
     sequence, image = recipe.sequence, image_size(recipe)
     possible = [s for s in recipe.schedules.values() if teacher is not None or s.teacher is None]
     splits = sorted({s.split for s in possible if s.split is not None} - {sequence.split})
-    found = [
+    specs = [
         GraphSpec("student", "student", *contract("student", sequence, image), tolerance=1e-4),
         GraphSpec("decoder", "tokenizer", *contract("decoder", sequence, image), tolerance=1e-4),
     ]
     for split in splits:
         tensors = contract("student", sequence, image, split=split)
-        found.append(GraphSpec("student", "student", *tensors, tolerance=1e-4, split=split))
+        specs.append(GraphSpec("student", "student", *tensors, tolerance=1e-4, split=split))
     if teacher is not None:
         tensors = contract(TEACHER, sequence, image, teacher)
-        found.append(GraphSpec(TEACHER, TEACHER, *tensors, tolerance=1e-4, sizes=_passes(teacher)))
-    return tuple(found)
+        specs.append(GraphSpec(TEACHER, TEACHER, *tensors, tolerance=1e-4, sizes=_passes(teacher)))
+    return tuple(specs)
 
 
 def _passes(teacher: Teacher) -> tuple[dict[str, int], ...]:

@@ -66,10 +66,10 @@ def verify_graph(results: Mapping[int, Arrays], expected: Trial, spec: GraphSpec
     Raises:
         VerificationError: an output differs by more than the limit, is not finite, or is constant.
     """
-    found = []
+    agreements = []
     for batch, got in results.items():
-        found += compare(got, expected.batch(batch)[1], spec, batch)
-    failed = [a for a in found if not a.passed]
+        agreements += compare(got, expected.batch(batch)[1], spec, batch)
+    failed = [a for a in agreements if not a.passed]
     if failed:
         worst = max(failed, key=lambda a: np.nan_to_num(a.error, nan=np.inf))
         raise VerificationError(
@@ -77,7 +77,7 @@ def verify_graph(results: Mapping[int, Arrays], expected: Trial, spec: GraphSpec
             f" at batch {worst.batch}, allowed are {worst.limit:.0e}",
             "nothing was written; please report this with the versions that `ddexport --version` prints",
         )
-    return found
+    return agreements
 
 
 def compare(got: Arrays, wanted: Arrays, spec: GraphSpec, batch: int) -> list[Agreement]:

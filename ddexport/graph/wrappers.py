@@ -40,7 +40,7 @@ class TeacherGraph(nn.Module):
             tokens: [B, L] int64; those of the positions not yet drawn are not read, but must be valid.
             label: [B] int64.
             positions: [n] int64, behind the `filled` ones.
-            guidance: [B] float32, the strength g of logits c + g (c - u).
+            guidance: [B] float32, the scale g of logits c + g (c - u).
             filled: [1] int64, how many positions of the cache are valid.
             cache: key_0, value_0, key_1, ...: [2, B, heads, capacity, D] float32 each, finite everywhere.
 

@@ -99,14 +99,14 @@ def _leaves(names: Mapping[str, None]) -> Iterator[str]:
 def _half_tensors(module: nn.Module, keep: tuple[str, ...]) -> list[tuple[str, str, nn.Module, Tensor]]:
     """Path of the owner, name, owner and tensor of all that becomes half."""
     inside = [path for path, _ in regions(module, keep)]
-    found = []
+    tensors = []
     for path, owner in module.named_modules():
         for name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             full = f"{path}.{name}".lstrip(".")
             half = matches(full, BORROWED) if not lies_in(path, inside) else not matches(full, ISLANDS)
             if tensor is not None and tensor.is_floating_point() and half and not lies_in(path, keep):
-                found.append((path, name, owner, tensor))
-    return found
+                tensors.append((path, name, owner, tensor))
+    return tensors
 
 
 def _holds_weights(module: nn.Module) -> bool:
@@ -129,9 +129,9 @@ def _set_border(module: nn.Module, inside: torch.dtype, outside: torch.dtype) ->
 def _overflow(name: str, path: str, tensor: Tensor, precision: str, part: str) -> PrecisionError:
     largest = float(tensor[tensor.isfinite()].abs().max())
     limit = torch.finfo(DTYPES[precision]).max
-    way = f"keep it in float32 with --keep-fp32 '{path}'" if path else "leave this precision out"
+    advice = f"keep it in float32 with --keep-fp32 '{path}'" if path else "leave this precision out"
     other = ", or take --precision bf16" if precision == "fp16" else ""
     return PrecisionError(
         f"{part}: {name} holds {largest:.6g}, past the largest number of {precision}, {limit:.6g}",
-        f"{way}{other}",
+        f"{advice}{other}",
     )

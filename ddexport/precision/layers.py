@@ -140,7 +140,7 @@ def compare_layers(
         half = in_precision(module, precision, keep_fp32, name)
         sums = _compare(module, half, rows)
         limit = torch.finfo(DTYPES[precision]).max
-        yield from (one.layer(name, stage, limit) for stage, one in sums.items())
+        yield from (total.layer(name, stage, limit) for stage, total in sums.items())
 
 
 def inputs_of(classes: int, length: int, width: int, images: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -163,8 +163,8 @@ def _compare(module: nn.Module, half: nn.Module, rows: Sequence[tuple[Tensor, ..
             with arithmetic:
                 own = stages[name](*arguments).float()
             sums.setdefault(name, _Sums()).add(output, got[name][1].float(), own)
-    for name, one in sums.items():
-        one.half = arithmetic.largest.get(name, 0.0)
+    for name, total in sums.items():
+        total.half = arithmetic.largest.get(name, 0.0)
     return sums
 
 
@@ -173,7 +173,7 @@ def _recorded(
     module: nn.Module, arithmetic: HalfArithmetic | None = None
 ) -> Iterator[dict[str, tuple[tuple[Any, ...], Tensor]]]:
     """Arguments and output of each stage, filled while the module runs; tells `arithmetic` the stage."""
-    found: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
+    records: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
     handles = []
     for name, stage in module.named_modules():
         if not any(re.fullmatch(pattern, name) for pattern in STAGES) or not _computes(stage):
@@ -184,7 +184,7 @@ def _recorded(
                 arithmetic.stage = name
 
         def leave(_: nn.Module, arguments: tuple[Any, ...], output: Tensor, name: str = name) -> None:
-            found[name] = (arguments, output)
+            records[name] = (arguments, output)
             if arithmetic is not None:
                 arithmetic.stage = ""
 
@@ -192,7 +192,7 @@ def _recorded(
         handles.append(stage.register_forward_pre_hook(enter, prepend=True))
         handles.append(stage.register_forward_hook(leave))
     try:
-        yield found
+        yield records
     finally:
         for handle in handles:
             handle.remove()

@@ -32,8 +32,8 @@ def parts_of_bundle(manifest: Manifest, files: Mapping[str, Path]) -> dict[str, 
     recipe = recipe_of(manifest)
     origin = manifest.weights
     if origin.kind != "checkpoint" and files:
-        given = ", ".join(str(path) for path in files.values())
-        raise WeightsError(f"bundle {manifest.name} has {origin.kind} weights, not those of {given}",
+        paths = ", ".join(str(path) for path in files.values())
+        raise WeightsError(f"bundle {manifest.name} has {origin.kind} weights, not those of {paths}",
                            "leave out --checkpoint and --vae")  # fmt: skip
     if origin.kind == "random":
         parts = load_parts(recipe, WeightRequest({}, random_seed=origin.seed))

@@ -45,12 +45,12 @@ class Observed:
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:
         """The graph's own outputs by name."""
-        found = self._session.run(None, dict(feeds))
-        extremes = found[len(self._outputs) :]
+        results = self._session.run(None, dict(feeds))
+        extremes = results[len(self._outputs) :]
         for name, low, high in zip(self._values, extremes[::2], extremes[1::2], strict=True):
             before = self.ranges.get(name, (math.inf, -math.inf))
             self.ranges[name] = (min(before[0], float(low)), max(before[1], float(high)))
-        return dict(zip(self._outputs, found, strict=False))
+        return dict(zip(self._outputs, results, strict=False))
 
 
 def calibrate(student: Observed, decoder: Observed, recipe: Recipe, images: int) -> None:

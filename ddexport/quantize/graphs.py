@@ -43,12 +43,12 @@ def with_int8(
     """The graphs with their int8 ones behind them, and unless `keep_float`, without the float32 ones, whose
     files are removed."""
     floats = [graph for graph in graphs if graph.precision == FLOAT32]
-    found = [*graphs, *int8_graphs(folder, floats, recipe, images, stage)]
+    all_graphs = [*graphs, *int8_graphs(folder, floats, recipe, images, stage)]
     if keep_float:
-        return found
+        return all_graphs
     for file in {info.file for graph in floats for info in graph.files}:
         (folder / file).unlink()
-    return [graph for graph in found if graph.precision != FLOAT32]
+    return [graph for graph in all_graphs if graph.precision != FLOAT32]
 
 
 def int8_graphs(

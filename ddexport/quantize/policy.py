@@ -72,17 +72,17 @@ def _behind_something(graph: ir.Graph) -> set[ir.Node]:
     product: set[ir.Node] = set()
     bent: set[ir.Node] = set()
     for node in graph:
-        before = node.predecessors()
-        if any(each in product or _is_product(each) for each in before):
+        predecessors = node.predecessors()
+        if any(predecessor in product or _is_product(predecessor) for predecessor in predecessors):
             product.add(node)
-        if any(each in bent or each.op_type in NONLINEAR for each in before):
+        if any(predecessor in bent or predecessor.op_type in NONLINEAR for predecessor in predecessors):
             bent.add(node)
     return product & bent
 
 
 def _before_a_product(graph: ir.Graph) -> set[ir.Node]:
-    found: set[ir.Node] = set()
+    preceding: set[ir.Node] = set()
     for node in reversed(graph):
-        if any(each in found or _is_product(each) for each in node.successors()):
-            found.add(node)
-    return found
+        if any(successor in preceding or _is_product(successor) for successor in node.successors()):
+            preceding.add(node)
+    return preceding

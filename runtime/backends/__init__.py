@@ -158,17 +158,17 @@ def configurations(
     """
     device = checked_device(device)
     names = plugins(__name__) if backend == AUTO else [backend]
-    found = [
+    listed = [
         c for name in names for c in backend_class(name).configurations(root, manifest, precision, device)
     ]
     saved = fastest(root, manifest)
     if saved and precision in (None, manifest.precisions[0]):
         name, milliseconds = saved
         note = f"the fastest on this CPU: {milliseconds:.3g} ms an image (ddexport bench --save)"
-        found = [
-            replace(c, rank=SAVED, note=note) if (c.backend, c.device) == (name, "cpu") else c for c in found
+        listed = [
+            replace(c, rank=SAVED, note=note) if (c.backend, c.device) == (name, "cpu") else c for c in listed
         ]
-    return sorted(found, key=lambda c: c.rank)
+    return sorted(listed, key=lambda c: c.rank)
 
 
 def choose(
@@ -179,11 +179,11 @@ def choose(
     device: str | None = None,
 ) -> Configuration:
     """The first configuration without an obstacle. Raises BackendError with the obstacles of all."""
-    found = configurations(root, manifest, backend, precision, device)
-    for configuration in found:
+    listed = configurations(root, manifest, backend, precision, device)
+    for configuration in listed:
         if not configuration.obstacle:
             return configuration
-    reasons = "; ".join(f"{c}: {c.obstacle}" for c in found) or f"backend {backend} does not run on {device}"
+    reasons = "; ".join(f"{c}: {c.obstacle}" for c in listed) or f"backend {backend} does not run on {device}"
     what = f"{manifest.name}{f' in {precision}' if precision else ''}"
     has = f"The bundle has graphs in: {', '.join(manifest.precisions)}. `ddexport doctor` says more."
     raise BackendError(f"no engine here can run {what}: {reasons}", has)
@@ -209,8 +209,8 @@ def check_arrays(what: str, arrays: Arrays, specs: Iterable[TensorSpec], sizes: 
     are taken as they are. `sizes` binds the names of dynamic dimensions, so that all agree on the batch."""
     wanted = {spec.name: spec for spec in specs}
     if set(arrays) != set(wanted):
-        given = ", ".join(arrays) or "nothing"
-        raise BackendError(f"{what} are {', '.join(wanted)}, but are given as {given}")
+        names = ", ".join(arrays) or "nothing"
+        raise BackendError(f"{what} are {', '.join(wanted)}, but are given as {names}")
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray):
             continue
@@ -231,18 +231,18 @@ def check_arrays(what: str, arrays: Arrays, specs: Iterable[TensorSpec], sizes: 
 
 
 def check_signature(
-    file: str, side: str, found: Iterable[TensorSpec], promised: Sequence[TensorSpec]
+    file: str, side: str, reported: Iterable[TensorSpec], promised: Sequence[TensorSpec]
 ) -> None:
     """Raises BackendError unless an open graph has the tensors of the contract. side: "inputs" or "outputs".
 
-    found: what the engine says of the graph; a dimension that is no number is dynamic, and any size fits it.
+    reported: what the engine says of the graph; a dimension that is no number is dynamic, and any size fits.
     """
-    have = {spec.name: spec for spec in found}
+    have = {spec.name: spec for spec in reported}
 
     def same(spec: TensorSpec) -> bool:
-        one = have.get(spec.name, TensorSpec("", "", ()))
-        fits = (not isinstance(h, int) or h == w for h, w in zip(one.shape, spec.shape, strict=False))
-        return one.dtype == spec.dtype and len(one.shape) == len(spec.shape) and all(fits)
+        tensor = have.get(spec.name, TensorSpec("", "", ()))
+        fits = (not isinstance(h, int) or h == w for h, w in zip(tensor.shape, spec.shape, strict=False))
+        return tensor.dtype == spec.dtype and len(tensor.shape) == len(spec.shape) and all(fits)
 
     if len(have) != len(promised) or not all(map(same, promised)):
         listed = ", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in have.values())

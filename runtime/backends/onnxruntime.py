@@ -86,13 +86,13 @@ class OnnxRuntime(Backend):
             missing = f"onnxruntime and onnxruntime-gpu overwrite each other's files: {GPU_PACKAGE}"
         if wanted not in manifest.precisions:
             missing = missing or f"the bundle has no graphs in {wanted}"
-        found = []
+        configurations = []
         for place, rank in (("cuda", CUDA), ("cpu", CPU)):
             if device is None or device.startswith(place):
                 where = device or ("cuda:0" if place == "cuda" else "cpu")
                 obstacle = missing or (_cuda_fault(where) if place == "cuda" else _cpu_fault(wanted))
-                found.append(Configuration(cls.name, where, wanted, wanted, rank, obstacle))
-        return found
+                configurations.append(Configuration(cls.name, where, wanted, wanted, rank, obstacle))
+        return configurations
 
     def new_cache(self, teacher: Teacher, count: int, capacity: int) -> Cache:
         """A teacher's cache for so many images and positions, on the device that computes."""

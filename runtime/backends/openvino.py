@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 from ddexport.runtime.backends import OTHER, Arrays, Backend, Configuration, check_signature, said
@@ -86,18 +86,15 @@ class OpenVino(Backend):
         inputs, outputs = self.manifest.tensors(graph)
         check_signature(graph.file, "inputs", _specs(model.inputs, inputs), inputs)
         check_signature(graph.file, "outputs", _specs(model.outputs, outputs), outputs)
-        return compiled, deque()
+        return compiled.create_infer_request(), Lock()
 
     def _run(self, session: Any, feeds: Arrays, names: Sequence[str]) -> Arrays:
-        compiled, idle = session  # a request runs in one thread at a time
-        try:
-            request = idle.pop()
-        except IndexError:
-            request = compiled.create_infer_request()
-        request.infer(dict(feeds), share_inputs=True)
-        outputs = {name: request.get_tensor(name).data.copy() for name in names}
-        idle.append(request)
-        return outputs
+        # One at a time, which takes all threads anyway. With a request for each caller OpenVINO 2026.4 can
+        # deadlock, where one is made while another runs.
+        request, lock = session
+        with lock:
+            request.infer(dict(feeds), share_inputs=True)
+            return {name: request.get_tensor(name).data.copy() for name in names}
 
 
 @lru_cache

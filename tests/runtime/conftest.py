@@ -18,7 +18,6 @@ from ddexport import runtime
 from ddexport.runtime.bundle import (
     FILE_NAME,
     TEACHER,
-    Graph,
     ImageSize,
     Manifest,
     Schedule,
@@ -26,6 +25,11 @@ from ddexport.runtime.bundle import (
     Weights,
     file_info,
 )
+
+_spec = importlib.util.spec_from_file_location("toy_teacher", Path(__file__).with_name("toy_teacher.py"))
+assert _spec and _spec.loader
+toys = importlib.util.module_from_spec(_spec)  # this folder is no package
+_spec.loader.exec_module(toys)
 
 NAMES = ("zero", "one", "two")
 Edit = Callable[[dict[str, Any]], object]
@@ -62,60 +66,43 @@ decoder (float[batch,6,4] sequence) => (float[batch,3,8,8] image) {
 }"""
 
 
-def make_graph(text: str, constants: dict[str, Any]) -> onnx.ModelProto:
-    """A model of the text with the constants."""
-    model = onnx.parser.parse_model(text)
-    values = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-    model.graph.initializer.extend(values)
-    onnx.checker.check_model(model)
-    return model
+def student(*edit: str) -> onnx.ModelProto:
+    """The toy student, or with one text in the place of another."""
+    constants = toys.drawn(1, W=(4, 5), A=(4, 4), label_rows=(3, 1, 5), codebook=(5, 4))
+    constants |= {"places": np.arange(6)[None, :, None], "axes": [1, 2], "axis": [1]}
+    text = STUDENT.replace(*edit) if edit else STUDENT
+    return toys.make_graph(text, constants | {"start": [0], "split": [2], "end": [6]})
 
 
-def student_constants() -> dict[str, Any]:
-    rng = np.random.default_rng(1)
-    shapes = {"W": (4, 5), "A": (4, 4), "label_rows": (3, 1, 5), "codebook": (5, 4)}
-    drawn = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    places = {"places": np.arange(6)[None, :, None], "axes": [1, 2], "axis": [1]}
-    return drawn | places | {"start": [0], "split": [2], "end": [6]}
+def decoder(int8: bool = False) -> onnx.ModelProto:
+    """The toy decoder, or with both sides of its product quantised."""
+    constants = toys.drawn(2, D=(24, 192)) | {"flat": [0, 24], "shape": [0, 3, 8, 8]}
+    if not int8:
+        return toys.make_graph(DECODER, constants)
+    pair = "{0}_q = QuantizeLinear ({0}, s, z) {0}_d = DequantizeLinear ({0}_q, s, z)"
+    quantised = f"{pair.format('row')} {pair.format('D')} values ="
+    text = DECODER.replace("values =", quantised).replace("(row, D)", "(row_d, D_d)")
+    return toys.make_graph(text, constants | {"s": np.float32(0.04), "z": np.int8(0)})
 
 
-def decoder_constants() -> dict[str, Any]:
-    drawn = np.random.default_rng(2).standard_normal((24, 192)).astype(np.float32)
-    return {"D": drawn, "flat": [0, 24], "shape": [0, 3, 8, 8]}
-
-
-def write_bundle(root: Path, weights: Weights | None = None) -> Path:
+def write_bundle(root: Path) -> Path:
     """Writes the toy bundle."""
     root.mkdir(parents=True)
-    onnx.save(make_graph(STUDENT, student_constants()), root / "student.onnx")
-    onnx.save(make_graph(DECODER, decoder_constants()), root / "decoder.onnx")
+    onnx.save(student(), root / "student.onnx")
+    onnx.save(decoder(), root / "decoder.onnx")
     labels = root / "labels.json"
     labels.write_text(json.dumps({"names": NAMES, "aliases": {"2": ["a pair"]}}))
     manifest = Manifest(
-        schema=2,
-        name="toy",
-        title="A toy",
-        created="2026-01-31T12:00:00Z",
+        schema=2, name="toy", title="A toy", created="2026-01-31T12:00:00Z",
         sequence=SequenceSize(length=6, width=4, codebook=5, split=2),
-        image=ImageSize(height=8, width=8, channels=3),
-        classes=len(NAMES),
-        labels=file_info(labels, root),
+        image=ImageSize(height=8, width=8, channels=3), classes=len(NAMES), labels=file_info(labels, root),
         schedules={1: Schedule(known=(0,)), 2: Schedule(known=(0, 2)), 3: Schedule(known=(0, 1, 4))},
-        graphs=tuple(graph_of(root, role, f"{role}.onnx") for role in ("student", "decoder")),
-        weights=weights or Weights(kind="embedded"),
-        licence={"weights": "Apache-2.0"},
-        published={},
-        parity={"fp32": {"image_max": 2}},
-        recipe={"name": "toy"},
-        tools={"ddexport": "0"},
-    )
+        graphs=tuple(toys.graph_of(root, role, f"{role}.onnx") for role in ("student", "decoder")),
+        weights=Weights(kind="embedded"), licence={"weights": "Apache-2.0"}, published={},
+        parity={"fp32": {"image_max": 2}}, recipe={"name": "toy"}, tools={"ddexport": "0"},
+    )  # fmt: skip
     (root / FILE_NAME).write_text(manifest.to_json())
     return root
-
-
-def graph_of(root: Path, role: Any, file: str, split: int | None = None) -> Graph:
-    files = (file_info(root / file, root),)
-    return Graph(role=role, precision="fp32", file=file, files=files, split=split)
 
 
 def change_manifest(root: Path, edit: Edit) -> None:
@@ -156,18 +143,11 @@ def add_precision(root: Path, precision: str, first: bool = False) -> None:
     change_manifest(root, edit)
 
 
-_spec = importlib.util.spec_from_file_location("toy_teacher", Path(__file__).with_name("toy_teacher.py"))
-assert _spec and _spec.loader
-_toy_teacher = importlib.util.module_from_spec(_spec)  # this folder is no package
-_spec.loader.exec_module(_toy_teacher)
-
-
 @pytest.fixture(scope="session")
 def toy() -> Any:
     """The functions of this module that change a bundle, and the module `toy_teacher.py`."""
-    return SimpleNamespace(
-        put_file=put_file, add_precision=add_precision, change=change_manifest, teacher=_toy_teacher
-    )
+    made = {"put_file": put_file, "add_precision": add_precision, "change": change_manifest}
+    return SimpleNamespace(**made, student=student, decoder=decoder, teacher=toys)
 
 
 @pytest.fixture(scope="session")
@@ -186,39 +166,13 @@ def bundle(shared_bundle: Path, tmp_path: Path) -> Path:
 def shared_teacher_bundle(shared_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy bundle with a teacher, not to be changed."""
     copied = shutil.copytree(shared_bundle, tmp_path_factory.mktemp("teacher") / "bundle")
-    return Path(_toy_teacher.add_teacher(Path(copied)))
+    return Path(toys.add_teacher(Path(copied)))
 
 
 @pytest.fixture
 def teacher_bundle(shared_teacher_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the toy bundle with a teacher."""
     return Path(shutil.copytree(shared_teacher_bundle, tmp_path / "teacher"))
-
-
-@pytest.fixture
-def random_bundle(tmp_path: Path) -> Path:
-    """The toy bundle, saying that its weights are random."""
-    return write_bundle(tmp_path / "random", Weights(kind="random", seed=7))
-
-
-def rename_input(model: onnx.ModelProto) -> None:
-    for node in model.graph.node:
-        node.input[:] = ["klass" if name == "label" else name for name in node.input]
-    model.graph.input[1].name = "klass"
-
-
-def fix_batch(model: onnx.ModelProto) -> None:
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_value = 2
-
-
-@pytest.fixture(params=[rename_input, fix_batch], ids=lambda lie: lie.__name__)
-def lying_bundle(request: pytest.FixtureRequest, bundle: Path) -> Path:
-    """The bundle with a student whose inputs or shapes are not those of the contract; its hash is right."""
-    model = onnx.load(bundle / "student.onnx")
-    request.param(model)
-    put_file(bundle, "student.onnx", model.SerializeToString())
-    return bundle
 
 
 @pytest.fixture
@@ -243,7 +197,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any], tup
     seen: list[tuple[str, dict[str, Any], tuple[str, ...] | None]] = []
     original = runtime.backends.Backend.run
 
-    def run(self: Any, graph: Graph, feeds: Any, names: Any = None) -> Any:
+    def run(self: Any, graph: Any, feeds: Any, names: Any = None) -> Any:
         seen.append((graph.file, {name: array.copy() for name, array in feeds.items()}, names))
         return original(self, graph, feeds, names)
 

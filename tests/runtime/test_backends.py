@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -78,66 +79,37 @@ def echo(shared_bundle: Path) -> Echo:
     return backend
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"extra": np.zeros(2)}, "given as latents, label, known, extra"),
-        ({"label": np.zeros(2, np.int32)}, "label must be int64 ['batch'], but is int32 [2]"),
-        ({"latents": np.zeros((2, 6, 4))}, "latents must be float32 ['batch', 6, 4], but is float64"),
-        ({"latents": np.zeros((2, 5, 4), np.float32)}, "but is float32 [2, 5, 4]"),
-        ({"label": np.zeros((2, 1), np.int64)}, "but is int64 [2, 1]"),
-        ({"known": np.zeros(3, np.int64)}, "but is int64 [3] where batch is 2"),
-    ],
-)
-def test_inputs_are_checked(echo: Echo, graphs: Any, change: dict[str, Any], named: str) -> None:
-    """Before anything is opened."""
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("inputs", {"extra": np.zeros(2)}, "given as latents, label, known, extra"),
+    ("inputs", {"label": np.zeros(2, np.int32)}, "label must be int64 ['batch'], but is int32 [2]"),
+    ("inputs", {"latents": np.zeros((2, 6, 4))}, "latents must be float32 ['batch', 6, 4], but is float64"),
+    ("inputs", {"latents": np.zeros((2, 5, 4), np.float32)}, "but is float32 [2, 5, 4]"),
+    ("inputs", {"label": np.zeros((2, 1), np.int64)}, "but is int64 [2, 1]"),
+    ("inputs", {"known": np.zeros(3, np.int64)}, "but is int64 [3] where batch is 2"),
+    ("outputs", {"logits": np.zeros((2, 2, 5), np.float16)}, "logits must be float32 ['batch', 2, 5], but"),
+    ("outputs", {"tokens": np.zeros((3, 2), np.int64)}, "but is int64 [3, 2] where batch is 2"),
+    ("outputs", {"more": np.zeros(1)}, "are sequence, tokens, logits, but are given as"),
+]
+
+
+@pytest.mark.parametrize(("side", "change", "named"), WRONG, ids=range(len(WRONG)))
+def test_inputs_and_outputs_are_checked(
+    echo: Echo, graphs: Any, side: str, change: dict[str, Any], named: str
+) -> None:
+    """Inputs before anything is opened."""
+    given = feeds() | (change if side == "inputs" else {})
+    echo.answer |= change if side == "outputs" else {}
     with pytest.raises(BackendError) as caught:
-        echo.run(graphs["student"], feeds() | change)
-    assert "the inputs of student.onnx" in caught.value.message and named in caught.value.message
-    assert echo.opened == []
+        echo.run(graphs["student"], given)
+    assert f"the {side} of student.onnx" in caught.value.message and named in caught.value.message
+    assert bool(echo.opened) == (side == "outputs")
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (
-            {"logits": np.zeros((2, 2, 5), np.float16)},
-            "logits must be float32 ['batch', 2, 5], but is float16",
-        ),
-        ({"tokens": np.zeros((3, 2), np.int64)}, "but is int64 [3, 2] where batch is 2"),
-        (
-            {"more": np.zeros(1)},
-            "are sequence, tokens, logits, but are given as sequence, tokens, logits, more",
-        ),
-    ],
-)
-def test_outputs_are_checked(echo: Echo, graphs: Any, change: dict[str, Any], named: str) -> None:
-    echo.answer |= change
-    with pytest.raises(BackendError) as caught:
-        echo.run(graphs["student"], feeds())
-    assert "the outputs of student.onnx" in caught.value.message and named in caught.value.message
-
-
-def test_outputs_that_are_not_asked_for_are_not_fetched(shared_bundle: Path, graphs: Any) -> None:
-    manifest = read_manifest(shared_bundle)
-    backend = open_backend(shared_bundle, manifest, ON_CPU, 1)
-    assert set(backend.run(graphs["student"], feeds())) == {"sequence", "tokens", "logits"}
-    for names in (("tokens",), ("sequence", "tokens")):
-        assert tuple(backend.run(graphs["student"], feeds(), names)) == names
-
-
-def test_several_threads_open_a_graph_once(echo: Echo, graphs: Any) -> None:
-    threads = [threading.Thread(target=echo.run, args=(graphs["student"], feeds())) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def test_it_opens_once_and_closes_everything_even_if_one_part_fails(echo: Echo, graphs: Any) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: echo.run(graphs["student"], feeds()), range(4)))
     assert echo.opened == ["student.onnx"]
-
-
-def test_it_closes_everything_even_if_one_part_fails(echo: Echo, graphs: Any) -> None:
-    for graph in graphs.values():
-        echo.open(graph)
+    echo.open(graphs["decoder"])
     echo.fails = "close decoder.onnx"
     with pytest.raises(RuntimeError, match="close decoder"):
         echo.close()
@@ -160,32 +132,49 @@ def test_a_graph_that_cannot_be_opened_leaves_nothing_behind(echo: Echo, graphs:
 
 
 def session_of(root: Path, name: str) -> Any:
-    manifest = read_manifest(root, verify=False)
+    manifest = read_manifest(root)
     return OnnxRuntime(root, manifest, ON_CPU, 1).open(manifest.graph(name))
 
 
-def test_a_graph_that_is_no_graph(bundle: Path, toy: Any) -> None:
-    toy.put_file(bundle, "decoder.onnx", b"not a graph")
-    with pytest.raises(BackendError, match=r"onnxruntime cannot load decoder\.onnx") as caught:
-        session_of(bundle, "decoder")
-    assert "\n" not in caught.value.message
+def weights_outside(toy: Any) -> onnx.ModelProto:
+    """They lie there, but no graph may read anything outside of its folder."""
+    model = toy.student()
+    weight = next(value for value in model.graph.initializer if value.name == "W")
+    onnx.external_data_helper.set_external_data(weight, "../outside.data")
+    weight.ClearField("raw_data")
+    return model
 
 
-def test_a_graph_that_is_not_the_one_of_the_contract(lying_bundle: Path) -> None:
-    with pytest.raises(BackendError, match=r"inputs of student\.onnx are not those of the contract"):
-        session_of(lying_bundle, "student")
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_graph_that_is_not_the_one_of_the_contract(
+    bundle: Path, toy: Any, backend: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its hash is right; a line says what is wrong with it."""
+    (bundle.parent / "outside.data").write_bytes(bytes(80))
+    broken, contract = "cannot load student.onnx", "of student.onnx are not those of the contract: "
+    for content, message in (
+        (b"no graph", broken),
+        (weights_outside(toy).SerializeToString(), broken),
+        (toy.student(" label", " klass").SerializeToString(), f"the inputs {contract}"),
+        (toy.student("batch", "2").SerializeToString(), f"the inputs {contract}"),
+        (toy.student(", float[batch,2,5] logits)", ")").SerializeToString(), f"the outputs {contract}"),
+    ):
+        toy.put_file(bundle, "student.onnx", content)
+        with pytest.raises(BackendError) as caught:
+            runtime.load(bundle, backend)
+        assert message in caught.value.message and "\n" not in caught.value.message
+    assert capfd.readouterr().err == ""  # OpenVINO has not tried other formats on it
 
 
-def test_a_failure_of_the_engine_is_a_short_message(shared_bundle: Path, graphs: Any) -> None:
-    """A label that the table of the graph lacks: the engine refuses it while it runs."""
-    backend = OnnxRuntime(shared_bundle, read_manifest(shared_bundle), ON_CPU, 1)
+def test_what_is_asked_for_and_a_failure_of_the_engine(shared_bundle: Path, graphs: Any) -> None:
+    """A label that the table of the graph lacks: the engine refuses it while it runs, in a line."""
+    backend = open_backend(shared_bundle, read_manifest(shared_bundle), ON_CPU, 1)
+    for names in (("tokens",), ("sequence", "tokens"), ("sequence", "tokens", "logits")):
+        assert tuple(backend.run(graphs["student"], feeds(), names)) == names
     with pytest.raises(BackendError, match=r"onnxruntime failed on student\.onnx") as caught:
         backend.run(graphs["student"], feeds() | {"label": np.array([0, 99])})
     assert "\n" not in caught.value.message
     assert session_of(shared_bundle, "student")._enable_fallback is False  # nor does it start again elsewhere
-
-
-def test_threads_must_be_positive(shared_bundle: Path) -> None:
     with pytest.raises(BackendError, match="threads must be at least 1"):
         runtime.load(shared_bundle, threads=0)
 
@@ -255,9 +244,10 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_a_silent_fallback_stops_the_load(
-    with_cuda: list[dict[str, Any]], bundle: Path, capsys: pytest.CaptureFixture[str]
+    with_cuda: list[dict[str, Any]], bundle: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where `auto` has chosen the GPU."""
+    """Also where `auto` has chosen the GPU; and so does the installed ONNX Runtime's own report, where the
+    provider is there and does not take the nodes."""
     for device in ("cuda", None):
         with pytest.raises(BackendError, match="could not load CUDAExecutionProvider and fell back to CPU"):
             runtime.load(bundle, device=device)
@@ -266,12 +256,6 @@ def test_a_silent_fallback_stops_the_load(
     assert capsys.readouterr().out == ""  # where results go
     options = (CUDA, {"device_id": "0", "use_tf32": "0"})
     assert with_cuda[:2] == [{"preloaded": True}, {"providers": [options, CPU], "record": "1"}]
-
-
-def test_real_nodes_on_the_cpu_are_seen(
-    with_cuda: list[dict[str, Any]], bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The installed ONNX Runtime's own report, where the provider is there and does not take the nodes."""
     monkeypatch.setitem(module.PROVIDERS, "cuda", CPU)
     with pytest.raises(BackendError, match=r"leaves nodes of student\.onnx to the CPU: .*MatMul"):
         runtime.load(bundle, device="cuda")
@@ -285,37 +269,36 @@ def copy_rows(target: int, pitch: int, source: int, other: int, width: int, rows
 @pytest.mark.parametrize("span", [Span(start=0, end=6), Span(start=1, end=4), Span(start=2, end=6)])
 def test_a_cache_on_a_device_is_that_of_the_host_bit_for_bit(shared_teacher_bundle: Path, span: Span) -> None:
     """With the CPU as the device: logits, tokens and what the caches hold in the end."""
-    teacher = read_manifest(shared_teacher_bundle).teacher
-    assert teacher is not None
-    session = session_of(shared_teacher_bundle, "teacher")
+    teacher: Any = read_manifest(shared_teacher_bundle).teacher
+    session, rng = session_of(shared_teacher_bundle, "teacher"), np.random.default_rng(0)
     names = [value.name for value in session.get_outputs()]
-    rng = np.random.default_rng(0)
     numbers, labels, prefix = rng.random((3, 6)), np.array([0, 1, 2]), rng.integers(0, 5, (3, span.start))
-    by_numbers = by_uniforms(numbers, Sampling(guidance_scale=2.0, top_k=4, top_p=0.9, temperature=1.2))
-    results = []
-    for new_cache, run in (
-        (HostCache, lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))),
-        (
-            partial(DeviceCache, kind="cpu", device=0, copy_rows=copy_rows),
-            lambda feeds: run_bound(session, feeds, names, "cpu", 0),
-        ),
-    ):
-        caches, logits = [], []
+    choose = by_uniforms(numbers, Sampling(guidance_scale=2.0, top_k=4, top_p=0.9, temperature=1.2))
 
-        def pick(scores: Any, places: slice, logits: Any = logits) -> Any:
-            logits.append(scores.copy())
-            return by_numbers(scores, places)
+    def drawn(run: Any, make: Any) -> list[Any]:
+        seen: list[Any] = []
 
-        def new(*sizes: Any, make: Any = new_cache, caches: Any = caches) -> Any:
-            caches.append(make(*sizes))
-            return caches[0]
+        def pick(logits: Any, places: slice) -> Any:
+            seen.append(logits.copy())
+            return choose(logits, places)
 
-        tokens = generate(run, teacher, span, prefix, labels, 2.0, pick, None, new)
-        kept = {n: v if isinstance(v, np.ndarray) else v.numpy() for n, v in caches[0].feeds.items()}
-        results.append((tokens, *logits, kept["key_0"], kept["value_0"]))
-    assert results[0][-1].any()
-    for host, device in zip(*results, strict=True):
-        np.testing.assert_array_equal(host, device)
+        def new_cache(*sizes: Any) -> Any:
+            seen.append(make(*sizes))
+            return seen[0]
+
+        seen.append(generate(run, teacher, span, prefix, labels, 2.0, pick, None, new_cache))
+        cache, *others = seen
+        return [
+            *others,
+            *(v if isinstance(v, np.ndarray) else v.numpy().copy() for v in cache.feeds.values()),
+        ]
+
+    host = drawn(lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True)), HostCache)
+    on_device = partial(DeviceCache, kind="cpu", device=0, copy_rows=copy_rows)
+    device = drawn(lambda feeds: run_bound(session, feeds, names, "cpu", 0), on_device)
+    assert len(host) == 3 + len(teacher.steps(span)) and host[-1].any()
+    for one, other in zip(host, device, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_pipeline_keeps_its_teachers_cache_on_the_device(

@@ -17,28 +17,17 @@ import pytest
 
 from ddexport import runtime
 from ddexport.runtime import backends
-from ddexport.runtime.backends import (
-    CPU,
-    CUDA,
-    ENGINE,
-    OTHER,
-    SAVED,
-    UNSUPPORTED,
-    Configuration,
-    _saved,
-    checked_device,
-    choose,
-    configurations,
-)
+from ddexport.runtime.backends import Configuration, _saved, checked_device, choose, configurations
 from ddexport.runtime.bundle import read_manifest
 from ddexport.runtime.errors import BackendError
-from ddexport.runtime.machine import Cpu, gpu_fault, version_of
+from ddexport.runtime.machine import Cpu, gpu_fault
+from ddexport.runtime.registry import load_plugin, plugins
 
-GPU_ENGINE = Configuration("tensorrt", "cuda:0", "fp16", "fp16", ENGINE, folder="rtx")
-ON_CUDA = Configuration("onnxruntime", "cuda:0", "fp32", "fp32", CUDA)
-ON_CPU = Configuration("onnxruntime", "cpu", "fp32", "fp32", CPU)
-OPENVINO = Configuration("openvino", "cpu", "fp32", "fp32", OTHER)
-HOPPER = Configuration("tensorrt", "cuda:0", "fp32", "fp32", UNSUPPORTED, folder="old")
+GPU_ENGINE = Configuration("tensorrt", "cuda:0", "fp16", "fp16", backends.ENGINE, folder="rtx")
+ON_CUDA = Configuration("onnxruntime", "cuda:0", "fp32", "fp32", backends.CUDA)
+ON_CPU = Configuration("onnxruntime", "cpu", "fp32", "fp32", backends.CPU)
+OPENVINO = Configuration("openvino", "cpu", "fp32", "fp32", backends.OTHER)
+HOPPER = Configuration("tensorrt", "cuda:0", "fp32", "fp32", backends.UNSUPPORTED, folder="old")
 EVERYTHING = [HOPPER, OPENVINO, ON_CPU, ON_CUDA, GPU_ENGINE]
 
 
@@ -68,16 +57,12 @@ def taken(root: Path, *asked: Any) -> Configuration:
 def test_the_order_of_preference(bundle: Path, there_is: Any) -> None:
     """Each is taken when all before it cannot run."""
     save(bundle, openvino=2.0, onnxruntime=3.0)
-    order = [GPU_ENGINE, ON_CUDA, replace(OPENVINO, rank=SAVED), ON_CPU, HOPPER]
-    for number, wanted in enumerate(order):
-        before = [(c.backend, c.device, c.precision) for c in order[:number]]
-        there_is(
-            [
-                replace(c, obstacle="it is broken") if (c.backend, c.device, c.precision) in before else c
-                for c in EVERYTHING
-            ]
-        )
+    order = [GPU_ENGINE, ON_CUDA, replace(OPENVINO, rank=backends.SAVED), ON_CPU, HOPPER]
+    broken: list[str] = []
+    for wanted in order:
+        there_is([replace(c, obstacle="broken" if str(c) in broken else "") for c in EVERYTHING])
         assert replace(taken(bundle), note="") == wanted
+        broken.append(str(wanted))
     (bundle / _saved.FILE).unlink()
     there_is(EVERYTHING)
     ordered = configurations(bundle, read_manifest(bundle))
@@ -97,86 +82,63 @@ def test_every_reason_is_given_when_nothing_can_run(bundle: Path, there_is: Any)
 def test_a_benchmark_is_followed_on_this_cpu_with_this_engine_and_these_graphs_alone(
     bundle: Path, there_is: Any, toy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A newer time takes the place of the older one, and the others stay."""
     there_is([OPENVINO, ON_CPU])
     assert taken(bundle) == ON_CPU
     assert save(bundle, openvino=2.0, onnxruntime=3.0).name == "bench.json"
-    chosen = taken(bundle)
-    assert (chosen.backend, chosen.rank) == ("openvino", SAVED)
-    assert "2 ms" in chosen.note
+    assert (taken(bundle).backend, taken(bundle).rank) == ("openvino", backends.SAVED)
+    assert "2 ms" in taken(bundle).note
+    save(bundle, onnxruntime=float(np.median([1.0, 2.0])))
+    assert (taken(bundle).backend, taken(bundle).rank) == ("onnxruntime", backends.SAVED)
+    save(bundle, onnxruntime=9.0)
+    assert taken(bundle).backend == "openvino"
+    assert (bundle / _saved.FILE).read_text().count("milliseconds") == 2
     cpu = _saved.cpu()
     for other in (Cpu("Toy EPYC", cpu.cores), Cpu(cpu.name, cpu.cores + 1)):
-        monkeypatch.setattr(_saved, "cpu", lambda other=other: other)
+        with monkeypatch.context() as patch:
+            patch.setattr(_saved, "cpu", lambda other=other: other)
+            assert taken(bundle) == ON_CPU
+    with monkeypatch.context() as patch:
+        patch.setattr(_saved, "version_of", lambda name: "2099.1")
         assert taken(bundle) == ON_CPU
-    monkeypatch.setattr(_saved, "cpu", lambda: cpu)
-    for newer in ("2099.1", None):
-        monkeypatch.setattr(
-            _saved, "version_of", lambda name, newer=newer: newer if name == "openvino" else "1"
-        )
-        assert taken(bundle) == ON_CPU
-    monkeypatch.setattr(_saved, "version_of", version_of)
     assert taken(bundle).backend == "openvino"
     toy.put_file(bundle, "student.onnx", (bundle / "student.onnx").read_bytes() + b"\0")
     assert taken(bundle) == ON_CPU
 
 
-def test_a_newer_time_takes_the_place_of_the_older_and_the_others_stay(bundle: Path, there_is: Any) -> None:
-    there_is([OPENVINO, ON_CPU])
-    save(bundle, openvino=2.0, onnxruntime=3.0)
-    save(bundle, onnxruntime=float(np.median([1.0, 2.0])))
-    assert (taken(bundle).backend, taken(bundle).rank) == ("onnxruntime", SAVED)
-    save(bundle, onnxruntime=9.0)
-    assert taken(bundle).backend == "openvino"
-    assert (bundle / _saved.FILE).read_text().count("milliseconds") == 2
-
-
-def test_a_benchmark_says_nothing_of_another_precision(bundle: Path, toy: Any) -> None:
-    """One of int8 would change what a seed draws; the graphs of the first are the ones it was made with."""
+def test_the_first_precision_unless_another_is_named(bundle: Path, toy: Any) -> None:
+    """Also where a benchmark was saved, which says nothing of another one."""
     toy.add_precision(bundle, "int8")
     save(bundle, openvino=0.1)
-    assert (taken(bundle).backend, taken(bundle).precision) == ("openvino", "fp32")
-    assert taken(bundle, "auto", "fp32").rank == SAVED
-    chosen = taken(bundle, "auto", "int8")
-    assert (chosen.backend, chosen.precision, chosen.graphs, chosen.rank) == (
-        "onnxruntime",
-        "int8",
-        "int8",
-        CPU,
-    )
-
-
-def test_the_first_precision_unless_another_is_named(bundle: Path, toy: Any) -> None:
-    for precision in ("fp16", "int8"):
-        toy.add_precision(bundle, precision, first=precision == "fp16")
-    assert read_manifest(bundle).precisions == ("fp16", "fp32", "int8")
+    for asked, wanted in ((None, OPENVINO), ("fp32", OPENVINO), ("int8", ON_CPU)):
+        chosen = taken(bundle, "auto", asked)
+        assert (chosen.backend, chosen.precision, chosen.graphs) == (wanted.backend, *[asked or "fp32"] * 2)
+    toy.add_precision(bundle, "fp16", first=True)
+    manifest = read_manifest(bundle)
+    assert manifest.precisions == ("fp16", "fp32", "int8")
+    assert {c.precision for c in configurations(bundle, manifest) if c.backend != "tensorrt"} == {"fp16"}
     for asked, precision in ((None, "fp16"), ("int8", "int8")):
         with runtime.load(bundle, precision=asked) as pipe:
             assert pipe.precision == precision
-    manifest = read_manifest(bundle)
-    assert {c.precision for c in configurations(bundle, manifest) if c.backend != "tensorrt"} == {"fp16"}
 
 
-DAMAGED = [b"{", b"[]x", b'[{"cpu": 1}]', b'{"times": []}', b"\xff", b"[" * 10**5]
-
-
-@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_benchmark_is_left_aside(
-    bundle: Path, content: bytes, caplog: pytest.LogCaptureFixture
-) -> None:
-    (bundle / _saved.FILE).write_bytes(content)
-    with caplog.at_level(logging.WARNING):
-        assert taken(bundle).backend == "onnxruntime"
-    assert "bench.json is left aside" in caplog.text
+def test_a_damaged_benchmark_is_left_aside(bundle: Path, tmp_path: Path, caplog: Any) -> None:
+    """With a word; a pipe or a link in its place is not read."""
+    for content in (b"{", b"[]x", b'[{"cpu": 1}]', b'{"times": []}', b"\xff", b"[" * 10**5):
+        caplog.clear()
+        (bundle / _saved.FILE).write_bytes(content)
+        with caplog.at_level(logging.WARNING):
+            assert taken(bundle).backend == "onnxruntime"
+        assert "bench.json is left aside" in caplog.text
     save(bundle, openvino=1.0)  # and written anew
     assert taken(bundle).backend == "openvino"
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
-def test_a_pipe_or_a_link_in_its_place_is_not_read(bundle: Path, tmp_path: Path) -> None:
-    os.mkfifo(bundle / _saved.FILE)
-    assert taken(bundle).backend == "onnxruntime"
-    save(bundle, openvino=1.0).rename(tmp_path / "outside.json")
+    (bundle / _saved.FILE).rename(tmp_path / "outside.json")
     (bundle / _saved.FILE).symlink_to(tmp_path / "outside.json")
     assert taken(bundle).backend == "onnxruntime"
+    if hasattr(os, "mkfifo"):
+        (bundle / _saved.FILE).unlink()
+        os.mkfifo(bundle / _saved.FILE)
+        assert taken(bundle).backend == "onnxruntime"
 
 
 def test_devices(shared_bundle: Path) -> None:
@@ -215,7 +177,24 @@ def test_without_any_engine_it_says_which_line_to_type(
     assert f'pip install "ddexport[{extra}]"' in caught.value.message
 
 
-def test_an_unknown_engine_lists_those_there_are(shared_bundle: Path) -> None:
+def test_files_without_underscore_are_the_plugins_and_are_imported_when_asked_for(
+    shared_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toy_plugins").mkdir()
+    texts = {"__init__": "", "_base": "", "second": "raise RuntimeError", "first": "VALUE = 1"}
+    for name, text in texts.items():
+        (tmp_path / "toy_plugins" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("toy_plugins", "toy_plugins.first"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert plugins("toy_plugins") == ["first", "second"]
+    assert load_plugin("toy_plugins", "first").VALUE == 1  # importing `second` would raise
+    with pytest.raises(BackendError, match="there is no engine called 'frist'") as caught:
+        load_plugin("toy_plugins", "frist", kind="engine", error=BackendError)
+    assert caught.value.hint == "Did you mean first? There is: first, second."
+    for name in ("_base", "../first", "os", ""):
+        with pytest.raises(BackendError, match="there is no plug-in"):
+            load_plugin("toy_plugins", name, error=BackendError)
     with pytest.raises(BackendError, match="'onnxruntme'") as caught:
         runtime.load(shared_bundle, "onnxruntme")
     assert caught.value.hint == "Did you mean onnxruntime? There is: onnxruntime, openvino, tensorrt."

@@ -18,9 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
+from ddexport.runtime.backends._saved import fastest
 from ddexport.runtime.bundle import read_manifest
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.files import read_noise
+from ddexport.runtime.labels import read_labels
 
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=5) | st.sampled_from(["\0", "..", "a" * 300])
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -1, 10**12, 10**400])
@@ -91,6 +93,19 @@ def read(path: Path, content: bytes, reader: Callable[[Path], object]) -> None:
 def test_a_manifest(folder: Path, shared_teacher_bundle: Path, data: DataObject) -> None:
     tree = json.loads((shared_teacher_bundle / "bundle.json").read_bytes())
     read(folder / "bundle.json", text(data, tree), lambda path: read_manifest(path.parent))
+
+
+@many
+@given(st.data())
+def test_class_names_and_saved_benchmarks(
+    folder: Path, shared_teacher_bundle: Path, data: DataObject
+) -> None:
+    """The latter never keep a bundle from being drawn from."""
+    names = {"names": ["zero", "one", "two"], "aliases": {"2": ["a pair"]}, "source": "me"}
+    read(folder / "labels.json", text(data, names), lambda path: read_labels(path, 3))
+    time = {"cpu": "x", "backend": "openvino", "version": "1", "graphs": "0", "milliseconds": 2.5}
+    (folder / "bench.json").write_bytes(text(data, [time, time | {"backend": "onnxruntime"}]))
+    fastest(folder, read_manifest(shared_teacher_bundle, verify=False))
 
 
 @many

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +15,18 @@ NAMES = ("tench", "Golden Retriever", "crane (bird)", "crane (machine)", "panda"
 LABELS = Labels(NAMES, {1: ["yellow dog"], 5: ["rooster"], 0: ["Tench"]})
 
 
-@pytest.mark.parametrize(
-    ("label", "number"),
-    [
-        (0, 0),
-        (np.int64(5), 5),
-        ("4", 4),
-        (" 4 ", 4),
-        ("tench", 0),
-        ("golden retriever", 1),
-        ("  GOLDEN   retriever ", 1),
-        ("yellow dog", 1),
-        ("Crane (Machine)", 3),
-        ("rooster", 5),
-    ],
-)
-def test_numbers_names_and_aliases(label: Any, number: int) -> None:
-    assert LABELS.index(label) == number
+def test_numbers_names_and_aliases() -> None:
+    rows = [(0, 0), (np.int64(5), 5), ("4", 4), (" 4 ", 4), ("tench", 0), ("rooster", 5), ("yellow dog", 1),
+            ("golden retriever", 1), ("  GOLDEN   retriever ", 1), ("Crane (Machine)", 3)]  # fmt: skip
+    assert [(label, LABELS.index(label)) for label, _ in rows] == rows
 
 
 @pytest.mark.parametrize(
     ("label", "message", "hint"),
     [
-        ("golden retreiver", "no class is called 'golden retreiver'", "'golden retriever' (class 1)"),
-        ("roster", "no class is called", "'rooster' (class 5)"),
-        ("xxxxxx", "no class is called", "--list-labels"),
+        ("golden retreiver", "'golden retreiver'", "'golden retriever' (class 1)"),
+        ("roster", "'roster'", "'rooster' (class 5)"),
+        ("xxxxxx", "'xxxxxx'", "--list-labels"),
         (6, "label 6 is out of range: the model has classes 0 to 5", "--list-labels"),
         ("-1", "label -1 is out of range", "--list-labels"),
         ("crane", "ambiguous: 2 (crane (bird)), 3 (crane (machine))", "number"),
@@ -52,8 +38,7 @@ def test_numbers_names_and_aliases(label: Any, number: int) -> None:
 def test_a_wrong_label_says_what_is_wrong_and_what_is_near(label: Any, message: str, hint: str) -> None:
     with pytest.raises(LabelError) as caught:
         LABELS.index(label)
-    assert message in caught.value.message
-    assert hint in caught.value.hint
+    assert message in caught.value.message and hint in caught.value.hint
 
 
 def test_a_name_of_two_classes_is_ambiguous() -> None:
@@ -70,32 +55,26 @@ def test_one_label_or_several() -> None:
         LABELS.indices([])
 
 
-def test_reading_keeps_names_and_aliases(bundle: Path) -> None:
-    labels = read_labels(bundle / "labels.json", 3)
-    assert labels.names == ("zero", "one", "two")
-    assert labels.index("a pair") == 2
-
-
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "named"),
     [
-        (b'{"names": ["a"]}', "has 1 names for 3 classes"),
-        (b'{"nmaes": ["a", "b", "c"]}', "labels.json lacks the key names"),
-        (b'{"names": ["a", "b", "c"], "alias": {}}', "unknown key alias"),
-        (b'{"names": ["a", "b", 3]}', "names[2] must be str"),
+        (b'{"names": ["a"]}', "1 names for 3 classes"),
+        (b'{"nmaes": ["a", "b", "c"]}', "`nmaes`"),
+        (b'{"names": ["a", "b", "c"], "alias": {}}', "`alias`"),
+        (b'{"names": ["a", "b", 3]}', "at `names[2]`"),
         (b'{"names": ["a", "b", "c"], "aliases": {"3": ["d"]}}', "aliases of a class past 2"),
-        (b'{"names": ["a", "b", "c"], "aliases": {"x": ["d"]}}', "'x', which is no number"),
-        (b"[]", "must be an object"),
+        (b'{"names": ["a", "b", "c"], "aliases": {"x": ["d"]}}', "`key` in `aliases`"),
+        (b'{"names": ["a", "b", "c"], "aliases": {"-1": ["d"]}}', "`key` in `aliases`"),
+        (b"[]", "Expected `object`"),
         (b"{", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
         (b'{"names": [], "names": []}', "stands twice"),
     ],
 )
-def test_a_damaged_label_file_is_refused(
-    content: bytes, message: str, bundle: Path, replace_file: Callable[[str, bytes], None]
-) -> None:
-    replace_file("labels.json", content)
+def test_a_damaged_label_file_is_refused(content: bytes, named: str, bundle: Path) -> None:
+    assert read_labels(bundle / "labels.json", 3).index("a pair") == 2
+    (bundle / "labels.json").write_bytes(content)
     with pytest.raises(BundleError) as caught:
         read_labels(bundle / "labels.json", 3)
-    assert message in caught.value.message
+    assert "labels.json" in caught.value.message and named in caught.value.message

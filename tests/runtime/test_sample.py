@@ -53,11 +53,15 @@ def save(path: Path, **arrays: Any) -> Path:
 
 
 def test_the_defaults_just_work(shared_bundle: Path, folder: Path) -> None:
-    """All classes of a small model in one picture, and one line about it."""
+    """All classes of a small model in one picture, a few of a large one, and one line about it."""
+    pipe: Any = SimpleNamespace(manifest=SimpleNamespace(classes=1000))
+    assert cli._labels(None, (), pipe) == [0, 142, 285, 428, 570, 713, 856, 999]
     result = sample(shared_bundle)
     assert (result.exit_code, result.stderr, result.stdout.count("\n")) == (0, "", 1)
     assert result.stdout.startswith("out.png: 3 images in 1 step; student ")
     assert ", decoder " in result.stdout
+    assert sample(shared_bundle, "--list-labels").stdout.split() == ["0", "zero", "1", "one", "2", "two"]
+    assert json.loads(sample(shared_bundle, "--list-labels", "--json").stdout)["names"][2] == "two"
     assert listing(folder) == ["out.png"]
     assert Image.open("out.png").size == (3 * 128, 128)  # 8 x 8 pixels would not be seen
 
@@ -73,18 +77,19 @@ def test_the_picture_has_the_pipelines_images(shared_bundle: Path) -> None:
     assert abs(np.subtract(picture, expected, dtype=int)).max() <= 1  # another batch size may round otherwise
 
 
-@pytest.mark.parametrize("output", ["many/", "no_suffix", "there.png"])
-def test_a_directory_gets_one_file_an_image(shared_bundle: Path, folder: Path, output: str) -> None:
+def test_a_directory_gets_one_file_an_image(shared_bundle: Path, folder: Path) -> None:
     """A name that ends in a slash or has no suffix, or a directory that exists, whatever its name."""
     (folder / "there.png").mkdir()
-    assert sample(shared_bundle, "--label", 1, "-n", 2, "--label", 2, "-o", output).exit_code == 0
     names = ["00000-class0001.png", "00001-class0001.png", "00002-class0002.png", "00003-class0002.png"]
-    assert listing(folder / output) == names
-    assert Image.open(folder / output / names[3]).size == (8, 8)
+    for output in ("many/", "no_suffix", "there.png"):
+        assert sample(shared_bundle, "--label", 1, "-n", 2, "--label", 2, "-o", output).exit_code == 0
+        assert listing(folder / output) == names
+        assert Image.open(folder / output / names[3]).size == (8, 8)
 
 
-def test_json_reports_everything(random_bundle: Path) -> None:
-    result = sample(random_bundle, "--json", "--label", 1, "-n", 2, "--device", "cpu", "-o", "a.jpg")
+def test_json_reports_everything(bundle: Path, toy: Any) -> None:
+    toy.change(bundle, lambda content: content.update(weights={"kind": "random", "seed": 7}))
+    result = sample(bundle, "--json", "--label", 1, "-n", 2, "--device", "cpu", "-o", "a.jpg")
     assert result.stderr.startswith("warning: toy holds random weights (seed 7)")
     report = json.loads(result.stdout)
     assert report.pop("seconds").keys() == {"load", "student", "decoder"}
@@ -93,17 +98,6 @@ def test_json_reports_everything(random_bundle: Path) -> None:
         "backend": "onnxruntime", "device": "cpu", "precision": "fp32", "random_weights": True,
     }  # fmt: skip
     assert Image.open("a.jpg").format == "JPEG"
-
-
-def test_list_labels(shared_bundle: Path, folder: Path) -> None:
-    assert sample(shared_bundle, "--list-labels").stdout.split() == ["0", "zero", "1", "one", "2", "two"]
-    assert json.loads(sample(shared_bundle, "--list-labels", "--json").stdout)["names"][2] == "two"
-    assert listing(folder) == []
-
-
-def test_a_large_model_shows_a_few_classes_by_default() -> None:
-    pipe: Any = SimpleNamespace(manifest=SimpleNamespace(classes=1000))
-    assert cli._labels(None, (), pipe) == [0, 142, 285, 428, 570, 713, 856, 999]
 
 
 # Dump and replay
@@ -154,7 +148,7 @@ def test_steps_teacher_and_its_options(shared_teacher_bundle: Path, monkeypatch:
 
 def test_a_dump_can_be_replayed(shared_bundle: Path, shared_teacher_bundle: Path) -> None:
     """Its labels, noise and uniform numbers give its arrays again, without a seed; steps without a teacher
-    leave the uniform numbers alone."""
+    leave the uniform numbers alone, and noise without labels goes with those given."""
     for root, steps in ((shared_bundle, 2), (shared_teacher_bundle, "teacher")):
         sample(root, "--steps", steps, "--seed", 8, "-n", 2, "--dump", "one.npz")
         result = sample(root, "--steps", steps, "--noise", "one.npz", "--dump", "two.npz", "--json")
@@ -164,9 +158,6 @@ def test_a_dump_can_be_replayed(shared_bundle: Path, shared_teacher_bundle: Path
             for name in one:
                 np.testing.assert_allclose(one[name], two[name], atol=1e-5)
     assert sample(shared_teacher_bundle, "--steps", 1, "--noise", "one.npz").exit_code == 0
-
-
-def test_noise_without_labels_goes_with_the_labels_given(shared_bundle: Path) -> None:
     noise = np.random.default_rng(0).standard_normal((2, 6, 4)).astype(np.float32)
     words = ("--noise", save(Path("noise.npz"), noise=noise), "--label", 1, "-n", 2, "--dump", "d.npz")
     assert sample(shared_bundle, *words).exit_code == 0
@@ -221,14 +212,6 @@ def test_bad_noise_is_explained(make: Any, message: str, shared_bundle: Path, fo
     assert not (folder / "out.png").exists()
 
 
-def test_what_excludes_each_other(shared_bundle: Path) -> None:
-    save(Path("noise.npz"), noise=zeros(3, 6, 4), labels=[0, 1, 2])
-    for options in (("--label", 1), ("-n", 2)):
-        message = failed(sample(shared_bundle, "--noise", "noise.npz", *options))
-        assert "brings its own labels, so neither --label nor -n" in message
-    assert sample(shared_bundle, "--noise", "noise.npz", "--seed", 0).exit_code == 2
-
-
 # Bad input loses nothing
 
 
@@ -261,14 +244,16 @@ def test_a_bad_option_is_explained_and_nothing_is_written(
     assert (folder / "out.png").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("option", ["--steps", "-n", "--threads", "--batch-size", "--top-k", "--steps=all"])
-def test_numbers_out_of_range_are_usage_errors(shared_bundle: Path, option: str) -> None:
-    assert sample(shared_bundle, option, 0).exit_code == 2
-    assert sample(shared_bundle, "--seed", -1).exit_code == 2
-
-
-def test_what_is_wrong_with_the_bundle_or_the_machine(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A changed byte is seen unless told not to look; in the graph's name, so that it still runs."""
+def test_what_is_wrong_with_the_rest(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What excludes each other; numbers out of range, which are usage errors. A changed byte is seen unless
+    told not to look; in the graph's name, so that it still runs."""
+    save(Path("noise.npz"), noise=zeros(3, 6, 4), labels=[0, 1, 2])
+    for options in (("--label", 1), ("-n", 2)):
+        message = failed(sample(bundle, "--noise", "noise.npz", *options))
+        assert "brings its own labels, so neither --label nor -n" in message
+    assert sample(bundle, "--noise", "noise.npz", "--seed", 0).exit_code == 2
+    for option in ("--steps", "-n", "--threads", "--batch-size", "--top-k", "--steps=all", "--seed=-1"):
+        assert sample(bundle, option, 0).exit_code == 2
     assert "not a bundle: nowhere not found" in failed(sample("nowhere"))
     path = bundle / "student.onnx"
     path.write_bytes(path.read_bytes().replace(b"student", b"STUDENT"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from msgspec.structs import replace
 
 from ddexport import runtime
 from ddexport.runtime.backends.onnxruntime import OnnxRuntime
-from ddexport.runtime.errors import BackendError, BundleError, DDError, NoiseError, ScheduleError
+from ddexport.runtime.backends.openvino import OpenVino
+from ddexport.runtime.errors import BackendError, BundleError, DDError, LabelError, NoiseError, ScheduleError
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 from ddexport.runtime.pipeline import Pipeline, default_batch_size
 
@@ -33,8 +34,9 @@ def files(runs: list[Any]) -> list[str]:
 def test_three_steps(pipe: Pipeline, runs: list[Any]) -> None:
     """A student step, the teacher behind the student's tokens, and a student step on codes and original
     noise."""
-    began = time.perf_counter()
-    result = pipe([0, 2], 3, seed=4, num_images=2)
+    began, counts = time.perf_counter(), list[int]()
+    result = pipe([0, 2], 3, seed=4, num_images=2, on_pass=counts.append)
+    assert counts == [4] * 3
     assert 0 < sum(step.seconds for step in result.steps) < time.perf_counter() - began
     assert files(runs) == ["student", "teacher", "student", "decoder"]
     first, teacher, last = result.steps
@@ -59,6 +61,10 @@ def test_three_steps(pipe: Pipeline, runs: list[Any]) -> None:
 def test_which_graphs_the_other_schedules_run(pipe: Pipeline, runs: list[Any]) -> None:
     """Without a first student step and with another split; the whole teacher, whose codes are decoded; a
     prefix behind the split, of which the nearest codes are taken."""
+    counts: list[int] = []
+    list(pipe.stream([1, 0, 2], 4, batch_size=2, on_pass=counts.append))
+    assert counts == [2] * 4 + [1] * 4
+    runs.clear()
     result = pipe(1, 4, seed=1)
     assert files(runs) == ["teacher"] * 3 + ["student_split4", "decoder"]
     assert [step.tokens.shape for step in result.steps] == [(1, 4), (1, 4)]
@@ -77,25 +83,25 @@ def test_which_graphs_the_other_schedules_run(pipe: Pipeline, runs: list[Any]) -
     np.testing.assert_array_equal(runs[1][1]["tokens"][:, :2], result.steps[0].tokens)
 
 
-def test_every_pass_of_either_is_told(pipe: Pipeline) -> None:
-    counts: list[int] = []
-    pipe([0, 2], 3, num_images=2, on_pass=counts.append)
-    list(pipe.stream([1, 0, 2], 4, batch_size=2, on_pass=counts.append))
-    assert counts == [4] * 3 + [2] * 4 + [1] * 4
-
-
-@pytest.mark.parametrize("steps", [2, 3, 4, "teacher"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, "teacher"])
 def test_the_batch_size_changes_nothing(pipe: Pipeline, steps: int | str) -> None:
-    """Nor does it which images stand beside one: tokens come from seed and image."""
-    whole = pipe([0, 1, 2], steps, num_images=3, seed=11, output="sequence")
-    for batch_size in (1, 2, 4):
-        parts = pipe([0, 1, 2], steps, num_images=3, seed=11, output="sequence", batch_size=batch_size)
+    """Nor does it which images stand beside one: noise and tokens come from seed and image."""
+    whole = pipe([0, 1, 2], steps, num_images=3, seed=11, output="numpy")
+    np.testing.assert_array_equal(whole.noise, gaussian_noise(11, range(9), 6, 4))
+    assert whole.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    for batch_size in (1, 2, 3, 7):
+        parts = pipe([0, 1, 2], steps, num_images=3, seed=11, output="numpy", batch_size=batch_size)
+        assert (parts.seed, parts.seconds.keys()) == (11, whole.seconds.keys())
+        np.testing.assert_array_equal(parts.noise, whole.noise)
+        np.testing.assert_array_equal(parts.labels, whole.labels)
         for one, other in zip(parts.steps, whole.steps, strict=True):
             np.testing.assert_array_equal(one.tokens, other.tokens)
             np.testing.assert_allclose(one.sequence, other.sequence, atol=1e-5)
-        assert (parts.uniforms is None) == (steps == 2)
-        if steps != 2:
-            np.testing.assert_array_equal(parts.uniforms, whole.uniforms)
+        assert abs(np.subtract(parts.images, whole.images, dtype=int)).max() <= 1
+        if steps in (1, 2):
+            assert parts.uniforms is None
+        else:
+            np.testing.assert_array_equal(parts.uniforms, uniform_numbers(11, range(9), 6))
     part = pipe([1, 2, 2], steps, seed=11, first_image=5, output="sequence")
     np.testing.assert_array_equal(part.steps[-1].tokens, whole.steps[-1].tokens[5:8])
 
@@ -115,36 +121,46 @@ def test_the_seed_decides_the_draws_and_uniform_numbers_replay_them(pipe: Pipeli
     assert tokens(guidance_scale=0.0) != tokens(guidance_scale=9.0) == tokens(cfg=9.0)
 
 
-@pytest.mark.parametrize(
-    ("given", "error", "named"),
-    [
-        ({"steps": 5}, ScheduleError, "5 steps"),
-        ({"steps": "student"}, ScheduleError, "student steps"),
-        (
-            {"steps": 1, "guidance_scale": 2.0},
-            ScheduleError,
-            "guidance_scale can only be given",
-        ),
-        ({"steps": 1, "teacher_start": 0}, ScheduleError, "teacher_start is for schedules that involve"),
-        ({"steps": 1, "uniforms": np.zeros((2, 6))}, ScheduleError, "uniforms can only be given"),
-        ({"steps": 3, "teacher_start": 3}, ScheduleError, "position 3"),
-        ({"steps": 3, "top_p": 0}, ScheduleError, "top_p must be above 0"),
-        ({"steps": 3, "uniforms": np.zeros((2, 5))}, NoiseError, "shape (2, 6), but are float64 (2, 5)"),
-        ({"steps": 3, "uniforms": np.ones((2, 6))}, NoiseError, "from 0 to below 1"),
-    ],
-)
+NOT_FINITE = np.where(np.arange(48).reshape(2, 6, 4) == 38, np.nan, 0).astype(np.float32)
+WRONG: list[tuple[dict[str, Any], type[DDError], str]] = [
+    ({"labels": 3}, LabelError, "label 3 is out of range"),
+    ({"labels": "tow"}, LabelError, "'tow'"),
+    ({"labels": []}, LabelError, "no label"),
+    ({"steps": 5}, ScheduleError, "5 steps"),
+    ({"steps": "student"}, ScheduleError, "student steps"),
+    ({"seed": -1}, NoiseError, "the seed must be from 0"),
+    ({"first_image": -1}, NoiseError, "image index"),
+    ({"num_images": 0}, DDError, "num_images must be an integer of at least 1, but is 0"),
+    ({"num_images": True}, DDError, "num_images must be"),
+    ({"batch_size": 0}, DDError, "batch_size must be"),
+    ({"output": "jpeg"}, DDError, "unknown output 'jpeg'"),
+    ({"noise": np.zeros((2, 6, 4))}, NoiseError, "float32 array of shape (2, 6, 4), but is float64"),
+    ({"noise": [[0.0]]}, NoiseError, "but is <class 'list'>"),
+    ({"noise": np.zeros((3, 6, 4), np.float32)}, NoiseError, "but is float32 (3, 6, 4)"),
+    ({"noise": NOT_FINITE}, NoiseError, "not finite: nan at (1, 3, 2)"),
+    ({"guidance_scale": 2.0}, ScheduleError, "guidance_scale can only be given for"),
+    ({"teacher_start": 0}, ScheduleError, "teacher_start is for schedules that involve"),
+    ({"uniforms": np.zeros((2, 6))}, ScheduleError, "uniforms can only be given"),
+    ({"steps": 3, "teacher_start": 3}, ScheduleError, "position 3"),
+    ({"steps": 3, "top_p": 0}, ScheduleError, "top_p must be above 0"),
+    ({"steps": 3, "uniforms": np.zeros((2, 5))}, NoiseError, "shape (2, 6), but are float64 (2, 5)"),
+    ({"steps": 3, "uniforms": np.ones((2, 6))}, NoiseError, "from 0 to below 1"),
+]
+
+
+@pytest.mark.parametrize(("request_", "error", "named"), WRONG, ids=range(len(WRONG)))
 def test_a_wrong_request_is_told_before_anything_is_drawn(
-    pipe: Pipeline, runs: list[Any], given: dict[str, Any], error: type[DDError], named: str
+    pipe: Pipeline, runs: list[Any], request_: dict[str, Any], error: type[DDError], named: str
 ) -> None:
-    for call in (pipe, lambda labels, **request: next(pipe.stream(labels, **request))):
+    for call in (pipe, lambda **words: next(pipe.stream(**words))):
         with pytest.raises(error) as caught:
-            call([0, 1], **given)
+            call(**{"labels": [0, 1], **request_})  # type: ignore[operator]
         assert named in caught.value.message
     assert runs == []
 
 
 def test_the_caches_count_for_the_batch_size(pipe: Pipeline) -> None:
-    """A teacher of d16's size: its caches are half as large as all else, and so is what fits."""
+    """A teacher of d16's size: its caches are two thirds as large as all else."""
     manifest, teacher = pipe.manifest, pipe.manifest.teacher
     assert teacher is not None
     large = replace(
@@ -154,7 +170,7 @@ def test_the_caches_count_for_the_batch_size(pipe: Pipeline) -> None:
         teacher=replace(teacher, layers=16, heads=16, head_width=64, starts=(0, 1, 2, 4, 680)),
     )
     plain, whole = default_batch_size(large), default_batch_size(large, large.schedule("teacher"))
-    assert (plain, whole) == (6, 5)
+    assert (plain, whole) == (5, 3)
 
 
 # What is opened
@@ -178,26 +194,26 @@ def test_only_what_a_request_needs_is_opened(shared_teacher_bundle: Path, opened
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_several_threads_open_the_teacher_once(
+def test_several_threads_open_the_teacher_once_and_draw_what_each_draws_alone(
     shared_teacher_bundle: Path, opened: list[str], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = OnnxRuntime._open
-    monkeypatch.setattr(OnnxRuntime, "_open", lambda *given: (time.sleep(0.05), original(*given))[1])
-    drawn: dict[int, Any] = {}
+    monkeypatch.setattr(OnnxRuntime, "_open", lambda *graph: (time.sleep(0.05), original(*graph))[1])
+    requests = [(number, steps) for number in range(4) for steps in (3, 2, 1, 4, "teacher")]
     with runtime.load(shared_teacher_bundle, backend, threads=1) as pipe:
 
-        def draw(seed: int) -> None:
-            drawn[seed] = pipe([0, 1], 3, seed=seed).steps[1].tokens
+        def draw(request: Any) -> Any:
+            number, steps = request
+            return pipe([number % 3, 1], steps, seed=number, num_images=number + 1, output="numpy")
 
-        threads = [threading.Thread(target=draw, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(draw, requests))
         assert opened.count("teacher.onnx") == 1
-        for seed, tokens in drawn.items():
-            np.testing.assert_array_equal(pipe([0, 1], 3, seed=seed).steps[1].tokens, tokens)
-    assert len(drawn) == 4
+        for request, result in zip(requests, together, strict=True):
+            alone = draw(request)
+            np.testing.assert_array_equal(result.images, alone.images)
+            for one, other in zip(result.steps, alone.steps, strict=True):
+                np.testing.assert_array_equal(one.tokens, other.tokens)
 
 
 def test_a_bad_codebook_opens_no_engine(teacher_bundle: Path, toy: Any, opened: list[str]) -> None:
@@ -209,33 +225,25 @@ def test_a_bad_codebook_opens_no_engine(teacher_bundle: Path, toy: Any, opened: 
     assert opened == []
 
 
-def test_a_failing_close_of_the_student_closes_the_teacher(
-    shared_teacher_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pipe = runtime.load(shared_teacher_bundle, "openvino", threads=1, steps=3)
+def test_everything_is_closed_whatever_fails(teacher_bundle: Path, toy: Any, monkeypatch: Any) -> None:
+    """A close of the student that fails, and a load that fails halfway."""
     closed: list[str] = []
+    close, close_openvino = OnnxRuntime.close, OpenVino.close
+    monkeypatch.setattr(OnnxRuntime, "close", lambda self: (closed.append("onnxruntime"), close(self)))
 
-    def fails() -> None:
+    def fails(self: Any) -> None:
+        close_openvino(self)
         raise RuntimeError("the student cannot be closed")
 
-    monkeypatch.setattr(pipe.backend, "close", fails)
-    assert pipe.teacher_backend is not None
-    monkeypatch.setattr(pipe.teacher_backend, "close", lambda: closed.append("teacher"))
-    with pytest.raises(RuntimeError, match="the student"):
+    pipe = runtime.load(teacher_bundle, "openvino", threads=1, steps=3)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the student"):
+        patch.setattr(OpenVino, "close", fails)
         pipe.close()
-    assert closed == ["teacher"]
-
-
-def test_a_load_that_fails_halfway_closes_what_it_opened(
-    teacher_bundle: Path, toy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    assert closed == ["onnxruntime"]
     toy.put_file(teacher_bundle, "teacher.onnx", b"not a graph")
-    closed: list[str] = []
-    close: Callable[[Any], None] = OnnxRuntime.close
-    monkeypatch.setattr(OnnxRuntime, "close", lambda self: (closed.append("closed"), close(self))[1])
     with pytest.raises(BackendError, match=r"teacher\.onnx"):
         runtime.load(teacher_bundle, "onnxruntime", steps=3)
-    assert closed
+    assert len(closed) > 1
 
 
 def test_without_onnxruntime_the_teacher_says_what_to_install(

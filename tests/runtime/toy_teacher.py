@@ -63,11 +63,27 @@ teacher (int64[batch,6] tokens, int64[batch] label, int64[new] positions, float[
 }"""
 
 
-def weights() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(3)
-    shapes = {"tokens_rows": (5, 2), "label_rows": (3, 1, 2), "null_row": (1, 1, 2), "head": (2, 5)}
-    drawn = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    return drawn | {"head": 2 * drawn["head"]}
+def drawn(seed: int, **shapes: tuple[int, ...]) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def make_graph(text: str, constants: dict[str, Any]) -> onnx.ModelProto:
+    """A model of the text with the constants."""
+    model = onnx.parser.parse_model(text)
+    for name, value in constants.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    onnx.checker.check_model(model)
+    return model
+
+
+def graph_of(root: Path, role: Any, file: str, split: int | None = None) -> Graph:
+    files = (file_info(root / file, root),)
+    return Graph(role=role, precision="fp32", file=file, files=files, split=split)
+
+
+def weights() -> dict[str, Any]:
+    return drawn(3, tokens_rows=(5, 2), label_rows=(3, 1, 2), null_row=(1, 1, 2), head=(2, 5))
 
 
 def without_cache(
@@ -83,17 +99,6 @@ def without_cache(
         sums = [read[:, start:stop] + read[:, :start].sum(1, keepdims=True) for start, stop in passes]
         scores.append(np.concatenate(sums, axis=1) @ parts["head"])
     return np.asarray(scores[0] + np.float32(g) * (scores[0] - scores[1]))
-
-
-def teacher_graph() -> onnx.ModelProto:
-    numbers = {"zero": 0, "one": 1, "three": 3, "column": [-1, 1], "reads": READS}
-    axes = {"axes0": [0], "axes2": [2], "axes3": [3], "axes12": [1, 2]}
-    factors = {"half": np.array(0.5, np.float32), "two": np.array(2, np.float32)}
-    model = onnx.parser.parse_model(GRAPH)
-    for name, value in {**weights(), **numbers, **axes, **factors}.items():
-        model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
-    onnx.checker.check_model(model)
-    return model
 
 
 def other_split(student: onnx.ModelProto, split: int) -> onnx.ModelProto:
@@ -115,7 +120,17 @@ def add_teacher(root: Path) -> Path:
         starts=STARTS, layers=1, heads=1, head_width=2, guidance="rising", cfg=2.0, top_k=4, top_p=0.9,
         temperature=1.0, codebook=file_info(root / "codebook.npy", root),
     )  # fmt: skip
-    onnx.save(teacher_graph(), root / "teacher.onnx")
+    constants = {
+        "zero": 0,
+        "one": 1,
+        "three": 3,
+        "column": [-1, 1],
+        "reads": READS,
+        "axes0": [0],
+        "axes2": [2],
+    }
+    constants |= {"axes2": [2], "axes3": [3], "axes12": [1, 2], "half": np.float32(0.5), "two": np.float32(2)}
+    onnx.save(make_graph(GRAPH, weights() | constants), root / "teacher.onnx")
     onnx.save(other_split(student, 4), root / "student_split4.onnx")
     schedules = {
         1: Schedule(known=(0,)),
@@ -124,12 +139,8 @@ def add_teacher(root: Path) -> Path:
         4: Schedule(known=(4,), split=4, teacher=Span(start=0, end=4)),
     }
 
-    def graph(role: Any, file: str, split: int | None = None) -> Graph:
-        files = (file_info(root / file, root),)
-        return Graph(role=role, precision="fp32", file=file, files=files, split=split)
-
     manifest = read_manifest(root)
-    graphs = (*manifest.graphs, graph("teacher", "teacher.onnx"), graph("student", "student_split4.onnx", 4))
-    changed = replace(manifest, graphs=graphs, teacher=teacher, schedules=schedules)
+    more = graph_of(root, "teacher", "teacher.onnx"), graph_of(root, "student", "student_split4.onnx", 4)
+    changed = replace(manifest, graphs=manifest.graphs + more, teacher=teacher, schedules=schedules)
     (root / FILE_NAME).write_text(changed.to_json())
     return root

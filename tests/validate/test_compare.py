@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import pytest
 from click.testing import CliRunner
 from msgspec import structs
 
+from ddexport.runtime.backends.onnxruntime import OnnxRuntime
+from ddexport.runtime.bundle import Graph, read_manifest, sha256_of
 from ddexport.runtime.bundle import Source as SourceFile
-from ddexport.runtime.bundle import read_manifest, sha256_of
 from ddexport.runtime.pipeline import Pipeline, load
-from ddexport.runtime.teacher import Choice
+from ddexport.runtime.teacher import Sampling
 from ddexport.validate.compare import compare, measure, noise_for, request_of, run_reference
 from ddexport.validate.metrics._base import Limits, Measurement
 from ddexport.validate.parity import command
@@ -25,7 +26,7 @@ from ddexport.validate.reference import ReferenceFilesError, TorchReference, bui
 
 TESTS = Path(__file__).parents[1]
 LIMITS = Limits(1e-3, 1e-4, 60.0, 2, 1e-4, 0.0, 1e-4, 60.0, 0.1)
-CHOICE = Choice(cfg=2.0, top_k=12, top_p=0.95, temperature=1.0)
+SAMPLING = Sampling(guidance_scale=2.0, top_k=12, top_p=0.95, temperature=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -63,27 +64,33 @@ def pipe(tiny: Path) -> Iterator[Pipeline]:
         yield pipeline
 
 
-class Faulty:
+class Faulty(OnnxRuntime):
     """Graphs of which one output is wrong, in the rows that `where` picks by the feeds."""
 
-    def __init__(self, graphs: Any, key: str, output: str, error: float, where: Any = None) -> None:
-        self.graphs, self.key, self.output, self.error, self.where = graphs, key, output, error, where
+    def __init__(
+        self,
+        pipe: Pipeline,
+        role: str,
+        output: str,
+        error: float,
+        where: Any = None,
+        split: int | None = None,
+    ) -> None:
+        super().__init__(pipe.root, pipe.manifest, pipe.backend.configuration, 1)
+        self.target, self.output, self.error, self.where = (role, split), output, error, where
         self.batches: list[int] = []
 
-    def run(self, key: str, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    def run(self, graph: Graph, feeds: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
         self.batches.append(len(next(iter(feeds.values()))))
-        outputs = dict(self.graphs.run(key, feeds))
-        if key == self.key:
+        outputs = super().run(graph, feeds, names)
+        if (graph.role, graph.split) == self.target and self.output in outputs:
             noise = np.random.default_rng(0).standard_normal(outputs[self.output].shape).astype(np.float32)
             if self.where is not None:
                 noise *= self.where(feeds, len(noise)).reshape(-1, *[1] * (noise.ndim - 1))
             outputs[self.output] = outputs[self.output] + np.float32(self.error) * noise
+            if graph.role == "student":
+                outputs["tokens"] = outputs["logits"].argmax(-1) if "logits" in outputs else outputs["tokens"]
         return outputs
-
-    def close(self) -> None:
-        """The real graphs are closed by their owner."""
-
-    batch_size = None
 
 
 def measured(pipe: Pipeline, reference: TorchReference, graphs: Any = None) -> list[Measurement]:
@@ -91,8 +98,8 @@ def measured(pipe: Pipeline, reference: TorchReference, graphs: Any = None) -> l
     noise = noise_for(reference, request)
     runs = run_reference(reference, request, noise, lambda rows: None)
     if graphs is not None:
-        pipe = Pipeline(pipe.manifest, pipe.labels, graphs, pipe.precision, pipe.codebook)
-    return measure(compare(pipe, runs, request, noise, CHOICE, lambda rows: None), LIMITS)
+        pipe = Pipeline(pipe.root, pipe.manifest, pipe.labels, graphs)
+    return measure(compare(pipe, runs, request, noise, SAMPLING, lambda rows: None), LIMITS)
 
 
 def test_a_bundle_agrees_with_its_reference(pipe: Pipeline, reference: TorchReference) -> None:
@@ -132,8 +139,8 @@ def test_a_bundle_agrees_with_its_reference(pipe: Pipeline, reference: TorchRefe
         ("teacher", "new_value_0", 0.5, "teacher alone, teacher (positions", "guided logits, largest error"),
         ("student", "logits", 0.01, "step 1 (known 0)", "logits, largest error"),
         ("student", "logits", 0.01, "step 1 (known 0)", "logits, rms error"),
-        ("student@5", "sequence", 0.01, "3 steps, student (known 5)", "embeddings, relative error"),
-        ("student@5", "sequence", 0.01, "3 steps, end to end", "sequence, relative error"),
+        ("student, split 5", "sequence", 0.01, "3 steps, student (known 5)", "embeddings, relative error"),
+        ("student, split 5", "sequence", 0.01, "3 steps, end to end", "sequence, relative error"),
         ("decoder", "image", 0.1, "decoder on the same sequence", "image, largest 8-bit difference"),
         ("decoder", "image", 0.1, "1 step, end to end", "8-bit image PSNR, dB"),
     ],
@@ -141,8 +148,11 @@ def test_a_bundle_agrees_with_its_reference(pipe: Pipeline, reference: TorchRefe
 def test_a_fault_is_seen_where_it_is(
     pipe: Pipeline, reference: TorchReference, key: str, output: str, error: float, where: str, name: str
 ) -> None:
+    role, split = ("student", 5) if key == "student, split 5" else (key, None)
     failed = [
-        row for row in measured(pipe, reference, Faulty(pipe.backend, key, output, error)) if not row.passed
+        row
+        for row in measured(pipe, reference, Faulty(pipe, role, output, error, split=split))
+        if not row.passed
     ]
     assert any(where in row.scope and row.name == name for row in failed)
     if key != "teacher":
@@ -151,9 +161,7 @@ def test_a_fault_is_seen_where_it_is(
 
 def test_tokens_are_forced_so_that_one_flip_is_one_flip(pipe: Pipeline, reference: TorchReference) -> None:
     """A fault in the first AR step does not change what the steps behind it are compared on."""
-    first = Faulty(
-        pipe.backend, "teacher", "logits", 3.0, lambda feeds, n: np.full(n, not feeds["filled"][0])
-    )
+    first = Faulty(pipe, "teacher", "logits", 3.0, lambda feeds, n: np.full(n, not feeds["filled"][0]))
     rows = measured(pipe, reference, first)
     scope, name = "teacher alone, teacher (positions 0 to 13)", "tokens that differ, drawn"
     (drawn,) = [row for row in rows if (row.scope, row.name) == (scope, name)]
@@ -173,7 +181,7 @@ def test_a_row_that_depends_on_its_batch_fails_against_itself(
 ) -> None:
     reference = build_reference(read_manifest(golden_bundle), golden_files, threads=1)
     with load(golden_bundle, "onnxruntime", threads=1) as pipe:
-        rows = measured(pipe, reference, Faulty(pipe.backend, "student", "sequence", 0.1, where))
+        rows = measured(pipe, reference, Faulty(pipe, "student", "sequence", 0.1, where))
     assert {row.scope for row in rows if not row.passed} & {
         "steps mixed in a batch",
         "batch sizes 1, 2, 3, 5",
@@ -181,7 +189,7 @@ def test_a_row_that_depends_on_its_batch_fails_against_itself(
 
 
 def test_runs_never_exceed_the_batch(pipe: Pipeline, reference: TorchReference) -> None:
-    graphs = Faulty(pipe.backend, "", "", 0.0)
+    graphs = Faulty(pipe, "", "", 0.0)
     measured(pipe, reference, graphs)
     assert set(graphs.batches) == {1, 2, 3, 5}
 

@@ -71,7 +71,8 @@ class TestGoodBundles:
         assert result.exit_code == 0, result.output
         assert "parity holds" in result.stdout
         names = {path.name for path in (bundle / "parity").iterdir()}
-        assert names == {"parity.json", "report.html", "worst.png", "margins.png", "golden.npz"}
+        reports = {"parity.json", "report.html", "worst.png", "margins.png", "golden.npz"}
+        assert names == reports | {"graphs.json"}
 
     def test_the_report_is_what_json_prints(self, golden_bundle, sources, tmp_path):
         options = ("--report", tmp_path / "r", "--json", "--images", 3, "--batch", 4, "--seed", 5)
@@ -82,7 +83,7 @@ class TestGoodBundles:
         assert (printed["images"], printed["seed"], len(printed["labels"])) == (3, 5, 3)
         assert printed["steps"] == ["1", "2"]
         assert "batch sizes 1, 2, 3, 4" in {one["scope"] for one in printed["measurements"]}
-        assert not (golden_bundle / "parity").exists()
+        assert [path.name for path in (golden_bundle / "parity").iterdir()] == ["graphs.json"]
 
     def test_a_custom_recipe_with_random_weights_passes(self, random_bundle, tmp_path):
         """The reference is built from the manifest alone: this recipe is in no folder."""
@@ -92,6 +93,7 @@ class TestGoodBundles:
 
     def test_a_read_only_bundle_is_compared_without_a_report(self, golden_bundle, sources, tmp_path):
         bundle = shutil.copytree(golden_bundle, tmp_path / "copy")
+        shutil.rmtree(bundle / "parity")
         (bundle / "parity").write_text("in the way")
         result = parity(bundle, *sources)
         assert result.exit_code == 0, result.output

@@ -11,12 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 from msgspec import structs
 
+from ddexport.runtime.backends import Configuration
 from ddexport.runtime.bundle import Manifest, read_manifest
 from ddexport.runtime.errors import BundleError
-from ddexport.runtime.options import Options
-from ddexport.runtime.selection import Candidate
 from ddexport.validate import cli, runners
-from ddexport.validate.runners import ENGINE, emulated_precision
+from ddexport.validate.runners import Emulated, emulated_precision
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ class TestCommand:
         result = parity(half_bundle, tmp_path, "--precision", precision)
         assert result.exit_code == 0, result.output
         data = json.loads(result.stdout)
-        assert (data["backend"], data["precision"]) == (ENGINE, precision)
+        assert (data["backend"], data["precision"]) == (Emulated.name, precision)
         manifest = read_manifest(half_bundle)
         assert data["limits"] == {**manifest.parity[precision], "provisional": False}
         assert "half rounding emulated" in (tmp_path / "report.html").read_text()
@@ -98,19 +97,20 @@ class TestChoice:
         return read_manifest(half_bundle, verify=False)
 
     def choose(
-        self, monkeypatch: pytest.MonkeyPatch, root: Path, manifest: Manifest, found: list[Candidate],
-        backend: str = "auto", precision: str | None = "fp16", emulate: bool | None = None,
+        self, monkeypatch: pytest.MonkeyPatch, root: Path, manifest: Manifest,
+        configurations: list[Configuration], backend: str = "auto", precision: str | None = "fp16",
+        emulate: bool | None = None,
     ) -> str | None:  # fmt: skip
-        monkeypatch.setattr(runners, "candidates", lambda *a, **k: found)
+        monkeypatch.setattr(runners, "configurations", lambda *a, **k: configurations)
         return emulated_precision(root, manifest, backend, precision, emulate)
 
     def test_a_gpu_computes_itself(
         self, monkeypatch: pytest.MonkeyPatch, half_bundle: Path, manifest: Manifest
     ) -> None:
         """TensorRT and ONNX Runtime on CUDA round by themselves: that is what is to be compared."""
-        engine = Candidate("tensorrt", "fp16", Options(), 3)
-        cuda = Candidate("onnxruntime", "fp16", Options(provider="cuda"), 2)
-        cpu = Candidate("onnxruntime", "fp16", Options(provider="cpu"), 0)
+        engine = Configuration("tensorrt", "cuda:0", "fp16", "fp16", 0)
+        cuda = Configuration("onnxruntime", "cuda:0", "fp16", "fp16", 1)
+        cpu = Configuration("onnxruntime", "cpu", "fp16", "fp16", 3)
         assert self.choose(monkeypatch, half_bundle, manifest, [engine, cpu]) is None
         assert self.choose(monkeypatch, half_bundle, manifest, [cuda, cpu]) is None
         assert self.choose(monkeypatch, half_bundle, manifest, [cpu]) == "fp16"
@@ -119,7 +119,7 @@ class TestChoice:
     def test_nothing_that_runs_is_emulated_too(
         self, monkeypatch: pytest.MonkeyPatch, half_bundle: Path, manifest: Manifest
     ) -> None:
-        none = Candidate("onnxruntime", "bf16", Options(), 0, ("no bf16 operators",))
+        none = Configuration("onnxruntime", "cpu", "bf16", "bf16", 3, "no bf16 operators")
         assert self.choose(monkeypatch, half_bundle, manifest, [none], precision="bf16") == "bf16"
 
     def test_what_was_asked_for_counts(self, half_bundle: Path, manifest: Manifest) -> None:

@@ -29,7 +29,7 @@ def sample(name: str, plan: Plan) -> tuple[list[Pass], np.ndarray, Any]:
     parts = {role: load_part(recipe, role, folder / file) for role, file in files.items()}
     connect(parts["student"], parts["tokenizer"])
     sampler = Sampler(
-        parts["student"], parts["tokenizer"], parts["teacher"], trainer(recipe.family).draw, GREEDY
+        parts["student"], parts["tokenizer"], parts["teacher"], trainer(recipe.family).generate, GREEDY
     )
     golden = np.load(folder / "expected.npz")
     passes = sampler.sample(golden["noise"], golden["labels"], plan, np.zeros(golden["noise"].shape[:2]))

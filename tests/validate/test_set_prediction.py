@@ -9,7 +9,7 @@ import torch
 
 from ddexport.recipe import load_recipe
 from ddexport.validate.image_sets import load_models
-from ddexport.validate.set_prediction import draw_until, one_pass_way, rest_at_once, teacher_of
+from ddexport.validate.set_prediction import draw_until, one_pass_runner, rest_at_once, teacher_of
 
 COUNT, STARTS = 4000, [0, 1, 2, 4]
 
@@ -108,7 +108,7 @@ def test_what_is_timed_runs_as_many_passes_as_are_stated(name, first, monkeypatc
         monkeypatch.setattr(kind, method, counted)
     sequence = models.recipe.sequence
     with torch.inference_mode():
-        way = one_pass_way(models, first)
-        out = way(torch.zeros(2, sequence.length, sequence.width), torch.tensor([1, 2]))
+        runner = one_pass_runner(models, first)
+        out = runner(torch.zeros(2, sequence.length, sequence.width), torch.tensor([1, 2]))
     assert passes == ["step"] * first + ["forward"]
     assert out.shape == (2, sequence.length, sequence.width)

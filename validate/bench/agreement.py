@@ -73,12 +73,12 @@ class Judge:
 
     manifest: Manifest
     schedule: Schedule
-    given: Inputs
+    inputs: Inputs
     expected: Outputs
 
     @property
     def places(self) -> tuple[str, ...]:
-        return tuple(f"image {i} (label {label})" for i, label in enumerate(self.given.labels))
+        return tuple(f"image {i} (label {label})" for i, label in enumerate(self.inputs.labels))
 
     def comparable(self, got: Outputs) -> BoolArray:
         """(B,): the images whose tokens all agree, so that their pictures can be compared."""
@@ -117,7 +117,7 @@ class Judge:
         )
 
     def _agreeing(self, got: Outputs, steps: int) -> BoolArray:
-        agree = np.ones(len(self.given.labels), dtype=np.bool_)
+        agree = np.ones(len(self.inputs.labels), dtype=np.bool_)
         for own, other in list(zip(self.expected.steps, got.steps, strict=True))[:steps]:
             agree &= (own.tokens == other.tokens).all(axis=1)
         return agree
@@ -158,7 +158,7 @@ class Judge:
                     self.expected.guided[image, same],
                     got.guided[image, same],
                     span.start,
-                    self.given.uniforms[image, span.start : end],
+                    self.inputs.uniforms[image, span.start : end],
                     sampling,
                     self.places[image],
                     itself=True,  # leaves out the law of many samples, which takes seconds
@@ -185,7 +185,7 @@ class Judge:
         if decoded is not None:
             yield "the image is that of the reference's sequence: a token differs in every image"
         elif left_out:
-            yield f"{left_out} of {len(self.given.labels)} images are left out: a token differs"
+            yield f"{left_out} of {len(self.inputs.labels)} images are left out: a token differs"
 
 
 def worst_of(agreements: Sequence[Agreement]) -> Agreement:

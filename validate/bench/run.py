@@ -199,8 +199,8 @@ def _judges(manifest: Manifest, plan: Plan, job_of: JobOf, start: Start) -> Mapp
                 judges[workload] = _text(error)
                 continue
             assert run.outputs is not None  # the first ones
-            given = inputs_of(manifest, workload.batch, job.seed)
-            judges[workload] = Judge(manifest, manifest.schedule(workload.steps), given, run.outputs)
+            inputs = inputs_of(manifest, workload.batch, job.seed)
+            judges[workload] = Judge(manifest, manifest.schedule(workload.steps), inputs, run.outputs)
     return judges
 
 

@@ -113,7 +113,7 @@ class TimedSampler:
         self.runner, self.manifest = runner, manifest
         self._codebook = read_codebook(root, manifest) if manifest.teacher else None
 
-    def run(self, schedule: Schedule, given: Inputs) -> tuple[Times, Outputs, list[Arrays]]:
+    def run(self, schedule: Schedule, inputs: Inputs) -> tuple[Times, Outputs, list[Arrays]]:
         """One run from labels and noise to 8-bit images, as the runtime does it, and what the student was
         fed. Raises DDError.
 
@@ -131,19 +131,19 @@ class TimedSampler:
         def picked(logits: FloatArray, positions: slice) -> IntArray:
             assert sampling is not None
             guided.append(np.array(logits, dtype=np.float32))
-            return choose(logits, given.uniforms[:, positions], sampling)
+            return choose(logits, inputs.uniforms[:, positions], sampling)
 
         def continued(span: Span, prefix: IntArray) -> IntArray:
             assert teacher is not None and sampling is not None
             graph, scale = partial(runner.run, TEACHER, None), sampling.guidance_scale
             new_cache = runner.new_cache
-            return generate(graph, teacher, span, prefix, given.labels, scale, picked, new_cache=new_cache)
+            return generate(graph, teacher, span, prefix, inputs.labels, scale, picked, new_cache=new_cache)
 
         began, alone = time.perf_counter(), None
         if sampling is not None and not schedule.known:
-            alone = runner.generate_alone(given.labels, picked, sampling.guidance_scale)
-        noise, codebook = given.noise, self._codebook
-        steps = [alone] if alone else sample(student, noise, given.labels, schedule, continued, codebook)
+            alone = runner.generate_alone(inputs.labels, picked, sampling.guidance_scale)
+        noise, codebook = inputs.noise, self._codebook
+        steps = [alone] if alone else sample(student, noise, inputs.labels, schedule, continued, codebook)
         sampled = time.perf_counter()
         image = runner.run("decoder", None, {"sequence": steps[-1].sequence})["image"]
         decoded = time.perf_counter()

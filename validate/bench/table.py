@@ -107,9 +107,9 @@ def work_line(rows: Sequence[Row], peaks: Peaks) -> str:
     for (threads, precision), peak in sorted(peaks.items(), key=lambda item: item[0][0]):
         rate = f"? ({precision}: {peak})" if isinstance(peak, str) else f"{peak:.0f} ({precision})"
         rates.setdefault(threads, []).append(rate)
-    given = [f"{', '.join(rates[n])} GFLOP/s with {n} thread{'s' * (n > 1)}" for n in rates]
+    speeds = [f"{', '.join(rates[n])} GFLOP/s with {n} thread{'s' * (n > 1)}" for n in rates]
     texts = [f"{', '.join(parts)} an image"] if parts else []
-    texts += [f"this machine multiplies at {'; '.join(given)}"] if given else []
+    texts += [f"this machine multiplies at {'; '.join(speeds)}"] if speeds else []
     return "; ".join(texts)
 
 

@@ -137,8 +137,8 @@ class LeanRunner(TorchRunner):
         teacher, classes = self.module(TEACHER).teacher, torch.from_numpy(labels)
         began = time.perf_counter()
         with torch.inference_mode():
-            draw = trainer(teacher.family).draw
-            tokens = draw(teacher, self._float_tokenizer, classes, choose, guidance_scale)
+            generate = trainer(teacher.family).generate
+            tokens = generate(teacher, self._float_tokenizer, classes, choose, guidance_scale)
             sequence = self._float_tokenizer.embed(tokens).numpy()
         numbers = np.asarray(tokens.numpy(), dtype=np.int64)
         return Step(numbers, sequence, TEACHER, time.perf_counter() - began)

@@ -50,16 +50,16 @@ class Session:
 
     def prepare(self, workload: Workload) -> Times:
         """Opens what the workload needs, and runs it once. Raises DDError."""
-        schedule, given = self._request(workload)
+        schedule, inputs = self._request(workload)
         self._sampler.runner.open(schedule)
-        return self._sampler.run(schedule, given)[0]
+        return self._sampler.run(schedule, inputs)[0]
 
     def run(self, workload: Workload, keep: bool = False) -> Run:
         """Runs it once more. keep: gives the outputs too, unless it gave the same before, or too many others.
         Raises DDError."""
-        schedule, given = self._request(workload)
+        schedule, inputs = self._request(workload)
         reset_peak()
-        times, outputs, fed = self._sampler.run(schedule, given)
+        times, outputs, fed = self._sampler.run(schedule, inputs)
         peak = peak_mib()
         if not keep or not self._is_new(workload, outputs):
             return Run(times, peak)

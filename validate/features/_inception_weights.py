@@ -109,9 +109,9 @@ def _load_torch(path: Path) -> Loaded:
 
 
 def _published_name(key: str) -> str:
-    found = re.match(r"(blocks\.\d)\.(\d)\.(.*)", key)
-    if found and found[1] in WRAPPED and int(found[2]) < len(WRAPPED[found[1]]):
-        return f"{WRAPPED[found[1]][int(found[2])]}.{found[3]}"
+    match = re.match(r"(blocks\.\d)\.(\d)\.(.*)", key)
+    if match and match[1] in WRAPPED and int(match[2]) < len(WRAPPED[match[1]]):
+        return f"{WRAPPED[match[1]][int(match[2])]}.{match[3]}"
     return key
 
 
@@ -172,8 +172,8 @@ def _load_onnx(path: Path) -> Loaded:
     names = _onnx_names(path, session)
 
     def run(images: Tensor) -> tuple[FloatArray, FloatArray | None]:
-        found = session.run(names[1:], {names[0]: images.numpy()})
-        flat = [np.asarray(array, dtype=np.float32).reshape(len(images), -1) for array in found]
+        outputs = session.run(names[1:], {names[0]: images.numpy()})
+        flat = [np.asarray(array, dtype=np.float32).reshape(len(images), -1) for array in outputs]
         return flat[0], flat[1] if len(flat) > 1 else None
 
     return Loaded(run, f"onnx:{sha256_of(path)}", len(names) > 2)

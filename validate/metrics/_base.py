@@ -173,7 +173,7 @@ class ImagePair:
 class TeacherPair:
     """A teacher run twice on the same tokens: guided logits (N, P, V) of the positions from `start` on.
 
-    uniforms (N, P): the numbers that the tokens are drawn by, as `sampling` says. The rest as in `StudentPair`.
+    uniforms (N, P): the numbers that tokens are chosen by, as `sampling` says. The rest as in `StudentPair`.
     """
 
     scope: str
@@ -225,14 +225,14 @@ class Comparison:
 
     def pictures(self) -> list[ImagePair]:
         """Every pair of images of bundle and reference."""
-        return [pair for pair in [*self.images, *(one.images() for one in self.drawn)] if not pair.itself]
+        return [pair for pair in [*self.images, *(drawn.images() for drawn in self.drawn)] if not pair.itself]
 
     def scopes(self) -> list[str]:
         """The names of what was compared: against the reference first, in the order in which it was run."""
         pairs: list[StudentPair | ImagePair | TeacherPair | DrawnPair]
         pairs = [*self.students, *self.teachers, *self.images, *self.drawn]
         named = [(pair.itself, pair.scope) for pair in pairs]
-        return [scope for _, scope in sorted(dict.fromkeys(named), key=lambda one: one[0])]
+        return [scope for _, scope in sorted(dict.fromkeys(named), key=lambda pair_scope: pair_scope[0])]
 
 
 Compare: TypeAlias = Callable[[Comparison, Limits], list[Measurement]]

@@ -24,15 +24,15 @@ MAX_DEVIATIONS = 5.0
 
 def measure(pair: TeacherPair, limits: Limits) -> list[Measurement]:
     """All rows of one pair."""
-    found = [_logits_error(pair, limits), _differing_largest(pair, limits)]
+    rows = [_logits_error(pair, limits), _differing_largest(pair, limits)]
     if not pair.itself:
         everywhere = np.ones(pair.expected.shape[:2], dtype=np.bool_)
-        found += distribution(pair.scope, pair.expected, pair.got, everywhere, limits)
+        rows += distribution(pair.scope, pair.expected, pair.got, everywhere, limits)
     if not pair.sampling.greedy:
-        found.append(_differing_drawn(pair, limits))
+        rows.append(_differing_drawn(pair, limits))
         if not pair.itself:
-            found.append(_law(pair))
-    return found
+            rows.append(_law(pair))
+    return rows
 
 
 def excused_draws(pair: TeacherPair, limit: float) -> tuple[BoolArray, BoolArray]:
@@ -70,7 +70,9 @@ def _is_close(
     return bool(upper[other] - mass[other] / mass.sum() - slack <= number <= upper[other] + slack)
 
 
-def chi_square(logits: FloatArray, reference: FloatArray, sampling: Sampling, draws: int) -> tuple[float, int]:
+def chi_square(
+    logits: FloatArray, reference: FloatArray, sampling: Sampling, draws: int
+) -> tuple[float, int]:
     """Of tokens drawn from `logits` (R, V) against the probabilities of `reference` (R, V), summed over the
     rows, and its degrees of freedom. In a row the codebook is cut, in index order, into up to `CELLS` runs.
     """

@@ -38,12 +38,12 @@ def drawn(pair: DrawnPair, limit: float) -> Measurement:
 def regressed(pair: StudentPair, limit: float) -> list[Measurement]:
     """Relative error of what the embedding head wrote, and, as information, the largest error."""
     mask = _positions(pair) >= np.maximum(pair.known, pair.split)[:, None]
-    found = [_relative(pair, "embeddings, relative error", limit, mask)]
+    rows = [_relative(pair, "embeddings, relative error", limit, mask)]
     if not pair.itself:
         largest, place = largest_difference(pair.expected.sequence, pair.got.sequence, mask)
         where = f"{pair.places[place[0]]}, position {place[1]}" if largest else ""
-        found.append(Measurement("embeddings", pair.scope, "embeddings, largest error", largest, where=where))
-    return found
+        rows.append(Measurement("embeddings", pair.scope, "embeddings, largest error", largest, where=where))
+    return rows
 
 
 def copied(pair: StudentPair, limit: float) -> Measurement:

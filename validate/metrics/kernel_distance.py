@@ -89,6 +89,9 @@ def _mean_off_diagonal(matrix: Float64Array) -> float:
 
 def _order(count: int, rows: int, subsets: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
     """(subsets, rows): row numbers, none twice in a subset, none again before all subsets of a round."""
-    each = count // rows
-    rounds = [rng.permutation(count)[: each * rows].reshape(each, rows) for _ in range(-(-subsets // each))]
+    per_round = count // rows
+    rounds = [
+        rng.permutation(count)[: per_round * rows].reshape(per_round, rows)
+        for _ in range(-(-subsets // per_round))
+    ]
     return np.asarray(np.concatenate(rounds)[:subsets], dtype=np.int64)

@@ -67,8 +67,8 @@ def coverage(generated: FloatArray, real: FloatArray, k: int = NEIGHBOURS, block
 
 def precision_recall(generated: FloatArray, real: FloatArray, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Both shares, of features (N, D), (M, D). Raises as `coverage`."""
-    found = coverage(generated, real, k)
-    return found.precision, found.recall
+    shares = coverage(generated, real, k)
+    return shares.precision, shares.recall
 
 
 def squared_distances(a: Float64Array, b: Float64Array) -> Float64Array:

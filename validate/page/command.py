@@ -38,8 +38,8 @@ def write_page(bundle: Path, target: Path, making: Any = None) -> tuple[Any, Pat
         troubles = make_missing(facts, making)
         facts = collect(bundle)
         facts.remarks += troubles
-    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    page = render(facts, made).encode()
+    created = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    page = render(facts, created).encode()
     make_directory(target.parent)
     with atomic_write(target) as stream:
         stream.write(page)
@@ -91,8 +91,8 @@ def command(
         click.echo(page)
     for remark in facts.remarks:
         click.echo(f"warning: {remark}", err=True)
-    for one in facts.missing:
-        click.echo(f"not measured: {one.what}: {one.command}", err=True)
+    for missing in facts.missing:
+        click.echo(f"not measured: {missing.what}: {missing.command}", err=True)
     if opened:
         click.launch(page.resolve().as_uri())
     kind, words = verdict(facts)

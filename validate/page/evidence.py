@@ -35,7 +35,7 @@ class EvidenceError(ValueError):
     """A file of evidence that does not hold what it should."""
 
 
-class Histogram(Record):
+class Histogram(Record, frozen=True):
     """Counts over equal bins of log10, from 10 ** low to 10 ** high; exact zeros apart."""
 
     low: Annotated[float, Meta(ge=-300, le=300)]
@@ -73,7 +73,7 @@ class Histogram(Record):
         )
 
 
-class Mismatch(Record):
+class Mismatch(Record, frozen=True):
     """A token that the bundle chose differently from the same input.
 
     margin: the reference's largest logit less its second. lost: less the one of the token that was chosen.
@@ -89,7 +89,7 @@ class Mismatch(Record):
     excused: bool
 
 
-class Worst(Record):
+class Worst(Record, frozen=True):
     """An image that differs, as both sides drew it, and the difference times `factor`. Pictures are PNG."""
 
     scope: str
@@ -101,14 +101,14 @@ class Worst(Record):
     difference: bytes
 
 
-class Sample(Record):
+class Sample(Record, frozen=True):
     """An image of the bundle: its class, and a picture."""
 
     label: Natural
     picture: bytes
 
 
-class Evidence(Record):
+class Evidence(Record, frozen=True):
     """All of one run in one precision; `manifest` is the SHA-256 of the bundle.json that it is of."""
 
     manifest: str
@@ -139,27 +139,30 @@ def closeness(comparison: Comparison, limit: float) -> dict[str, Any]:
         errors = errors.merged(
             Histogram.of(np.abs(pair.got.logits.astype(np.float64) - pair.expected.logits))
         )
-    found = sorted((one for pair in pairs for one in _mismatches(pair, limit)), key=lambda one: -one.lost)
+    mismatches = sorted(
+        (mismatch for pair in pairs for mismatch in _mismatches(pair, limit)),
+        key=lambda mismatch: -mismatch.lost,
+    )
     return {
         "token_margin": limit,
         "compared": int(sum(len(values) for values in decided)),
         "margins": Histogram.of(np.concatenate(decided)),
         "errors": errors,
-        "mismatches": tuple(found[:LISTED]),
-        "mismatched": len(found),
+        "mismatches": tuple(mismatches[:LISTED]),
+        "mismatched": len(mismatches),
     }
 
 
 def worst_cases(comparison: Comparison, count: int = 4) -> tuple[Worst, ...]:
     """The images that differ most from the reference's, each once, where it is worst."""
-    found = []
+    worst = []
     for pair, index, size in pictures.ranked(comparison.pictures())[:count]:
         factor = pictures.amplification(size)
         difference = np.abs(pair.got[index].astype(np.float64) - pair.expected[index]) * factor
         sides = (pair.expected[index], pair.got[index], difference)
         reference, bundle, amplified = (png(to_bytes(side)) for side in sides)
-        found.append(Worst(pair.scope, pair.places[index], size, factor, reference, bundle, amplified))
-    return tuple(found)
+        worst.append(Worst(pair.scope, pair.places[index], size, factor, reference, bundle, amplified))
+    return tuple(worst)
 
 
 def to_bytes(image: FloatArray | npt.NDArray[np.float64]) -> ByteImage:
@@ -183,9 +186,11 @@ def evidence_from_dict(data: Any) -> Evidence:
     except ValidationError as error:
         raise EvidenceError(str(error)) from error
     sides = ("reference", "bundle", "difference")
-    worst = [replace(one, **{side: _picture(getattr(one, side)) for side in sides}) for one in evidence.worst]
+    worst = [
+        replace(image, **{side: _picture(getattr(image, side)) for side in sides}) for image in evidence.worst
+    ]
     samples = {
-        steps: tuple(Sample(one.label, _picture(one.picture)) for one in images)
+        steps: tuple(Sample(sample.label, _picture(sample.picture)) for sample in images)
         for steps, images in evidence.samples.items()
     }
     return replace(evidence, worst=tuple(worst), samples=samples)
@@ -212,9 +217,9 @@ def _mismatches(pair: StudentPair, limit: float) -> list[Mismatch]:
 def _plain(value: Any) -> Any:
     """Numbers that JSON lacks as text."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

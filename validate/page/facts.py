@@ -61,7 +61,7 @@ class Facts:
     @property
     def failures(self) -> list[Measured]:
         """Every measurement past its limit, in any report."""
-        return [one for report in (*self.parity, *self.fid) for one in report.failures]
+        return [measurement for report in (*self.parity, *self.fid) for measurement in report.failures]
 
 
 def collect(bundle: Path, shown: str | None = None) -> Facts:
@@ -77,7 +77,7 @@ def collect(bundle: Path, shown: str | None = None) -> Facts:
     facts = Facts(bundle, manifest, sha256_of(bundle / FILE_NAME), tuple(labels.names))
     commands = _commands(manifest, shown or str(bundle))
     for path, data in _reports(bundle / FOLDER, facts.remarks):
-        for kind, found, reads, wanted in _readers(facts):
+        for kind, reports, reads, wanted in _readers(facts):
             if wanted(path.name, data):
                 if _stale(data, kind, facts):
                     again = commands[kind] + _other_precision(data, manifest)
@@ -85,13 +85,13 @@ def collect(bundle: Path, shown: str | None = None) -> Facts:
                         f"{path.name} is left out: it is not of this {FILE_NAME}; make it again: {again}"
                     )
                 else:
-                    _take(path, partial(reads, path, data), found, facts.remarks)
+                    _take(path, partial(reads, path, data), reports, facts.remarks)
                 break
     # A later run may have been written beside an earlier one: `parity.json` comes after `parity-fp32.json`.
-    facts.parity = list({one.precision: one for one in facts.parity}.values())
+    facts.parity = list({report.precision: report for report in facts.parity}.values())
     order = {precision: place for place, precision in enumerate(manifest.precisions)}
-    for found in (facts.parity, facts.fid, facts.evidence, facts.latency):
-        found.sort(key=lambda one: order.get(one.precision, len(order)))
+    for reports in (facts.parity, facts.fid, facts.evidence, facts.latency):
+        reports.sort(key=lambda report: order.get(report.precision, len(order)))
     for report in (*facts.parity, *facts.fid):
         if report.no_verdict:
             facts.remarks.append(f"{report.file} has no verdict: {report.no_verdict}")
@@ -145,13 +145,13 @@ def _readers(
     ]
 
 
-def _take(path: Path, read: Callable[[], Any], found: list[Any], remarks: list[str]) -> None:
+def _take(path: Path, read: Callable[[], Any], reports: list[Any], remarks: list[str]) -> None:
     try:
         result = read()
     except (ReportError, EvidenceError) as error:
         remarks.append(f"{path.name} is left out: {error}")
         return
-    found.extend(result if isinstance(result, list) else [result])
+    reports.extend(result if isinstance(result, list) else [result])
 
 
 def _reports(folder: Path, remarks: list[str]) -> Iterable[tuple[Path, Any]]:
@@ -177,8 +177,8 @@ def _other_precision(data: Any, manifest: Manifest) -> str:
 
 def _commands(manifest: Manifest, shown: str) -> dict[str, str]:
     """What makes the reports of a kind."""
-    given = manifest.weights.files if manifest.weights.kind == "checkpoint" else ()
-    options = {one.role: f" {FILE_OPTIONS[one.role]} {one.file}" for one in given}
+    checkpoints = manifest.weights.files if manifest.weights.kind == "checkpoint" else ()
+    options = {source.role: f" {FILE_OPTIONS[source.role]} {source.file}" for source in checkpoints}
     files = "".join(options.values())
     pairs = "".join(option for role, option in options.items() if role != TEACHER)
     again = f"ddexport validate report {shown} --run{files}"

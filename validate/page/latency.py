@@ -44,16 +44,16 @@ def latencies(source: str, data: Any) -> list[Latency]:
     if isinstance(data, dict) and isinstance(data.get("timings"), list):
         return _of_speed(source, data)
     rows = data.get("rows") if isinstance(data, dict) else data
-    return [row for one in rows for row in _row(source, one)] if isinstance(rows, list) else []
+    return [row for entry in rows for row in _row(source, entry)] if isinstance(rows, list) else []
 
 
 def measure(pipe: Pipeline, batches: tuple[int, ...] = (1, 8)) -> list[Latency]:
     """Times an open bundle: every schedule and batch size in turn, the median of up to `ROUNDS` rounds."""
     spent: dict[tuple[int, int], list[tuple[float, float]]] = {}
-    cases = [(steps, batch) for batch in batches for steps in sorted(pipe.manifest.schedules)]
+    workloads = [(steps, batch) for batch in batches for steps in sorted(pipe.manifest.schedules)]
     start = time.perf_counter()
     for number in range(ROUNDS + 1):
-        for steps, batch in cases:
+        for steps, batch in workloads:
             labels = [i % pipe.manifest.classes for i in range(batch)]
             seconds = pipe(labels, steps, output="numpy", batch_size=batch).seconds
             if number:  # the first round warms up
@@ -61,11 +61,11 @@ def measure(pipe: Pipeline, batches: tuple[int, ...] = (1, 8)) -> list[Latency]:
                 spent.setdefault((steps, batch), []).append((sum(seconds.values()) - decoder, decoder))
         if number and time.perf_counter() - start > MOST_SECONDS:
             break
-    found = []
+    rows = []
     for (steps, batch), times in spent.items():
-        student, decoder = (median(one[side] for one in times) * 1e3 for side in (0, 1))
-        total = median(sum(one) for one in times) * 1e3
-        found.append(
+        student, decoder = (median(parts[side] for parts in times) * 1e3 for side in (0, 1))
+        total = median(sum(parts) for parts in times) * 1e3
+        rows.append(
             Latency(
                 "",
                 pipe.backend.name,
@@ -78,7 +78,7 @@ def measure(pipe: Pipeline, batches: tuple[int, ...] = (1, 8)) -> list[Latency]:
                 batch * 1e3 / total,
             )
         )
-    return found
+    return rows
 
 
 def _row(source: str, data: Any) -> list[Latency]:
@@ -94,9 +94,9 @@ def _row(source: str, data: Any) -> list[Latency]:
 
 def _of_speed(source: str, data: Mapping[str, Any]) -> list[Latency]:
     """Its times are milliseconds an image, by batch size; the network's own are in `sequence`."""
-    found = []
-    for one in data["timings"]:
-        row: Mapping[str, Any] = one if isinstance(one, dict) else {}
+    rows = []
+    for timing in data["timings"]:
+        row: Mapping[str, Any] = timing if isinstance(timing, dict) else {}
         images, networks = row.get("image"), row.get("sequence")
         for batch, image in images.items() if isinstance(images, dict) else ():
             size, total = _positive(_as_number(batch)), _positive(image)
@@ -107,8 +107,8 @@ def _of_speed(source: str, data: Mapping[str, Any]) -> list[Latency]:
             student = None if student is None else student * size
             name = str(row.get("name", ""))[:80]
             times = (student, decoder, total * size, 1e3 / total)
-            found.append(Latency(source, "torch", "fp32", int(size), name, *times))
-    return found
+            rows.append(Latency(source, "torch", "fp32", int(size), name, *times))
+    return rows
 
 
 def _as_number(value: Any) -> Any:

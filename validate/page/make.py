@@ -148,8 +148,8 @@ def _opened(making: Making) -> Pipeline:
     return load(making.bundle, making.backend, making.threads, making.precision, verify=False)
 
 
-def _has(found: list[Any], precision: str) -> bool:
-    return any(one.precision == precision for one in found)
+def _has(reports: list[Any], precision: str) -> bool:
+    return any(report.precision == precision for report in reports)
 
 
 def _tried(what: str, work: Callable[[], None], troubles: list[str]) -> None:

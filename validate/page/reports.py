@@ -92,12 +92,12 @@ class Report(Struct, frozen=True, kw_only=True):
     @property
     def gated(self) -> tuple[Measured, ...]:
         """The measurements that are held to a limit."""
-        return tuple(one for one in self.measurements if one.gated)
+        return tuple(row for row in self.measurements if row.gated)
 
     @property
     def failures(self) -> tuple[Measured, ...]:
         """Those past their limit, where the report has a verdict."""
-        return () if self.no_verdict else tuple(one for one in self.gated if not one.passed)
+        return () if self.no_verdict else tuple(row for row in self.gated if not row.passed)
 
 
 class _Row(Struct):
@@ -139,8 +139,8 @@ def read_report(path: Path, data: Mapping[str, Any], kind: str, manifest: Manife
         file=path.name,
         kind=kind,
         measurements=tuple(
-            one.held_to(None if one.limit is None else limits.get(one.name, one.limit))
-            for one in report.measurements
+            row.held_to(None if row.limit is None else limits.get(row.name, row.limit))
+            for row in report.measurements
         ),
         no_verdict=report.no_verdict or unsaid,
     )

@@ -33,7 +33,7 @@ def closeness(
 
     While the two do not meet, no choice can have been turned by rounding. Mismatches are marked below.
     """
-    low, high = _decades((errors, margins), [limit, *(one.margin for one in mismatches)])
+    low, high = _decades((errors, margins), [limit, *(mismatch.margin for mismatch in mismatches)])
     across = _Log(low, high)
     parts = [
         *_bars(errors, across, "errors"),
@@ -41,10 +41,10 @@ def closeness(
         *_decade_axis(across),
         _text((LEFT + RIGHT) / 2, HEIGHT - 8, "difference of two logits", "middle", "tick"),
     ]
-    for one in mismatches:
-        x = across(one.margin)
-        kind = "excused" if one.excused else "fault"
-        label = escape(f"{one.place}, position {one.position}: margin {one.margin:.2g}")
+    for mismatch in mismatches:
+        x = across(mismatch.margin)
+        kind = "excused" if mismatch.excused else "fault"
+        label = escape(f"{mismatch.place}, position {mismatch.position}: margin {mismatch.margin:.2g}")
         shape = f"{x:.1f},{BOTTOM + 2} {x - 5:.1f},{BOTTOM + 12} {x + 5:.1f},{BOTTOM + 12}"
         parts.append(f'<polygon class="{kind}" points="{shape}"><title>{label}</title></polygon>')
     x = across(limit)
@@ -64,7 +64,7 @@ def against_steps(
 ) -> str:
     """Figures at named places, low values at the bottom from zero on; sides: (class, legend)."""
     finite = [p for p in points if math.isfinite(p.value)]
-    ends = [one for p in finite for one in (p.value, p.low, p.high) if one is not None and math.isfinite(one)]
+    ends = [end for p in finite for end in (p.value, p.low, p.high) if end is not None and math.isfinite(end)]
     top = _round_up(max(ends, default=1.0))
     bottom, left = BOTTOM + 26, LEFT + 44
     step = (RIGHT - left) / max(1, len(names))
@@ -143,11 +143,11 @@ class _Log:
 def _decades(histograms: Sequence[Histogram], values: Sequence[float]) -> tuple[int, int]:
     """The whole decades that hold every filled bin and value."""
     ends = [math.log10(value) for value in values if value > 0 and math.isfinite(value)]
-    for one in histograms:
-        width = (one.high - one.low) / len(one.counts)
-        filled = [number for number, count in enumerate(one.counts) if count]
-        ends += [one.low + width * number for number in filled]
-        ends += [one.low + width * (number + 1) for number in filled]
+    for histogram in histograms:
+        width = (histogram.high - histogram.low) / len(histogram.counts)
+        filled = [number for number, count in enumerate(histogram.counts) if count]
+        ends += [histogram.low + width * number for number in filled]
+        ends += [histogram.low + width * (number + 1) for number in filled]
     low, high = math.floor(min(ends, default=-1) + 1e-9), math.ceil(max(ends, default=0) - 1e-9)
     return max(low, -30), min(max(high, low + 1), 30)
 
@@ -155,17 +155,17 @@ def _decades(histograms: Sequence[Histogram], values: Sequence[float]) -> tuple[
 def _bars(histogram: Histogram, across: _Log, kind: str) -> list[str]:
     most = max(histogram.counts, default=0)
     width = (histogram.high - histogram.low) / max(1, len(histogram.counts))
-    found = []
+    bars = []
     for number, count in enumerate(histogram.counts):
         if count:
             left, right = (across(10.0 ** (histogram.low + width * n)) for n in (number, number + 1))
             tall = max(1.0, count / most * (BOTTOM - TOP))
             box = f'x="{left + 0.5:.1f}" y="{BOTTOM - tall:.1f}" width="{max(0.5, right - left - 1):.1f}"'
-            found.append(
+            bars.append(
                 f'<rect class="{kind}" {box} height="{tall:.1f}"><title>{count:,} at '
                 f"{10.0 ** (histogram.low + width * number):.1e}</title></rect>"
             )
-    return found
+    return bars
 
 
 def _decade_axis(across: _Log) -> list[str]:
@@ -194,8 +194,8 @@ def _round_up(value: float) -> float:
 def _nice(low: float, high: float) -> list[float]:
     """1, 2 and 5 times the powers of ten between two logarithms."""
     powers = range(math.floor(low), math.ceil(high) + 1)
-    found = [step * 10.0**power for power in powers for step in (1, 2, 5)]
-    return [value for value in found if low <= math.log10(value) <= high]
+    ticks = [step * 10.0**power for power in powers for step in (1, 2, 5)]
+    return [value for value in ticks if low <= math.log10(value) <= high]
 
 
 def _legend(x: float, y: float, kind: str, name: str) -> str:

@@ -29,8 +29,8 @@ CARDS = {  # measurements that are shown large: what the page calls them, and th
 }
 
 
-def render(facts: Facts, made: str) -> str:
-    """The page as one text; `made` says when. Raises DDError without jinja2."""
+def render(facts: Facts, created: str) -> str:
+    """The page as one text; `created` says when. Raises DDError without jinja2."""
     try:
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
@@ -57,12 +57,12 @@ def render(facts: Facts, made: str) -> str:
         facts=facts,
         manifest=facts.manifest,
         style=Markup((here / STYLE).read_text(encoding="utf-8")),
-        made=made,
+        created=created,
         verdict=verdict(facts),
         cards=cards(facts),
         latency_columns=latency_columns(facts),
         samples=samples(facts),
-        closeness=[(one, Markup(_closeness(one))) for one in facts.evidence],
+        closeness=[(evidence, Markup(_closeness(evidence))) for evidence in facts.evidence],
         steps=[(name, Markup(plot)) for name, plot in quality_plots(facts)],
         compared=Markup(_against_passes(facts)) if facts.comparison else "",
         versions=versions(facts),
@@ -74,10 +74,12 @@ def summary(facts: Facts) -> dict[str, Any]:
     """What is on the page, as plain data: everything but the pictures."""
     manifest = facts.manifest
     evidence = []
-    for one in facts.evidence:
-        data = {key: value for key, value in structs.asdict(one).items() if key not in ("samples", "worst")}
+    for entry in facts.evidence:
+        data = {key: value for key, value in structs.asdict(entry).items() if key not in ("samples", "worst")}
         shown = ("scope", "place", "size", "factor")
-        evidence.append(data | {"worst": [{key: getattr(case, key) for key in shown} for case in one.worst]})
+        evidence.append(
+            data | {"worst": [{key: getattr(image, key) for key in shown} for image in entry.worst]}
+        )
     kind, words = verdict(facts)
     data = {
         "bundle": facts.bundle,
@@ -121,61 +123,61 @@ def verdict(facts: Facts) -> tuple[str, str]:
 def cards(facts: Facts) -> list[dict[str, Any]]:
     """The few numbers to look at first: name, value, limit, what it is of, its class."""
     reports = (*facts.parity, *facts.fid)
-    found = []
+    cards = []
     for precision in dict.fromkeys(report.precision for report in reports):
         for report in reports:
             rows = _worst_by_name(report.gated) if report.precision == precision else {}
-            found += [
+            cards += [
                 _card(title, rows[name], unit, report)
                 for name, (title, unit) in CARDS.items()
                 if name in rows
             ]
-    return found
+    return cards
 
 
-def _card(title: str, one: Measured, unit: str, report: Report) -> dict[str, Any]:
-    sign = "at most" if one.direction == "at most" else "at least"
+def _card(title: str, row: Measured, unit: str, report: Report) -> dict[str, Any]:
+    sign = "at most" if row.direction == "at most" else "at least"
     return {
         "title": title,
-        "value": (number(one.value) if abs(one.value) >= 1 else f"{one.value:.2g}") + unit,
-        "limit": f"{sign} {number(one.limit)}{unit}",
+        "value": (number(row.value) if abs(row.value) >= 1 else f"{row.value:.2g}") + unit,
+        "limit": f"{sign} {number(row.limit)}{unit}",
         "of": f"{report.precision}, {report.images:,} images",
-        "kind": "bad" if not one.passed else "open" if report.no_verdict else "good",
+        "kind": "bad" if not row.passed else "open" if report.no_verdict else "good",
     }
 
 
 def _worst_by_name(rows: Sequence[Measured]) -> dict[str, Measured]:
     """Of the rows of one name that which is nearest to its limit, or furthest past it."""
-    found: dict[str, Measured] = {}
-    for one in rows:
-        if one.name not in found or room(one) > room(found[one.name]):
-            found[one.name] = one
-    return found
+    worst: dict[str, Measured] = {}
+    for row in rows:
+        if row.name not in worst or room(row) > room(worst[row.name]):
+            worst[row.name] = row
+    return worst
 
 
-def room(one: Measured) -> float:
+def room(row: Measured) -> float:
     """How much of the way to its limit a value has gone, over six decades: 0 to 1, and more past it."""
-    if one.limit is None:
+    if row.limit is None:
         return 0.0
-    if math.isnan(one.value):
+    if math.isnan(row.value):
         return 1.1
-    if one.direction == "at least":  # decibels: 20 are a factor of ten
-        decades = (one.limit - one.value) / 20
-    elif one.value <= 0:
+    if row.direction == "at least":  # decibels: 20 are a factor of ten
+        decades = (row.limit - row.value) / 20
+    elif row.value <= 0:
         return 0.0
     else:
-        decades = math.log10(one.value / one.limit) if one.limit > 0 else math.inf
-    return min(max(1 + decades / 6, 0.0 if one.passed else 1.01), 1.1)
+        decades = math.log10(row.value / row.limit) if row.limit > 0 else math.inf
+    return min(max(1 + decades / 6, 0.0 if row.passed else 1.01), 1.1)
 
 
 def scopes(rows: Sequence[Measured]) -> list[tuple[str, list[Measured]]]:
     """The measurements of a report by scope, in its order."""
-    return [(scope, list(group)) for scope, group in groupby(rows, key=lambda one: one.scope)]
+    return [(scope, list(group)) for scope, group in groupby(rows, key=lambda row: row.scope)]
 
 
 def fid_rows(report: Report) -> list[tuple[int, list[Quality]]]:
     """The figures of a report by schedule."""
-    return [(steps, list(group)) for steps, group in groupby(report.figures, key=lambda one: one.steps)]
+    return [(steps, list(group)) for steps, group in groupby(report.figures, key=lambda figure: figure.steps)]
 
 
 def latency_columns(facts: Facts) -> list[tuple[str, str]]:
@@ -193,39 +195,39 @@ def latency_columns(facts: Facts) -> list[tuple[str, str]]:
 def samples(facts: Facts) -> list[tuple[Evidence, int, list[tuple[str, bytes]]]]:
     """Evidence, steps, and (name of the class, picture) of each image."""
     return [
-        (one, steps, [(_label(facts, sample.label), sample.picture) for sample in images])
-        for one in facts.evidence
-        for steps, images in sorted(one.samples.items())
+        (evidence, steps, [(_label(facts, sample.label), sample.picture) for sample in images])
+        for evidence in facts.evidence
+        for steps, images in sorted(evidence.samples.items())
     ]
 
 
 def quality_plots(facts: Facts) -> list[tuple[str, str]]:
     """A plot of FID against steps for every report that has it."""
-    found = []
+    plots = []
     for report in facts.fid:
-        rows = [one for one in report.figures if one.name == "FID"]
+        rows = [row for row in report.figures if row.name == "FID"]
         if not rows:
             continue
-        names = [f"{one.steps} step{'s' * (one.steps > 1)}" for one in rows]
+        names = [f"{row.steps} step{'s' * (row.steps > 1)}" for row in rows]
         points = [
             svg.Point(place, value.value, value.low, value.high, side)
-            for place, one in enumerate(rows)
-            for side, value in (("side-bundle", one.bundle), ("side-reference", one.reference))
+            for place, row in enumerate(rows)
+            for side, value in (("side-bundle", row.bundle), ("side-reference", row.reference))
             if value is not None
         ]
         sides = [("side-bundle", "bundle")]
-        sides += [("side-reference", "PyTorch")] if any(one.reference for one in rows) else []
+        sides += [("side-reference", "PyTorch")] if any(row.reference for row in rows) else []
         title = f"FID against the number of steps, {report.precision}, features {report.features}"
-        found.append((title, svg.against_steps(points, names, sides, title)))
-    return found
+        plots.append((title, svg.against_steps(points, names, sides, title)))
+    return plots
 
 
 def versions(facts: Facts) -> dict[str, str]:
     """Of the tools that made the bundle, then of those that measured it."""
-    found = {f"{name} (export)": str(version) for name, version in facts.manifest.tools.items()}
+    tools = {f"{name} (export)": str(version) for name, version in facts.manifest.tools.items()}
     for report in (*facts.parity, *facts.fid):
-        found |= {f"{name} ({report.kind})": version for name, version in report.versions.items()}
-    return found
+        tools |= {f"{name} ({report.kind})": version for name, version in report.versions.items()}
+    return tools
 
 
 def number(value: float | None) -> str:
@@ -237,14 +239,16 @@ def number(value: float | None) -> str:
     return {"inf": "infinite", "nan": "not a number"}.get(str(value), f"{value:.4g}")
 
 
-def figure(one: Interval | None, sign: bool = False) -> str:
+def figure(interval: Interval | None, sign: bool = False) -> str:
     """`0.431 [0.402, 0.467]`."""
-    if one is None:
+    if interval is None:
         return ""
     plus = "+" if sign else ""
-    text = f"{one.value:{plus}.4g}" if math.isfinite(one.value) else number(one.value)
+    text = f"{interval.value:{plus}.4g}" if math.isfinite(interval.value) else number(interval.value)
     return (
-        text if one.low is None or one.high is None else f"{text} [{one.low:{plus}.3g}, {one.high:{plus}.3g}]"
+        text
+        if interval.low is None or interval.high is None
+        else f"{text} [{interval.low:{plus}.3g}, {interval.high:{plus}.3g}]"
     )
 
 
@@ -270,16 +274,16 @@ def _against_passes(facts: Facts) -> str:
     kinds = {"teacher": "side-teacher", "DD": "side-bundle"}
     points = [
         (
-            one.name,
-            float(one.passes),
-            one.frechet,
-            kinds.get(one.name.split()[0] if one.name else "", "side-reference"),
+            row.name,
+            float(row.passes),
+            row.frechet,
+            kinds.get(row.name.split()[0] if row.name else "", "side-reference"),
         )
-        for one in facts.comparison
+        for row in facts.comparison
     ]
     return svg.against_passes(points, "Frechet distance against passes of a network")
 
 
-def _closeness(one: Evidence) -> str:
-    title = f"errors of logits and margins between choices, {one.precision}"
-    return svg.closeness(one.errors, one.margins, one.token_margin, one.mismatches, title)
+def _closeness(evidence: Evidence) -> str:
+    title = f"errors of logits and margins between choices, {evidence.precision}"
+    return svg.closeness(evidence.errors, evidence.margins, evidence.token_margin, evidence.mismatches, title)

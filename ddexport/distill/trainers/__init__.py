@@ -38,7 +38,7 @@ class Trainer(Protocol):
     def teacher_inputs(self, tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
         """What the teacher reads to predict all tokens (B, L) at once, each from the AR steps before."""
 
-    def draw(
+    def generate(
         self,
         teacher: Any,
         tokenizer: Tokenizer,

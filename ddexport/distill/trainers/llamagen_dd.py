@@ -14,7 +14,7 @@ from ddexport.distill.trainers import Choose
 from ddexport.families._llamagen_tokenizer import RasterTokenizer
 from ddexport.families.llamagen_dd import LlamaGenStudent, LlamaGenTeacher, guided
 
-UNGUIDED = 1.0  # LlamaGen's strength that leaves the conditional model as it is
+UNGUIDED = 1.0  # LlamaGen's scale that leaves the conditional model as it is
 
 
 def latent(tokenizer: RasterTokenizer, images: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def teacher_inputs(tokenizer: RasterTokenizer, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draw(
+def generate(
     teacher: LlamaGenTeacher,
     tokenizer: RasterTokenizer,
     labels: Tensor,

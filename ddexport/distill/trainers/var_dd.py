@@ -28,14 +28,14 @@ def partial_latents(tokenizer: MultiScaleTokenizer, latent: Tensor) -> tuple[Ten
     the tokens (B, L) int64.
     """
     rest, total = latent.detach(), torch.zeros_like(latent)
-    sums, found = [], []
+    sums, tokens = [], []
     for k in range(len(tokenizer.scales)):
         indices = tokenizer.nearest(tokenizer.next_features(rest, k))
         added = tokenizer.contribution(tokenizer.embed(indices), k)
         total, rest = total + added, rest - added.detach()
         sums.append(total)
-        found.append(indices)
-    return torch.stack(sums), torch.cat(found, 1)
+        tokens.append(indices)
+    return torch.stack(sums), torch.cat(tokens, 1)
 
 
 def residual_vectors(tokenizer: MultiScaleTokenizer, latent: Tensor) -> list[Tensor]:
@@ -86,7 +86,7 @@ def teacher_inputs(tokenizer: MultiScaleTokenizer, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draw(
+def generate(
     teacher: VarTeacher,
     tokenizer: MultiScaleTokenizer,
     labels: Tensor,
@@ -100,7 +100,7 @@ def draw(
     `prefix`, tokens (B, n) of whole scales, is read in one pass with the first scale drawn, in which all
     positions see each other, as in the published sampler.
     """
-    scales, given = len(tokenizer.scales), 0 if prefix is None else prefix.shape[1]
+    scales, prefix_length = len(tokenizer.scales), 0 if prefix is None else prefix.shape[1]
     cache = teacher.new_cache()
     pair = torch.cat([labels, torch.full_like(labels, teacher.geometry.classes)]) if guidance else labels
     unread = [torch.zeros(len(labels), 1, tokenizer.codebook.shape[1], device=labels.device)]
@@ -109,7 +109,7 @@ def draw(
     for k, (a, b) in enumerate(pairwise(tokenizer.starts)):
         if a == end:
             break
-        if prefix is not None and a < given:
+        if prefix is not None and a < prefix_length:
             tokens.append(prefix[:, a:b])
         else:
             features = torch.cat(unread, 1)

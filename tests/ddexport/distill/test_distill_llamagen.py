@@ -14,7 +14,7 @@ from ddexport.commands.distill import command
 from ddexport.distill.pairs import mapped_tokens
 from ddexport.distill.settings import PairSettings, distill_settings
 from ddexport.distill.student import student_loss
-from ddexport.distill.teacher import draw, log_probabilities
+from ddexport.distill.teacher import generate, log_probabilities
 from ddexport.distill.tokenizer import seed_codebook
 from ddexport.distill.train import STAGES
 from ddexport.distill.trainers import trainer
@@ -124,7 +124,7 @@ def met_while_drawing(teacher, tokenizer, labels, guidance):
         met.append(log_p)
         return log_p.argmax(-1)
 
-    return draw(teacher, tokenizer, labels, choose, guidance), torch.cat(met, 1)
+    return generate(teacher, tokenizer, labels, choose, guidance), torch.cat(met, 1)
 
 
 def test_sampling_token_by_token_uses_the_trained_conditionals(teacher, tokenizer):

@@ -11,7 +11,7 @@ from ddexport.distill.loop import Run
 from ddexport.distill.pairs import make_pairs, mapped_tokens
 from ddexport.distill.settings import PairSettings
 from ddexport.distill.student import student_loss
-from ddexport.distill.teacher import at_random, draw, log_probabilities
+from ddexport.distill.teacher import at_random, generate, log_probabilities
 from ddexport.distill.tokenizer import quiet_residuals, seed_codebook
 from ddexport.distill.trainers import trainer
 from ddexport.distill.trainers.var_dd import (
@@ -108,7 +108,7 @@ def test_sampling_scale_by_scale_uses_the_trained_conditionals(teacher, tokenize
         return log_p.argmax(-1)
 
     labels = torch.tensor([0, 3, 9])
-    tokens = draw(teacher, tokenizer, labels, choose, guidance=0.0)
+    tokens = generate(teacher, tokenizer, labels, choose, guidance=0.0)
     with torch.no_grad():
         logits = teacher(tokenizer.teacher_features(tokenizer.embed(tokens)), labels)
     torch.testing.assert_close(torch.cat(met, 1), log_probabilities(logits), atol=1e-4, rtol=0)
@@ -122,7 +122,7 @@ def test_guidance_grows_with_the_scale_and_leaves_the_first_alone(teacher, token
             found.append(log_p)
             return torch.zeros(log_p.shape[:-1], dtype=torch.int64)
 
-        draw(teacher, tokenizer, torch.tensor([1, 2]), choose, guidance)
+        generate(teacher, tokenizer, torch.tensor([1, 2]), choose, guidance)
         return found
 
     plain, strong = met_with(0.0), met_with(2.0)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ddexport.runtime.teacher import Choice
+from ddexport.runtime.teacher import Sampling
 from ddexport.validate.metrics import images
 from ddexport.validate.metrics._base import ImagePair, Limits, TeacherPair
 from ddexport.validate.metrics._draws import excused_draws
@@ -27,9 +27,9 @@ def test_the_images_measure_is_that_of_the_worst_one():
 
 def excused(expected, got, number, *, top_k=9, temperature=1.0):
     """Whether it is, for one position whose tokens differ."""
-    choice = Choice(cfg=1.0, top_k=top_k, top_p=1.0, temperature=temperature)
+    sampling = Sampling(guidance_scale=1.0, top_k=top_k, top_p=1.0, temperature=temperature)
     pair = TeacherPair(
-        "teacher", *np.array([[[expected]], [[got]]], np.float64), 0, np.array([[number]]), choice, ("a",)
+        "teacher", *np.array([[[expected]], [[got]]], np.float64), 0, np.array([[number]]), sampling, ("a",)
     )
     differing, pardoned = excused_draws(pair, LIMIT)
     assert differing.tolist() == [[True]]
