@@ -199,7 +199,7 @@ class TestMistakes:
     def test_unknown_key_in_a_recipe(self, golden_dir: Path, tmp_path: Path) -> None:
         path = tmp_path / "my.yaml"
         path.write_text((golden_dir / "recipe.yaml").read_text().replace("classes:", "clases:"))
-        assert "unknown key clases" in failure(invoke("onnx", "--model", path, "--random-weights", 0))
+        assert "unknown field `clases`" in failure(invoke("onnx", "--model", path, "--random-weights", 0))
 
     def test_both_files_and_random_weights(self, onnx: Run) -> None:
         result = onnx("--random-weights", 0)

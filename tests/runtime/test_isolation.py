@@ -18,8 +18,9 @@ import atexit, json, sys
 
 @atexit.register
 def tell():
-    ours = {{id(m): m for m in list(sys.modules.values()) if {str(ROOT)!r} in str(getattr(m, "__file__", None))}}
-    files = [m.__file__ for m in ours.values() if ".venv" not in m.__file__]
+    modules = {{id(m): m for m in sys.modules.values() if {str(ROOT)!r} in str(getattr(m, "__file__", ""))}}
+    ours = {{key: m for key, m in modules.items() if ".venv" not in m.__file__}}
+    files = [m.__file__ for m in ours.values()]
     errors = {{id(m.__dict__["DDError"]) for m in ours.values() if "DDError" in m.__dict__}}
     print(json.dumps([sorted({{f for f in files if files.count(f) > 1}}), len(errors)]), file=sys.stderr)
 """
