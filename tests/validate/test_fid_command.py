@@ -246,12 +246,12 @@ class TestPlantedFaults:
         from onnx import helper
 
         def edit(graph):
-            users = [node for node in graph.node if "tokens" in node.input]
+            users = [node for node in graph.node if "latents" in node.input]
             for node in users:
-                names = ["negated" if name == "tokens" else name for name in node.input]
+                names = ["negated" if name == "latents" else name for name in node.input]
                 del node.input[:]
                 node.input.extend(names)
-            graph.node.insert(0, helper.make_node("Neg", ["tokens"], ["negated"]))
+            graph.node.insert(0, helper.make_node("Neg", ["latents"], ["negated"]))
 
         result = fid(planted(edit), "--json")
         assert result.exit_code == 3, result.output

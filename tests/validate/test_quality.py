@@ -212,7 +212,7 @@ def test_sampling_here_is_the_modules_own_forward(models):
     noise, labels = torch.randn(4, 30, 8), torch.arange(4)
     split = models.recipe.sequence.split
     with torch.no_grad():
-        sequence, _ = models.student(noise, labels, torch.zeros(4, dtype=torch.int64))
+        sequence, *_ = models.student(noise, labels, torch.zeros(4, dtype=torch.int64))
     torch.testing.assert_close(
         student_sequences(models, noise, labels, (0,), split), sequence, atol=1e-5, rtol=0
     )

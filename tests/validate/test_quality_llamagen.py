@@ -57,7 +57,7 @@ def test_sampling_here_is_the_modules_own_forward(models):
     noise, labels = torch.randn(3, 16, 8), torch.tensor([0, 4, 9])
     split = models.recipe.sequence.split
     with torch.no_grad():
-        sequence, _ = models.student(noise, labels, torch.zeros(3, dtype=torch.int64))
+        sequence, *_ = models.student(noise, labels, torch.zeros(3, dtype=torch.int64))
     torch.testing.assert_close(student_sequences(models, noise, labels, (0,), split), sequence)
     two = student_sequences(models, noise, labels, (0, 8), split)
     assert torch.equal(two[:, :8], sequence[:, :8]) and not torch.equal(two[:, 8:], sequence[:, 8:])

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from ddexport.families import family
-from ddexport.families._checkpoint import connect, load_part
+from ddexport.families._checkpoint import load_part
 from ddexport.families._var_tokenizer import phi_of_scale
 from ddexport.families.var_dd import guided
 from ddexport.recipe import load_recipe, recipe_from_dict
 from ddexport.runtime.errors import DDError
-from ddexport.validate.bench.published import var_dd
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "var-dd-small"
 TOLERANCE = 2e-5
@@ -28,108 +27,23 @@ def expected():
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 
 
-def recipe_with_split(split):
-    data = load_recipe(str(GOLDEN / "recipe.yaml")).to_dict()
-    data["sequence"]["split"] = split
-    return recipe_from_dict(data)
-
-
-def load_student(split=5, weights="ema"):
-    recipe = recipe_with_split(split)
-    student = load_part(recipe, "student", GOLDEN / "student.pth", weights)
-    connect(student, load_part(recipe, "tokenizer", GOLDEN / "vae.pth"))
-    return student
+@pytest.fixture(scope="module")
+def recipe():
+    return load_recipe(str(GOLDEN / "recipe.yaml"))
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return load_part(recipe_with_split(5), "tokenizer", GOLDEN / "vae.pth")
+def tokenizer(recipe):
+    return load_part(recipe, "tokenizer", GOLDEN / "vae.pth")
 
 
 @pytest.fixture(scope="module")
-def teacher():
-    return load_part(recipe_with_split(5), "teacher", GOLDEN / "teacher.pth")
+def teacher(recipe):
+    return load_part(recipe, "teacher", GOLDEN / "teacher.pth")
 
 
 def close(got, wanted):
     torch.testing.assert_close(got, wanted, rtol=0, atol=TOLERANCE)
-
-
-CASES = {
-    "onestep": ((0,), 5),
-    "twostep": ((0, 5), 5),
-    "twostep_split3": ((0, 5), 14),
-    "twostep_split1": ((0, 5), 1),
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("tabulated", [False, True])
-@pytest.mark.parametrize("case", CASES)
-def test_each_step_is_the_published_one(case, tabulated, expected, tokenizer):
-    """Input, both heads, tokens and sequence of every step, and the image: one step, two steps, other
-    splits."""
-    schedule, split = CASES[case]
-    student = load_student(split)
-    if tabulated:
-        student.tabulate()
-    sequence = expected["noise"]
-    for n, known in enumerate(schedule):
-        tokens = torch.cat([sequence[:, :known], expected["noise"][:, known:]], dim=1)
-        count = torch.full((2,), known)
-        logits, embeddings = student.heads(tokens, expected["labels"], count)
-        sequence, codes, used = student(tokens, expected["labels"], count)
-        prefix = f"{case}_step{n}"
-        for name, value in (("input", tokens), ("raw_logits", logits), ("raw_conti", embeddings)):
-            if f"{prefix}_{name}" in expected:
-                close(value, expected[f"{prefix}_{name}"])
-        if f"{prefix}_raw_logits" in expected:
-            assert torch.equal(codes, expected[f"{prefix}_raw_logits"][:, :split].argmax(-1))
-        assert torch.equal(codes, used.argmax(-1))
-        close(sequence, expected[f"{prefix}_sequence"])
-    if f"{case}_image" in expected:
-        close(tokenizer(sequence), expected[f"{case}_image"])
-
-
-@torch.no_grad()
-def test_the_other_copy_of_the_weights_is_another_model(expected):
-    """`--weights model` reads the set that is not sampled with; it must not be taken for the right one."""
-    known = torch.zeros(2, dtype=torch.int64)
-    ema = load_student()(expected["noise"], expected["labels"], known)[0]
-    other = load_student(weights="model")(expected["noise"], expected["labels"], known)[0]
-    close(other, expected["nonema_onestep_step0_sequence"])
-    assert (ema - other).abs().max() > 0.1
-
-
-@torch.no_grad()
-def test_known_is_per_image(expected):
-    """One batch may mix first and second steps."""
-    student = load_student()
-    first, second = expected["onestep_step0_input"], expected["twostep_step1_input"]
-    tokens = torch.cat([first[:1], second[1:]])
-    sequence = student(tokens, expected["labels"], torch.tensor([0, 5]))[0]
-    close(sequence[0], expected["onestep_step0_sequence"][0])
-    close(sequence[1], expected["twostep_step1_sequence"][1])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("known", [0, 1, 5, 14])
-def test_the_simplifications_change_nothing(known, expected):
-    """Two noise-or-data rows for all projections, tables for classes, heads where used, known passed
-    through."""
-    student = load_student()
-    codes = student.codebook[torch.arange(60).view(2, 30) % 64]
-    tokens = torch.cat([codes[:, :known], expected["noise"][:, known:]], dim=1)
-    wanted, logits, embeddings = var_dd.literal_step(student, tokens, expected["labels"], known)
-    count = torch.full((2,), known)
-    for _ in range(2):  # as loaded, then tabulated
-        own_logits, own_embeddings = student.heads(tokens, expected["labels"], count)
-        sequence, _, used = student(tokens, expected["labels"], count)
-        torch.testing.assert_close(own_logits, logits, rtol=0, atol=1e-5)
-        torch.testing.assert_close(own_embeddings, embeddings, rtol=0, atol=1e-5)
-        torch.testing.assert_close(used, logits[:, : used.shape[1]], rtol=0, atol=1e-5)
-        torch.testing.assert_close(sequence, wanted, rtol=0, atol=1e-5)
-        student.tabulate()
 
 
 @torch.no_grad()
@@ -178,9 +92,9 @@ def test_teacher_forcing_equals_sampling(expected, tokenizer, teacher):
 
 
 @torch.no_grad()
-def test_student_mask_hides_the_own_scale(expected):
+def test_student_mask_hides_the_own_scale(expected, recipe):
     """Moving one position changes itself and later scales, and nothing of its own or earlier scales."""
-    student, known = load_student(), torch.zeros(2, dtype=torch.int64)
+    student, known = load_part(recipe, "student", GOLDEN / "student.pth"), torch.zeros(2, dtype=torch.int64)
     moved = expected["noise"].clone()
     moved[:, 7] += 1.0  # inside the third scale, positions 5 to 13
     before, _ = student.heads(expected["noise"], expected["labels"], known)
