@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
@@ -51,11 +52,30 @@ def convert(
     try:
         return msgspec.convert(data, kind, str_keys=True)
     except (msgspec.ValidationError, RecursionError) as failure:
-        text = str(failure)
+        text = _named(kind, data, str(failure))
         unknown = re.search(r"unknown field `(.*?)`", text)
         near = difflib.get_close_matches(unknown[1], _keys(kind, set()), 1) if unknown else []
         hint = f"Did you mean {near[0]}?" if near else hint
         raise error(f"{file}: {text.replace('`$.', '`')}", hint) from failure
+
+
+def _named(kind: Any, data: Any, text: str) -> str:
+    """msgspec writes `[...]` for the key of a dict. It is found by leaving out the other keys."""
+    head, dots, rest = text.partition("[...]")
+    if not dots:
+        return text
+    narrowed = node = copy.deepcopy(data)
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", head.rpartition("`$")[2]):
+        node = node[name] if name else node[int(index)]
+    for key, value in dict(node).items():
+        node.clear()
+        node[key] = value
+        try:
+            msgspec.convert(narrowed, kind, str_keys=True)
+        except msgspec.ValidationError as failure:
+            if str(failure) == text:
+                return f"{head}.{key}{rest}"
+    return text
 
 
 def to_json(record: Any) -> str:

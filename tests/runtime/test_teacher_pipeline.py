@@ -216,6 +216,17 @@ def test_several_threads_open_the_teacher_once_and_draw_what_each_draws_alone(
                 np.testing.assert_array_equal(one.tokens, other.tokens)
 
 
+def test_the_teacher_runs_in_the_precision_of_the_student_if_it_can(teacher_bundle: Path, toy: Any) -> None:
+    """And then in the same engine, which else is another one, in float32."""
+    for precision in ("fp16", "int8"):
+        toy.add_precision(teacher_bundle, precision)
+    toy.change(teacher_bundle, lambda m: m["graphs"].append(m["graphs"][2] | {"precision": "fp16"}))
+    for precision, own in (("fp32", "fp32"), ("fp16", "fp16"), ("int8", "fp32")):
+        with runtime.load(teacher_bundle, "onnxruntime", precision=precision) as pipe:
+            assert pipe.teacher_backend and pipe.teacher_backend.configuration.precision == own
+            assert (pipe.teacher_backend is pipe.backend) == (precision == own)
+
+
 def test_a_bad_codebook_opens_no_engine(teacher_bundle: Path, toy: Any, opened: list[str]) -> None:
     np.save(teacher_bundle / "codebook.npy", np.zeros((4, 4), np.float32))
     toy.put_file(teacher_bundle, "codebook.npy", (teacher_bundle / "codebook.npy").read_bytes())
