@@ -147,9 +147,8 @@ def sample(
                 on_pass=bar.advance,
                 **sampling,
             )
-            if into_directory:
-                batches = _written(batches, Path(output), keep=dump is not None)
-            result = joined(list(batches))
+            folder = Path(output) if into_directory else None
+            result = joined(list(_kept(batches, folder, dump is not None)))
         _write(result, None if into_directory else Path(output), dump, len(numbers), num_images)
         chosen = pipe.backend.configuration
         return {
@@ -231,19 +230,26 @@ def _labels(own: NDArray[np.int64] | None, labels: tuple[str, ...], pipe: Pipeli
     return [number * (classes - 1) // (SHOWN_CLASSES - 1) for number in range(SHOWN_CLASSES)]
 
 
-def _written(batches: Iterator[Result], folder: Path, keep: bool) -> Iterator[Result]:
-    """Writes one file an image, and passes on what a dump needs; times alone without one."""
+def _kept(batches: Iterator[Result], folder: Path | None, everything: bool) -> Iterator[Result]:
+    """Writes one file an image into a folder, and passes on what is still needed: all for a dump, else the
+    images for a picture, else the times alone."""
     from dataclasses import replace
 
     from ddexport.runtime.files import write_image
     from ddexport.runtime.images import to_pil
 
-    number = 0
+    count = 0
     for batch in batches:
-        for image, label in zip(to_pil(batch.images), batch.labels, strict=True):  # type: ignore[arg-type]
-            write_image(folder / f"{number:05d}-class{label:04d}.png", image)
-            number += 1
-        yield batch if keep else replace(batch, images=batch.images[:0], noise=batch.noise[:0], steps=[])
+        if folder is not None:
+            images = zip(to_pil(batch.images), batch.labels, strict=True)  # type: ignore[arg-type]
+            for number, (image, label) in enumerate(images, count):
+                write_image(folder / f"{number:05d}-class{label:04d}.png", image)
+            count += len(batch)
+        if everything:
+            yield batch
+        else:
+            shown = batch.images[:0] if folder else batch.images
+            yield replace(batch, images=shown, noise=batch.noise[:0], steps=[], uniforms=None)
 
 
 def _write(result: Result, picture: Path | None, dump: Path | None, labels: int, num_images: int) -> None:
