@@ -81,17 +81,18 @@ class OnnxRuntime(Backend):
         cls, root: Path, manifest: Manifest, precision: str | None, device: str | None
     ) -> list[Configuration]:
         wanted = precision or manifest.precisions[0]
-        missing = import_fault("onnxruntime", "cpu")
+        obstacle = ""
         if version_of("onnxruntime") and version_of("onnxruntime-gpu"):
-            missing = f"onnxruntime and onnxruntime-gpu overwrite each other's files: {GPU_PACKAGE}"
-        if wanted not in manifest.precisions:
-            missing = missing or f"the bundle has no graphs in {wanted}"
+            obstacle = f"onnxruntime and onnxruntime-gpu overwrite each other's files: {GPU_PACKAGE}"
+        elif wanted not in manifest.precisions:
+            obstacle = f"the bundle has no graphs in {wanted}"
         configurations = []
-        for place, rank in (("cuda", CUDA), ("cpu", CPU)):
+        for place, rank, extra in (("cuda", CUDA, "gpu"), ("cpu", CPU, "cpu")):
             if device is None or device.startswith(place):
                 where = device or ("cuda:0" if place == "cuda" else "cpu")
-                obstacle = missing or (_cuda_fault(where) if place == "cuda" else _cpu_fault(wanted))
-                configurations.append(Configuration(cls.name, where, wanted, wanted, rank, obstacle))
+                missing = import_fault("onnxruntime", extra)
+                fault = missing or obstacle or (_cuda_fault(where) if place == "cuda" else _cpu_fault(wanted))
+                configurations.append(Configuration(cls.name, where, wanted, wanted, rank, fault))
         return configurations
 
     def new_cache(self, teacher: Teacher, count: int, capacity: int) -> Cache:
