@@ -27,7 +27,7 @@ class Time(Record, frozen=True, kw_only=True):
     """
 
     cpu: str
-    backend: str
+    backend: Annotated[str, msgspec.Meta(min_length=1)]
     version: str
     graphs: str
     milliseconds: Annotated[float, msgspec.Meta(gt=0)]
