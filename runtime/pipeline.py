@@ -130,7 +130,7 @@ class Pipeline:
         batch_size = self._batch_size(batch_size, schedule)
         seed = secrets.randbits(32) if seed is None else seed
         self._check_noise(len(numbers), noise, teacher.get("uniforms"))
-        self.open(schedule)
+        self.open(schedule, min(len(numbers), batch_size))
         student_graph = manifest.graph("student", precision, schedule.split)
         decoder_graph = manifest.graph("decoder", precision)
 
@@ -200,12 +200,12 @@ class Pipeline:
             return schedule
         return schedule.with_teacher_start(self.manifest.teacher, teacher_start)
 
-    def open(self, schedule: Schedule) -> None:
-        """Opens the graphs that a schedule runs, where they are not open yet. Raises BackendError."""
+    def open(self, schedule: Schedule, batch: int = 1) -> None:
+        """Makes the graphs that a schedule runs ready for so many images at once. Raises BackendError."""
         graphs = self.backend.configuration.graphs
         if schedule.known:
-            self.backend.open(self.manifest.graph("student", graphs, schedule.split))
-        self.backend.open(self.manifest.graph("decoder", graphs))
+            self.backend.open(self.manifest.graph("student", graphs, schedule.split), batch)
+        self.backend.open(self.manifest.graph("decoder", graphs), batch)
         if schedule.teacher is not None:
             if self.teacher_backend is None:
                 raise BackendError(

@@ -94,13 +94,16 @@ class Backend(ABC):
     def _run(self, session: Any, feeds: Arrays, names: Sequence[str]) -> Arrays:
         """The named outputs of an open graph."""
 
+    def _prepare(self, session: Any, batch: int) -> None:  # noqa: B027
+        """Makes an open graph ready for so many images, where an engine compiles for a size."""
+
     @property
     def max_batch(self) -> int | None:
         """How many images the engine takes at once; None if it does not care."""
         return None
 
-    def open(self, graph: Graph) -> Any:
-        """The open graph, opened now if it was not. Raises BackendError."""
+    def open(self, graph: Graph, batch: int = 1) -> Any:
+        """The open graph, ready for so many images, opened now if it was not. Raises BackendError."""
         with self._lock:
             if self._sessions is None:
                 raise BackendError(f"backend {self.name} is closed", "Load the bundle again.")
@@ -108,7 +111,9 @@ class Backend(ABC):
                 with ExitStack() as closing:
                     self._sessions[graph.file] = self._open(graph, closing)
                     self._closing.push(closing.pop_all())
-            return self._sessions[graph.file]
+            session = self._sessions[graph.file]
+        self._prepare(session, batch)
+        return session
 
     def run(self, graph: Graph, feeds: Arrays, names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Runs a graph on named arrays and returns the named outputs, all if None.
@@ -119,7 +124,7 @@ class Backend(ABC):
         wanted = [spec for spec in outputs if names is None or spec.name in names]
         sizes: dict[str, int] = {}
         check_arrays(f"the inputs of {graph.file}", feeds, inputs, sizes)
-        session = self.open(graph)
+        session = self.open(graph, len(next(iter(feeds.values()))))
         try:
             results = dict(self._run(session, feeds, [spec.name for spec in wanted]))
         except BackendError:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any, NamedTuple
 
 from ddexport.runtime.backends import OTHER, Arrays, Backend, Configuration, check_signature, said
@@ -36,7 +36,7 @@ ARITHMETIC = {
 
 
 class OpenVino(Backend):
-    """One compiled model a graph, with a dynamic batch: no size of request compiles anything again."""
+    """A graph is compiled for one image, and once more for all other batch sizes: never again for a size."""
 
     name = "openvino"
 
@@ -59,8 +59,6 @@ class OpenVino(Backend):
         return [Configuration(cls.name, "cpu", wanted, graphs, OTHER, obstacle)]
 
     def _open(self, graph: Graph, closing: ExitStack) -> Any:
-        import openvino
-
         hint = ARITHMETIC[self.configuration.precision].hint
         if "BF16" in capabilities() and self.configuration.precision == "int8":
             # What int8 graphs leave float moves half the bytes in bf16, which counts for more than its
@@ -77,24 +75,64 @@ class OpenVino(Backend):
             settings["INFERENCE_NUM_THREADS"] = self.threads
         try:
             model = _read(self.root / graph.file)
-            compiled = openvino.Core().compile_model(model, "CPU", settings)
+            session = Session(graph, model, settings)
+            inputs, outputs = self.manifest.tensors(graph)
+            check_signature(graph.file, "inputs", _specs(model.inputs, inputs), inputs)
+            check_signature(graph.file, "outputs", _specs(model.outputs, outputs), outputs)
+        except BackendError:
+            raise
         except Exception as error:  # the engine's exceptions share no base class of their own
-            raise BackendError(
-                f"openvino cannot load {graph.file}: {said(error)}",
-                "The graph is damaged, or needs a newer openvino.",
-            ) from error
-        inputs, outputs = self.manifest.tensors(graph)
-        check_signature(graph.file, "inputs", _specs(model.inputs, inputs), inputs)
-        check_signature(graph.file, "outputs", _specs(model.outputs, outputs), outputs)
-        return compiled.create_infer_request(), Lock()
+            raise _unreadable(graph, error) from error
+        return session
+
+    def _prepare(self, session: Any, batch: int) -> None:
+        session.request(batch)
 
     def _run(self, session: Any, feeds: Arrays, names: Sequence[str]) -> Arrays:
         # One at a time, which takes all threads anyway. With a request for each caller OpenVINO 2026.4 can
         # deadlock, where one is made while another runs.
-        request, lock = session
-        with lock:
+        with session.lock:
+            request = session.request(len(next(iter(feeds.values()))), runs=True)
             request.infer(dict(feeds), share_inputs=True)
             return {name: request.get_tensor(name).data.copy() for name in names}
+
+
+class Session:
+    """A graph in OpenVINO: compiled for one image, which is faster and smaller, or with a dynamic batch."""
+
+    def __init__(self, graph: Graph, model: Any, settings: Mapping[str, Any]) -> None:
+        self.lock = RLock()
+        self._graph, self._model, self._settings = graph, model, settings
+        self._requests: dict[bool, Any] = {}  # by whether the batch is dynamic
+        self._has_run = False
+
+    def request(self, batch: int, runs: bool = False) -> Any:
+        """What runs so many images; compiled now if it was not. Raises BackendError."""
+        import openvino
+
+        dynamic = batch != 1
+        with self.lock:
+            if dynamic not in self._requests:
+                if not self._has_run:
+                    self._requests.clear()  # compiled by `load`, and never asked for
+                model = self._model
+                if not dynamic:
+                    model = model.clone()
+                    model.reshape({value: [1, *list(value.partial_shape)[1:]] for value in model.inputs})
+                try:
+                    compiled = openvino.Core().compile_model(model, "CPU", self._settings)
+                except Exception as error:
+                    raise _unreadable(self._graph, error) from error
+                self._requests[dynamic] = compiled.create_infer_request()
+            self._has_run = self._has_run or runs
+            return self._requests[dynamic]
+
+
+def _unreadable(graph: Graph, error: Exception) -> BackendError:
+    return BackendError(
+        f"openvino cannot load {graph.file}: {said(error)}",
+        "The graph is damaged, or needs a newer openvino.",
+    )
 
 
 @lru_cache

@@ -82,8 +82,9 @@ def test_float32_is_that_of_onnxruntime_in_every_batch(shared_bundle: Path, role
 
 
 def test_several_threads_may_run_it(shared_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With other batch sizes at once. They share one request: where one is made while another runs, OpenVINO
-    may never come back."""
+    """With other batch sizes at once. They share requests, one for one image and one for the other sizes (and
+    one that was never run may be made again): where one is made while another runs, OpenVINO may never come
+    back."""
     made: list[int] = []
     create = openvino.CompiledModel.create_infer_request
     monkeypatch.setattr(
@@ -96,15 +97,16 @@ def test_several_threads_may_run_it(shared_bundle: Path, monkeypatch: pytest.Mon
         results = list(pool.map(lambda arrays: backend.run(graph, arrays), given * 8))
     for arrays, outputs in zip(given * 8, results, strict=True):
         assert_close(outputs, reference.run(graph, arrays))
-    assert len(made) == 1
+    assert len(made) <= 3
 
 
-def test_requests_of_any_size_in_turn_compile_each_graph_once(shared_bundle: Path, compiled: Any) -> None:
+def test_requests_of_any_size_in_turn_compile_each_graph_twice(shared_bundle: Path, compiled: Any) -> None:
+    """For one image, and once for all other sizes."""
     with runtime.load(shared_bundle, "openvino", threads=1) as pipe:
         for count in (1, 2, 3, 1, 2, 3):
             pipe(0, 2, num_images=count)
         pipe(0, num_images=5, batch_size=3)
-    assert [name for name, _ in compiled] == ["sequence", "image"]
+    assert [name for name, _ in compiled] == ["sequence", "image"] * 2
     assert compiled[0][1]["INFERENCE_NUM_THREADS"] == 1
 
 
