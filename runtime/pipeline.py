@@ -178,20 +178,26 @@ class Pipeline:
         batch_size: int | None = None,
         **request: Any,
     ) -> Iterator[Result]:
-        """As a call, but yields the result batch by batch and keeps none of it, for any number of images."""
+        """As a call, but yields the result batch by batch and keeps none of it, for any number of images.
+
+        Labels, steps, sizes and noise are checked at once, not when the first batch is asked for.
+        """
         numbers = self._numbers(labels, num_images)
-        schedule = self.schedule(steps, request.get("teacher_start"))
-        batch_size = self._batch_size(batch_size, schedule)
+        size = self._batch_size(batch_size, self.schedule(steps, request.get("teacher_start")))
         seed = secrets.randbits(32) if seed is None else seed
         arrays = {name: request.pop(name) for name in ("noise", "uniforms") if request.get(name) is not None}
         self._check_noise(len(numbers), **arrays)
-        for start in range(0, len(numbers), batch_size):
-            rows = slice(start, start + batch_size)
-            part = {name: array[rows] for name, array in arrays.items()}
-            first = first_image + start
-            yield self(
-                numbers[rows], steps, seed=seed, first_image=first, batch_size=batch_size, **part, **request
-            )
+
+        def batches() -> Iterator[Result]:
+            for start in range(0, len(numbers), size):
+                rows = slice(start, start + size)
+                part = {name: array[rows] for name, array in arrays.items()}
+                first = first_image + start
+                yield self(
+                    numbers[rows], steps, seed=seed, first_image=first, batch_size=size, **part, **request
+                )
+
+        return batches()
 
     def schedule(self, steps: int | str | None = None, teacher_start: int | None = None) -> Schedule:
         """The schedule that a request gets. Raises ScheduleError."""

@@ -162,6 +162,16 @@ def test_what_means_nothing_here_is_refused_with_the_right_word(pipe: Pipeline) 
         pipe("one", sead=1, nose=2)
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [{"labels": "nobody"}, {"steps": 7}, {"batch_size": 0}, {"num_images": 0}, {"noise": np.zeros(3)}],
+    ids=lambda request_: next(iter(request_)),
+)
+def test_stream_checks_at_once(pipe: Pipeline, request_: dict[str, Any]) -> None:
+    with pytest.raises(DDError):
+        pipe.stream(**{"labels": 0, **request_})  # type: ignore[arg-type]
+
+
 def test_stream_needs_constant_memory(pipe: Pipeline) -> None:
     """The peak grows by less than 100 bytes an image: the label and Python's own bookkeeping.
 
