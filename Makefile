@@ -102,11 +102,12 @@ $(TIMED:%=%/bundle.json): build/%/bundle.json: $(VENV)/.export
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis mutants
 
-$(BUNDLES): build/%/bundle.json: $(VENV)/.export $(wildcard recipes/digits-* recipes/weights/digits-*)
+$(BUNDLES): build/%/bundle.json: runtime/bundle.py $(VENV)/.export $(wildcard recipes/digits-* recipes/weights/digits-*)
 	$(BIN)/ddexport onnx --model $* -o build/$* --force
 
+# runtime/bundle.py has the schema: bundles of an older one are made again.
 # The tools are there first, but a later install of them is no reason to export again.
-$(PRECISE): build/precisions/%/bundle.json: $(wildcard recipes/digits-* recipes/weights/digits-*) | $(VENV)/.dev
+$(PRECISE): build/precisions/%/bundle.json: runtime/bundle.py $(wildcard recipes/digits-* recipes/weights/digits-*) | $(VENV)/.dev
 	$(BIN)/ddexport onnx --model $* -o build/precisions/$* --precision fp32,fp16,bf16,int8 --force
 
 $(VENV)/bin/python:

@@ -356,7 +356,8 @@ def read_manifest(directory: str | Path, verify: bool = True) -> Manifest:
     content = read_json(path)
     schema = content.get("schema") if isinstance(content, dict) else None
     if isinstance(schema, int) and schema != SCHEMA:
-        remedy = "Upgrade: pip install --upgrade ddexport" if schema > SCHEMA else "Export the model again."
+        again = f"Export it again: ddexport onnx --model NAME -o {root} --force"
+        remedy = "Upgrade: pip install --upgrade ddexport" if schema > SCHEMA else again
         raise BundleError(f"the bundle has schema {schema}, and this runtime reads {SCHEMA}", remedy)
     manifest = convert(Manifest, content, FILE_NAME, hint=DAMAGED)
     for info in manifest.files():

@@ -81,7 +81,7 @@ def test_another_schema_says_what_to_do(bundle: Path) -> None:
     """Also when it has keys that this one does not know, or lacks some."""
     change(bundle, "titel", "A toy")
     assert refused(bundle).hint == "Did you mean title?"
-    for schema, remedy in ((3, "pip install --upgrade"), (1, "Export the model again")):
+    for schema, remedy in ((3, "pip install --upgrade"), (1, "ddexport onnx")):
         change(bundle, "schema", schema)
         assert remedy in refused(bundle, f"schema {schema}", "reads 2").hint
 
