@@ -50,6 +50,7 @@ def convert(
     An unknown key gets a suggestion: the nearest of the keys that any record in `kind` has.
     """
     try:
+        json.dumps(data, ensure_ascii=False, default=str, skipkeys=True).encode()
         return msgspec.convert(data, kind, str_keys=True)
     except (msgspec.ValidationError, RecursionError) as failure:
         text = _named(kind, data, str(failure))
@@ -57,6 +58,8 @@ def convert(
         near = difflib.get_close_matches(unknown[1], _keys(kind, set()), 1) if unknown else []
         hint = f"Did you mean {near[0]}?" if near else hint
         raise error(f"{file}: {text.replace('`$.', '`')}", hint) from failure
+    except ValueError as failure:  # half a character ("\ud800"), which msgspec lets pass; YAML that holds itself
+        raise error(f"{file} holds what JSON cannot: {failure}", hint) from failure
 
 
 def _named(kind: Any, data: Any, text: str) -> str:
