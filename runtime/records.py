@@ -58,7 +58,7 @@ def convert(
         near = difflib.get_close_matches(unknown[1], _keys(kind, set()), 1) if unknown else []
         hint = f"Did you mean {near[0]}?" if near else hint
         raise error(f"{file}: {text.replace('`$.', '`')}", hint) from failure
-    except ValueError as failure:  # half a character ("\ud800"), which msgspec lets pass; YAML that holds itself
+    except ValueError as failure:  # half a character ("\ud800"), which msgspec lets pass; or a loop
         raise error(f"{file} holds what JSON cannot: {failure}", hint) from failure
 
 
