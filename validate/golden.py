@@ -15,24 +15,24 @@ from ddexport.validate.compare import ReferenceRun, request_of
 from ddexport.validate.metrics.tokens import margins
 
 if TYPE_CHECKING:
-    from ddexport.validate.report import Settings
+    from ddexport.validate.report import Report
 
 IMAGES = 8
 
 
-def write_golden(path: Path, settings: Settings, runs: list[ReferenceRun]) -> None:
+def write_golden(path: Path, report: Report, runs: list[ReferenceRun]) -> None:
     """Writes those images whose tokens were clearest to the reference, which no rounding should change.
 
     Raises OutputError.
     """
-    seeds = request_of(settings.images, settings.seed, 1, settings.batch).seeds
+    seeds = request_of(report.images, report.seed, 1, report.settings["batch"]).seeds
     closest = np.min([_smallest_margin(run) for run in runs], axis=0)
     rows = np.sort(np.argsort(-closest, kind="stable")[:IMAGES])
     arrays = {
-        "manifest": np.array(settings.manifest),
+        "manifest": np.array(report.manifest),
         "steps": np.array([run.steps for run in runs]),
         "seeds": seeds[rows],
-        "labels": np.array(settings.labels, dtype=np.int64)[rows],
+        "labels": np.array(report.settings["labels"], dtype=np.int64)[rows],
     }
     for run in runs:
         arrays[f"tokens_{run.steps}"] = run.passes[-1].tokens[rows]

@@ -165,8 +165,8 @@ def command(
     for seed, name in product(range(seeds), backend.split(",")):
         arguments = {**options, "seed": seed, "backend": name}
         report, _, _ = run_parity(Options(teacher=teacher, **arguments), complete=False)
-        precision = report.settings.precision
-        measurements += report.measurements
+        precision = report.precision
+        measurements += report.rows
         if fid_images:
             measurements += run_fid(FidOptions(**{**arguments, "images": fid_images})).measurements
     rows = rows_of(measurements, precision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from ddexport.runtime.errors import OutputError, VerificationError
 if TYPE_CHECKING:
     from ddexport.validate.compare import ReferenceRun
     from ddexport.validate.metrics._base import Comparison
-    from ddexport.validate.report import ParityReport
+    from ddexport.validate.report import Report
 
 IMAGES = 8  # unless the recipe says how many
 
@@ -48,9 +48,7 @@ class Options:
     device: str = "cpu"
 
 
-def run_parity(
-    options: Options, complete: bool = True
-) -> tuple[ParityReport, Comparison, list[ReferenceRun]]:
+def run_parity(options: Options, complete: bool = True) -> tuple[Report, Comparison, list[ReferenceRun]]:
     """Runs bundle and reference and measures. complete: every limit has to be stated.
 
     Raises DDError where one of the two cannot be run.
@@ -61,7 +59,7 @@ def run_parity(
     from ddexport.validate.contents import check_contents, check_recipe, open_manifest
     from ddexport.validate.limits import limits_of
     from ddexport.validate.reference import build_reference, describe_weights
-    from ddexport.validate.report import ParityReport, Settings
+    from ddexport.validate.report import SCHEMA, Report, versions
     from ddexport.validate.runners import opened
     from ddexport.validate.weights import compare_weights
 
@@ -96,36 +94,33 @@ def run_parity(
             if teacher:
                 sampling = Sampling(teacher.cfg, teacher.top_k, teacher.top_p, teacher.temperature)
             comparison = compare(pipe, runs, request, noise, sampling, bar.advance)
-        settings = Settings(
-            bundle=str(options.bundle),
-            name=manifest.name,
-            manifest=digest,
-            weights=describe_weights(manifest),
-            precision=pipe.precision,
-            backend=pipe.backend.name,
-            images=images,
-            seed=options.seed,
-            batch=options.batch,
-            labels=tuple(request.labels.tolist()),
-            steps=tuple(reference.plans),
-            versions=_versions(),
-            seconds=round(time.perf_counter() - start, 2),
-        )
-    weights = compare_weights(options.bundle, manifest, pipe.precision, reference)
-    rows = (*weights, *measure(comparison, limits))
-    return ParityReport(settings, limits, rows), comparison, runs
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {}
-    for name in ("ddexport", "torch", "onnxruntime", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # another engine than onnxruntime, or a source tree
-            continue
-    return versions
+        backend, precision = pipe.backend.name, pipe.precision
+    weights = compare_weights(options.bundle, manifest, precision, reference)
+    source = describe_weights(manifest)
+    report = Report(
+        schema=SCHEMA,
+        kind="parity",
+        name=manifest.name,
+        title=f"{manifest.name}: {backend} in {precision} against PyTorch, {images} images in"
+        f" {' and '.join(reference.plans)} steps, seed {options.seed} ({source})",
+        manifest=digest,
+        precision=precision,
+        backend=backend,
+        images=images,
+        seed=options.seed,
+        settings={
+            "weights": source,
+            "batch": options.batch,
+            "labels": request.labels.tolist(),
+            "steps": list(reference.plans),
+            "limits": asdict(limits),
+        },
+        versions=versions(),
+        seconds=round(time.perf_counter() - start, 2),
+        rows=(*weights, *measure(comparison, limits)),
+        provisional=limits.provisional,
+    )
+    return report, comparison, runs
 
 
 def _require_validate_extra() -> None:
@@ -197,25 +192,31 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
     Exit code 3 if a limit of the manifest is passed. What passed also leaves parity/golden.npz in the bundle,
     by which `ddexport doctor BUNDLE --check` checks it where it is deployed.
     """
+    from ddexport.validate import pictures
     from ddexport.validate.golden import write_golden
-    from ddexport.validate.report import failure_line, table, verdict_line, write_report
+    from ddexport.validate.report import table, write
 
     _require_validate_extra()
     request = Options(**options)
     directory = _report_directory(request.bundle, report)
     result, comparison, runs = run_parity(request)
+    if directory is not None:
+        shown = {
+            "The images that differ most: bundle, reference, and the difference amplified":
+                pictures.worst_images(comparison),
+            "How clear the reference's choices of tokens were":
+                pictures.token_margins(comparison, result.settings["limits"]["token_margin"]),
+        }  # fmt: skip
+        result = write(result, directory, shown)
+        click.echo(f"report: {directory}", err=True)
+        if result.passed:
+            write_golden(directory / "golden.npz", result, runs)
     if as_json:
         console.emit_json(result.to_dict())
     else:
         click.echo(table(result))
-    hint = "name a directory for the pictures with --report"
-    if directory is not None:
-        page = write_report(result, comparison, directory)
-        click.echo(f"report: {page}", err=True)
-        if result.passed:
-            write_golden(directory / "golden.npz", result.settings, runs)
-        hint = f"see {page}"
     for measurement in result.failures:
-        click.echo(f"failed: {failure_line(measurement)}", err=True)
+        click.echo(f"failed: {measurement}", err=True)
     if not result.passed:
-        raise VerificationError(verdict_line(result), hint)
+        hint = f"see {directory}" if directory else "name a directory for the pictures with --report"
+        raise VerificationError(result.verdict, hint)

@@ -1,193 +1,230 @@
-"""What a parity run found: a table for people, JSON for machines, and a directory with pictures."""
+"""A report: rows held to limits, how they were measured, and of which bundle; as text, as JSON, read back.
+
+`validate parity` and `validate fid` write one into BUNDLE/parity, as `KIND-PRECISION.json` with its pictures
+beside it; `validate/page.py` shows all that lie there.
+"""
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from msgspec import to_builtins
+from PIL import Image
+
+from ddexport.runtime.errors import DDError
 from ddexport.runtime.files import atomic_write, make_directory, write_image
-from ddexport.validate import pictures
-from ddexport.validate.metrics._base import Comparison, Limits, Measurement
+from ddexport.runtime.records import Record, convert, read_json
 
-SCHEMA = 1
-PAGE_NAME = "report.html"
+SCHEMA = 2
+Direction = Literal["at most", "at least"]
+KINDS = {"parity": "parity", "fid": "image quality"}
 NAME_WIDTH = 44
-HEADINGS = ("", "value", "limit", "", "worst at")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What was compared, and how: everything needed to run it again."""
+class ReportError(DDError):
+    """A file that is not a report, or not one of this schema."""
 
-    bundle: str
-    manifest: str  # SHA-256 of the bundle.json
+
+class Measurement(Record, frozen=True):
+    """One number, the limit it is held to, and where it is worst.
+
+    low, high: a 95 % interval, where there is one. `limit` None makes it information: it cannot fail. A value
+    that is not a number never passes. `counts` holds what the value was counted from. rule: the field of the
+    limits that `limit` is.
+    """
+
+    metric: str
+    scope: str
     name: str
-    weights: str
+    value: float
+    limit: float | None = None
+    direction: Direction = "at most"
+    where: str = ""
+    note: str = ""
+    counts: dict[str, int] = {}
+    rule: str = ""
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether this measurement can fail."""
+        return self.limit is not None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value keeps to the limit; always true for information."""
+        if self.limit is None:
+            return True
+        return self.value <= self.limit if self.direction == "at most" else self.value >= self.limit
+
+    @property
+    def value_text(self) -> str:
+        """`0.431`, or `0.431 [0.402, 0.467]`."""
+        if self.low is None or self.high is None:
+            return f"{self.value:.4g}"
+        return f"{self.value:.4g} [{self.low:.3g}, {self.high:.3g}]"
+
+    @property
+    def limit_text(self) -> str:
+        """`<= 0.01`; empty for information."""
+        return "" if self.limit is None else f"{'<=' if self.direction == 'at most' else '>='} {self.limit:g}"
+
+    @property
+    def verdict(self) -> str:
+        """`ok`, `FAIL`, or empty for information."""
+        return "" if not self.gated else "ok" if self.passed else "FAIL"
+
+    @property
+    def remark(self) -> str:
+        """Where it is worst, and the note."""
+        return "; ".join(part for part in (self.where, self.note) if part)
+
+    def __str__(self) -> str:
+        """In words, for an error."""
+        where = f", worst at {self.remark}" if self.remark else ""
+        return f"{self.scope}: {self.name} {self.value_text}, limit {self.limit_text}{where}"
+
+
+class Report(Record, frozen=True):
+    """All that one run measured of one precision of a bundle.
+
+    manifest: SHA-256 of the bundle.json. settings: what else is needed to run it again. no_verdict: why the
+    rows say nothing. pictures: what each shows, and its file beside the report.
+    """
+
+    schema: int
+    kind: Literal["parity", "fid"]
+    name: str
+    title: str
+    manifest: str
     precision: str
     backend: str
     images: int
     seed: int
-    batch: int
-    labels: tuple[int, ...]
-    steps: tuple[str, ...]
+    settings: dict[str, Any]
     versions: dict[str, str]
     seconds: float
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """The settings, the limits and every measurement of one run."""
-
-    settings: Settings
-    limits: Limits
-    measurements: tuple[Measurement, ...]
+    rows: tuple[Measurement, ...]
+    no_verdict: str = ""
+    provisional: bool = False
+    pictures: dict[str, str] = {}
 
     @property
     def failures(self) -> tuple[Measurement, ...]:
         """The measurements past their limit."""
-        return tuple(row for row in self.measurements if not row.passed)
+        return tuple(row for row in self.rows if not row.passed)
 
     @property
-    def passed(self) -> bool:
-        """Whether every gated measurement keeps to its limit."""
-        return not self.failures
+    def passed(self) -> bool | None:
+        """Whether every gated measurement keeps to its limit; None: there is no verdict."""
+        return None if self.no_verdict else not self.failures
+
+    @property
+    def by_scope(self) -> list[tuple[str, list[Measurement]]]:
+        """The rows of each scope."""
+        return [(scope, list(rows)) for scope, rows in groupby(self.rows, key=lambda row: row.scope)]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: whether the bundle keeps to its limits, and what was left out."""
+        if self.no_verdict:
+            return f"no verdict: {self.no_verdict}"
+        gated, failed = sum(row.gated for row in self.rows), len(self.failures)
+        left = [row for row in self.rows if row.rule.endswith("left_out") and row.value]
+        left_out = ", ".join(f"{row.note} in {row.scope.partition(',')[0]}" for row in left)
+        provisional = " (provisional: nobody has measured this model)" if self.provisional else ""
+        tail = provisional + (f"; images left out because a token differs: {left_out}" if left else "")
+        if not failed:
+            return f"{KINDS[self.kind]} holds: {gated} of {gated} measurements within their limits{tail}"
+        return f"{KINDS[self.kind]} fails: {failed} of {gated} measurements past their limits{tail}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data: parity.json, and what `--json` prints."""
-        return {
-            "schema": SCHEMA,
-            "passed": self.passed,
-            **asdict(self.settings),
-            "limits": asdict(self.limits),
-            "measurements": [row.to_dict() for row in self.measurements],
-        }
+        """As plain data, with the verdict; what is not finite becomes a string, as JSON lacks it."""
+        data: dict[str, Any] = _finite(to_builtins(self))
+        return data | {"passed": self.passed, "verdict": self.verdict}
 
 
-def table(report: ParityReport) -> str:
-    """The measurements as text, gathered by scope."""
-    settings = report.settings
-    lines = [_title(settings), ""]
-    for scope, group in _by_scope(report):
+def table(report: Report) -> str:
+    """The rows as text, gathered by scope."""
+    lines = [report.title, ""]
+    for scope, rows in report.by_scope:
         lines.append(scope)
-        for row in group:
-            value, limit, verdict, where = _cells(row)
-            lines.append(f"  {row.name:{NAME_WIDTH}}{value:>10}  {limit:>10}  {verdict:4}  {where}".rstrip())
-    return "\n".join([*lines, "", verdict_line(report)])
+        for row in rows:
+            cells = f"{row.value_text:>10}  {row.limit_text:>10}  {row.verdict:4}  {row.remark}"
+            lines.append(f"  {row.name:{NAME_WIDTH}}{cells}".rstrip())
+    return "\n".join([*lines, "", report.verdict])
 
 
-def verdict_line(report: ParityReport) -> str:
-    """One sentence: whether parity holds, and what was left out of it."""
-    gated = sum(row.gated for row in report.measurements)
-    rows = [row for row in report.measurements if row.rule.endswith("left_out") and row.value]
-    left_out = [f"{row.note} in {row.scope.partition(',')[0]}" for row in rows]
-    provisional = " (provisional: nobody has measured this model)" if report.limits.provisional else ""
-    images = f"; images left out because a token differs: {', '.join(left_out)}" if left_out else ""
-    if report.passed:
-        return f"parity holds: {gated} of {gated} measurements within their limits{provisional}{images}"
-    failed = f"{len(report.failures)} of {gated} measurements past their limits"
-    return f"parity fails: {failed}{provisional}{images}"
+def wide_table(rows: list[Mapping[str, str]]) -> str:
+    """Rows of the same keys as text: a line a row, a column a key."""
+    lines = [{key: key for key in rows[0]}, *rows] if rows else []
+    widths = {key: max(len(line[key]) for line in lines) for key in (rows[0] if rows else ())}
+    first = next(iter(widths), "")
+    cells = [[(line[key], "<" if key == first else ">", widths[key]) for key in widths] for line in lines]
+    return "\n".join(
+        "  ".join(f"{text:{side}{width}}" for text, side, width in line).rstrip() for line in cells
+    )
 
 
-def failure_line(row: Measurement) -> str:
-    """One failed row, in words."""
-    value, limit, _, where = _cells(row)
-    return f"{row.scope}: {row.name} {value}, limit {limit}, worst at {where}"
+def write(report: Report, directory: Path, pictures: Mapping[str, Image.Image] | None = None) -> Report:
+    """Writes `KIND-PRECISION.json` and the pictures beside it; `pictures`: what each shows, and the picture.
 
-
-def write_report(report: ParityReport, comparison: Comparison, directory: Path) -> Path:
-    """Writes parity.json, worst.png, margins.png and report.html, which shows all of them. Returns the last.
-
-    Raises `OutputError` where the directory cannot be written.
+    Returns the report with their names. Raises OutputError where the directory cannot be written.
     """
+    from msgspec.structs import replace
+
     make_directory(directory)
-    margins = pictures.token_margins(comparison, report.limits.token_margin)
-    write_image(directory / "worst.png", pictures.worst_images(comparison))
-    write_image(directory / "margins.png", margins)
-    texts = {
-        "parity.json": json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n",
-        PAGE_NAME: _page(report),
-    }
-    for name, text in texts.items():
-        with atomic_write(directory / name) as stream:
-            stream.write(text.encode())
-    return directory / PAGE_NAME
+    stem = f"{report.kind}-{report.precision}"
+    names = {title: f"{stem}-{number}.png" for number, title in enumerate(pictures or {})}
+    for title, picture in (pictures or {}).items():
+        write_image(directory / names[title], picture)
+    report = replace(report, pictures=names)
+    with atomic_write(directory / f"{stem}.json") as stream:
+        stream.write((json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n").encode())
+    return report
 
 
-def _title(settings: Settings) -> str:
-    steps = " and ".join(map(str, settings.steps))
-    return (
-        f"{settings.name}: {settings.backend} in {settings.precision} against PyTorch,"
-        f" {settings.images} images in {steps} steps, seed {settings.seed} ({settings.weights})"
-    )
+def read(path: Path) -> Report:
+    """What `write` wrote. Verdicts are made again from the values. Raises ReportError."""
+    data = read_json(path, ReportError)
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ReportError(f"{path} is not a report of schema {SCHEMA}", "make it again")
+    fields = {key: value for key, value in data.items() if key not in ("passed", "verdict")}
+    return convert(Report, _numbers(fields), path.name, ReportError)
 
 
-def _by_scope(report: ParityReport) -> Iterator[tuple[str, Iterator[Measurement]]]:
-    return groupby(report.measurements, key=lambda row: row.scope)
+def versions() -> dict[str, str]:
+    """Of the packages that a measurement depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("ddexport", "torch", "onnxruntime", "openvino", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # another engine, or a source tree
+            continue
+    return found
 
 
-def _cells(row: Measurement) -> tuple[str, str, str, str]:
-    """Value, limit, verdict and the remark of a row."""
-    limit = "" if row.limit is None else f"{'<=' if row.direction == 'at most' else '>='} {row.limit:g}"
-    verdict = "" if not row.gated else "ok" if row.passed else "FAIL"
-    remark = "; ".join(part for part in (row.where, row.note) if part)
-    return f"{row.value:.4g}", limit, verdict, remark
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _page(report: ParityReport) -> str:
-    rows = []
-    for scope, group in _by_scope(report):
-        rows.append(f'<tr><th colspan="5" scope="rowgroup">{html.escape(scope)}</th></tr>')
-        for row in group:
-            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in (row.name, *_cells(row)))
-            rows.append(f'<tr class="{"" if row.passed else "fail"}">{cells}</tr>')
-    headings = "".join(f"<th>{html.escape(heading)}</th>" for heading in HEADINGS)
-    versions = ", ".join(f"{name} {version}" for name, version in report.settings.versions.items())
-    return PAGE.format(
-        title=html.escape(_title(report.settings)),
-        verdict=html.escape(verdict_line(report)),
-        verdict_class="" if report.passed else "fail",
-        headings=headings,
-        rows="\n".join(rows),
-        versions=html.escape(f"{versions}; {report.settings.seconds:.1f} s"),
-    )
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; color: #202024; }}
-table {{ border-collapse: collapse; width: 100%; font-size: 14px; }}
-td, th {{ text-align: left; padding: 2px 10px; border-bottom: 1px solid #e6e6ea; }}
-td:nth-child(2), td:nth-child(3) {{ text-align: right; white-space: nowrap; }}
-th[scope=rowgroup] {{ padding-top: 1em; }}
-.fail {{ color: #c82828; font-weight: 600; }}
-img {{ max-width: 100%; border: 1px solid #e6e6ea; }}
-</style>
-</head>
-<body>
-<h1>Parity</h1>
-<p>{title}</p>
-<p class="{verdict_class}">{verdict}</p>
-<h2>Worst images</h2>
-<img src="worst.png" alt="bundle, reference and amplified difference of the images that differ most">
-<h2>Token margins</h2>
-<img src="margins.png" alt="histogram of the reference's top-2 logit margins">
-<h2>Measurements</h2>
-<table>
-<thead><tr>{headings}</tr></thead>
-<tbody>
-{rows}
-</tbody>
-</table>
-<p>{versions}</p>
-</body>
-</html>
-"""
+def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
+    """The values that are not finite as numbers again."""
+    rows = fields.get("rows")
+    for row in rows if isinstance(rows, list) else []:
+        for key in ("value", "low", "high", "limit") if isinstance(row, dict) else ():
+            if row.get(key) in ("nan", "inf", "-inf"):
+                row[key] = float(row[key])
+    return fields

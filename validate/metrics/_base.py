@@ -12,17 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ddexport.runtime.teacher import Sampling
+from ddexport.validate.report import Measurement as Measurement  # noqa: PLC0414
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 IntArray: TypeAlias = npt.NDArray[np.int64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
-Direction = Literal["at most", "at least"]
 
 
 @dataclass(frozen=True)
@@ -49,55 +49,6 @@ class Limits:
     images_left_out: float | None = None
     drawn_left_out: float | None = None
     provisional: bool = False
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One number, the limit it is held to, and where it is worst.
-
-    `limit` None makes it information: it cannot fail. A value that is not a number never passes. `counts`
-    holds what the value was counted from, for the table and the JSON report. rule: the field of `Limits`.
-    """
-
-    metric: str
-    scope: str
-    name: str
-    value: float
-    limit: float | None = None
-    direction: Direction = "at most"
-    where: str = ""
-    note: str = ""
-    counts: dict[str, int] = field(default_factory=dict)
-    rule: str = ""
-
-    @property
-    def gated(self) -> bool:
-        """Whether this measurement can fail."""
-        return self.limit is not None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the value keeps to the limit; always true for information."""
-        if self.limit is None:
-            return True
-        return self.value <= self.limit if self.direction == "at most" else self.value >= self.limit
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, for the JSON report. A value that is not finite becomes a string."""
-        value = self.value if np.isfinite(self.value) else str(self.value)
-        return {
-            "metric": self.metric,
-            "scope": self.scope,
-            "name": self.name,
-            "value": value,
-            "limit": self.limit,
-            "rule": self.rule,
-            "direction": self.direction,
-            "passed": self.passed,
-            "where": self.where,
-            "note": self.note,
-            "counts": self.counts,
-        }
 
 
 @dataclass(frozen=True)
