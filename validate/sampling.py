@@ -9,7 +9,7 @@ Shapes: N images, L positions, Cv width of a code, S split, V codebook. Source: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -72,6 +72,13 @@ class Pass:
     logits: FloatArray
     tokens: IntArray
     sequence: FloatArray
+
+    @staticmethod
+    def joined(parts: Sequence[Pass]) -> Pass:
+        """The same pass of several batches in one."""
+        names = ("inputs", "logits", "tokens", "sequence")
+        arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
+        return Pass(parts[0].role, parts[0].known, *arrays)
 
 
 def noise_of(seeds: npt.NDArray[np.uint64], length: int, width: int) -> FloatArray:

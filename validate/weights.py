@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddexport.runtime.bundle import Manifest
-from ddexport.validate.metrics._base import Measurement
+from ddexport.validate.report import Measurement
 
 if TYPE_CHECKING:
     from ddexport.validate.reference import TorchReference

@@ -1,0 +1,107 @@
+"""What the commands that compare a bundle with PyTorch share: their options, and where their reports go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ddexport.runtime.errors import DDError, OutputError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PATH, POSITIVE = click.Path(path_type=Path), click.IntRange(min=1)
+SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "images": (
+        ("--images",),
+        {"type": POSITIVE, "metavar": "N", "help": "How many.  [default: the recipe's]"},
+    ),
+    "seed": (("--seed",), {"type": click.IntRange(0, 2**64 - 1), "default": 0, "help": "Of the noise."}),
+    "batch": (("--batch",), {"type": click.IntRange(min=2), "default": 8, "help": "Images at once."}),
+    "precision": (
+        ("--precision",),
+        {"metavar": "NAME", "help": "Which graphs of the bundle.  [default: its first]"},
+    ),
+    "backend": (
+        ("--backend",),
+        {"metavar": "NAME", "default": "auto", "help": "The engine; auto: the best installed."},
+    ),
+    "emulate": (
+        ("--emulate/--no-emulate",),
+        {
+            "default": None,
+            "help": "Round fp16 and bf16 on the CPU as a half engine does; not: the engine as it is."
+            "  [default: emulate on the CPU alone]",
+        },
+    ),
+    "checkpoint": (("--checkpoint",), {"type": PATH, "help": "The student's checkpoint of the bundle."}),
+    "vae": (("--vae",), {"type": PATH, "help": "The tokenizer's checkpoint of the bundle."}),
+    "teacher": (("--teacher",), {"type": PATH, "help": "The teacher's checkpoint of the bundle."}),
+    "weights": (
+        ("--weights",),
+        {
+            "type": click.Choice(["ema", "model"]),
+            "help": "Which copy of the student's weights to compare with.  [default: the bundle's own]",
+        },
+    ),
+    "threads": (
+        ("--threads",),
+        {"type": POSITIVE, "metavar": "N", "help": "Of engine and torch.  [default: their choice]"},
+    ),
+    "device": (
+        ("--device",),
+        {"metavar": "NAME", "default": "cpu", "help": "Where PyTorch runs: cpu, cuda."},
+    ),
+    "report": (
+        ("--report",),
+        {"type": PATH, "metavar": "DIR", "help": "Where to write it.  [default: BUNDLE/parity]"},
+    ),
+    "json": (("--json", "as_json"), {"is_flag": True, "help": "Print the result as JSON."}),
+}
+
+
+def shared(*names: str, **changes: Any) -> Callable[[F], F]:
+    """Decorator: adds the options of these names, in this order, and `bundle`, the argument; changes: of
+    click's settings of each."""
+
+    def add(function: F) -> F:
+        for name in reversed(names):
+            if name == "bundle":
+                function = click.argument("bundle", type=PATH)(function)
+                continue
+            declarations, settings = SHARED[name]
+            given = {"show_default": settings.get("default") is not None, **settings, **changes}
+            function = click.option(*declarations, **given)(function)
+        return function
+
+    return add
+
+
+def require_validate_extra() -> None:
+    """Raises DDError where the PyTorch side is not installed."""
+    missing = [name for name in ("torch", "safetensors", "yaml") if find_spec(name) is None]
+    if missing:
+        raise DDError(f"the PyTorch reference needs {', '.join(missing)}", 'pip install "ddexport[validate]"')
+
+
+def report_directory(bundle: Path, named: Path | None) -> Path | None:
+    """Where the report goes, made before the work. None, with a warning, where the bundle is read-only.
+
+    Raises OutputError for a named directory that cannot be made.
+    """
+    from ddexport.runtime.files import make_directory
+
+    if named is None and not bundle.is_dir():
+        return None  # which loading the bundle will explain
+    directory = named or bundle / "parity"
+    try:
+        make_directory(directory)
+    except OutputError as error:
+        if named is not None:
+            raise
+        click.echo(f"warning: {error.message}: no report; name a place with --report", err=True)
+        return None
+    return directory
