@@ -80,15 +80,9 @@ class LimitRow:
             return "too tight"
         return "ok" if self.ratio <= LOOSENESS * (1 + 1e-9) else "too loose"
 
-    @property
-    def cells(self) -> dict[str, str]:
-        """For a table."""
-        limit, ratio = ("" if value is None else f"{value:.4g}" for value in (self.limit, self.ratio))
-        measured = f"{self.measured:.4g}"
-        return {
-            "limit": self.limit_name, "measured": measured, "stated": limit, "ratio": ratio,
-            "verdict": self.verdict,
-        }  # fmt: skip
+    def to_dict(self) -> dict[str, Any]:
+        """With the verdict."""
+        return {**vars(self), "verdict": self.verdict}
 
 
 def worst_of(measurements: Iterable[Measurement]) -> dict[str, Measurement]:
@@ -120,6 +114,10 @@ def _ratio(row: Measurement, fixed: float | None) -> float | None:
     else:
         ratio = math.inf if row.limit else 1.0
     return 1.0 if ratio >= 1 and fixed == row.limit else ratio
+
+
+def _text(value: str | float | None) -> str:
+    return value if isinstance(value, str) else "" if value is None else f"{value:.4g}"
 
 
 @click.command("limits", cls=console.Command, epilog=EPILOG)
@@ -161,9 +159,9 @@ def command(
             measurements += run_fid(FidOptions(**{**arguments, "images": fid_images}), state=None).rows
     rows = rows_of(measurements, precision)
     if as_json:
-        console.emit_json([{**vars(row), "verdict": row.verdict} for row in rows])
+        console.emit_json([row.to_dict() for row in rows])
     else:
-        click.echo(wide_table([row.cells for row in rows]))
+        click.echo(wide_table([{key: _text(value) for key, value in row.to_dict().items()} for row in rows]))
     wrong = [row.limit_name for row in rows if row.verdict != "ok"]
     if wrong:
         raise VerificationError(

@@ -14,67 +14,43 @@ from ddexport.runtime.errors import DDError, OutputError
 F = TypeVar("F", bound=Callable[..., Any])
 
 PATH, POSITIVE = click.Path(path_type=Path), click.IntRange(min=1)
-SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "images": (
-        ("--images",),
-        {"type": POSITIVE, "metavar": "N", "help": "How many.  [default: the recipe's]"},
-    ),
-    "seed": (("--seed",), {"type": click.IntRange(0, 2**64 - 1), "default": 0, "help": "Of the noise."}),
-    "batch": (("--batch",), {"type": click.IntRange(min=2), "default": 8, "help": "Images at once."}),
-    "precision": (
-        ("--precision",),
-        {"metavar": "NAME", "help": "Which graphs of the bundle.  [default: its first]"},
-    ),
-    "backend": (
-        ("--backend",),
-        {"metavar": "NAME", "default": "auto", "help": "The engine; auto: the best installed."},
-    ),
-    "emulate": (
-        ("--emulate/--no-emulate",),
-        {
-            "default": None,
-            "help": "Round fp16 and bf16 on the CPU as a half engine does; not: the engine as it is."
-            "  [default: emulate on the CPU alone]",
-        },
-    ),
-    "checkpoint": (("--checkpoint",), {"type": PATH, "help": "The student's checkpoint of the bundle."}),
-    "vae": (("--vae",), {"type": PATH, "help": "The tokenizer's checkpoint of the bundle."}),
-    "teacher": (("--teacher",), {"type": PATH, "help": "The teacher's checkpoint of the bundle."}),
-    "weights": (
-        ("--weights",),
-        {
-            "type": click.Choice(["ema", "model"]),
-            "help": "Which copy of the student's weights to compare with.  [default: the bundle's own]",
-        },
-    ),
-    "threads": (
-        ("--threads",),
-        {"type": POSITIVE, "metavar": "N", "help": "Of engine and torch.  [default: their choice]"},
-    ),
-    "device": (
-        ("--device",),
-        {"metavar": "NAME", "default": "cpu", "help": "Where PyTorch runs: cpu, cuda."},
-    ),
-    "report": (
-        ("--report",),
-        {"type": PATH, "metavar": "DIR", "help": "Where to write it.  [default: BUNDLE/parity]"},
-    ),
-    "json": (("--json", "as_json"), {"is_flag": True, "help": "Print the result as JSON."}),
+HALF = (
+    "Round fp16 and bf16 on the CPU as a half engine does; not: the engine as it is.  [default: on the CPU]"
+)
+COPY = "Which copy of the student's weights to compare with.  [default: the bundle's own]"
+SHARED: dict[str, dict[str, Any]] = {
+    "images": {"type": POSITIVE, "metavar": "N", "help": "How many.  [default: the recipe's]"},
+    "seed": {"type": click.IntRange(0, 2**64 - 1), "default": 0, "help": "Of the noise."},
+    "batch": {"type": click.IntRange(min=2), "default": 8, "help": "The largest batch."},
+    "precision": {"metavar": "NAME", "help": "Which graphs of the bundle.  [default: its first]"},
+    "backend": {"metavar": "NAME", "default": "auto", "help": "The engine; auto: the best installed."},
+    "emulate": {"default": None, "help": HALF},
+    "checkpoint": {"type": PATH, "help": "The student's checkpoint that the bundle was made from."},
+    "vae": {"type": PATH, "help": "The tokenizer's checkpoint that the bundle was made from."},
+    "teacher": {"type": PATH, "help": "The teacher's checkpoint that the bundle was made from."},
+    "weights": {"type": click.Choice(["ema", "model"]), "help": COPY},
+    "threads": {"type": POSITIVE, "metavar": "N", "help": "Of engine and torch.  [default: their choice]"},
+    "device": {"metavar": "NAME", "default": "cpu", "help": "Where PyTorch computes: cpu, cuda, cuda:1."},
+    "report": {"type": PATH, "metavar": "DIR", "help": "Where to write it.  [default: BUNDLE/parity]"},
+    "json": {"is_flag": True, "help": "Print the result as JSON."},
 }
+DECLARED = {"emulate": ("--emulate/--no-emulate",), "json": ("--json", "as_json")}
 
 
 def shared(*names: str, **changes: Any) -> Callable[[F], F]:
-    """Decorator: adds the options of these names, in this order, and `bundle`, the argument; changes: of
-    click's settings of each."""
+    """Decorator: adds the options of these names in this order, `bundle` as the argument.
+
+    changes: of click's settings of each of them.
+    """
 
     def add(function: F) -> F:
         for name in reversed(names):
             if name == "bundle":
-                function = click.argument("bundle", type=PATH)(function)
+                function = click.argument(name, type=PATH)(function)
                 continue
-            declarations, settings = SHARED[name]
-            given = {"show_default": settings.get("default") is not None, **settings, **changes}
-            function = click.option(*declarations, **given)(function)
+            settings = {**SHARED[name], **changes}
+            settings["show_default"] = settings.get("default") is not None
+            function = click.option(*DECLARED.get(name, (f"--{name}",)), **settings)(function)
         return function
 
     return add

@@ -262,28 +262,24 @@ def _file_of(
     """The file that `role` is loaded from, its SHA-256 checked against the manifest's."""
     from ddexport.recipe import embedded_weights
 
-    shipped = recipe.files[role].embedded
+    part, option = recipe.files[role], _option(recipe, role)
+    name, file = source.file if source else part.file, files.get(role)
     if manifest.weights.kind == "embedded":
         _refuse_files(manifest, recipe, files)
-    # The second case is a recipe with embedded weights, the other part of which was replaced at the export.
-    if manifest.weights.kind == "embedded" or (source and source.file == shipped and not files.get(role)):
-        path = Path(embedded_weights(recipe.files[role]))
-        what = f"the embedded weights {path.name} are"
-        hint = "they have changed since the export: export the bundle again"
+    # Of a recipe with embedded weights one part can have been replaced at the export: the other one ships.
+    if manifest.weights.kind == "embedded" or (source and name == part.embedded and not file):
+        path = Path(embedded_weights(part))
+        what, hint = f"the embedded weights {path.name} are", "they have changed: export the bundle again"
+    elif file is None:
+        digest = f" (sha256 {_short(source.sha256)})" if source else ""
+        raise ReferenceFilesError(
+            f"bundle {manifest.name} was made from {name}{digest}; the reference needs that file",
+            f"give it with {option} {name}",
+        )
+    elif not file.is_file():
+        raise ReferenceFilesError(f"{option}: there is no file {file}", f"give the path of {name}")
     else:
-        option = _option(recipe, role)
-        name = source.file if source else recipe.files[role].file
-        file = files.get(role)
-        if file is None:
-            digest = f" (sha256 {_short(source.sha256)})" if source else ""
-            raise ReferenceFilesError(
-                f"bundle {manifest.name} was made from {name}{digest}; the reference needs that file",
-                f"give it with {option} {name}",
-            )
-        if not file.is_file():
-            raise ReferenceFilesError(f"{option}: there is no file {file}", f"give the path of {name}")
-        path = file
-        what = f"{option} {path} is"
+        path, what = file, f"{option} {file} is"
         hint = f"give the {name} that the bundle was exported from with {option}, or export the bundle again"
     if source is not None and (sha256 := sha256_of(path)) != source.sha256:
         raise ReferenceFilesError(

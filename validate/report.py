@@ -147,6 +147,8 @@ class Report(Record, frozen=True):
     def to_dict(self) -> dict[str, Any]:
         """As plain data, with the verdict; what is not finite becomes a string, as JSON lacks it."""
         data: dict[str, Any] = _finite(to_builtins(self))
+        for row, measured in zip(data["rows"], self.rows, strict=True):
+            row["passed"] = measured.passed
         return data | {"passed": self.passed, "verdict": self.verdict}
 
 
@@ -221,9 +223,11 @@ def _finite(value: Any) -> Any:
 
 
 def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
-    """The values that are not finite as numbers again."""
+    """The values that are not finite as numbers again, and no verdicts."""
     rows = fields.get("rows")
     for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, dict):
+            row.pop("passed", None)
         for key in ("value", "low", "high", "limit") if isinstance(row, dict) else ():
             if row.get(key) in ("nan", "inf", "-inf"):
                 row[key] = float(row[key])

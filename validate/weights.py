@@ -33,18 +33,16 @@ def compare_weights(
 
     A graph that was traced apart from the float32 graph is compared with the reference's weights, by name.
     """
+    if precision == FLOAT32:
+        return []
     graphs = {(graph.role, graph.split, graph.precision): root / graph.file for graph in manifest.graphs}
     rows = []
-    reduced = [] if precision == FLOAT32 else [key for key in graphs if key[2] == precision]
-    for role, split, _ in reduced:
+    for role, split in [key[:2] for key in graphs if key[2] == precision]:
         path, full = graphs[role, split, precision], graphs.get((role, split, FLOAT32))
-        model = _load(path)
-        wanted, note = reference.weights(role), ""
-        twin = _initializers(_load(full)) if full else {}
-        traced_together = _names(model) <= set(twin)
-        if traced_together:
-            wanted = twin
-        else:
+        model, wanted = _load(path), _initializers(_load(full)) if full else {}
+        traced_together, note = _names(model) <= set(wanted), ""
+        if not traced_together:
+            wanted = reference.weights(role)
             note = "those that PyTorch has by name: there is no float32 graph of the same trace"
         wrong = dict(_wrong(model, wanted, traced_together))
         worst = max(wrong, key=lambda weight: wrong[weight], default="")
