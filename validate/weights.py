@@ -60,30 +60,34 @@ def _names(model: Any) -> set[str]:
 def _wrong(model: Any, wanted: Weights, exact: bool) -> Iterator[tuple[str, int]]:
     """Name and number of wrong values of every weight that has some. exact: one without its like counts
     whole."""
-    reduced = _initializers(model)
-    quantized: set[str] = set()
-    for node in model.graph.node:
-        if node.op_type != "DequantizeLinear" or node.input[0] not in reduced:
-            continue
-        values, scale, zero = (reduced[name] for name in node.input)
-        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
-        shape = [-1 if scale.ndim and number == axis % values.ndim else 1 for number in range(values.ndim)]
-        step = np.abs(scale.reshape(shape).astype(np.float64)) if scale.ndim else np.float64(scale)
-        restored = (values.astype(np.float64) - zero.reshape(shape if zero.ndim else ())) * step
-        quantized.update(node.input)
-        like = wanted.get(node.input[0].removesuffix(SUFFIX))
-        if like is None or like.shape != restored.shape:
-            yield from [(node.input[0], restored.size)] if exact else []
-        elif count := int((np.abs(restored - like) > (0.5 + TOLERANCE) * step + 1e-12).sum()):
-            yield node.input[0], count
-    for name, array in reduced.items():
-        if name in quantized or name.endswith(CALIBRATED):
-            continue  # of activations: calibrated, so only the outputs can tell
-        like = wanted.get(name)
+    for name, array, tolerance in _stored(model):
+        like = wanted.get(name.removesuffix(SUFFIX))
         if like is None or like.shape != array.shape:
-            yield from [(name, array.size)] if exact else []
-        elif count := int((like.astype(array.dtype) != array).sum()):
+            count = array.size if exact else 0
+        elif tolerance is None:
+            count = int((like.astype(array.dtype) != array).sum())
+        else:
+            count = int((np.abs(array - like) > tolerance).sum())
+        if count:
             yield name, count
+
+
+def _stored(model: Any) -> Iterator[tuple[str, npt.NDArray[Any], npt.NDArray[Any] | None]]:
+    """Name and values of every weight; of a quantized one what it stands for, and how far rounding goes."""
+    stored, quantized = _initializers(model), set[str]()
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored:
+            quantized.update(node.input)
+            values, scale, zero = (stored[name] for name in node.input)
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+            others = tuple(number for number in range(values.ndim) if number != axis % values.ndim)
+            scale, zero = (np.expand_dims(one, others) if one.ndim else one for one in (scale, zero))
+            step = np.abs(scale.astype(np.float64))
+            yield node.input[0], (values.astype(np.float64) - zero) * step, (0.5 + TOLERANCE) * step + 1e-12
+    for name, array in stored.items():
+        # Those of activations are calibrated: only the outputs can tell.
+        if name not in quantized and not name.endswith(CALIBRATED):
+            yield name, array, None
 
 
 def _load(path: Path) -> Any:

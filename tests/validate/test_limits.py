@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from ddexport.validate.limits import command, rows_of
-from ddexport.validate.metrics._base import Measurement
+from ddexport.validate.report import Measurement
 
 
 def row(name: str, value: float, limit: float | None, direction: str = "at most") -> Measurement:
