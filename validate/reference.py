@@ -134,8 +134,8 @@ class TorchReference:
         with torch.inference_mode():
             outputs = module(*(torch.from_numpy(array.copy()).to(self.device) for array in feeds.values()))
         caches = [f"new_{name}" for name in feeds if name.startswith(("key_", "value_"))]
-        names = {"student": ["sequence", "tokens", "logits"], "decoder": ["image"]}
-        names = names.get(graph.role, ["logits", *caches])
+        outputs_of = {"student": ["sequence", "tokens", "logits"], "decoder": ["image"]}
+        names = outputs_of.get(graph.role, ["logits", *caches])
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return {name: output.cpu().numpy() for name, output in zip(names, outputs, strict=True)}
 

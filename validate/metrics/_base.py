@@ -89,7 +89,7 @@ class StepPair:
     @property
     def split(self) -> int:
         """The position behind those that have logits: of a student, where its embeddings start."""
-        return self.start + self.expected.logits.shape[1]
+        return self.start + int(self.expected.logits.shape[1])
 
     def decided(self) -> BoolArray:
         """(N, P): the positions whose token this step decides, that is before the split and not kept."""
@@ -176,7 +176,7 @@ class Comparison:
 
     def scopes(self) -> list[str]:
         """The names of what was compared: steps, images, end to end; what is compared with itself last."""
-        pairs = [*self.steps, *self.images]
+        pairs: list[StepPair | ImagePair] = [*self.steps, *self.images]
         ahead, behind = ([pair.scope for pair in pairs if pair.itself is itself] for itself in (False, True))
         return list(dict.fromkeys([*ahead, *(drawn.scope for drawn in self.drawn), *behind]))
 

@@ -64,14 +64,15 @@ def measure(pair: ImagePair, limits: Limits) -> list[Measurement]:
     low, high = int(np.argmin(ratios)), int(np.argmax(differences))
     at_low = pair.places[chosen[low]] if ratios[low] != math.inf else ""
     at_high = pair.places[chosen[high]] if differences[high] else ""
-    rows = (
-        (names[0], ratios[low], getattr(limits, rule), "at least", at_low, rule),
-        (names[1], differences[high], limits.image_max, "at most", at_high, "image_max"),
-    )
-    return [
-        Measurement("images", pair.scope, name, value, limit, direction, where, note, counts, rule)
-        for name, value, limit, direction, where, rule in rows
-    ]
+    ratio = Measurement(
+        "images", pair.scope, names[0], ratios[low], getattr(limits, rule), "at least", at_low, note, counts,
+        rule,
+    )  # fmt: skip
+    difference = Measurement(
+        "images", pair.scope, names[1], differences[high], limits.image_max, "at most", at_high, note, counts,
+        "image_max",
+    )  # fmt: skip
+    return [ratio, difference]
 
 
 def _to_8bit(image: FloatArray) -> FloatArray:
