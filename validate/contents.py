@@ -1,4 +1,4 @@
-"""What a bundle says of itself, held against what ships with the project: recipe, labels, codebook, noise.
+"""What a bundle says of itself, compared with what ships with the project: recipe, labels, codebook, noise.
 
 A recipe that is wrong on both sides of a comparison shows in no row of it.
 """

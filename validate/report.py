@@ -1,4 +1,4 @@
-"""A report: rows held to limits, how they were measured, and of which bundle; as text, as JSON, read back.
+"""A report: rows with their limits, how they were measured, and of which bundle; as text, as JSON, read back.
 
 `validate parity` and `validate fid` write one into BUNDLE/parity, as `KIND-PRECISION.json` with its pictures
 beside it; `validate/page.py` shows all that lie there.
@@ -31,7 +31,7 @@ class ReportError(DDError):
 
 
 class Measurement(Record, frozen=True):
-    """One number, the limit it is held to, and where it is worst.
+    """One number, its limit, and where it is worst.
 
     low, high: a 95 % interval, where there is one. `limit` None makes it information: it cannot fail. A value
     that is not a number never passes. `counts` holds what the value was counted from. rule: the field of the

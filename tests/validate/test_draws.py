@@ -55,7 +55,7 @@ def test_a_token_at_the_threshold_may_come_or_go_but_no_other() -> None:
         assert bool(pardoned[0, 0]) is excused
 
 
-def test_the_law_of_the_draws_is_held_to_its_chi_square() -> None:
+def test_the_law_of_the_draws_is_checked_by_its_chi_square() -> None:
     """The same probabilities lie within 4 deviations; a temperature 10 % off does not."""
     logits = (2 * np.random.default_rng(4).standard_normal((200, 50))).astype(np.float32)
     same = deviations(*chi_square(logits, logits, SAMPLING, 64))
