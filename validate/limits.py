@@ -76,7 +76,7 @@ class LimitRow:
         """`ok`, `not stated`, `too tight` or `too loose`."""
         if self.ratio is None:
             return "not stated"
-        if self.ratio < 1:
+        if not self.ratio >= 1:  # not a number, too
             return "too tight"
         return "ok" if self.ratio <= LOOSENESS * (1 + 1e-9) else "too loose"
 
@@ -90,9 +90,14 @@ def worst_of(measurements: Iterable[Measurement]) -> dict[str, Measurement]:
     worst: dict[str, Measurement] = {}
     for row in measurements:
         if row.rule:
-            further = max if row.direction == "at most" else min
-            worst[row.rule] = further(worst.get(row.rule, row), row, key=lambda one: one.value)
+            worst[row.rule] = max(worst.get(row.rule, row), row, key=_excess)
     return worst
+
+
+def _excess(row: Measurement) -> float:
+    """How far a value goes towards its limit, and over it; what is not a number goes furthest."""
+    value = row.value if row.direction == "at most" else -row.value
+    return math.inf if math.isnan(value) else value
 
 
 def rows_of(measurements: Iterable[Measurement], precision: str) -> list[LimitRow]:
@@ -108,7 +113,7 @@ def _ratio(row: Measurement, fixed: float | None) -> float | None:
     if row.limit is None:
         return None
     if row.direction == "at least":
-        ratio = 10 ** ((row.value - row.limit) / 20) if math.isfinite(row.value) else math.inf
+        ratio = 10 ** ((row.value - row.limit) / 20)
     elif row.value:
         ratio = row.limit / row.value
     else:
