@@ -16,7 +16,7 @@ from hypothesis import settings
 from msgspec.structs import replace
 
 if TYPE_CHECKING:
-    from ddexport.bundle import Exported
+    from ddexport.export import Exported
     from ddexport.recipe import Recipe
 
 settings.register_profile("ddexport", deadline=None)  # a busy machine is no fault of the code
@@ -75,7 +75,7 @@ def golden_files() -> dict[str, Path]:
 def golden_export(
     cached_export: CachedExport, golden_recipe: Recipe, golden_files: dict[str, Path]
 ) -> Exported:
-    from ddexport.bundle import WeightRequest, export_bundle
+    from ddexport.export import WeightRequest, export_bundle
 
     request = WeightRequest(golden_files)
     return cached_export("golden", lambda target: export_bundle(golden_recipe, target, request))
@@ -108,7 +108,7 @@ def tiny_recipe(golden_recipe: Recipe) -> Recipe:
 @pytest.fixture(scope="session")
 def half(cached_export: CachedExport) -> Callable[[Recipe, int], Exported]:
     """half(recipe, seed): its bundle of random weights in all precisions, asked for in another order."""
-    from ddexport.bundle import WeightRequest, export_bundle
+    from ddexport.export import WeightRequest, export_bundle
 
     def export(recipe: Recipe, seed: int) -> Exported:
         request, precisions = WeightRequest({}, random_seed=seed), ("bf16", "fp32", "fp16")
@@ -140,8 +140,8 @@ def embedded_bundle(cached_export: CachedExport) -> Callable[[str], Path]:
     It is a copy of `build/precisions/<model>` (`make bundles`) where that is whole, newer than all code and
     made by the same tools. Do not write into it.
     """
-    from ddexport.bundle import Exported, WeightRequest, _tools, export_bundle
-    from ddexport.precision.table import ACCURACY_FILE
+    from ddexport.card import ACCURACY_FILE
+    from ddexport.export import Exported, WeightRequest, export_bundle, tool_versions
     from ddexport.recipe import load_recipe
     from ddexport.runtime.bundle import read_manifest
     from ddexport.runtime.errors import DDError
@@ -155,7 +155,7 @@ def embedded_bundle(cached_export: CachedExport) -> Callable[[str], Path]:
             return False
         files = (file for part in ("ddexport", "runtime", "recipes") for file in (ROOT / part).rglob("*.*"))
         newest = max(file.stat().st_mtime for file in files if file.suffix != ".pyc")
-        if newest > (built / "bundle.json").stat().st_mtime or manifest.tools != _tools():
+        if newest > (built / "bundle.json").stat().st_mtime or manifest.tools != tool_versions():
             return False
         if not set(precisions) <= set(manifest.precisions):
             return False
@@ -166,7 +166,7 @@ def embedded_bundle(cached_export: CachedExport) -> Callable[[str], Path]:
 
     def make(model: str, target: Path) -> Exported:
         if copied(ROOT / "build" / "precisions" / model, target):
-            return Exported(target, read_manifest(target), ())
+            return Exported(target, read_manifest(target))
         return export_bundle(load_recipe(model), target, WeightRequest({}), precisions=precisions)
 
     return lambda model: cached_export(model, lambda target: make(model, target)).path
@@ -187,7 +187,7 @@ def replayed_trace(monkeypatch: pytest.MonkeyPatch, golden_bundle: Path) -> Call
             after(path)
             return [path]
 
-        monkeypatch.setattr("ddexport.bundle.onnx_from_module", onnx_from_module)
+        monkeypatch.setattr("ddexport.export.onnx_from_module", onnx_from_module)
 
     replay(lambda path: None)
     return replay

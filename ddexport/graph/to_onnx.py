@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import warnings
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 from torch import nn
 
-from ddexport.graph.external import SharedWeights
-from ddexport.graph.passes import strip_trace
+from ddexport.graph.external import SharedWeights, save_graph
 from ddexport.graph.spec import LARGEST, GraphSpec, sample_inputs
 from ddexport.recipe import Recipe
 from ddexport.runtime.errors import DDError
@@ -23,7 +24,6 @@ from ddexport.runtime.errors import DDError
 DEFAULT_OPSET = 20
 OPSETS = range(18, 24)
 FIRST_OPSETS = {"bf16": 22}  # the first whose Conv takes bfloat16
-EXTERNAL_DATA_FROM = 1 << 30  # bytes; one protobuf message holds at most 2 GiB
 
 
 class ExportError(DDError):
@@ -39,19 +39,13 @@ def onnx_from_module(
     metadata: Mapping[str, str] | None = None,
     weights: SharedWeights | None = None,
 ) -> list[Path]:
-    """Traces `module` and writes it to `path`, with its weights in `path` + ".data" where they pass 1 GiB.
+    """Traces `module` and writes it with `external.save_graph`; returns the files of the graph, itself first.
 
-    The trace is made with batch 2; every dimension with a name in the spec is dynamic. With `weights`, the
-    weights go into that file whatever their size, each once. Returns the files of the graph, itself first.
-
-    Raises:
-        ExportError: the opset is not supported.
+    The trace is made with batch 2; every dimension with a name in the spec is dynamic. opset: one that
+    `check_opset` lets pass.
     """
-    import onnx_ir as ir
-
-    check_opset(opset)
     inputs = sample_inputs(spec, recipe, batch=2, seed=0)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), _uncollected():
         program = torch.onnx.export(
             module.eval(),
             tuple(torch.from_numpy(value) for value in inputs.values()),
@@ -66,13 +60,19 @@ def onnx_from_module(
         raise RuntimeError("torch.onnx.export returned no program")
     strip_trace(program.model)
     program.model.metadata_props.update(metadata or {})
-    size = sum(value.numel() * value.element_size() for value in module.state_dict().values())
-    if weights is None and size > EXTERNAL_DATA_FROM:
-        weights = SharedWeights(path.with_name(path.name + ".data"))
-    if weights is not None:
-        weights.take_from(program.model)
-    ir.save(program.model, path)
-    return [path] if weights is None else [path, weights.path]
+    return save_graph(program.model, path, weights)
+
+
+def strip_trace(model: ir.Model) -> None:
+    """Removes what the tracer notes about itself (stack traces with file paths, module names, doc strings):
+    a graph says nothing about the machine it was made on. A second run changes nothing."""
+    owners: list[ir.Node | ir.Value | ir.Graph] = [model.graph, *model.graph.inputs]
+    owners += model.graph.initializers.values()
+    for node in model.graph.all_nodes():
+        owners += [node, *node.outputs]
+    for owner in owners:
+        owner.metadata_props.clear()
+        owner.doc_string = None
 
 
 def _dynamic_shapes(module: nn.Module, spec: GraphSpec) -> tuple[Any, ...]:
@@ -91,8 +91,11 @@ def _dynamic_shapes(module: nn.Module, spec: GraphSpec) -> tuple[Any, ...]:
     return (*shapes[:plain], tuple(shapes[plain:]))
 
 
-def check_opset(opset: int, precisions: Iterable[str] = ()) -> None:
-    """Raises `ExportError` if graphs of this opset cannot be made, or not in one of the precisions."""
+def check_opset(opset: int | None, precisions: Iterable[str] = ()) -> None:
+    """Raises `ExportError` if graphs of this opset cannot be made, or not in one of the precisions. None, the
+    default of each precision, can."""
+    if opset is None:
+        return
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported", f"use {OPSETS.start} to {OPSETS.stop - 1}")
     for precision in precisions:
@@ -125,3 +128,16 @@ def _quiet() -> Iterator[None]:
     finally:
         for name, logger in loggers.items():
             logger.setLevel(levels[name])
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Collects garbage after the trace and not during it, which takes a third of its time: it makes millions
+    of objects. What it leaves is full of cycles that hold gigabytes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

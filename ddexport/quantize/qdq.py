@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ddexport.graph.passes import strip_trace
+from ddexport.graph.to_onnx import strip_trace
 from ddexport.quantize.calibration import Ranges
 from ddexport.quantize.policy import PRODUCTS
 

@@ -171,7 +171,7 @@ class TestOnnx:
             path.write_bytes((tiny.bundle / path.name).read_bytes())
             return [path]
 
-        monkeypatch.setattr("ddexport.bundle.onnx_from_module", replay)
+        monkeypatch.setattr("ddexport.export.onnx_from_module", replay)
         recipe = tmp_path / "tiny.yaml"
         recipe.write_text(json.dumps(tiny.recipe.to_dict()))  # JSON is YAML
         result = invoke("onnx", "--model", recipe, "--random-weights", tiny.seed, "-o", tmp_path / "b")

@@ -32,7 +32,7 @@ SAMPLING = Sampling(guidance_scale=2.0, top_k=12, top_p=0.95, temperature=1.0)
 @pytest.fixture(scope="module")
 def tiny(cached_export: Any) -> Path:
     """A small VAR with random weights, a teacher, and a student of another split."""
-    from ddexport.bundle import export_bundle
+    from ddexport.export import export_bundle
     from ddexport.recipe import load_recipe, recipe_from_dict
     from ddexport.sources import WeightRequest
 

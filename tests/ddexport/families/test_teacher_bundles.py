@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from msgspec import structs
 
 from ddexport import runtime
-from ddexport.bundle import Exported, WeightRequest, export_bundle
+from ddexport.export import Exported, WeightRequest, export_bundle
 from ddexport.commands.inspect import command as inspect_command
 from ddexport.families._checkpoint import load_part
 from ddexport.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict

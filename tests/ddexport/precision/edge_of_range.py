@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddexport.bundle import WeightRequest, load_parts
+from ddexport.export import WeightRequest, load_parts
 from ddexport.precision.cast import in_precision
 from ddexport.precision.layers import HalfArithmetic
 from ddexport.recipe import Recipe, load_recipe

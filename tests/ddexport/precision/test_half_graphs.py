@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from msgspec import structs
 
-from ddexport.bundle import Exported, WeightRequest, export_bundle, load_parts
+from ddexport.export import Exported, WeightRequest, export_bundle, load_parts
 from ddexport.families._checkpoint import save_part
 from ddexport.graph.accuracy import PRODUCTS
 from ddexport.graph.to_onnx import ExportError
@@ -258,7 +258,7 @@ class TestCommand:
         """What was measured of the half graphs, for people and as JSON; `inspect` shows it again."""
         from ddexport.commands import inspect, onnx
 
-        monkeypatch.setattr("ddexport.bundle.export_bundle", lambda *_, **__: half_export)
+        monkeypatch.setattr("ddexport.export.export_bundle", lambda *_, **__: half_export)
         arguments = ["--model", "digits-var", "--precision", "fp32,fp16,bf16"]
         text = CliRunner().invoke(onnx.command, arguments).stdout
         for words in ("student_fp16.onnx: ", "of its products in bf16", "half rounding emulated", "MatMul",

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from msgspec import structs
 from onnx import numpy_helper
 
-from ddexport.bundle import WeightRequest, export_bundle
+from ddexport.export import WeightRequest, export_bundle
 from ddexport.commands.onnx import command
 from ddexport.precision.cast import PrecisionError
 from ddexport.precision.table import read_accuracy

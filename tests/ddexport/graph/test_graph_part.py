@@ -15,8 +15,8 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from ddexport.bundle import Exported, WeightRequest, export_bundle, load_parts
 from ddexport.commands.onnx import command
+from ddexport.export import Exported, WeightRequest, export_bundle, load_parts
 from ddexport.families import family
 from ddexport.families._var_blocks import attend_in_groups
 from ddexport.families._vq_codec import ChannelNorm, Decoder, TransposedUpsample, Upsample
@@ -292,7 +292,7 @@ class TestLeavingOut:
             seen.update(options)
             raise RewriteError("stop here")
 
-        monkeypatch.setattr("ddexport.bundle.export_bundle", export)
+        monkeypatch.setattr("ddexport.export.export_bundle", export)
         CliRunner().invoke(
             command, ["--model", "digits-var", "--without", "upsampling", "--without", "attention"]
         )

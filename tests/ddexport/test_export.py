@@ -21,7 +21,7 @@ from onnx import numpy_helper
 
 import ddexport.bundle
 import ddexport.staging
-from ddexport.bundle import Exported, WeightRequest, export_bundle, load_parts
+from ddexport.export import Exported, WeightRequest, export_bundle, load_parts
 from ddexport.graph.spec import graph_specs, sample_inputs
 from ddexport.graph.to_onnx import OPSETS, ExportError
 from ddexport.precision.table import ACCURACY_FILE, read_accuracy
