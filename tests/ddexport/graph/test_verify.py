@@ -1,5 +1,5 @@
-"""The verifier lets good graphs out and no other: every difference is found, only ties are excused, and what is
-measured of reduced graphs is what hand-made numbers say."""
+"""The verifier lets good graphs out and no other: every difference is found, only ties are excused, and what
+is measured of reduced graphs is what hand-made numbers say."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_dead_module_proves_nothing(golden_recipe: Recipe) -> None:
 def test_reduced_graphs_have_the_recipes_limits(verify: Verify, precision: str, hint: str) -> None:
     options = {"precision": precision, "limits": LIMITS}
     verify("decoder", change("image", (0, 0, 0, 0), 0.01), **options)
-    with pytest.raises(VerificationError, match="too far .*8-bit difference 2[56] at batch 1") as caught:
+    with pytest.raises(VerificationError, match=r"too far .*8-bit difference 2[56] at batch 1") as caught:
         verify("decoder", change("image", (0, 0, 0, 0), 0.1), **options)
     assert hint in caught.value.hint
 
@@ -164,7 +164,7 @@ class TestMeasures:
 
     @pytest.mark.parametrize("place", [(0, 1, 1), (1, 0, 0)])
     def test_what_is_copied_is_exact_in_every_precision(self, place: tuple[int, ...]) -> None:
-        """Codebook entries of the same token, and positions that are known; it is no error of an embedding."""
+        """Codebook entries of the same token, and known positions; it is no error of an embedding."""
         error = errors(("sequence", place, 0.01))["sequence"]
         assert error.rms == 0 and error.copied == pytest.approx(0.01, rel=1e-3)
         assert "copied" in faults_of(error, LIMITS, TOLERANCE)[0]
