@@ -34,9 +34,9 @@ def accuracy_rows(accuracy: Mapping[str, Any]) -> list[list[str]]:
     float32, and the worst errors against PyTorch over all batch sizes."""
     rows = []
     for file, measured in accuracy.items():
-        weights = measured["weights"]
-        reduced = sum(weights.values()) - weights.get(FLOAT32, 0)
-        share = f"{reduced / max(sum(weights.values()), 1):.1%}"
+        weights = measured.get("weights", {})  # bundles of an older version do not say
+        total = sum(weights.values())
+        share = f"{1 - weights.get(FLOAT32, 0) / total:.1%}" if total else ""
         for output in dict.fromkeys(error["output"] for error in measured["errors"]):
             errors = [error for error in measured["errors"] if error["output"] == output]
             rms, largest = (max(error[key] for error in errors) for key in ("rms", "largest"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -111,12 +111,9 @@ def verify(
             limits = None if graph.precision == FLOAT32 else recipe.parity.limits(graph.precision)
             with stage(f"comparing {graph.file} with PyTorch"), _opened(folder, manifest, graph) as run:
                 trials = trials or [trial(module, spec, recipe, sizes) for sizes in spec.sizes]
-                errors = [
-                    error
-                    for inputs, wanted in trials
-                    for error in compare(run, inputs, wanted, spec, graph.file, graph.precision, limits)
-                ]
+                compared = [compare(run, *one, spec, graph.file, graph.precision, limits) for one in trials]
             emulated = ", half rounding emulated" if graph.precision in HALVES else ""
+            errors = [error for errors in compared for error in errors]
             accuracy[graph.file] = Accuracy(ENGINE + emulated, weights_by_type(folder / graph.file), errors)
     return accuracy
 
@@ -253,13 +250,9 @@ def _opened(folder: Path, manifest: Manifest, graph: Graph) -> Iterator[Run]:
     if graph.precision in HALVES:
         yield EmulatedGraph(folder / graph.file).run
         return
-    engine = OnnxRuntime(
-        folder, manifest, Configuration(ENGINE, "cpu", graph.precision, graph.precision, CPU)
-    )
-    try:
+    chosen = Configuration(ENGINE, "cpu", graph.precision, graph.precision, CPU)
+    with closing(OnnxRuntime(folder, manifest, chosen)) as engine:
         yield partial(engine.run, graph)
-    finally:
-        engine.close()
 
 
 def _check_values(arrays: Arrays, file: str, hint: str) -> None:
