@@ -42,7 +42,7 @@ def accuracy_rows(accuracy: Mapping[str, Any]) -> list[list[str]]:
             rms, largest = (max(error[key] for error in errors) for key in ("rms", "largest"))
             tokens = image = ""
             if "differing" in errors[0]:
-                worst = max(errors, key=lambda error: error["differing"])
+                worst = max(errors, key=lambda error: (error["differing"], error["compared"]))
                 tokens = f"{worst['differing']} of {worst['compared']} differ"
             if "psnr" in errors[0]:
                 bits = max(error["bits8"] for error in errors)
