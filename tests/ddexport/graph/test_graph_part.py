@@ -73,7 +73,6 @@ class TestOutputs:
         kinds = [type(module) for module in parts[role].modules()]
         wanted = outputs(parts, recipe)
         form = graph_part(parts[role], "fp32")
-        assert [type(module) for module in form.modules()] != kinds
         assert_equal(outputs({**parts, role: form}, recipe), wanted)
         assert kinds == [type(module) for module in parts[role].modules()]
         assert all(torch.equal(value, before[name]) for name, value in parts[role].state_dict().items())
