@@ -119,7 +119,7 @@ class TestAccuracy:
             rows = [(e["batch"], e["output"]) for e in accuracy["errors"]]
             outputs = ("sequence", "logits") if graph.role == "student" else ("image",)
             assert rows == [(batch, name) for batch in (1, 2, 3, 8) for name in outputs]
-            unit = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 1e-1}[graph.precision]
+            unit = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-1}[graph.precision]
             assert all(0 < e["rms"] < unit for e in accuracy["errors"])
             assert ("half rounding emulated" in accuracy["engine"]) == (graph.precision != "fp32")
 
