@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import logging
 import warnings
@@ -45,7 +44,7 @@ def onnx_from_module(
     `check_opset` lets pass.
     """
     inputs = sample_inputs(spec, recipe, batch=2, seed=0)
-    with torch.no_grad(), _quiet(), _uncollected():
+    with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             module.eval(),
             tuple(torch.from_numpy(value) for value in inputs.values()),
@@ -128,16 +127,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for name, logger in loggers.items():
             logger.setLevel(levels[name])
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Leaves the garbage of a trace, millions of objects, to a collection afterwards: in between they would take
-    a tenth of its time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
