@@ -30,7 +30,7 @@ LIMITS = Limits(1e-3, 1e-4, 60.0, 2, 1e-4, 0.0, 1e-4, 60.0, 0.1)
 @pytest.fixture(scope="module")
 def tiny(cached_export: Any) -> Path:
     """A small VAR with random weights, a teacher, and a student of another split."""
-    from ddexport.bundle import export_bundle
+    from ddexport.export import export_bundle
     from ddexport.recipe import load_recipe, recipe_from_dict
     from ddexport.sources import WeightRequest
 

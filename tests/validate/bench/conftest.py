@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "var-dd-small"
 @pytest.fixture(scope="session")
 def bundle(cached_export: Callable[..., Any]) -> Path:
     """Random weights in float32, one block, five positions, with a teacher. Do not write into it."""
-    from ddexport.bundle import WeightRequest, export_bundle
+    from ddexport.export import WeightRequest, export_bundle
     from ddexport.recipe import load_recipe, recipe_from_dict
 
     data = load_recipe(str(GOLDEN / "recipe.yaml")).to_dict() | {
