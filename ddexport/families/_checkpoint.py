@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ddexport.families import family
-from ddexport.families._base import GeometryError, Layout, Student
+from ddexport.families._base import Layout, Student
 from ddexport.families._weight_file import SHARD, CheckpointError, read_weights
 from ddexport.runtime.files import atomic_write
 
@@ -264,16 +264,12 @@ def _converted(
 def _float32(tensor: Tensor, what: str) -> Tensor:
     """A weight of any floating type as float32. Raises `CheckpointError` for what does not become it."""
     kind = str(tensor.dtype).removeprefix("torch.")
-    dense = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
-    try:
-        value = tensor.float() if dense else None
-    except RuntimeError:  # numbers of four bits
-        value = None
-    if value is None:
+    packed = kind.startswith("float4")  # no conversion in PyTorch
+    if not tensor.is_floating_point() or packed or tensor.layout != torch.strided or tensor.is_meta:
         raise CheckpointError(
             f"{what} ({kind}) is not a dense array of floating numbers", "quantised? give the float weights"
         )
-    if not value.isfinite().all():
+    if not (value := tensor.float()).isfinite().all():
         raise CheckpointError(f"{what} ({kind}) is not finite in float32", "get another copy")
     return value
 
@@ -306,10 +302,6 @@ def _guess(state: Mapping[str, Tensor], recipe: Recipe) -> str:
 
     for candidate in (recipe, *map(load_recipe, recipe_names())):
         for role in family(candidate.family).roles:
-            try:
-                expected = _expected(candidate, role)
-            except GeometryError:
-                continue
-            if any(not copy.faults for copy in _copies(state, *expected)):
+            if any(not copy.faults for copy in _copies(state, *_expected(candidate, role))):
                 return f"this looks like the {role} of {candidate.name}"
     return ""

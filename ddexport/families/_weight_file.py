@@ -22,7 +22,7 @@ from ddexport.runtime.records import convert, read_json
 
 SHARD = re.compile(r"(.+)-\d+-of-(\d+)\.safetensors")
 MAX_HEADER = 100_000_000  # bytes, of safetensors
-DOWNLOAD = "download it again and compare its size with the Hub's"
+DOWNLOAD = "download it again"
 
 
 class CheckpointError(DDError):
@@ -60,9 +60,9 @@ def fingerprint(path: Path) -> tuple[str, int]:
     Of several files the SHA-256 is that of what `sha256sum` prints for them, index included, sorted by name.
     """
     files = sorted(_files_of(path)[0], key=lambda file: file.name)
-    sums = {file.name: sha256_of(file) for file in files}
-    lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items())
-    whole = hashlib.sha256(lines.encode()).hexdigest() if len(sums) > 1 else sums[files[0].name]
+    sums = [sha256_of(file) for file in files]
+    lines = "".join(f"{sha256}  {file.name}\n" for sha256, file in zip(sums, files, strict=True))
+    whole = sums[0] if len(files) == 1 else hashlib.sha256(lines.encode()).hexdigest()
     return whole, sum(file.stat().st_size for file in files)
 
 
@@ -77,8 +77,7 @@ def _files_of(path: Path) -> tuple[list[Path], dict[str, str]]:
             names = ", ".join(file.name for file in files) or "no .safetensors file"
             raise CheckpointError(f"{path} is a directory with {names}", "give the file of the weights")
         path = files[0]
-    head = _head(path)
-    if not head.startswith(b"{") or _is_safetensors(head):
+    if path.suffix != ".json":
         return [path], {}
     places = convert(Index, read_json(path, CheckpointError), str(path), CheckpointError, DOWNLOAD).weight_map
     shards = [path.parent / name for name in sorted(set(places.values()))]
@@ -88,58 +87,42 @@ def _files_of(path: Path) -> tuple[list[Path], dict[str, str]]:
     return [path, *shards], places
 
 
-def _head(path: Path) -> bytes:
+def _read_file(path: Path) -> Any:
+    from safetensors.torch import load_file
+
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}", "check the path")
     try:
         with path.open("rb") as stream:
-            return stream.read(128)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}", "check its rights") from error
-
-
-def _is_safetensors(head: bytes) -> bool:
-    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER
-
-
-def _read_file(path: Path) -> Any:
-    from safetensors.torch import load_file
-
-    try:
-        head = _head(path)
-        if _is_safetensors(head):
+            head = stream.read(128)
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER:
             return load_file(path)
         if head.startswith(b"version https://git-lfs"):
             raise CheckpointError(f"{path} is a Git LFS pointer, not the weights", "run git lfs pull")
         if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
             raise CheckpointError(f"{path} is a web page, not the weights",
                                   "on the Hub a file's address has /resolve/, not /blob/")  # fmt: skip
+        if is_zip := head.startswith(b"PK\3\4"):
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > path.stat().st_size:
+                raise CheckpointError(f"{path} is compressed; checkpoints are not", "save it with torch.save")
+        # torch.load goes by the suffix .safetensors, but for a stream, which it cannot map.
+        mapped = is_zip and path.suffix.lower() != ".safetensors"
         # LlamaGen's training code keeps its command line beside the weights: plain attributes, no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as stream:
+            return torch.load(path if mapped else stream, "cpu", weights_only=True, mmap=mapped)
     except CheckpointError:
         raise
-    except pickle.UnpicklingError as error:
-        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+    except Exception as error:  # the bytes are untrusted: a damaged pickle can make the reader raise anything
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if named and isinstance(error, pickle.UnpicklingError):
             raise CheckpointError(
                 f"{path} holds objects that are not weights ({named[1]}): loading them could run code",
                 "save the state dict alone, or convert the file to .safetensors",
             ) from error
+        size = f"{path.stat().st_size:,} bytes"
         raise CheckpointError(
-            f"{path} is not a checkpoint of weights alone, and not a safetensors file",
-            "give a .pth file as torch.save writes it, or a .safetensors file",
+            f"{path} is damaged, or not a checkpoint of weights alone and not a safetensors file ({size})",
+            "compare its size with the Hub's, or give a state dict as torch.save or safetensors writes it",
         ) from error
-    except Exception as error:  # the bytes are untrusted: a damaged pickle can make the reader raise anything
-        raise CheckpointError(
-            f"{path} is damaged or not a checkpoint ({path.stat().st_size:,} bytes)", DOWNLOAD
-        ) from error
-
-
-def _is_plain_zip(path: Path) -> bool:
-    """Whether the file is in torch's zip format and can be mapped. Refuses one that unpacks to more."""
-    if not _head(path).startswith(b"PK\3\4"):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-            raise CheckpointError(f"{path} is compressed; checkpoints are not", "save it with torch.save")
-    return True

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ddexport.families import family
@@ -109,12 +110,6 @@ class TestWhatIsAccepted:
             assert file.metadata() == {"model": "var-dd-small", "role": role}
             assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}  # noqa: SIM118
         assert [p.name for p in tmp_path.iterdir()] == ["part.safetensors"]
-
-    def test_safetensors_in_float32(self, golden_recipe: Recipe, tmp_path: Path) -> None:
-        module = random_part(golden_recipe, "student", seed=1)
-        save_part(module, golden_recipe, "student", tmp_path / "s.safetensors", torch.float32)
-        again = load_part(golden_recipe, "student", tmp_path / "s.safetensors")
-        assert all(torch.equal(v, again.state_dict()[k]) for k, v in module.state_dict().items())
 
 
 class TestContent:
@@ -223,6 +218,7 @@ class TestContent:
     ) -> None:
         path = cheap_file(load_recipe(given), given_role, tmp_path / "given.pth")
         error = self.refused(lambda: load_part(load_recipe(asked), role, path))
+        assert ("blocks, the recipe has" in error.message) == (given_role == "student")
         assert error.hint == f"this looks like the {given_role} of {given}"
 
     @pytest.mark.parametrize(
@@ -285,36 +281,45 @@ class TestTrainingRuns:
         module = load(wrap(golden_state))
         assert torch.equal(module.logits_head.bias, golden_state["head.bias"].float())
 
+    @pytest.mark.parametrize("weights", [None, "ema_parameters"])
+    @pytest.mark.parametrize(("role", "file"), [("teacher", "teacher.pth"), ("tokenizer", "vae.pth")])
     def test_a_trainers_file_is_teacher_and_tokenizer(
-        self, golden_recipe: Recipe, golden_dir: Path, tmp_path: Path
+        self,
+        golden_recipe: Recipe,
+        golden_dir: Path,
+        tmp_path: Path,
+        role: str,
+        file: str,
+        weights: str | None,
     ) -> None:
         """As VAR's training code writes it; a name given for the student's file does not matter here."""
-        read = lambda name: torch.load(golden_dir / name, weights_only=True)  # noqa: E731
-        trainer = {"var_wo_ddp": read("teacher.pth"), "vae_local": read("vae.pth"), "config": {"depth": 2}}
-        torch.save({"trainer": trainer, "args": {"exp": "x"}}, tmp_path / "ar-ckpt-last.pth")
-        for role, name, place in (
-            ("teacher", "teacher.pth", "model"),
-            ("tokenizer", "vae.pth", "trainer.vae_local"),
-        ):
-            for weights in (None, "ema_parameters"):
-                module = load_part(golden_recipe, role, tmp_path / "ar-ckpt-last.pth", weights)
-                wanted = load_part(golden_recipe, role, golden_dir / name).state_dict()
-                assert all(torch.equal(wanted[k], v) for k, v in module.state_dict().items())
-            assert copy_taken(golden_recipe, role, tmp_path / "ar-ckpt-last.pth") == place
+        teacher, vae = (torch.load(golden_dir / f, weights_only=True) for f in ("teacher.pth", "vae.pth"))
+        path = tmp_path / "ar-ckpt-last.pth"
+        torch.save({"trainer": {"config": {}, "var_wo_ddp": teacher, "vae_local": vae}}, path)
+        state = load_part(golden_recipe, role, path, weights).state_dict()
+        wanted = load_part(golden_recipe, role, golden_dir / file).state_dict()
+        assert all(torch.equal(wanted[key], value) for key, value in state.items())
+        place = {"teacher": "model", "tokenizer": "trainer.vae_local"}[role]
+        assert copy_taken(golden_recipe, role, path, weights) == place
 
-    @pytest.mark.parametrize("name", ["raw.b", "b", "a.b"])
-    def test_one_of_several_is_named(self, load: Callable[..., Any], golden_state: State, name: str) -> None:
-        other = {k: v + 1 for k, v in golden_state.items()}
-        data = {"raw": {"b": golden_state}, "a": {"c": other}}
-        with pytest.raises(CheckpointError) as caught:
+    def test_one_of_several_is_named(self, load: Callable[..., Any], golden_state: State) -> None:
+        other = {key: value + 1 for key, value in golden_state.items()}
+        data = {"a": {"c": other}, "raw": {"b": golden_state}}
+        with pytest.raises(CheckpointError, match=r"holds the student as a\.c, raw\.b") as caught:
             load(data)
-        assert "holds the student as raw.b, a.c" in caught.value.message
         assert caught.value.hint == "choose with --weights NAME"
-        if name == "a.b":
-            with pytest.raises(CheckpointError, match=r"has no a\.b; it holds the student as raw.b, a.c"):
-                load(data, name)
-        else:
+        with pytest.raises(CheckpointError, match=r"has no a\.b; it holds the student as a\.c, raw\.b"):
+            load(data, "a.b")
+        for name in ("raw.b", "b", "other,b"):
             assert torch.equal(load(data, name).logits_head.bias, golden_state["head.bias"].float())
+
+    def test_a_damaged_default_is_not_replaced(self, load: Callable[..., Any], golden_state: State) -> None:
+        """Images of the raw weights would only be worse."""
+        ema = {key: value for key, value in golden_state.items() if "blocks.1." not in key}
+        data = {"trainer": {"ema_parameters": ema, "var_wo_ddp": golden_state}}
+        with pytest.raises(CheckpointError, match="ema_parameters, differs: 1 blocks, the recipe has 2"):
+            load(data)
+        load(data, "model")
 
     def test_bare_and_wrapped_names_are_two_models(
         self, load: Callable[..., Any], golden_state: State
@@ -322,27 +327,15 @@ class TestTrainingRuns:
         with pytest.raises(CheckpointError, match=r"unknown module\.lvl_1L"):
             load({**golden_state, "module.lvl_1L": golden_state["lvl_1L"]})
 
-    def test_the_number_of_blocks_is_told(self, tmp_path: Path) -> None:
-        path = cheap_file(load_recipe("var-d20"), "student", tmp_path / "d20.pth")
-        with pytest.raises(
-            CheckpointError, match=r"\.ema_parameters, differs: 20 blocks, the recipe has 16;"
-        ):
-            load_part(load_recipe("var-d16"), "student", path)
-
     @pytest.mark.parametrize("index", [True, False])
     def test_shards(self, golden_recipe: Recipe, golden_state: State, tmp_path: Path, index: bool) -> None:
         """By index or directory; a shard that is missing, that holds something else, or alone is refused."""
-        from safetensors.torch import save_file
-
-        names = [f"model-{i}-of-2.safetensors" for i in (1, 2)]
-        keys = sorted(golden_state)
-        parts = {names[0]: keys[::2], names[1]: keys[1::2]}
-        for name, part in parts.items():
-            save_file({key: golden_state[key].contiguous() for key in part}, tmp_path / name)
-        path = tmp_path
+        path, names = tmp_path, [f"model-{i}-of-2.safetensors" for i in (1, 2)]
+        places = {key: names[i % 2] for i, key in enumerate(golden_state)}
+        for name in names:
+            save_file({k: golden_state[k] for k in places if places[k] == name}, tmp_path / name)
         if index:
             path = tmp_path / "model.safetensors.index.json"
-            places = {key: name for name, part in parts.items() for key in part}
             path.write_text(json.dumps({"metadata": {}, "weight_map": places}))
         module = load_part(golden_recipe, "student", path)
         assert torch.equal(module.logits_head.bias, golden_state["head.bias"].float())
@@ -354,23 +347,18 @@ class TestTrainingRuns:
             load_part(golden_recipe, "student", tmp_path / names[0])
         assert "give their directory" in caught.value.hint
         save_file({"head.bias": golden_state["head.bias"]}, tmp_path / names[1])
-        with pytest.raises(
-            CheckpointError, match="other tensors than this shard should" if index else "missing"
-        ):
+        with pytest.raises(CheckpointError, match="holds other tensors than" if index else "missing"):
             load_part(golden_recipe, "student", path)
         (tmp_path / names[1]).unlink()
         with pytest.raises(CheckpointError, match="which is not there" if index else "missing"):
             load_part(golden_recipe, "student", path)
 
+    @pytest.mark.parametrize(("save", "name"), [(torch.save, "a.safetensors"), (save_file, "a.pth")])
     def test_a_name_says_nothing_of_the_format(
-        self, golden_recipe: Recipe, golden_state: State, tmp_path: Path
+        self, golden_recipe: Recipe, golden_state: State, tmp_path: Path, save: Any, name: str
     ) -> None:
-        from safetensors.torch import save_file
-
-        torch.save(golden_state, tmp_path / "torch.safetensors")
-        save_file(golden_state, tmp_path / "safetensors.pth")
-        for path in tmp_path.iterdir():
-            assert load_part(golden_recipe, "student", path).logits_head.bias.isfinite().all()
+        save(golden_state, tmp_path / name)
+        assert load_part(golden_recipe, "student", tmp_path / name).logits_head.bias.isfinite().all()
 
 
 class Payload:
@@ -402,7 +390,7 @@ class TestFile:
             load_part(golden_recipe, "student", path)
         assert not trap.exists()
         if how == "pickle":  # of a protocol that torch.save does not use
-            assert "not one of weights alone" in caught.value.message
+            assert "not a checkpoint of weights alone" in caught.value.message
         else:
             assert re.search(r"\(\w+\.mkdir\): loading them could run code", caught.value.message)
         assert "safetensors" in caught.value.hint
@@ -426,7 +414,7 @@ class TestFile:
         cut = data[: keep if isinstance(keep, int) else int(len(data) * keep)]
         path = tmp_path / f"cut-{name}"
         path.write_bytes(cut)
-        with pytest.raises(CheckpointError, match=r"is damaged or not a|is not a checkpoint of") as caught:
+        with pytest.raises(CheckpointError, match="is damaged, or not a checkpoint") as caught:
             load_part(golden_recipe, "student", path)
         assert caught.value.hint
 
@@ -453,7 +441,7 @@ class TestFile:
             load_part(golden_recipe, "student", path)
         assert str(path) in caught.value.message
         assert caught.value.hint
-        kinds = {b"<!": "is a web page", b"ve": "is a Git LFS pointer", b'{"': "`weight_map`"}
+        kinds = {b"<!": "is a web page", b"ve": "is a Git LFS pointer"}
         assert kinds.get(content[:2], "checkpoint") in caught.value.message
 
     def test_a_file_that_is_not_there(self, golden_recipe: Recipe, tmp_path: Path) -> None:
@@ -473,8 +461,6 @@ class TestFile:
     @pytest.mark.parametrize("suffix", [".pth", ".legacy.pth", ".safetensors"])
     def test_damage_anywhere_is_a_clear_error(self, tmp_path: Path, suffix: str) -> None:
         """Whatever bit is wrong, the file is read or refused: it never ends in a traceback."""
-        from safetensors.torch import save_file
-
         whole, path = tmp_path / f"whole{suffix}", tmp_path / f"damaged{suffix}"
         state = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.float16)}
         if suffix == ".safetensors":
