@@ -98,7 +98,8 @@ def _read_file(path: Path) -> Any:
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER:
             return load_file(path)
         if head.startswith(b"version https://git-lfs"):
-            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights", "run git lfs pull")
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights",
+                                  "run git lfs pull, or download the file itself")  # fmt: skip
         if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
             raise CheckpointError(f"{path} is a web page, not the weights",
                                   "on the Hub a file's address has /resolve/, not /blob/")  # fmt: skip
@@ -123,6 +124,6 @@ def _read_file(path: Path) -> Any:
             ) from error
         size = f"{path.stat().st_size:,} bytes"
         raise CheckpointError(
-            f"{path} is damaged, or not a checkpoint of weights alone and not a safetensors file ({size})",
+            f"{path} is damaged or not a checkpoint ({size}): no weights of torch.save, not a safetensors file",
             "compare its size with the Hub's, or give a state dict as torch.save or safetensors writes it",
         ) from error
