@@ -124,6 +124,6 @@ def _read_file(path: Path) -> Any:
             ) from error
         size = f"{path.stat().st_size:,} bytes"
         raise CheckpointError(
-            f"{path} is damaged or not a checkpoint ({size}): no weights of torch.save, not a safetensors file",
-            "compare its size with the Hub's, or give a state dict as torch.save or safetensors writes it",
+            f"{path} is damaged or not a checkpoint ({size}): not a state dict, not a safetensors file",
+            "download it again, or give a state dict as torch.save or safetensors writes it",
         ) from error
