@@ -17,7 +17,7 @@ PATH, POSITIVE = click.Path(path_type=Path), click.IntRange(min=1)
 HALF = (
     "Round fp16 and bf16 on the CPU as a half engine does; not: the engine as it is.  [default: on the CPU]"
 )
-COPY = "Which copy of the student's weights to compare with.  [default: the bundle's own]"
+COPY = "Which state dict of the checkpoint to compare with.  [default: the bundle's own]"
 SHARED: dict[str, dict[str, Any]] = {
     "images": {"type": POSITIVE, "metavar": "N", "help": "How many.  [default: the recipe's]"},
     "seed": {"type": click.IntRange(0, 2**64 - 1), "default": 0, "help": "Of the noise."},
@@ -28,7 +28,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "checkpoint": {"type": PATH, "help": "The student's checkpoint that the bundle was made from."},
     "vae": {"type": PATH, "help": "The tokenizer's checkpoint that the bundle was made from."},
     "teacher": {"type": PATH, "help": "The teacher's checkpoint that the bundle was made from."},
-    "weights": {"type": click.Choice(["ema", "model"]), "help": COPY},
+    "weights": {"metavar": "NAME", "help": COPY},
     "threads": {"type": POSITIVE, "metavar": "N", "help": "Of engine and torch.  [default: their choice]"},
     "device": {"metavar": "NAME", "default": "cpu", "help": "Where PyTorch computes: cpu, cuda, cuda:1."},
     "report": {"type": PATH, "metavar": "DIR", "help": "Where to write it.  [default: BUNDLE/parity]"},

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import structs
 
-from ddexport.runtime.bundle import Graph, Manifest, Source, sha256_of
+from ddexport.runtime.bundle import Graph, Manifest, Source
 from ddexport.runtime.errors import DDError
 from ddexport.validate.devices import torch_device
 from ddexport.validate.metrics._base import Drawn, FloatArray, IntArray
@@ -186,7 +186,7 @@ def build_reference(
     Args:
         manifest: of the bundle; its `weights` say where they came from.
         files: the published files of a bundle of kind `checkpoint`, by role: student, tokenizer, teacher.
-        weights: "ema" or "model"; by default the copy that the bundle was made from.
+        weights: the name of a state dict in the files; by default the one that the bundle was made from.
         threads: of torch, for the whole process; by default torch's own choice.
         teacher: whether the bundle's teacher, if it has one, is wanted too.
         device: torch's name of where it computes.
@@ -218,7 +218,7 @@ def build_reference(
         parts = {}
         for role in roles:
             path = _file_of(manifest, recipe, role, sources.get(role), files)
-            copy = weights or (sources[role].weights if role in sources else None) or "ema"
+            copy = weights or (sources[role].weights if role in sources else None)
             parts[role] = load_part(recipe, role, path, copy)
     connect(parts["student"], parts["tokenizer"])
     parts = {role: part.to(device) for role, part in parts.items()}
@@ -260,6 +260,7 @@ def _file_of(
     manifest: Manifest, recipe: Recipe, role: str, source: Source | None, files: Mapping[str, Path | None]
 ) -> Path:
     """The file that `role` is loaded from, its SHA-256 checked against the manifest's."""
+    from ddexport.families._weight_file import fingerprint
     from ddexport.recipe import embedded_weights
 
     part, option = recipe.files[role], _option(recipe, role)
@@ -276,12 +277,12 @@ def _file_of(
             f"bundle {manifest.name} was made from {name}{digest}; the reference needs that file",
             f"give it with {option} {name}",
         )
-    elif not file.is_file():
+    elif not file.exists():
         raise ReferenceFilesError(f"{option}: there is no file {file}", f"give the path of {name}")
     else:
         path, what = file, f"{option} {file} is"
         hint = f"give the {name} that the bundle was exported from with {option}, or export the bundle again"
-    if source is not None and (sha256 := sha256_of(path)) != source.sha256:
+    if source is not None and (sha256 := fingerprint(path)[0]) != source.sha256:
         raise ReferenceFilesError(
             f"{what} not what bundle {manifest.name} was made from:"
             f" sha256 {_short(sha256)}, the manifest says {_short(source.sha256)}",

@@ -39,13 +39,14 @@ def _named_precisions(context: click.Context, parameter: click.Parameter, value:
 @click.option(
     "--model", required=True, metavar="NAME|YAML", help="A name of `ddexport models`, or a recipe file."
 )
-@click.option("--checkpoint", type=existing, help="The student's weights, .pth or .safetensors.")
-@click.option("--vae", type=existing, help="The tokenizer's weights, .pth or .safetensors.")
+@click.option("--checkpoint", type=existing, help="The student's weights: a file of torch or safetensors; sharded, its index or directory.")
+@click.option("--vae", type=existing, help="The tokenizer's weights, likewise.")
 @click.option("--teacher", metavar="FILE|random|none",
               help="The teacher's weights, for steps that involve it; random beside --random-weights."
               " [default: those that ship with the project, if any]")  # fmt: skip
-@click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True,
-              help="Which copy of the student's weights the file holds to take.")  # fmt: skip
+@click.option("--weights", metavar="NAME",
+              help="Which state dict of a file with several, as trainer.ema_parameters, or its last part."
+              " [default: ema, if there is one]")  # fmt: skip
 @click.option("--random-weights", type=int, metavar="SEED", help="Random weights in place of the files.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The bundle directory. [default: build/NAME]"
@@ -66,7 +67,7 @@ def command(
     checkpoint: Path | None,
     vae: Path | None,
     teacher: str | None,
-    weights: str,
+    weights: str | None,
     random_weights: int | None,
     output: Path | None,
     precisions: tuple[str, ...],
