@@ -40,7 +40,7 @@ def _named_precisions(context: click.Context, parameter: click.Parameter, value:
     "--model", required=True, metavar="NAME|YAML", help="A name of `ddexport models`, or a recipe file."
 )
 @click.option("--checkpoint", type=existing,
-              help="The student's weights, torch or safetensors; of shards the index or directory.")  # fmt: skip
+              help="The student's weights, torch or safetensors; shards by index or directory.")  # fmt: skip
 @click.option("--vae", type=existing, help="The tokenizer's weights, likewise.")
 @click.option("--teacher", metavar="FILE|random|none",
               help="The teacher's weights, for steps that involve it; random beside --random-weights."
