@@ -12,7 +12,7 @@ COMMANDS = {
     "parity": "ddexport.validate.parity",
     "fid": "ddexport.validate.fid",
     "limits": "ddexport.validate.limits",
-    "report": "ddexport.validate.page.command",
+    "report": "ddexport.validate.page",
     "quality": "ddexport.validate.quality",
     "speed": "ddexport.validate.speed",
     "comparison": "ddexport.validate.comparison",

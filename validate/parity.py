@@ -129,7 +129,9 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
     Exit code 3 if a limit of the manifest is passed. What passed also leaves parity/golden.npz in the bundle,
     by which `ddexport doctor BUNDLE --check` checks it where it is deployed.
     """
-    from ddexport.validate import pictures
+    from ddexport.runtime.bundle import read_manifest, resolve
+    from ddexport.runtime.labels import read_labels
+    from ddexport.validate import plots
     from ddexport.validate.golden import write_golden
     from ddexport.validate.report import table, write
 
@@ -138,13 +140,9 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
     directory = report_directory(request.bundle, report)
     result, comparison, runs = run_parity(request)
     if directory is not None:
-        shown = {
-            "The images that differ most: bundle, reference, and the difference amplified":
-                pictures.worst_images(comparison),
-            "How clear the reference's choices of tokens were":
-                pictures.token_margins(comparison, result.settings["limits"]["token_margin"]),
-        }  # fmt: skip
-        result = write(result, directory, shown)
+        manifest = read_manifest(request.bundle, verify=False)
+        names = read_labels(resolve(request.bundle, manifest.labels.file), manifest.classes).names
+        result = write(result, directory, plots.of_parity(result, comparison, names))
         click.echo(f"report: {directory}", err=True)
         if result.passed:
             write_golden(directory / "golden.npz", result, runs)

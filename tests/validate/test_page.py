@@ -1,0 +1,395 @@
+"""The report page: complete, self-contained, and harmless whatever a bundle says of itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from msgspec import structs
+from PIL import Image
+
+from ddexport.runtime.backends import _saved
+from ddexport.runtime.bundle import file_info, read_manifest, sha256_of
+from ddexport.runtime.errors import BundleError, DDError
+from ddexport.validate import fid
+from ddexport.validate.page import collect, command, make_missing, render, way, write_page
+from ddexport.validate.report import SCHEMA, Measurement, Report, write
+
+HOSTILE = "<script>alert('x')</script>\"'><img src=http://example.org/x onerror=alert(1)>{{ 7 * 7 }}\x07"
+OPTIONS = {"images": 2, "precision": None, "checkpoint": None, "vae": None, "teacher": None}
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes, and the tags that were left open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+
+def fid_report(bundle: Path, **changes) -> Report:
+    rows = []
+    for scope in ("1 step", "2 steps"):
+        rows += [
+            Measurement("fid", scope, f"FID, {side}", 0.5, low=0.4, high=0.6)
+            for side in ("bundle", "PyTorch")
+        ]
+        rows.append(Measurement("fid", scope, "FID, difference", 1e-6, 0.01, rule="FID, difference"))
+    fields = {
+        "schema": SCHEMA, "kind": "fid", "name": "tiny", "title": "the title", "precision": "fp32",
+        "manifest": sha256_of(bundle / "bundle.json"), "backend": "toy", "images": 500, "seed": 0,
+        "settings": {}, "versions": {"toys": "9.9"}, "seconds": 1.0, "rows": tuple(rows),
+    }  # fmt: skip
+    return Report(**fields | changes)
+
+
+def edit(path: Path, **changes) -> None:
+    """Changes keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def state_limit(bundle: Path, difference: float) -> None:
+    """Of the FID difference, in the manifest."""
+    parity = json.loads((bundle / "bundle.json").read_text())["parity"]
+    gate = {"features": "digits", "images": 9000, "limits": {"fp32": {"difference": difference}}}
+    edit(bundle / "bundle.json", parity=parity | {"fid": gate})
+
+
+@pytest.fixture(scope="session")
+def reported(random_bundle, tmp_path_factory) -> Path:
+    """A bundle of random weights with all that --run makes; FID of it is made up."""
+    bundle = tmp_path_factory.mktemp("reported") / "bundle"
+    shutil.copytree(random_bundle, bundle)
+    state_limit(bundle, 0.01)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fid, "Options", SimpleNamespace, raising=False)
+        patch.setattr(fid, "run_fid", lambda o, _: fid_report(o.bundle, images=o.images), raising=False)
+        make_missing(collect(bundle), **OPTIONS)
+    return bundle
+
+
+@pytest.fixture
+def copy(reported, tmp_path) -> Path:
+    shutil.copytree(reported, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def run(*arguments):
+    return CliRunner().invoke(command, [*map(str, arguments)])
+
+
+def test_run_makes_what_was_missing(reported):
+    facts = collect(reported)
+    assert [(r.kind, r.precision, r.images) for r in facts.reports] == [
+        ("parity", "fp32", 2),
+        ("fid", "fp32", 500),
+    ]
+    assert facts.remarks == [] and [what for what, _ in facts.missing] == ["times"]
+    assert facts.verdict[0] == "good" and facts.verdict[1].endswith("parity in fp32, image quality in fp32")
+    titles = list(facts.shown[0][1])
+    assert titles[:2] == ["Samples, 1 step", "Samples, 2 steps"] and len(titles) == 4
+    assert list(facts.shown[1][1]) == ["FID against the number of steps, with 95 % intervals"]
+
+
+def test_what_was_measured_is_on_the_page(reported):
+    facts = collect(reported)
+    page = render(facts)
+    for text in (
+        "Parity in fp32",
+        "Image quality in fp32",
+        "Not measured",
+        "toys 9.9",
+        "0.5 [0.4, 0.6]",
+        "≤ 0.01",
+    ):
+        assert text in page
+    assert facts.digest in page and facts.manifest.tools["torch"] in page and facts.verdict[1] in page
+    for report, pictures in facts.shown:
+        assert report.title in page and all(address in page for address in pictures.values())
+        assert all(row.name in page and row.where in page for row in report.rows)
+    assert all(info.sha256 in page for info in facts.manifest.files())
+
+
+def test_random_weights_are_said_loudly(reported, golden_bundle):
+    assert 'class="alarm"' in render(collect(reported))
+    assert 'class="alarm"' not in render(collect(golden_bundle))
+
+
+def check_harmless(page: str) -> None:
+    """No script, and no style sheet, font or picture from elsewhere."""
+    elements = Elements(page)
+    assert elements.open == []
+    assert not {"script", "link", "iframe", "object", "base", "form", "a"} & {
+        tag for tag, _ in elements.found
+    }
+    for _, attributes in elements.found:
+        assert attributes.get("src", "data:image/png").startswith("data:image/png")
+        assert not any(name.startswith("on") or name == "href" for name in attributes)
+    assert "url(" not in page and "@import" not in page
+    policy = next(a["content"] for _, a in elements.found if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'")
+
+
+def test_the_page_needs_nothing_but_itself(reported):
+    page = render(collect(reported))
+    check_harmless(page)
+    for feature in ("width=device-width", "prefers-color-scheme: dark", "@media print", "max-width: 40rem"):
+        assert feature in page
+
+
+def test_a_bundle_without_reports_says_which_commands_make_them(golden_bundle, tmp_path):
+    result = run(golden_bundle, "-o", tmp_path / "page.html")
+    assert result.exit_code == 1 and "no verdict" in result.stderr
+    for words in ("validate parity", "validate fid"):
+        line = f"ddexport {words} {golden_bundle} --checkpoint student.pth --vae vae.pth"
+        assert line in result.stderr and line in (tmp_path / "page.html").read_text()
+    assert f"ddexport bench {golden_bundle} --save" in result.stderr
+
+
+def test_nothing_that_a_bundle_says_becomes_markup(copy):
+    """Names, places, notes, versions: all of it is text. Templates in it are not evaluated, terminals not
+    controlled."""
+    texts = {"name": HOSTILE, "title": HOSTILE, "created": HOSTILE, "tools": {HOSTILE: HOSTILE}}
+    texts |= {"licence": {HOSTILE: HOSTILE}, "published": {HOSTILE: {HOSTILE: HOSTILE}}}
+    edit(copy / "bundle.json", **texts)
+    rows = [Measurement(HOSTILE, HOSTILE, HOSTILE, 1.0, 2.0, where=HOSTILE, note=HOSTILE)]
+    texts = {"name": HOSTILE, "title": HOSTILE, "backend": HOSTILE, "versions": {HOSTILE: HOSTILE}}
+    report = fid_report(copy, rows=tuple(rows), no_verdict=HOSTILE, **texts)
+    write(report, copy / "parity", {HOSTILE: Image.new("RGB", (2, 2))})
+    result = run(copy)
+    assert len(collect(copy).shown) == 1 and "\x07" not in result.stderr
+    page = (copy / "parity" / "index.html").read_text()
+    check_harmless(page)
+    assert "&lt;script&gt;" in page and "{{ 7 * 7 }}" in page and "49" not in re.findall(r"&gt;(\d+)", page)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("parity-fp32.json", "{", "not valid JSON"),
+        ("parity-fp32.json", "[" * 100_000, "not valid JSON"),
+        ("parity-fp32.json", " " * (9 << 20), "larger than"),
+        ("parity-fp32.json", {"schema": 1}, "schema 2"),
+        ("parity-fp32.json", {"manifest": "0" * 64}, "make it again: ddexport validate parity"),
+        ("parity-fp32.json", {"precision": "fp16"}, "a report of parity in fp16"),
+        ("parity-fp32.json", {"rows": [{"value": "x"}]}, "rows[0]"),
+        ("parity-fp32.json", {"rows": [{"value": 10**400}]}, "rows[0]"),
+        ("fid-fp32.json", {"rows": {}}, "rows"),
+        ("fid-fp16.json", {"precision": "fp16"}, "no precision fp16"),
+        ("fid-fp32.json", {"kind": "other"}, "kind"),
+    ],
+)  # fmt: skip
+def test_a_report_that_cannot_be_used_is_left_out_and_said(copy, name, content, said):
+    """A whole text, or changes of the report that is there."""
+    path = copy / "parity" / name
+    data = json.loads((copy / "parity" / name.replace("fp16", "fp32")).read_text())
+    path.write_text(content if isinstance(content, str) else json.dumps(data | content))
+    facts = collect(copy)
+    (remark,) = facts.remarks
+    assert remark.startswith(f"{name} is left out: ") and said in remark
+    assert "is left out" in render(facts) and f"warning: {name} is left out" in run(copy).stderr
+
+
+def test_reports_do_not_outlive_a_change_of_the_decoder(copy):
+    """All colours brighter, hashes and sizes made right again."""
+    import onnx
+    from onnx import numpy_helper
+
+    path = copy / "decoder.onnx"
+    model = onnx.load(path)
+    bias = next(one for one in model.graph.initializer if list(one.dims) == [3])
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.5), bias.name))
+    onnx.save(model, path)
+    graphs = json.loads((copy / "bundle.json").read_text())["graphs"]
+    next(one for one in graphs if one["role"] == "decoder")["files"] = [structs.asdict(file_info(path, copy))]
+    edit(copy / "bundle.json", graphs=graphs)
+    result = run(copy, "--json")
+    data = json.loads(result.stdout)
+    assert result.exit_code == 1 and data["verdict"] == "no verdict" and data["reports"] == []
+    assert len(data["remarks"]) == 2 and all("not of this bundle.json" in one for one in data["remarks"])
+
+
+def test_a_bundle_that_was_changed_has_no_page(copy, tmp_path):
+    data = bytearray((copy / "decoder.onnx").read_bytes())
+    data[-1] ^= 1
+    (copy / "decoder.onnx").write_bytes(bytes(data))
+    with pytest.raises(BundleError, match=r"decoder\.onnx"):
+        write_page(copy)
+    assert "not a bundle" in run(tmp_path).stderr
+
+
+def test_a_report_without_a_verdict_counts_for_nothing(copy):
+    """Its rows are shown, and neither pass nor fail."""
+    rows = [Measurement("fid", "1 step", "FID, difference", 9.0, 0.01)]
+    write(fid_report(copy, no_verdict="it rained", rows=tuple(rows)), copy / "parity")
+    facts = collect(copy)
+    assert facts.verdict[0] == "good" and facts.verdict[1].endswith("limits: parity in fp32")
+    assert facts.remarks == ["fid-fp32.json has no verdict: it rained"]
+    (copy / "parity" / "parity-fp32.json").unlink()
+    assert run(copy).exit_code == 1
+
+
+@pytest.mark.parametrize("kind", ["parity", "fid"])
+def test_limits_are_the_manifests(copy, kind):
+    """Whatever the report says they are, and that it passed."""
+    path = copy / "parity" / f"{kind}-fp32.json"
+    data = json.loads(path.read_text())
+    name = {"parity": "embeddings, relative error", "fid": "FID, difference"}[kind]
+    row = next(one for one in data["rows"] if one["name"] == name)
+    stated = row["limit"]
+    row |= {"value": 2 * stated, "limit": 3 * stated}
+    edit(path, rows=data["rows"], passed=True, verdict="all is well")
+    facts = collect(copy)
+    (failure,) = [failure for report in facts.reports for failure in report.failures]
+    assert (failure.name, failure.limit) == (name, stated)
+    assert facts.verdict[0] == "bad" and '<tr class="bad">' in render(facts)
+    result = run(copy)
+    assert result.exit_code == 3 and "1 of" in result.stderr and "past their limits" in result.stderr
+
+
+def test_limits_that_the_manifest_lacks_are_no_limits(copy):
+    write(
+        fid_report(copy, rows=(Measurement("fid", "1 step", "images that differ", 1.0, 1.0),)),
+        copy / "parity",
+    )
+    assert collect(copy).verdict[1].endswith("parity in fp32")  # stated as none: shown
+    parity = json.loads((copy / "bundle.json").read_text())["parity"]
+    del parity["fid"], parity["fp32"]["image_max"]
+    edit(copy / "bundle.json", parity=parity)
+    for kind in ("parity", "fid"):
+        edit(copy / "parity" / f"{kind}-fp32.json", manifest=sha256_of(copy / "bundle.json"))
+    facts = collect(copy)
+    assert facts.verdict[0] == "open" and len(facts.remarks) == 2
+    assert "'changed'" in facts.remarks[0] and "image_max" in facts.remarks[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "direction", "expected"),
+    [
+        (0.0, 1.0, "at most", 0.0), (0.25, 1.0, "at most", 0.25), (2.0, 1.0, "at most", 2.0),
+        (60.0, 60.0, "at least", 1.0), (80.0, 60.0, "at least", 0.1), (40.0, 60.0, "at least", 10.0),
+        (np.inf, 60.0, "at least", 0.0), (-np.inf, 60.0, "at least", 1e300),
+        (np.nan, 60.0, "at least", np.inf),
+        (1.0, 0.0, "at most", np.inf), (0.0, 0.0, "at most", 0.0), (5.0, None, "at most", 0.0),
+    ],
+)  # fmt: skip
+def test_the_bar_shows_the_way_to_the_limit(value, limit, direction, expected):
+    assert way(Measurement("m", "s", "n", float(value), limit, direction)) == pytest.approx(expected)
+
+
+def test_the_large_figures_are_those_nearest_to_their_limits(copy):
+    """One bad row among many good ones of its name must be what is seen first."""
+    path = copy / "parity" / "parity-fp32.json"
+    data = json.loads(path.read_text())
+    rows = [one for one in data["rows"] if one["name"] == "image PSNR, dB" and "limit" in one]
+    for value, kind in ((rows[0]["limit"] + 1, "good"), (rows[0]["limit"] - 1, "bad")):
+        rows[-1]["value"] = value
+        edit(path, rows=data["rows"])
+        (card,) = [card for card in collect(copy).cards if card["title"] == "worst image"]
+        assert (card["value"], card["kind"]) == (f"{value:.3g} dB", kind)
+
+
+def test_the_command_writes_the_page_and_the_json(reported, tmp_path):
+    page = tmp_path / "new" / "page.html"
+    result = run(reported, "-o", page, "--json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["verdict"] == "passed" and data["random_weights"] is True
+    assert data["summary"] in page.read_text() and "base64" not in result.stdout
+    assert [report["verdict"][:5] for report in data["reports"]] == ["parit", "image"]
+
+
+def test_what_could_not_be_made_is_on_the_page(copy, monkeypatch):
+    def fail(*_):
+        raise DDError("the features are missing", "say them")
+
+    monkeypatch.setattr(fid, "Options", SimpleNamespace, raising=False)
+    monkeypatch.setattr(fid, "run_fid", fail, raising=False)
+    (copy / "parity" / "fid-fp32.json").unlink()
+    result = run(copy, "--run", "--images", 2)
+    assert result.exit_code == 0, result.output
+    said = "image quality could not be measured: the features are missing. say them"
+    assert said in (copy / "parity" / "index.html").read_text() and said in result.stderr
+
+
+@pytest.mark.parametrize("name", ["parity-fp32.json", "parity-fp32-0.png", "bench.json", "index.html"])
+def test_links_out_of_the_bundle_are_not_followed(copy, name):
+    path = copy / name if name == "bench.json" else copy / "parity" / name
+    outside = copy.parent / "outside"
+    if path.exists():
+        path.rename(outside)
+    else:
+        outside.write_text("[]")
+    path.symlink_to(outside)
+    before = outside.read_bytes()
+    if name == "index.html":
+        with pytest.raises(BundleError, match="outside"):
+            write_page(copy)
+        assert outside.read_bytes() == before
+    else:
+        (remark,) = collect(copy).remarks
+        assert name in remark and "outside the bundle" in remark
+
+
+def png(size: tuple[int, int] = (2, 2)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_pictures_lose_what_they_carried(copy):
+    """A picture may hide text or a second file behind its pixels; the page gets the pixels alone."""
+    (copy / "parity" / "parity-fp32-0.png").write_bytes(png() + b"<script>alert(1)</script>")
+    address = collect(copy).shown[0][1]["Samples, 1 step"]
+    content = base64.b64decode(address.partition(",")[2])
+    assert b"script" not in content and Image.open(io.BytesIO(content)).size == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "content", [b"<svg/>", png()[:40], png((5000, 1)), b"GIF89a", None, b"\x89PNG" + bytes(17 << 20)]
+)
+def test_what_is_no_picture_is_left_out(copy, content):
+    path = copy / "parity" / "parity-fp32-0.png"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    facts = collect(copy)
+    (remark,) = facts.remarks
+    assert "parity-fp32-0.png is left out" in remark and "Samples, 1 step" not in render(facts)
+
+
+def test_a_picture_lies_beside_its_report(copy):
+    (copy / "secret.png").write_bytes(png())
+    edit(copy / "parity" / "fid-fp32.json", pictures={"a": "../secret.png"})
+    facts = collect(copy)
+    assert facts.shown[1][1] == {} and "not the name of a file" in facts.remarks[0]
+
+
+def test_saved_times_are_shown_if_they_are_of_these_graphs(copy):
+    _saved.save(copy, read_manifest(copy), {"onnxruntime": 4.0})
+    facts = collect(copy)
+    assert facts.missing == [] and '<td class="n">4</td><td class="n">250</td>' in render(facts)
+    times = json.loads((copy / "bench.json").read_text())
+    (copy / "bench.json").write_text(json.dumps([times[0] | {"graphs": "of another export"}]))
+    assert [what for what, _ in collect(copy).missing] == ["times"]
+    (copy / "bench.json").write_text("{")
+    assert "bench.json is left out" in collect(copy).remarks[0]

@@ -1,0 +1,107 @@
+"""Plots and contact sheets: what they show is where it belongs, and any outcome can be drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import ImageColor
+
+from ddexport.validate import plots
+from ddexport.validate.metrics._base import Comparison
+from ddexport.validate.report import Measurement
+from tests.validate.test_page import fid_report
+from tests.validate.toys import compare
+
+
+def has(picture, colour: str, box: tuple[float, float, float, float] = (0, 0, 1, 1)) -> bool:
+    """Whether a colour is in a part of a picture: left, top, right, bottom as shares."""
+    pixels = np.asarray(picture)
+    height, width = pixels.shape[:2]
+    left, top, right, bottom = (
+        round(share * size) for share, size in zip(box, (width, height) * 2, strict=True)
+    )
+    return bool((pixels[top:bottom, left:right] == ImageColor.getrgb(colour)).all(-1).any())
+
+
+def tile(picture, column: int, top: int = plots.GAP):
+    left = plots.GAP + column * (plots.TILE + plots.GAP)
+    return np.asarray(picture)[top : top + plots.TILE, left : left + plots.TILE]
+
+
+def test_worst_images_come_first_each_once(toy, four_images):
+    comparison = compare(toy(), toy(), four_images)
+    end = comparison.images[1]
+    damaged = end.got.copy()
+    damaged[2] = 1.0 - damaged[2]
+    changed = Comparison(comparison.students, [dataclasses.replace(end, got=damaged), *comparison.images[2:]])
+    ranked = plots.ranked(changed.pictures())
+    assert ranked[0][1] == 2 and sorted(index for _, index, _ in ranked) == [0, 1, 2, 3]
+
+
+def test_the_difference_column_shows_the_amplified_difference(toy, four_images):
+    """Black where bundle and reference agree, bright where they do not, however small the difference is."""
+    for error, bright in ((1e-5, True), (0.0, False)):
+        sheet = plots.worst_images(compare(toy(pixel_error=error), toy(), four_images))
+        top = plots.GAP * 2 + sheet.width // 40
+        assert bool(tile(sheet, 2, top).max() > 200) is bright
+        np.testing.assert_allclose(tile(sheet, 0, top), tile(sheet, 1, top), atol=1)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-9, 0.3, 1.0, np.inf])
+def test_the_amplification_keeps_the_difference_in_range(size):
+    factor = plots.amplification(size)
+    assert factor >= 1 and (not np.isfinite(size) or size * factor <= 1)
+
+
+def test_samples_keep_their_order_and_their_pixels():
+    images = [np.full((8, 4, 3), 10 * number, np.uint8) for number in range(7)]
+    sheet = plots.samples(images, ["a very long name that no tile has the room for"] * 7)
+    assert [int(tile(sheet, column)[0, 0, 0]) for column in range(5)] == [0, 10, 20, 30, 40]
+    assert int(tile(sheet, 0)[0, -1, 0]) == 255  # half as wide as high
+    large = plots.samples([np.full((512, 512, 3), 7, np.uint8)], [""])
+    assert (tile(large, 0) == 7).all()
+
+
+def test_the_margin_plot_marks_differing_tokens_and_the_limit(toy, four_images):
+    below = (0, 0.8, 1, 0.9)  # the axis
+    for bundle, marked in ((toy(flip_first_token=True), True), (toy(), False)):
+        picture = plots.token_margins(compare(bundle, toy(), four_images), 1e-3)
+        assert has(picture, plots.RED, below) is marked
+        assert has(picture, plots.ORANGE, (0, 0.2, 1, 0.7))
+
+
+@pytest.mark.parametrize("weights", [np.nan, 0.0])
+def test_margins_of_broken_logits_are_drawn(toy, four_images, weights):
+    broken = toy()
+    broken.logit_weight[:] = weights
+    for sides in ((broken, toy()), (toy(), broken)):
+        assert plots.token_margins(compare(*sides, four_images), 1e-3).width > 1000
+
+
+def test_fid_is_plotted_for_both_sides_with_whiskers(tmp_path):
+    (tmp_path / "bundle.json").write_text("{}")
+    report = fid_report(tmp_path)
+    low = Measurement("fid", "1 step", "FID, bundle", 0.1)
+    for rows, blue, orange in ((report.rows, True, True), ((low,), True, False)):
+        picture = plots.against_steps(fid_report(tmp_path, rows=rows))
+        assert has(picture, plots.BLUE) is blue and has(picture, plots.ORANGE) is orange
+    broken = Measurement("fid", "2 steps", "FID, bundle", float("nan"))
+    assert has(plots.against_steps(fid_report(tmp_path, rows=(low, broken))), plots.BLUE)
+    assert list(plots.of_fid(report)) and plots.of_fid(fid_report(tmp_path, rows=report.rows[2:3])) == {}
+
+
+def test_higher_values_stand_higher_with_whiskers_around_them(tmp_path):
+    (tmp_path / "bundle.json").write_text("{}")
+
+    def rows_of(value: float, low: float | None, high: float | None) -> np.ndarray:
+        top = Measurement("fid", "2 steps", "FID, PyTorch", 1.0)
+        one = Measurement("fid", "1 step", "FID, bundle", value, low=low, high=high)
+        two = Measurement("fid", "2 steps", "FID, bundle", 1.0)
+        pixels = np.asarray(plots.against_steps(fid_report(tmp_path, rows=(one, two, top))))
+        left = pixels[round(0.1 * len(pixels)) :, : pixels.shape[1] // 2]
+        return np.flatnonzero((left == ImageColor.getrgb(plots.BLUE)).all(-1).any(1))
+
+    assert rows_of(0.6, None, None).mean() < rows_of(0.3, None, None).mean()
+    assert np.ptp(rows_of(0.5, 0.2, 0.9)) > 3 * np.ptp(rows_of(0.5, None, None))

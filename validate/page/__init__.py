@@ -1,1 +1,0 @@
-"""The report page of a bundle: what was measured, on one page that needs nothing else."""
