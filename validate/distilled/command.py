@@ -47,6 +47,25 @@ def table(rows: Sequence[Mapping[str, Any]], batches: Sequence[int]) -> str:
     return wide_table(lines)
 
 
+def as_text(report: Mapping[str, Any]) -> str:
+    """The whole report for people."""
+    accuracy = report["classifier_accuracy"]
+    lines = [
+        f"{report['model']}: {report['samples']} images of each of the seeds {report['seeds']};",
+        f"the digit classifier reads {accuracy:.1%} of the held-out digits right\n",
+        table(report["rows"], list(report["rounds"])),
+        f"\nms an image: PyTorch, threads: {report['threads']}, medians of interleaved rounds",
+        "\nchi-square of the map on the trained teacher",
+    ]
+    for test in report["map"]:
+        verdict = "accepted" if test["accepted"] else "REJECTED"
+        lines.append(
+            f"  AR step {test['step']}: {test['statistic']:.0f} on {test['degrees']} degrees of freedom,"
+            f" p = {test['p_value']:.3f}, {verdict}"
+        )
+    return "\n".join(lines)
+
+
 def train_classifier(data: DataSet) -> None:
     """Trains the digit classifier on the real digits, and installs it."""
     from ddexport.validate.features import digits
@@ -75,7 +94,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 )
 @click.option("--seeds", default="0,1,2", show_default=True, callback=_seeds, help="Of noise and draws.")
 @click.option(
-    "--draws", type=click.IntRange(100), default=20_000, show_default=True, help="Of the map's test."
+    "--draws", type=click.IntRange(100), default=20_000, show_default=True, help="Tokens a test of the map."
 )
 @click.option("--plot", type=_FILE, help="Also draw Frechet distance against time.")
 @click.option("--grid", type=_FILE, help="Also write a sheet of samples, side by side.")
@@ -134,26 +153,17 @@ def command(
     with console.stage("chi-square of the map"):
         tests = check_map(models, draws)
 
-    accuracy = held_out_accuracy(classifier, data)
+    report = {
+        "model": recipe.name,
+        "samples": samples,
+        "seeds": seeds,
+        "threads": threads,
+        "rounds": ROUNDS,
+        "classifier_accuracy": held_out_accuracy(classifier, data),
+        "rows": rows,
+        "map": tests,
+    }
     if as_json:
-        settings = {"samples": samples, "seeds": seeds, "threads": threads, "rounds": ROUNDS}
-        report = {
-            "model": recipe.name,
-            **settings,
-            "classifier_accuracy": accuracy,
-            "rows": rows,
-            "map": tests,
-        }
         console.emit_json(report)
-        return
-    click.echo(f"{recipe.name}: {samples} images of each of the seeds {seeds}; FD in chunks of 1000;")
-    click.echo(f"the digit classifier reads {accuracy:.1%} of the held-out digits right\n")
-    click.echo(table(rows, list(ROUNDS)))
-    click.echo(f"\nms an image: PyTorch, threads: {threads}, medians of interleaved rounds")
-    click.echo("\nchi-square of the map on the trained teacher")
-    for test in tests:
-        verdict = "accepted" if test["accepted"] else "REJECTED"
-        click.echo(
-            f"  AR step {test['step']}: {test['statistic']:.0f} on {test['degrees']} degrees of freedom,"
-            f" p = {test['p_value']:.3f}, {verdict}"
-        )
+    else:
+        click.echo(as_text(report))
