@@ -13,10 +13,7 @@ COMMANDS = {
     "fid": "ddexport.validate.fid",
     "limits": "ddexport.validate.limits",
     "report": "ddexport.validate.page",
-    "quality": "ddexport.validate.quality",
-    "speed": "ddexport.validate.speed",
-    "comparison": "ddexport.validate.comparison",
-    "curve": "ddexport.validate.curve",
+    "distilled": "ddexport.validate.distilled",
 }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,17 @@ if TYPE_CHECKING:
     from ddexport.validate.metrics._base import Comparison, FloatArray, ImagePair
     from ddexport.validate.report import Report
 
+KINDS = {  # of the methods of `validate distilled`
+    "teacher": "#3b4252",
+    "student": "#1f6fb4",
+    "student and teacher": "#2e8b57",
+    "baseline": "#c8783c",
+}
+PARTS = {"student": "#0072b2", "teacher": "#e69f00", "decoder": "#56b4e9", "the rest": "#999999"}  # of a time
 BLUE, ORANGE, RED, INK, GREY, PALE = "#2f6fb5", "#d9822b", "#c0303b", "#1d2129", "#667085", "#e3e5ea"
 DPI = 200
 SHOWN_IMAGES, SHOWN_SAMPLES, COLUMNS = 4, 10, 5
-TILE, GAP = 192, 12  # pixels of a contact sheet
+TILE, GAP, HEAD, ZOOM = 192, 12, 22, 2  # pixels of a contact sheet
 DECADES, BINS = (-9, 3), 60  # of the axis of margins
 
 Pixels = npt.NDArray[np.uint8]
@@ -141,6 +149,79 @@ def against_steps(report: Report) -> Image.Image:
     return _image(figure, axes)
 
 
+def frechet_against_time(
+    rows: Sequence[Mapping[str, Any]], title: str, batches: Sequence[int]
+) -> Image.Image:
+    """Frechet distance against the time of an image, a panel for each batch size, both axes logarithmic.
+
+    rows: of `validate distilled`. Each method that was timed is a point, with its number of passes and a bar
+    for the range over the seeds.
+    """
+    figure = _figure(5.6 * len(batches), 4.6, dpi=110)
+    figure.suptitle(f"{title}: quality against time", fontsize=12)
+    panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
+    for panel, batch in zip(panels, batches, strict=True):
+        panel.set(xscale="log", yscale="log", xlabel=f"ms an image, batch {batch}")
+        for kind, colour in KINDS.items():
+            own = [row for row in rows if row["kind"] == kind]
+            if not own:
+                continue
+            times, distances = ([row[key] for row in own] for key in (f"ms_{batch}", "frechet"))
+            bars = [row.get("frechet_half_range", 0.0) for row in own]
+            panel.errorbar(times, distances, bars, fmt="o", color=colour, capsize=3, lw=0.8, label=kind)
+            for row, point in zip(own, zip(times, distances, strict=True), strict=True):
+                place = {"xytext": (6, 6), "textcoords": "offset points"}
+                panel.annotate(str(row["passes"]), point, color=colour, fontsize=10, **place)
+        panel.margins(x=0.1, y=0.12)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}")
+        panel.tick_params(which="both", labelsize=9)
+        panel.grid(True, which="both", color="#e4e4e8", lw=0.6)
+        _without_frame(panel)
+    panels[0].set_ylabel("Frechet distance (lower is better)")
+    panels[-1].legend(title="passes of a network", fontsize=9, title_fontsize=9, frameon=False)
+    return _drawn(figure)
+
+
+def bench_bars(rows: Sequence[Mapping[str, Any]], title: str) -> Image.Image:
+    """Stacked bars of student, teacher, decoder and the rest, a panel a model and batch; 1000 pixels wide.
+
+    rows: of `ddexport bench`; those that were not timed are left out.
+    """
+    timed = [row for row in rows if row["total_ms"] is not None]
+    grouped = groupby(timed, key=lambda row: f"{row['model']}, batch {row['batch']}")
+    groups = [(name, list(group)) for name, group in grouped]
+    heights = [len(group) + 1 for _, group in groups]
+    figure = _figure(10, 1.3 + sum(0.34 * height + 0.4 for height in heights), dpi=100)
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, (name, group) in zip(panels, groups, strict=True):
+        _bench_panel(panel, group)
+        panel.set_title(name, loc="left", fontsize=10)
+    shown = {
+        name: bars for panel in panels for bars, name in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, frameon=False)
+    return _drawn(figure)
+
+
+def panels_of_images(panels: Mapping[str, FloatArray], columns: int) -> Image.Image:
+    """Sets of images (N, 3, H, W) in [0, 1] side by side under their names, each in rows of `columns`."""
+    count, channels, height, width = next(iter(panels.values())).shape
+    rows = count // columns
+    size = (columns * width * ZOOM, rows * height * ZOOM)
+    sheet = Image.new("RGB", (len(panels) * (size[0] + GAP) + GAP, HEAD + size[1] + GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for number, (name, images) in enumerate(panels.items()):
+        left = GAP + number * (size[0] + GAP)
+        tiles = images.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+        pixels = (tiles.reshape(rows * height, columns * width, channels) * 255).round().astype(np.uint8)
+        pen.text((left, 3), name, "black", font=font)
+        sheet.paste(Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST), (left, HEAD))
+    return sheet
+
+
 def ranked(pairs: Sequence[ImagePair]) -> list[tuple[ImagePair, int, float]]:
     """The images with the largest difference, each once, where it is worst: pair, index, difference."""
     worst: dict[int, tuple[ImagePair, int, float]] = {}
@@ -211,26 +292,70 @@ def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return text + "…"
 
 
-def _axes() -> tuple[Figure, Any]:
-    """An empty plot in the project's look."""
+def _bench_panel(panel: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A bar a row, with its time and ratio; a wrong one says so."""
+    several = len({row["threads"] for row in rows}) > 1
+    names, texts = [], []
+    for row in rows:
+        threads = f", {row['threads']} thr." if several else ""
+        names.append(f"{row['backend']} {row['precision']}, steps {row['steps']}{threads}")
+        ratio = "" if row["speedup"] is None else f"  {row['speedup']:.2f}x"
+        digits = ".3g" if row["total_ms"] < 1000 else ".0f"
+        texts.append(f"{row['total_ms']:{digits}} ms{ratio}{'  WRONG' if row['passed'] is False else ''}")
+    left = [0.0] * len(rows)
+    for part, colour in PARTS.items():
+        # Medians of the parts need not sum to the median of the whole.
+        widths = [
+            max(row["total_ms"] - start, 0.0) if part == "the rest" else row[f"{part}_ms"] or 0.0
+            for row, start in zip(rows, left, strict=True)
+        ]
+        if any(widths):
+            panel.barh(range(len(rows)), widths, left=left, color=colour, height=0.7, label=part)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for place, (end, text) in enumerate(zip(left, texts, strict=True)):
+        colour = RED if text.endswith("WRONG") else "black"
+        panel.text(end + 0.01 * max(left), place, text, va="center", fontsize=8.5, color=colour)
+    panel.set_yticks(range(len(rows)), names, fontsize=9)
+    panel.invert_yaxis()
+    panel.set_xlim(0, max(left) * 1.35)
+    panel.set_xlabel("milliseconds a batch, median of the rounds", fontsize=9)
+    panel.grid(axis="x", alpha=0.3)
+    _without_frame(panel)
+
+
+def _figure(width: float, height: float, dpi: int) -> Figure:
+    """An empty figure; width, height in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise DDError("the plot needs matplotlib", 'pip install "ddexport[validate]"') from error
-    figure = Figure(figsize=(6.4, 3.6), dpi=DPI, layout="constrained")
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
+def _axes() -> tuple[Figure, Any]:
+    """An empty plot in the project's look."""
+    figure = _figure(6.4, 3.6, DPI)
     axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=PALE, lw=0.7)
-    axes.set_axisbelow(True)
+    _without_frame(axes)
     return figure, axes
+
+
+def _without_frame(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
 
 
 def _image(figure: Figure, axes: Any) -> Image.Image:
     """The finished plot, with its legend above the axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=3, frameon=False, borderaxespad=0)
+    return _drawn(figure)
+
+
+def _drawn(figure: Figure) -> Image.Image:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -1,0 +1,169 @@
+"""The command: what is measured, as a table, as JSON, as a plot and as a sheet of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ddexport.runtime import console
+
+if TYPE_CHECKING:
+    from ddexport.distill.data import DataSet
+
+EPILOG = """
+\b
+Examples:
+  ddexport validate distilled digits-var --plot plot.png --grid samples.png
+  ddexport validate distilled digits-llamagen --samples 500 --seeds 0 --json
+"""
+FIGURES = {  # heading, factor, decimal places
+    "accuracy": ("acc %", 100.0, 1),
+    "frechet": ("FD", 1.0, 2),
+    "precision": ("prec", 1.0, 2),
+    "recall": ("rec", 1.0, 2),
+    "variance": ("var", 1.0, 1),
+    "paired_error": ("paired", 1.0, 4),
+    "paired_ratio": ("ratio", 1.0, 2),
+}
+
+
+def table(rows: Sequence[Mapping[str, Any]], batches: Sequence[int]) -> str:
+    """The rows as text: figures ± half of their range over the seeds, times with the speed-up."""
+    from ddexport.validate.report import wide_table
+
+    teacher = next(row for row in rows if row["kind"] == "teacher")
+    lines: list[Mapping[str, str]] = []
+    for row in rows:
+        line = {"": str(row["name"]), "passes": str(row.get("passes", ""))}
+        for name, (heading, factor, places) in FIGURES.items():
+            values = [row[key] for key in (name, f"{name}_half_range") if key in row]
+            line[heading] = " ±".join(f"{value * factor:.{places}f}" for value in values)
+        for key, heading in ((f"ms_{batch}", f"ms, batch {batch}") for batch in batches):
+            line[heading] = f"{row[key]:.2f} ({teacher[key] / row[key]:.1f}x)" if key in row else ""
+        lines.append(line)
+    return wide_table(lines)
+
+
+def as_text(report: Mapping[str, Any]) -> str:
+    """The whole report for people."""
+    accuracy = report["classifier_accuracy"]
+    lines = [
+        f"{report['model']}: {report['samples']} images of each of the seeds {report['seeds']};",
+        f"the digit classifier reads {accuracy:.1%} of the held-out digits right\n",
+        table(report["rows"], list(report["rounds"])),
+        f"\nms an image: PyTorch, threads: {report['threads']}, medians of interleaved rounds",
+        "\nchi-square of the map on the trained teacher",
+    ]
+    for test in report["map"]:
+        verdict = "accepted" if test["accepted"] else "REJECTED"
+        lines.append(
+            f"  AR step {test['step']}: {test['statistic']:.0f} on {test['degrees']} degrees of freedom,"
+            f" p = {test['p_value']:.3f}, {verdict}"
+        )
+    return "\n".join(lines)
+
+
+def train_classifier(data: DataSet) -> None:
+    """Trains the digit classifier on the real digits, and installs it."""
+    from ddexport.validate.features import digits
+
+    with console.stage("training the digit classifier"), console.progress(digits.EPOCHS, "epochs") as bar:
+        classifier = digits.train_judge(data, on_epoch=lambda epoch, accuracy: bar.advance())
+    digits.save_judge(classifier, digits.judge_path(), digits.feature_scale(classifier, data))
+    click.echo(f"written to {digits.judge_path()}", err=True)
+
+
+def _seeds(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
+    if not all(part.strip().isdecimal() for part in value.split(",")):
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers like 0,1,2")
+    return [int(part) for part in value.split(",")]
+
+
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+
+
+@click.command("distilled", cls=console.Command, epilog=EPILOG)
+@click.argument("model")
+@click.option("--weights", type=_FOLDER, help="A run's folder.  [default: the embedded weights]")
+@click.option(
+    "--samples", type=click.IntRange(100), default=2000, show_default=True, help="Images of a seed."
+)
+@click.option("--seeds", default="0,1,2", show_default=True, callback=_seeds, help="Of noise and draws.")
+@click.option(
+    "--draws", type=click.IntRange(100), default=20_000, show_default=True, help="Tokens a test of the map."
+)
+@click.option("--plot", type=_FILE, help="Also draw Frechet distance against time.")
+@click.option("--grid", type=_FILE, help="Also write a sheet of samples, side by side.")
+@click.option("--train-judge", is_flag=True, help="First train the digit classifier again, and install it.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of torch.")
+@click.option("--json", "as_json", is_flag=True, help="Print all figures as JSON.")
+@console.debug_option
+def command(
+    model: str,
+    weights: Path | None,
+    samples: int,
+    seeds: list[int],
+    draws: int,
+    plot: Path | None,
+    grid: Path | None,
+    train_judge: bool,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Measure and time the images of MODEL: teacher, student and baseline.
+
+    MODEL is a recipe that was trained with `ddexport distill`.
+    """
+    from ddexport.recipe import load_recipe
+    from ddexport.runtime.files import check_image_suffix, check_writable, write_image
+
+    recipe = load_recipe(model)
+    for path in (plot, grid):
+        if path is not None:
+            check_image_suffix(path)
+            check_writable(path)
+
+    import torch
+
+    from ddexport.distill.data import load_data
+    from ddexport.distill.settings import distill_settings
+    from ddexport.validate.distilled.draws import load_models
+    from ddexport.validate.distilled.figures import Gauge
+    from ddexport.validate.distilled.map_check import check_map
+    from ddexport.validate.distilled.measure import measured_rows, sheet_of_samples
+    from ddexport.validate.distilled.times import ROUNDS
+    from ddexport.validate.features.digits import held_out_accuracy, judge_path, load_judge
+    from ddexport.validate.plots import frechet_against_time
+
+    torch.set_num_threads(threads)
+    models = load_models(recipe, weights)
+    data = load_data(distill_settings(recipe).data)
+    if train_judge:
+        train_classifier(data)
+    classifier = load_judge(judge_path())
+    if grid is not None:
+        write_image(grid, sheet_of_samples(models, seeds[0]))
+    rows = measured_rows(models, Gauge(classifier, data), data, seeds, samples)
+    if plot is not None:
+        write_image(plot, frechet_against_time(rows, recipe.title, list(ROUNDS)))
+    with console.stage("chi-square of the map"):
+        tests = check_map(models, draws)
+
+    report = {
+        "model": recipe.name,
+        "samples": samples,
+        "seeds": seeds,
+        "threads": threads,
+        "rounds": ROUNDS,
+        "classifier_accuracy": held_out_accuracy(classifier, data),
+        "rows": rows,
+        "map": tests,
+    }
+    if as_json:
+        console.emit_json(report)
+    else:
+        click.echo(as_text(report))
