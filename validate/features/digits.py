@@ -4,8 +4,8 @@ It is trained on the real training digits alone and has seen neither generated i
 Its 64 features before the last layer, each in units of its standard deviation over the real training digits,
 are what the Frechet distance and precision and recall measure: the size of a classifier's features is an
 accident of its training, and without that unit the distances would depend on it. The weights ship as
-`recipes/weights/digits-classifier.safetensors`, with the units in its metadata; `ddexport validate quality
-digits-var --train-judge` trains them again.
+`recipes/weights/digits-classifier.safetensors`, with the units in its metadata; `ddexport validate
+distilled digits-var --train-judge` trains them again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ddexport.validate.features._base import ByteImages, Extractor, FeatureError
 
 FILE = "digits-classifier.safetensors"
 SIDE, FEATURES, CLASSES = 32, 64, 10
-TRAIN_IT = "train it: ddexport validate quality digits-var --train-judge"
+TRAIN_IT = "train it: ddexport validate distilled digits-var --train-judge"
 WIDTHS = (32, 32, 64, 64, 128, 64)
 STRIDES = (1, 2, 1, 2, 1, 2)
 EPOCHS, BATCH, RATE, SEED = 30, 64, 3e-3, 2024
