@@ -39,6 +39,7 @@ DATA = "data"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_SIDE = 8192
 BATCH = 50
+INCEPTION_WIDTH = 2048  # of what is given by mistake: it is read, so that the error can name its width
 WHAT_IT_IS = (
     "Give {'m': mean, 's': covariance} (torch), an npz with `mu` and `sigma`, or a folder of images"
     " (`validate fid --save-images` writes one)."
@@ -141,7 +142,7 @@ def read_statistics(path: Path, width: int) -> Gaussian:
     """
     npz = path.suffix.lower() == ".npz"
     names = ("mu", "sigma") if npz else ("m", "s")
-    most = 4 * 8 * width**2 + (1 << 20)  # twice two float64 matrices, and some
+    most = 4 * 8 * max(width, INCEPTION_WIDTH) ** 2  # four float64 matrices
     try:
         arrays = _read_npz(path, names, most) if npz else _read_torch(path, names, most)
     except FileNotFoundError as error:
