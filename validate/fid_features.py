@@ -25,7 +25,6 @@ from ddexport.validate.features._base import Extractor, Readings
 
 Array: TypeAlias = npt.NDArray[Any]
 Columns: TypeAlias = dict[str, tuple[type[np.generic], tuple[int, ...]]]  # dtype and shape of a row, by name
-Sink: TypeAlias = Callable[[str, int, range, ByteImages], None]  # side, steps, which images, the images
 
 BUNDLE, REFERENCE = "bundle", "reference"
 HEADER, MARKS = "run.json", "marks"
@@ -102,7 +101,7 @@ class FeatureFiles:
         for place, index in enumerate(indices):
             total = 0
             for array in self.arrays.values():
-                total = zlib.crc32(array[index : index + 1], total)
+                total = zlib.crc32(array[index : index + 1].data, total)
             sums[place] = total or 1
         return sums
 
@@ -162,7 +161,6 @@ def draw_features(
     extractor: Extractor,
     files: FeatureFiles,
     advance: Callable[[int], None],
-    sink: Sink | None = None,
 ) -> None:
     """Fills every batch that is not: all sides and schedules from the same labels and noise."""
     for indices in order.batches(batch):
@@ -172,8 +170,6 @@ def draw_features(
         drawn: dict[int, list[ByteImages]] = {}
         for side, draw in sides.items():
             for steps, images in draw(order, indices).items():
-                if sink is not None:
-                    sink(side, steps, indices, images)
                 readings = extractor(images)
                 values[f"{side}-{steps}"] = readings.features
                 if readings.probabilities is not None:

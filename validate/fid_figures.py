@@ -64,8 +64,9 @@ def measure(
     sides: of the bundle, and of PyTorch if it was run. apart (N,): the largest 8-bit difference of each
     image. resamples: below 2 there are no intervals. published: FID, shown beside the measured one.
     """
+    rows: list[Measurement] = []
     if compared is None:
-        fits, rows = [gaussian(side.features) for side in sides], []
+        fits = [gaussian(side.features) for side in sides]
     else:
         fits, rows = _fid(scope, sides, compared.frechet, limits, resamples)
         if published is not None:
@@ -124,11 +125,11 @@ def _scores(scope: str, sides: Sequence[Readings], resamples: int) -> list[Measu
     splits = SPLITS if len(found[0]) >= SPLITS else 1
     rng = np.random.default_rng(SEED)
     filled = np.arange(min(SCORE_GROUPS, len(found[0])))
-    times = [np.ones(SCORE_GROUPS)]
-    for _ in range(resamples):
+    times = np.ones((1 + resamples, SCORE_GROUPS))
+    for row in times[1:]:
         chosen = [rng.choice(filled[split::splits], len(filled[split::splits])) for split in range(splits)]
-        times.append(np.bincount(np.concatenate(chosen), minlength=SCORE_GROUPS))
-    scores = np.array([resampled_scores(p, np.array(times), splits) for p in found])
+        row[:] = np.bincount(np.concatenate(chosen), minlength=SCORE_GROUPS)
+    scores = np.array([resampled_scores(p, times, splits) for p in found])
     return _figure(scope, "Inception Score", list(scores[:, 0]), scores[:, 1:])
 
 

@@ -4,43 +4,34 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from msgspec import to_builtins
 
 from ddexport.recipe import recipe_of
 from ddexport.runtime import console
-from ddexport.runtime.bundle import FILE_NAME, ROLES, Manifest, sha256_of
+from ddexport.runtime.bundle import FILE_NAME, Manifest, sha256_of
 from ddexport.runtime.files import make_directory, write_image
 from ddexport.runtime.images import to_pil
-from ddexport.runtime.pipeline import Pipeline
 from ddexport.validate.contents import check_contents, check_recipe, open_manifest
 from ddexport.validate.devices import torch_device
-from ddexport.validate.drawing import ByteImages, Draw, by_pipeline, by_reference
+from ddexport.validate.drawing import ByteImages, Draw, Order, by_pipeline, by_reference
 from ddexport.validate.fid import Options
 from ddexport.validate.fid_features import (
     BUNDLE,
     REFERENCE,
     FeatureFiles,
-    Sink,
     columns_of,
     digest_of,
     draw_features,
     readings_of,
 )
 from ddexport.validate.fid_figures import measure
-from ddexport.validate.fid_plan import (
-    NONE,
-    Plan,
-    plan_of,
-    require_enough,
-    why_no_verdict,
-)
+from ddexport.validate.fid_plan import NONE, Plan, plan_of, require_enough, why_no_verdict
 from ddexport.validate.reference import build_reference, describe_weights
 from ddexport.validate.references import Reference, load
 from ddexport.validate.report import SCHEMA, Measurement, Report, versions
@@ -62,31 +53,41 @@ def run(options: Options, state: Path | None) -> Report:
         sides = {BUNDLE: by_pipeline(pipe, plan.schedules)}
         if options.reference_model:
             sides[REFERENCE] = _reference_model(manifest, plan, options)
-        settings = _settings(options, manifest, pipe, plan)
-        identity = _identity(settings, options, manifest, pipe, plan)
+        backend, precision = pipe.backend.name, pipe.precision
+        settings = _settings(manifest, plan, options)
+        identity = {**settings, "manifest": digest, "backend": backend, "precision": precision}
         place = options.state or (state / digest_of(identity) if state else None)
         directory = place or Path(closing.enter_context(tempfile.TemporaryDirectory()))
         columns = columns_of(list(sides), list(plan.schedules), plan.extractor)
         files = FeatureFiles(directory, identity, plan.order.images, columns)
-        settings["resumed_at"] = int(files.filled.sum())
-        _draw(plan, sides, files, options.save_images, kept=place is not None)
+        resumed_at = int(files.filled.sum())
+        if options.save_images:
+            sides = {side: _saving(draw, side, options.save_images) for side, draw in sides.items()}
+        _draw(plan, sides, files, kept=place is not None)
         with console.stage("computing the figures", keep=False):
             rows = _rows(plan, list(sides), files, compared)
         files.discard()
     if state:
         with suppress(OSError):  # holds the states of other runs, or was never made
             state.rmdir()
+    against = " against PyTorch" if options.reference_model else ""
     return Report(
         schema=SCHEMA,
         kind="fid",
         name=manifest.name,
-        title=_title(settings, manifest, pipe, plan, compared),
+        title=f"{manifest.name}: {backend} in {precision}{against}, {_title(manifest, plan, compared)}",
         manifest=digest,
-        precision=pipe.precision,
-        backend=pipe.backend.name,
+        precision=precision,
+        backend=backend,
         images=plan.order.images,
         seed=plan.order.seed,
-        settings=settings,
+        settings={
+            **settings,
+            "resumed_at": resumed_at,
+            "reference": plan.compared,
+            "bootstrap": plan.resamples,
+            "limits": asdict(plan.limits),
+        },
         versions=versions(),
         seconds=round(time.perf_counter() - start, 2),
         rows=tuple(rows),
@@ -101,8 +102,7 @@ def _reference_set(manifest: Manifest, plan: Plan, allow_few: bool) -> Reference
         return None
     with console.stage(f"reading the reference set {plan.compared}", keep=False):
         compared = load(plan.compared, plan.extractor, recipe_of(manifest))
-    if compared.fit.count is not None:
-        require_enough(compared.fit.count, plan.extractor, allow_few)
+    require_enough(compared.fit.count, plan.extractor, allow_few)
     return compared
 
 
@@ -114,13 +114,14 @@ def _reference_model(manifest: Manifest, plan: Plan, options: Options) -> Draw:
     return by_reference(reference, plan.schedules)
 
 
-def _settings(options: Options, manifest: Manifest, pipe: Pipeline, plan: Plan) -> dict[str, Any]:
-    """What else is needed to run it again."""
+def _settings(manifest: Manifest, plan: Plan, options: Options) -> dict[str, Any]:
+    """What, beside the bundle and the engine, the rows on disk depend on to the last bit."""
     return {
         "weights": describe_weights(manifest),
-        "graphs": {
-            info.file: info.sha256 for role in ROLES for info in manifest.graph(role, pipe.precision).files
-        },
+        "copy of the weights": options.weights,
+        "reference_model": options.reference_model,
+        "images": plan.order.images,
+        "seed": plan.order.seed,
         "labels": plan.order.label_rule,
         "batch": plan.batch,
         "steps": list(plan.schedules),
@@ -128,40 +129,15 @@ def _settings(options: Options, manifest: Manifest, pipe: Pipeline, plan: Plan) 
         "device": options.device,
         "features": plan.extractor.name,
         "features_identity": plan.extractor.identity,
-        "reference": plan.compared,
-        "reference_model": options.reference_model,
-        "bootstrap": plan.resamples,
-        "limits": asdict(plan.limits),
-    }
-
-
-def _identity(
-    settings: Mapping[str, Any], options: Options, manifest: Manifest, pipe: Pipeline, plan: Plan
-) -> dict[str, Any]:
-    """Everything that the rows on disk depend on, to the last bit."""
-    of_figures = ("reference", "bootstrap", "limits")
-    paired = options.reference_model
-    return {key: value for key, value in settings.items() if key not in of_figures} | {
-        "images": plan.order.images,
-        "seed": plan.order.seed,
-        "precision": pipe.precision,
-        "backend": pipe.backend.name,
-        "recipe": dict(manifest.recipe) if paired else None,
-        "sources": to_builtins(manifest.weights) if paired else None,
-        "copy of the weights": options.weights,
         "versions": versions(),
     }
 
 
-def _draw(
-    plan: Plan, sides: Mapping[str, Draw], files: FeatureFiles, images: Path | None, kept: bool
-) -> None:
-    """Fills the rows that are not. images: where every image is written too. kept: so is a stopped run."""
-    sink = _image_writer(plan, sides, images) if images else None
-    missing = int((~files.filled).sum())
-    with console.progress(missing, "measuring") as bar:
+def _draw(plan: Plan, sides: Mapping[str, Draw], files: FeatureFiles, kept: bool) -> None:
+    """Fills the rows that are not. kept: a stopped run goes on from them."""
+    with console.progress(int((~files.filled).sum()), "measuring") as bar:
         try:
-            draw_features(plan.order, plan.batch, sides, plan.extractor, files, bar.advance, sink)
+            draw_features(plan.order, plan.batch, sides, plan.extractor, files, bar.advance)
         except KeyboardInterrupt:
             if kept:
                 click.echo(
@@ -172,22 +148,20 @@ def _draw(
             raise
 
 
-def _image_writer(plan: Plan, sides: Iterable[str], directory: Path) -> Sink:
-    """Writes each image as it is drawn, in a folder a side and schedule. Raises OutputError."""
-    places = {
-        (side, steps): directory / f"{side}-{_scope(steps).replace(' ', '-')}"
-        for side in sides
-        for steps in plan.schedules
-    }
-    for place in places.values():
-        make_directory(place)
+def _saving(draw: Draw, side: str, directory: Path) -> Draw:
+    """A side that also writes each image, in a folder a schedule. Raises OutputError."""
+    make_directory(directory)
 
-    def sink(side: str, steps: int, indices: range, images: ByteImages) -> None:
-        labels = plan.order.labels(indices)
-        for index, label, image in zip(indices, labels, to_pil(images), strict=True):
-            write_image(places[side, steps] / f"{index:05d}-class{label:04d}.png", image)
+    def drawn(order: Order, indices: range) -> dict[int, ByteImages]:
+        images = draw(order, indices)
+        for steps, pictures in images.items():
+            folder = directory / f"{side}-{_scope(steps).replace(' ', '-')}"
+            make_directory(folder)
+            for index, label, image in zip(indices, order.labels(indices), to_pil(pictures), strict=True):
+                write_image(folder / f"{index:05d}-class{label:04d}.png", image)
+        return images
 
-    return sink
+    return drawn
 
 
 def _rows(plan: Plan, sides: list[str], files: FeatureFiles, compared: Reference | None) -> list[Measurement]:
@@ -206,16 +180,12 @@ def _scope(steps: int) -> str:
     return f"{steps} step{'s' if steps > 1 else ''}"
 
 
-def _title(
-    settings: Mapping[str, Any], manifest: Manifest, pipe: Pipeline, plan: Plan, compared: Reference | None
-) -> str:
-    against = " against PyTorch" if settings["reference_model"] else ""
+def _title(manifest: Manifest, plan: Plan, compared: Reference | None) -> str:
     text = (
-        f"{manifest.name}: {pipe.backend.name} in {pipe.precision}{against}, {plan.order.images:,} images,"
-        f" seed {plan.order.seed}, labels {plan.order.label_rule} ({settings['weights']})\n"
-        f"features: {plan.extractor.name}, {plan.extractor.width} wide"
+        f"{plan.order.images:,} images, seed {plan.order.seed}, labels {plan.order.label_rule}"
+        f" ({describe_weights(manifest)})\nfeatures: {plan.extractor.name}, {plan.extractor.width} wide"
     )
     if compared is not None:
-        count = compared.fit.count
-        text += f"; reference set: {compared.name}{f' ({count:,} images)' if count is not None else ''}"
+        count = f" ({compared.fit.count:,} images)" if compared.fit.count is not None else ""
+        text += f"; reference set: {compared.name}{count}"
     return text + (f"; in brackets: 95 % of {plan.resamples} resamples" if plan.resamples > 1 else "")

@@ -155,7 +155,7 @@ def read_statistics(path: Path, width: int) -> Gaussian:
             zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
         text = (str(error).splitlines() or [""])[0][:200]
         raise ReferenceSetError(f"{path} cannot be read: {text}", WHAT_IT_IS) from error
-    return _checked(path, *arrays, width)
+    return _checked(path, arrays[0], arrays[1], width)
 
 
 def _read_npz(path: Path, names: tuple[str, str], most: int) -> list[Any]:

@@ -382,49 +382,53 @@ class TestStops:
         assert len(list((tmp_path / "png" / "bundle-1-step").iterdir())) == IMAGES
 
 
+def expect(result: Result, code: int, *words: str) -> None:
+    assert result.exit_code == code, result.output
+    for word in words:
+        assert word in result.stderr
+    assert "Traceback" not in result.output
+
+
 class TestBadInput:
-    def expect(self, result: Result, code: int, *words: str) -> None:
-        assert result.exit_code == code, result.output
-        for word in words:
-            assert word in result.stderr
-        assert "Traceback" not in result.output
-
-    def test_too_few_images_says_how_many(self, digits_bundle, fid):
-        result = fid(digits_bundle, "--images", 64)
-        self.expect(result, 1, "64 images do not determine", "64 features", "draw 65 at least", "--allow-few")
-
-    def test_one_image_is_never_enough(self, digits_bundle, fid):
-        self.expect(fid(digits_bundle, "--images", 1, "--allow-few"), 1, "draw 2 at least")
-
-    def test_steps_the_bundle_lacks(self, digits_bundle, fid):
-        self.expect(fid(digits_bundle, "--steps", "1,9"), 1, "no schedule of 9 steps", "1, 2")
-
-    def test_steps_with_a_teacher_have_no_pairs(self, digits_bundle, fid):
-        self.expect(fid(digits_bundle, "--steps", "1,3"), 1, "3 steps involves the teacher", "1, 2")
-
-    def test_steps_that_are_no_numbers(self, digits_bundle, fid):
-        self.expect(fid(digits_bundle, "--steps", "one"), 2, "'one' is not a list of whole numbers")
-
-    def test_unknown_features(self, digits_bundle, fid):
-        self.expect(fid(digits_bundle, "--features", "digitz"), 1, "digitz", "digits")
-
-    def test_features_without_their_weights(self, digits_bundle, fid):
-        result = fid(digits_bundle, "--features", "inception", "--allow-few")
-        self.expect(result, 1, "pt_inception-2015-12-05")
+    @pytest.mark.parametrize(
+        ("options", "code", "words"),
+        [
+            ("--images 64", 1, ("64 images do not", "64 features", "draw 65 at least", "--allow-few")),
+            ("--images 1 --allow-few", 1, ("draw 2 at least",)),
+            ("--images 100 --per-class 10", 2, ("give one of --images and --per-class",)),
+            ("--steps 1,9", 1, ("no schedule of 9 steps", "1, 2")),
+            ("--steps 1,3", 1, ("3 steps involves the teacher", "1, 2")),
+            ("--steps one", 2, ("'one' is not a list of whole numbers",)),
+            ("--features digitz", 1, ("digitz", "digits")),
+            ("--features inception --allow-few", 1, ("pt_inception-2015-12-05",)),
+            ("--reference no.npz", 1, ("no.npz",)),
+            ("--precision fp8", 1, ("no student in precision fp8",)),
+            ("--report {tmp}/file", 1, ("file",)),  # said before the images are drawn
+            ("--save-images {tmp}/file/png", 1, ("file",)),
+            ("--state {tmp}/file", 1, ("file",)),
+            ("--device cuda", 1, ("--device cuda: this PyTorch sees no CUDA device",)),
+        ],
+    )
+    def test_what_is_wrong_is_said(self, digits_bundle, fid, tmp_path, monkeypatch, options, code, words):
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+        (tmp_path / "file").touch()
+        expect(fid(digits_bundle, *options.format(tmp=tmp_path).split()), code, *words)
 
     def test_a_reference_of_another_width(self, digits_bundle, fid, tmp_path):
         np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
         result = fid(digits_bundle, "--reference", tmp_path / "other.npz")
-        self.expect(result, 1, "2048", "another feature extractor")
+        expect(result, 1, "2048", "another feature extractor")
 
-    def test_a_reference_that_is_not_there(self, digits_bundle, fid, tmp_path):
-        self.expect(fid(digits_bundle, "--reference", tmp_path / "no.npz"), 1, "no.npz")
+    def test_a_reference_of_too_few_images(self, digits_bundle, fid, tmp_path):
+        for index in range(10):
+            Image.fromarray(np.full((32, 32, 3), index, np.uint8)).save(tmp_path / f"{index}.png")
+        expect(fid(digits_bundle, "--reference", tmp_path), 1, "10 images do not determine")
 
-    def test_a_bundle_without_data_of_its_own(self, digits_bundle, fid, tmp_path, statistics):
+    def test_a_bundle_without_data_of_its_own(self, digits_bundle, fid, tmp_path):
         """As of ImageNet's models: the user has to name the statistics."""
         bundle = copy_of(digits_bundle, tmp_path, lambda d: d["parity"]["fid"].update(reference=""))
         result = CliRunner().invoke(cli.command, ["fid", str(bundle), "--images", "70"])
-        self.expect(result, 1, "no data set of its own", "--reference", "statistic.pth")
+        expect(result, 1, "no data set of its own", "--reference", "statistic.pth")
         assert fid(bundle, "--images", 70).exit_code == 0
 
     @pytest.mark.parametrize("missing", ["all", "precision"])
@@ -437,38 +441,19 @@ class TestBadInput:
 
         bundle = copy_of(digits_bundle, tmp_path, edit)
         options = ("--features", "digits")
-        self.expect(fid(bundle, *options), 3, "states no limits of image quality for fp32", "parity.fid")
+        expect(fid(bundle, *options), 3, "states no limits of image quality for fp32", "parity.fid")
         assert fid(bundle, *options, "--no-reference-model").exit_code == 0
 
     def test_features_nobody_named(self, digits_bundle, fid, tmp_path):
         bundle = copy_of(digits_bundle, tmp_path, lambda d: d["parity"].pop("fid"))
-        self.expect(fid(bundle), 1, "in which features", "--features")
-
-    def test_images_and_per_class(self, digits_bundle, fid):
-        result = fid(digits_bundle, "--images", 100, "--per-class", 10)
-        self.expect(result, 2, "give one of --images and --per-class")
-
-    def test_a_precision_the_bundle_lacks(self, digits_bundle, fid):
-        self.expect(fid(digits_bundle, "--precision", "fp8"), 1, "no student in precision fp8")
+        expect(fid(bundle), 1, "in which features", "--features")
 
     def test_files_for_embedded_weights(self, digits_bundle, fid, golden_files):
         result = fid(digits_bundle, "--checkpoint", golden_files["student"])
-        self.expect(result, 1, "was made from embedded weights")
-
-    def test_a_place_that_cannot_be_written(self, digits_bundle, fid, tmp_path):
-        """Said before the images are drawn."""
-        (tmp_path / "file").touch()
-        self.expect(fid(digits_bundle, "--report", tmp_path / "file"), 1, "file")
-        self.expect(fid(digits_bundle, "--save-images", tmp_path / "file" / "png"), 1, "file")
-
-    def test_a_device_that_is_not_there(self, digits_bundle, fid, monkeypatch):
-        monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-        self.expect(
-            fid(digits_bundle, "--device", "cuda"), 1, "--device cuda: this PyTorch sees no CUDA device"
-        )
+        expect(result, 1, "was made from embedded weights")
 
     def test_no_bundle(self, fid, tmp_path):
-        self.expect(fid(tmp_path / "none"), 1, "not a bundle")
+        expect(fid(tmp_path / "none"), 1, "not a bundle")
 
 
 def test_help_imports_nothing_heavy():

@@ -51,13 +51,22 @@ def files_in(directory, run=RUN, images=60, columns=COLUMNS):
     return FeatureFiles(directory, run, images, columns)
 
 
-def drawn(files, toy, sides=None, sink=None):
-    """All rows of a toy bundle with a fault, and of a toy reference without."""
-    sides = sides or {
-        BUNDLE: draw_of(toy(embedding_error=0.3), SCHEDULES),
-        REFERENCE: draw_of(toy(), SCHEDULES),
-    }
-    draw_features(ORDER, 8, sides, Corners(), files, lambda count: None, sink)
+def drawn(files, toy, seen=None):
+    """All rows of a toy bundle with a fault, and of a toy reference without; seen: the images, by index."""
+    seen = {} if seen is None else seen
+
+    def side(name, model):
+        draw = draw_of(model, SCHEDULES)
+
+        def kept(order, indices):
+            images = draw(order, indices)
+            seen.update({(name, steps, indices): part for steps, part in images.items()})
+            return images
+
+        return kept
+
+    sides = {BUNDLE: side(BUNDLE, toy(embedding_error=0.3)), REFERENCE: side(REFERENCE, toy())}
+    draw_features(ORDER, 8, sides, Corners(), files, lambda count: None)
     return files
 
 
@@ -67,9 +76,7 @@ def content(files):
 
 def test_every_row_is_what_the_extractor_reads_off_its_image(toy, tmp_path):
     kept = {}
-    files = drawn(
-        files_in(tmp_path), toy, sink=lambda side, steps, at, images: kept.update({(side, steps, at): images})
-    )
+    files = drawn(files_in(tmp_path), toy, kept)
     assert files.filled.all()
     for side in (BUNDLE, REFERENCE):
         for steps in SCHEDULES:
@@ -117,9 +124,9 @@ def test_a_stopped_run_goes_on_to_the_same_rows(toy, tmp_path, monkeypatch, stop
     again = files_in(tmp_path / "stopped")
     done = int(again.filled.sum())
     assert done == 8 * (stop // 2 if where == "draw" else stop)
-    starts = []
-    drawn(again, toy, sink=lambda side, steps, at, images: starts.append(at.start))
-    assert min(starts) == done  # nothing is drawn twice
+    seen = {}
+    drawn(again, toy, seen)
+    assert min(indices.start for _, _, indices in seen) == done  # nothing is drawn twice
     assert content(again) == whole
 
 

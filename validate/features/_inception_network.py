@@ -137,7 +137,7 @@ def _fork(prefix: str) -> tuple[Conv, Conv]:
 
 
 def _block_35(width: int, pool_out: int) -> Mixed:
-    branches = [
+    branches: list[Branch] = [
         [(Conv("branch1x1", 64, 1, 1),)],
         _chain("branch5x5", (48, 1, 1), (64, 5, 5)),
         _chain("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3)),
@@ -146,7 +146,7 @@ def _block_35(width: int, pool_out: int) -> Mixed:
 
 
 def _to_17(width: int) -> Mixed:
-    branches = [
+    branches: list[Branch] = [
         [(Conv("branch3x3", 384, 3, 3, 2),)],
         _chain("branch3x3dbl", (64, 1, 1), (96, 3, 3), (96, 3, 3, 2)),
     ]
@@ -154,7 +154,7 @@ def _to_17(width: int) -> Mixed:
 
 
 def _block_17(inner: int) -> Mixed:
-    branches = [
+    branches: list[Branch] = [
         [(Conv("branch1x1", 192, 1, 1),)],
         _chain("branch7x7", (inner, 1, 1), (inner, 1, 7), (192, 7, 1)),
         _chain("branch7x7dbl", (inner, 1, 1), (inner, 7, 1), (inner, 1, 7), (inner, 7, 1), (192, 1, 7)),
@@ -163,7 +163,7 @@ def _block_17(inner: int) -> Mixed:
 
 
 def _to_8(width: int) -> Mixed:
-    branches = [
+    branches: list[Branch] = [
         _chain("branch3x3", (192, 1, 1), (320, 3, 3, 2)),
         _chain("branch7x7x3", (192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3, 2)),
     ]
@@ -171,7 +171,7 @@ def _to_8(width: int) -> Mixed:
 
 
 def _block_8(width: int, pool: Pool) -> Mixed:
-    branches = [
+    branches: list[Branch] = [
         [(Conv("branch1x1", 320, 1, 1),)],
         [(Conv("branch3x3_1", 384, 1, 1),), _fork("branch3x3_2")],
         [*_chain("branch3x3dbl", (448, 1, 1), (384, 3, 3)), _fork("branch3x3dbl_3")],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,8 @@ FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 BLOCK = 1000  # rows in double precision at once: 16 MiB of 2048 features
 
 
-class Gaussian(NamedTuple):
+@dataclass(frozen=True)
+class Gaussian:
     """mean (D,), unbiased covariance (D, D), float64, and of how many images; None if that is not known."""
 
     mean: Float64Array
