@@ -34,9 +34,7 @@ class Plan:
     batch: int
     resamples: int
     limits: Limits
-    published: Mapping[
-        int, float
-    ]  # FID by the number of steps, where the run keeps to the published protocol
+    published: Mapping[int, float]  # FID by steps, where the run keeps to the published protocol
 
 
 def plan_of(manifest: Manifest, precision: str, options: Options) -> Plan:
@@ -44,10 +42,8 @@ def plan_of(manifest: Manifest, precision: str, options: Options) -> Plan:
     cannot be had, VerificationError where a comparison has no limits.
     """
     entry: dict[str, Any] = manifest.parity.get("fid") or {}
-    features, compared = (
-        options.features or entry.get("features"),
-        options.reference or entry.get("reference"),
-    )
+    features = options.features or entry.get("features")
+    compared = options.reference or entry.get("reference")
     images = options.images or int(entry.get("images", 0))
     if options.per_class is not None:
         images = options.per_class * manifest.classes
@@ -80,7 +76,7 @@ def plan_of(manifest: Manifest, precision: str, options: Options) -> Plan:
         options.batch or default_batch_size(manifest),
         resamples if options.bootstrap is None else options.bootstrap,
         _limits(manifest, entry, precision, own) if options.reference_model else Limits(),
-        _published(manifest, images, extractor) if options.per_class is None else {},
+        _published(manifest, images, extractor, schedules) if options.per_class is None else {},
     )
 
 
@@ -105,13 +101,17 @@ def _limits(manifest: Manifest, entry: Mapping[str, Any], precision: str, own: b
             " or measure the bundle alone with --no-reference-model",
         )
     # The unit of a Frechet distance is that of its features: a limit says nothing about others.
-    return Limits(**{**stated, "difference": float(stated["difference"]) if own else None})
+    difference = float(stated["difference"]) if own else None
+    return Limits(difference, stated.get("distance"), stated.get("changed"), bool(stated.get("provisional")))
 
 
-def _published(manifest: Manifest, images: int, extractor: Extractor) -> dict[int, float]:
+def _published(
+    manifest: Manifest, images: int, extractor: Extractor, schedules: Schedules
+) -> dict[int, float]:
     same = extractor.name == PROTOCOL_FEATURES and not extractor.random_weights and images == PROTOCOL_IMAGES
     values = (manifest.published.get("fid") or {}) if same else {}
-    return {int(steps): value for steps, value in values.items() if isinstance(value, (int, float))}
+    found = {steps: values.get(str(steps)) for steps in schedules}
+    return {steps: value for steps, value in found.items() if isinstance(value, (int, float))}
 
 
 def require_enough(images: int | None, extractor: Extractor, allow_few: bool) -> None:

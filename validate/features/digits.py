@@ -73,7 +73,7 @@ class DigitJudge(nn.Module):
 
 
 class DigitFeatures(Extractor):
-    """The classifier as a feature extractor: 64 features in units of their spread over real digits, 10 classes."""
+    """64 features in units of their spread over real digits, and 10 classes."""
 
     name = "digits"
     width = FEATURES
@@ -140,7 +140,7 @@ def load_scale(path: Path) -> Tensor:
 
 
 def load_judge(path: Path) -> DigitJudge:
-    """The trained classifier, in eval mode. Raises DDError when the file is missing or holds something else."""
+    """The trained classifier, in eval mode. Raises DDError when the file is missing or is another."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
