@@ -1,4 +1,4 @@
-"""The images that `validate fid` measures: labels and noise by index, and the way from them to 8-bit images.
+"""The images that `validate fid` measures: labels and noise by index, and the two sides that draw from them.
 
 Image i of a seed has the same label and the same noise whatever the batch, the side and the moment at which a
 run was stopped; that is what makes two sides comparable image by image, and a run resumable.
@@ -17,11 +17,12 @@ from ddexport.runtime.bundle import Schedule
 from ddexport.runtime.errors import BackendError, VerificationError
 from ddexport.runtime.noise import gaussian_noise, philox4x32
 from ddexport.runtime.pipeline import Pipeline
-from ddexport.validate.metrics._base import FloatArray, IntArray
 
 if TYPE_CHECKING:
     from ddexport.validate.reference import TorchReference
 
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+IntArray: TypeAlias = npt.NDArray[np.int64]
 ByteImages: TypeAlias = npt.NDArray[np.uint8]
 Schedules: TypeAlias = Mapping[int, tuple[int, ...]]
 
@@ -57,9 +58,9 @@ class Order:
         """The noise (N, L, Cv) float32 of the images `indices`, the runtime's own for this seed."""
         return gaussian_noise(self.seed, indices, self.length, self.width)
 
-    def batches(self, size: int, start: int = 0) -> list[range]:
-        """The images from `start` on in batches of at most `size`."""
-        return [range(i, min(i + size, self.images)) for i in range(start, self.images, size)]
+    def batches(self, size: int) -> list[range]:
+        """All images in batches of at most `size`."""
+        return [range(i, min(i + size, self.images)) for i in range(0, self.images, size)]
 
     @property
     def label_rule(self) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ddexport.runtime import console
 from ddexport.runtime.errors import DDError, OutputError, VerificationError
+
+if TYPE_CHECKING:
+    from ddexport.validate.report import Report
 
 EPILOG = """
 \b
@@ -19,6 +23,46 @@ Examples:
   ddexport validate fid build/digits-var --images 500 --steps 2 --no-reference-model --json
 """
 STATES = "fid-state"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for; see `--help`."""
+
+    bundle: Path
+    images: int | None = None
+    per_class: int | None = None
+    steps: tuple[int, ...] = ()
+    seed: int = 0
+    features: str | None = None
+    features_weights: str | None = None
+    reference: str | None = None
+    reference_model: bool = True
+    batch: int | None = None
+    precision: str | None = None
+    backend: str = "auto"
+    emulate: bool | None = None
+    threads: int | None = None
+    device: str = "cpu"
+    checkpoint: Path | None = None
+    vae: Path | None = None
+    weights: str | None = None
+    allow_few: bool = False
+    bootstrap: int | None = None
+    save_images: Path | None = None
+    state: Path | None = None
+
+
+def run_fid(options: Options, state: Path | None = None) -> Report:
+    """Draws, measures and compares; goes on where a stopped run of the same settings was.
+
+    state: the directory of the states of all runs, in which each has its own, unless `options.state` names
+    one; None: the features are kept in a temporary directory. Raises DDError for everything that can be wrong
+    with bundle, options, files and places.
+    """
+    from ddexport.validate.fid_run import run  # with torch and NumPy, which `--help` need not wait for
+
+    return run(options, state)
 
 
 def _steps(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
@@ -38,25 +82,27 @@ def _require_validate_extra() -> None:
         raise DDError(f"measuring images needs {', '.join(missing)}", 'pip install "ddexport[validate]"')
 
 
-def _places(bundle: Path, report: Path | None) -> tuple[Path | None, Path | None]:
-    """Where report and state go, checked before the work. A bundle that is read-only costs a warning."""
+def _report_directory(bundle: Path, named: Path | None) -> Path | None:
+    """Where report and state go, checked before the work. None, with a warning, where the bundle is
+    read-only.
+    """
     from ddexport.runtime.files import make_directory
 
-    if report is None and not bundle.is_dir():
-        return None, None  # which loading the bundle will explain
-    directory = report or bundle / "parity"
+    if named is None and not bundle.is_dir():
+        return None  # which loading the bundle will explain
+    directory = named or bundle / "parity"
     try:
         make_directory(directory)
     except OutputError as error:
-        if report is not None:
+        if named is not None:
             raise
         click.echo(
             f"warning: {error.message}: no report, and a stopped run starts again;"
             " name places with --report and --state",
             err=True,
         )
-        return None, None
-    return directory, directory / STATES
+        return None
+    return directory
 
 
 _PATH = click.Path(path_type=Path)
@@ -67,10 +113,7 @@ _POSITIVE = click.IntRange(min=1)
 @click.argument("bundle", type=_PATH)
 @click.option("--images", type=_POSITIVE, metavar="N", help="How many.  [default: the recipe's]")
 @click.option(
-    "--per-class",
-    type=_POSITIVE,
-    metavar="N",
-    help="So many images of each class.  [default: labels uniform at random from the seed]",
+    "--per-class", type=_POSITIVE, metavar="N", help="Images of each class.  [default: labels at random]"
 )
 @click.option("--steps", metavar="1,2", callback=_steps, help="Which schedules.  [default: all]")
 @click.option(
@@ -80,16 +123,13 @@ _POSITIVE = click.IntRange(min=1)
 @click.option("--features-weights", metavar="FILE|random:SEED", help="Its weights, where none ship with it.")
 @click.option(
     "--reference",
-    metavar="FILE|DIR|BUNDLE|data|none",
-    help="What to measure against: statistics, images, a bundle, the model's data.  [default: the recipe's]",
+    metavar="FILE|DIR|data|none",
+    help="What to measure against: statistics, images, the model's data.  [default: the recipe's]",
 )
 @click.option(
-    "--no-reference-model",
-    "reference_model",
-    is_flag=True,
-    flag_value=False,
+    "--reference-model/--no-reference-model",
     default=True,
-    help="Measure the bundle alone, without PyTorch beside it: no verdict.",
+    help="Measure PyTorch's images beside the bundle's; alone there is no verdict.",
 )
 @click.option("--batch", type=_POSITIVE, metavar="N", help="Images at once.  [default: by their size]")
 @click.option("--precision", metavar="NAME", help="Which graphs of the bundle.  [default: its first]")
@@ -105,7 +145,7 @@ _POSITIVE = click.IntRange(min=1)
     default="cpu",
     show_default=True,
     metavar="NAME",
-    help="Where PyTorch computes features and reference: cpu, cuda, cuda:1.",
+    help="Where PyTorch runs: cpu, cuda, cuda:1.",
 )
 @click.option("--checkpoint", type=_PATH, help="The student's checkpoint that the bundle was made from.")
 @click.option("--vae", type=_PATH, help="The tokenizer's checkpoint that the bundle was made from.")
@@ -114,9 +154,7 @@ _POSITIVE = click.IntRange(min=1)
     type=click.Choice(["ema", "model"]),
     help="Which copy of the student's weights to compare with.  [default: the bundle's own]",
 )
-@click.option(
-    "--allow-few", is_flag=True, help="Fewer images than the features need: for trials of the tools."
-)
+@click.option("--allow-few", is_flag=True, help="Fewer images than the features need, for trials.")
 @click.option(
     "--bootstrap",
     type=click.IntRange(min=0),
@@ -134,32 +172,32 @@ _POSITIVE = click.IntRange(min=1)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @console.debug_option
 def command(report: Path | None, as_json: bool, **options: Any) -> None:
-    """Measure the images of BUNDLE (FID, KID, Inception Score, precision, recall), paired with PyTorch's.
+    """Measure the images of BUNDLE (FID, Inception Score, precision, recall), paired with PyTorch's.
 
     Both draw from the same labels and noise; how far they may be apart is in the manifest. Exit code 3 if a
     limit is passed, 1 if there is no verdict. A run that was stopped goes on where it was.
     """
+    from ddexport.validate.report import table, write
+
     if options["images"] and options["per_class"]:
         raise click.UsageError("--per-class says how many images: give one of --images and --per-class.")
     _require_validate_extra()
-    from ddexport.validate.fid_plan import Options
-    from ddexport.validate.fid_report import failure_line, table, verdict_line, write_report
-    from ddexport.validate.fid_run import run_fid
-
-    directory, states = _places(options["bundle"], report)
-    result = run_fid(Options(**options), states)
+    request = Options(**options)
+    directory = _report_directory(request.bundle, report)
+    result = run_fid(request, directory / STATES if directory else None)
+    if directory is not None:
+        result = write(result, directory)
+        click.echo(f"report: {directory}", err=True)
     if as_json:
         console.emit_json(result.to_dict())
     else:
         click.echo(table(result))
-    if directory is not None:
-        click.echo(f"report: {write_report(result, directory)}", err=True)
     hint = "docs/image-quality.md says what the limits hold, and when there is a verdict"
     if result.no_verdict:
-        if result.settings.paired:
-            raise DDError(verdict_line(result), hint)
+        if request.reference_model:
+            raise DDError(result.verdict, hint)
         return
     for measurement in result.failures:
-        click.echo(f"failed: {failure_line(measurement)}", err=True)
+        click.echo(f"failed: {measurement}", err=True)
     if result.failures:
-        raise VerificationError(verdict_line(result), hint)
+        raise VerificationError(result.verdict, hint)

@@ -1,40 +1,48 @@
-"""From what a run counted to its figures, their intervals, and the measurements that are held to limits."""
+"""From the features of the images to the rows of a report: figures, their intervals, and what has a limit.
+
+Both sides are resampled in step: one bootstrap draw of the images serves both, so that in the interval of a
+difference all cancels that the sides share.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from ddexport.validate.bootstrap import bootstrap, figure
-from ddexport.validate.fid_report import CHANGED, DIFFERENCE, DISTANCE, FID, Estimate, Figure, scope_of
-from ddexport.validate.metrics._base import IntArray, Measurement
-from ddexport.validate.metrics.frechet import FrechetTo, frechet_distance, require_samples
-from ddexport.validate.metrics.inception_score import SPLITS, ScoreSums
-from ddexport.validate.metrics.kernel_distance import kernel_distance
+from ddexport.validate.bootstrap import interval
+from ddexport.validate.features._base import Readings
+from ddexport.validate.metrics.frechet import BLOCK, FrechetTo, Gaussian, GroupedMoments, gaussian
+from ddexport.validate.metrics.inception_score import GROUPS as SCORE_GROUPS
+from ddexport.validate.metrics.inception_score import SPLITS, resampled_scores
 from ddexport.validate.metrics.precision_recall import NEIGHBOURS, coverage
-from ddexport.validate.paired import BUNDLE, REFERENCE, VISIBLE, PairedRun, PairTally, SetTally
-from ddexport.validate.statistics import Float64Array, FloatArray, GaussianFit, GroupedMoments, TooFewSamples
+from ddexport.validate.report import Measurement
 
 if TYPE_CHECKING:
     from ddexport.validate.references import Reference
 
-METRIC = "fid"
-PROTOCOL_IMAGES, PROTOCOL_FEATURES = 50_000, "inception"  # what published figures are measured with
+Float64Array: TypeAlias = npt.NDArray[np.float64]
+FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
+
+METRIC, FID = "fid", "FID"
+DIFFERENCE, DISTANCE, CHANGED = "FID, difference", "feature distance, paired", "images that differ"
+VISIBLE = 2  # an 8-bit difference that rounding at a tie cannot make: `image_max` of the float32 limits
+WIDE = 512  # features: the moments of a group of images take memory, their resampled distances time
+GROUPS, GROUPS_WIDE = 100, 20
+SAMPLE = 10_000  # images a set whose neighbours are sought
+SEED = 0  # of the bootstrap
 APART = (
     "other seeds and labels explain about 0.1; more may come of other Inception weights or resizing,"
     " random weights, another precision"
 )
-KID, SCORE, PRECISION, RECALL = "KID", "Inception Score", "precision", "recall"
-
-Trio: TypeAlias = tuple[Estimate, Estimate | None, Estimate | None]  # bundle, reference, difference
 
 
 @dataclass(frozen=True)
-class Gate:
-    """The limits of one precision; None: shown, but not held."""
+class Limits:
+    """What is allowed in one precision: the manifest's `parity.fid.limits`; None: shown, but not held."""
 
     difference: float | None = None
     distance: float | None = None
@@ -42,216 +50,167 @@ class Gate:
     provisional: bool = False
 
 
-@dataclass(frozen=True)
-class Resampling:
-    """How intervals are made: `resamples` 0 leaves them out."""
-
-    resamples: int
-    seed: int = 0
-    allow_few: bool = False
-
-
-def figures_of(run: PairedRun, compared: Reference | None, how: Resampling) -> list[Figure]:
-    """Every figure that the features and the reference set allow, schedule by schedule."""
-    figures: list[Figure] = []
-    to_reference = FrechetTo(compared.moments, allow_few=how.allow_few) if compared else None
-    for steps in run.schedules:
-        sets = [run.sets[side, steps] for side in (BUNDLE, REFERENCE) if (side, steps) in run.sets]
-        trios: dict[str, Trio] = {}
-        if to_reference is not None:
-            trios[FID] = _frechet(sets, to_reference, how)
-        if compared is not None and compared.features is not None:
-            features = np.asarray(compared.features)
-            trios |= _neighbours(sets, features, how) | _kernel(sets, features, how)
-        scores = [tally.scores for tally in sets if tally.scores is not None]
-        if scores:
-            trios[SCORE] = _scores(scores, how)
-        order = [name for name in (FID, KID, SCORE, PRECISION, RECALL) if name in trios]
-        figures += [Figure(steps, name, *trios[name]) for name in order]
-    return figures
-
-
-def measurements_of(run: PairedRun, figures: list[Figure], gate: Gate, how: Resampling) -> list[Measurement]:
-    """The difference and the distance of the two sets, held to the limits. Empty for a bundle alone."""
-    measurements: list[Measurement] = []
-    for steps, pair in run.pairs.items():
-        fids = [figure for figure in figures if figure.steps == steps and figure.name == FID]
-        measurements += [
-            _difference(figure.steps, figure.difference, gate) for figure in fids if figure.difference
-        ]
-        measurements += _between(steps, pair, run, gate, how)
-    return measurements
-
-
-def published_of(
-    run: PairedRun, compared: Reference | None, figures: list[Figure], published: Mapping[str, Any]
+def measure(
+    scope: str,
+    sides: Sequence[Readings],
+    apart: npt.NDArray[np.uint8] | None,
+    compared: Reference | None,
+    limits: Limits,
+    resamples: int,
+    published: float | None = None,
 ) -> list[Measurement]:
-    """The published FID of every schedule that has one, for information; [] where the protocol is another.
+    """All rows of one schedule.
 
-    published: by the number of steps, as the manifest has it.
+    sides: of the bundle, and of PyTorch if it was run. apart (N,): the largest 8-bit difference of each
+    image. resamples: below 2 there are no intervals. published: FID, shown beside the measured one.
     """
-    extractor, order = run.extractor, run.order
-    features = extractor.name == PROTOCOL_FEATURES and not extractor.random_weights
-    statistics = compared is not None and compared.features is None
-    if not (features and statistics and order.images == PROTOCOL_IMAGES and order.per_class is None):
-        return []
-    return [
-        Measurement(
-            METRIC, scope_of(figure.steps), "FID, published", value,
-            note=f"measured less published: {figure.bundle.value - value:+.2f}; {APART}",
-        )
-        for figure in figures
-        if figure.name == FID and isinstance(value := published.get(str(figure.steps)), (int, float))
-    ]  # fmt: skip
+    rows: list[Measurement] = []
+    if compared is None:
+        fits = [gaussian(side.features) for side in sides]
+    else:
+        fits, rows = _fid(scope, sides, compared.frechet, limits, resamples)
+        if published is not None:
+            note = f"measured less published: {rows[0].value - published:+.2f}; {APART}"
+            rows.append(Measurement(METRIC, scope, "FID, published", published, note=note))
+    rows += _scores(scope, sides, resamples)
+    if compared is not None and compared.features is not None:
+        rows += _neighbours(scope, sides, compared.features, resamples)
+    if apart is not None:
+        rows += _between(scope, sides, fits, apart, limits)
+    return rows
 
 
-def _difference(steps: int, difference: Estimate, gate: Gate) -> Measurement:
+def _fid(
+    scope: str, sides: Sequence[Readings], to_reference: FrechetTo, limits: Limits, resamples: int
+) -> tuple[list[Gaussian], list[Measurement]]:
+    """The fits to both sets, and the rows of their distances to the reference set."""
+    count, width = sides[0].features.shape
+    groups = GROUPS if width <= WIDE else GROUPS_WIDE
+    filled = min(groups, count)
+    rng = np.random.default_rng(SEED)
+    drawn = [rng.choice(filled, filled) for _ in range(resamples)]
+    fits, values, resampled = [], [], []
+    for side in sides:  # one after the other: the moments of wide features are large
+        moments = GroupedMoments.of(side.features, groups)
+        fit = moments.weighted(np.ones(groups))
+        value, rough = to_reference.distance(fit), to_reference.rough_distance(fit)
+        sets = (moments.weighted(np.bincount(chosen, minlength=groups)) for chosen in drawn)
+        # Only the spread of the rough distance is used: it is moved to the exact one.
+        resampled.append([to_reference.rough_distance(other) - rough + value for other in sets])
+        fits.append(fit)
+        values.append(value)
+    rows = _figure(scope, FID, values, np.array(resampled))
+    if len(sides) > 1:
+        rows[-1] = _held(rows[-1], limits)
+    return fits, rows
+
+
+def _held(row: Measurement, limits: Limits) -> Measurement:
     """What is held is how far the interval reaches from zero: fewer images widen it, and never the limit."""
-    ends = [end for end in (difference.value, difference.low, difference.high) if end is not None]
-    note = f"{'far end of ' if difference.low is not None else ''}{difference.text(sign=True)}"
-    largest = float(np.abs(ends).max())  # NaN where one is
+    ends = [end for end in (row.value, row.low, row.high) if end is not None]
+    text, note = f"{row.value:+.4g}", ""
+    if row.low is not None and row.high is not None:
+        text, note = f"{text} [{row.low:+.3g}, {row.high:+.3g}]", "far end of "
     return Measurement(
-        METRIC, scope_of(steps), DIFFERENCE, largest, gate.difference, note=note, rule=DIFFERENCE
+        METRIC, row.scope, DIFFERENCE, float(np.abs(ends).max()),  # NaN where one is
+        limits.difference, note=note + text, rule=DIFFERENCE,
+    )  # fmt: skip
+
+
+def _scores(scope: str, sides: Sequence[Readings], resamples: int) -> list[Measurement]:
+    """Inception Score; groups are drawn anew inside each split, the same ones on both sides."""
+    found = [side.probabilities for side in sides if side.probabilities is not None]
+    if not found:
+        return []
+    splits = SPLITS if len(found[0]) >= SPLITS else 1
+    rng = np.random.default_rng(SEED)
+    filled = np.arange(min(SCORE_GROUPS, len(found[0])))
+    times = np.ones((1 + resamples, SCORE_GROUPS))
+    for row in times[1:]:
+        chosen = [rng.choice(filled[split::splits], len(filled[split::splits])) for split in range(splits)]
+        row[:] = np.bincount(np.concatenate(chosen), minlength=SCORE_GROUPS)
+    scores = np.array([resampled_scores(p, times, splits) for p in found])
+    return _figure(scope, "Inception Score", list(scores[:, 0]), scores[:, 1:])
+
+
+def _neighbours(scope: str, sides: Sequence[Readings], real: FloatArray, resamples: int) -> list[Measurement]:
+    """Precision and recall of equal numbers of images; [] where there are too few for neighbours."""
+    samples = [_spread_out(side.features) for side in sides]
+    real = _spread_out(real)
+    count = min(len(real), len(samples[0]))
+    if count <= NEIGHBOURS:
+        return []
+    rows = []
+    hits = zip(*(coverage(sample[:count], real[:count]) for sample in samples), strict=True)
+    for name, sets in zip(("precision", "recall"), hits, strict=True):
+        rng = np.random.default_rng(SEED)
+        drawn = [rng.integers(count, size=count) for _ in range(resamples)]
+        resampled = np.array([[hit[chosen].mean() for chosen in drawn] for hit in sets])
+        rows += _figure(scope, name, [float(hit.mean()) for hit in sets], resampled)
+    return rows
+
+
+def _spread_out(features: FloatArray) -> FloatArray:
+    """At most SAMPLE rows, evenly from all: a folder is in the order of its names."""
+    rows = np.linspace(0, len(features) - 1, min(len(features), SAMPLE)).astype(np.int64)
+    return np.asarray(features[rows])
+
+
+def _figure(scope: str, name: str, values: list[float], resampled: Float64Array) -> list[Measurement]:
+    """Rows of a figure of one or two sides, and of their difference; values resampled (sides, R)."""
+    titles = ["bundle", "PyTorch", "difference"][: len(values) + (len(values) > 1)]
+    if len(values) > 1:
+        values = [*values, values[0] - values[1]]
+        resampled = np.concatenate([resampled, resampled[:1] - resampled[1:2]])
+    rows = []
+    for title, value, spread in zip(titles, values, resampled, strict=True):
+        low, high, bias = interval(value, spread) if len(spread) > 1 else (None, None, None)
+        note = f"bias {bias:+.2g}" if name == FID and bias is not None else ""
+        rows.append(
+            Measurement(METRIC, scope, f"{name}, {title}", float(value), note=note, low=low, high=high)
+        )
+    return rows
+
+
+def _between(
+    scope: str,
+    sides: Sequence[Readings],
+    fits: list[Gaussian],
+    apart: npt.NDArray[np.uint8],
+    limits: Limits,
+) -> list[Measurement]:
+    """The two sets, image by image and as sets."""
+    images, changed, identical = len(apart), int((apart > VISIBLE).sum()), int((apart == 0).sum())
+    worst = int(apart.argmax())
+    # Mean squared distance of a pair over that of two independent images, which is twice the variance.
+    squared, spread = (
+        _mean_squared(*(side.features for side in sides)),
+        2 * float(np.trace(fits[1].covariance)),
     )
-
-
-def _between(steps: int, pair: PairTally, run: PairedRun, gate: Gate, how: Resampling) -> list[Measurement]:
-    scope = scope_of(steps)
-    bundle, reference = (run.sets[side, steps].moments.total() for side in (BUNDLE, REFERENCE))
-    images = int(pair.count.sum())
-    changed, identical = int(pair.changed.sum()), int(pair.identical)
-    apart = f"image {int(pair.worst)}" if pair.largest else ""
+    relative = 0.0 if squared == 0.0 else squared / spread if spread else float("inf")
+    between = FrechetTo(fits[1]).distance(fits[0])
     return [
         Measurement(
-            METRIC, scope, DISTANCE, _relative(pair, reference), gate.distance,
+            METRIC, scope, DISTANCE, relative, limits.distance,
             note="1 for unrelated images", rule=DISTANCE,
         ),
         Measurement(
-            METRIC, scope, CHANGED, changed / images, gate.changed,
+            METRIC, scope, CHANGED, changed / images, limits.changed,
             note=f"{changed:,} of {images:,} by more than {VISIBLE} of 255",
             counts={"changed": changed, "identical": identical, "images": images}, rule=CHANGED,
         ),
-        Measurement(METRIC, scope, "largest 8-bit difference", float(pair.largest), where=apart),
         Measurement(
-            METRIC, scope, "Frechet distance, set to set",
-            frechet_distance(bundle, reference, allow_few=how.allow_few),
+            METRIC, scope, "largest 8-bit difference", float(apart[worst]),
+            where=f"image {worst}" if apart[worst] else "",
         ),
+        Measurement(METRIC, scope, "Frechet distance, set to set", between),
     ]  # fmt: skip
 
 
-def _relative(pair: PairTally, reference: GaussianFit) -> float:
-    """Mean squared distance of a pair over that of two independent images, which is twice the variance."""
-    squared, spread = pair.mean_squared(), 2 * float(np.trace(reference.covariance))
-    return 0.0 if squared == 0.0 else squared / spread if spread else float("inf")
-
-
-def _frechet(sets: list[SetTally], to_reference: FrechetTo, how: Resampling) -> Trio:
-    groups = [tally.moments for tally in sets]
-    totals = [group.total() for group in groups]
-    for total in totals:
-        require_samples(total, how.allow_few)
-    values = [to_reference.distance(total) for total in totals]
-    rough = [to_reference.rough_distance(total) for total in totals]
-
-    def drawn(side: int) -> Callable[[IntArray], float]:
-        # Only the spread of the rough distance is used: it is shifted to the exact one.
-        return lambda times: (
-            to_reference.rough_distance(groups[side].weighted(times)) - rough[side] + values[side]
-        )
-
-    return _resampled(values, [drawn(side) for side in range(len(sets))], groups[0], how)
-
-
-def _resampled(
-    values: list[float], drawn: list[Callable[[IntArray], float]], groups: GroupedMoments, how: Resampling
-) -> Trio:
-    """Values of one or two sides, resampled in step: one draw of groups for both and for their difference."""
-    filled = sum(group.count > 0 for group in groups.groups)
-    if how.resamples < 2 or filled < 2:
-        return _alone(values)
-    rng = np.random.default_rng(how.seed)
-    draws = [groups.multiplicities(rng) for _ in range(how.resamples)]
-    return _spread(values, np.array([[of(times) for of in drawn] for times in draws]))
-
-
-def _scores(sums: list[ScoreSums], how: Resampling) -> Trio:
-    """Groups are drawn anew inside each split, the same ones on both sides."""
-    splits = SPLITS if sums[0].count >= SPLITS else 1
-    values = [side.score(splits).mean for side in sums]
-    if how.resamples < 2:
-        return _alone(values)
-    rng = np.random.default_rng(how.seed)
-    member = np.arange(len(sums[0].counts)) % splits
-    filled = [np.flatnonzero((member == split) & (sums[0].counts > 0)) for split in range(splits)]
-    rows = []
-    for _ in range(how.resamples):
-        chosen = np.concatenate([rng.choice(groups, len(groups)) for groups in filled])
-        times = np.bincount(chosen, minlength=len(member))
-        rows.append([_weighted(side, times).score(splits).mean for side in sums])
-    return _spread(values, np.array(rows))
-
-
-def _weighted(sums: ScoreSums, times: IntArray) -> ScoreSums:
-    arrays = sums.to_arrays()
-    return ScoreSums.from_arrays({name: (array.T * times).T for name, array in arrays.items()})
-
-
-def _kernel(sets: list[SetTally], features: FloatArray, how: Resampling) -> dict[str, Trio]:
-    """The kernel distance, both sides against the same subsets; {} where there are too few images."""
-    try:
-        distances = [kernel_distance(tally.sample.features, features) for tally in sets]
-    except TooFewSamples:
-        return {}
-    if len(distances) > 1:
-        apart = distances[0].subset_values - distances[1].subset_values
-        distances.append(
-            replace(distances[0], value=distances[0].value - distances[1].value, subset_values=apart)
-        )
-    if how.resamples < 2:
-        return {KID: _alone([distance.value for distance in distances[: len(sets)]])}
-    estimates = [Estimate.of(distance.figure(how.seed, how.resamples)) for distance in distances]
-    return {KID: _trio(estimates[: len(sets)], estimates[-1] if len(sets) > 1 else None)}
-
-
-def _neighbours(sets: list[SetTally], features: FloatArray, how: Resampling) -> dict[str, Trio]:
-    """Precision and recall of equal numbers of images; {} where there are too few for neighbours."""
-    count = min(len(features), len(sets[0].sample.indices))
-    if count <= NEIGHBOURS:
-        return {}
-    results = [coverage(tally.sample.features[:count], features[:count]) for tally in sets]
-    return {
-        PRECISION: _shares([result.inside.astype(np.float64) for result in results], how),
-        RECALL: _shares([result.covered.astype(np.float64) for result in results], how),
-    }
-
-
-def _shares(hits: list[Float64Array], how: Resampling) -> Trio:
-    if how.resamples < 2:
-        return _alone([float(side.mean()) for side in hits])
-    apart = [hits[0] - hits[1]] if len(hits) > 1 else []
-    estimates = [_share(side, how) for side in (*hits, *apart)]
-    return _trio(estimates[: len(hits)], estimates[-1] if apart else None)
-
-
-def _share(hits: Float64Array, how: Resampling) -> Estimate:
-    value = float(hits.mean())
-    return Estimate.of(
-        bootstrap(value, lambda rows: float(hits[rows].mean()), len(hits), how.seed, how.resamples)
-    )
-
-
-def _spread(values: list[float], rows: Float64Array) -> Trio:
-    """values of one or two sides, and what each draw (R, sides) made of them."""
-    estimates = [Estimate.of(figure(value, rows[:, side])) for side, value in enumerate(values)]
-    apart = figure(values[0] - values[1], rows[:, 0] - rows[:, 1]) if len(values) > 1 else None
-    return _trio(estimates, Estimate.of(apart) if apart else None)
-
-
-def _alone(values: list[float]) -> Trio:
-    """Without intervals."""
-    apart = Estimate(values[0] - values[1]) if len(values) > 1 else None
-    return _trio([Estimate(value) for value in values], apart)
-
-
-def _trio(values: list[Estimate], difference: Estimate | None) -> Trio:
-    return values[0], values[1] if len(values) > 1 else None, difference
+def _mean_squared(first: FloatArray, second: FloatArray) -> float:
+    """Of the distance of row i (N, D) to row i (N, D), in double precision."""
+    total = 0.0
+    for start in range(0, len(first), BLOCK):
+        rows = slice(start, start + BLOCK)
+        total += float(((first[rows].astype(np.float64) - second[rows]) ** 2).sum())
+    return total / len(first)

@@ -2,50 +2,44 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from msgspec import to_builtins
 
 from ddexport.recipe import recipe_of
 from ddexport.runtime import console
-from ddexport.runtime.bundle import FILE_NAME, ROLES, Manifest, sha256_of
+from ddexport.runtime.bundle import FILE_NAME, Manifest, sha256_of
 from ddexport.runtime.files import make_directory, write_image
 from ddexport.runtime.images import to_pil
-from ddexport.runtime.pipeline import Pipeline, load
 from ddexport.validate.contents import check_contents, check_recipe, open_manifest
 from ddexport.validate.devices import torch_device
-from ddexport.validate.drawing import ByteImages, Draw, by_pipeline, by_reference, student_schedules
-from ddexport.validate.features._base import Extractor, load_extractor
-from ddexport.validate.fid_figures import Resampling, figures_of, measurements_of, published_of
-from ddexport.validate.fid_plan import NONE, Options, Plan, order_of, plan_of, require_enough
-from ddexport.validate.fid_report import LEAST_RESAMPLES, Compared, FidReport, Settings
-from ddexport.validate.fid_state import State, digest_of
-from ddexport.validate.paired import BUNDLE, REFERENCE, PairedRun, Sink, Sizes
+from ddexport.validate.drawing import ByteImages, Draw, Order, by_pipeline, by_reference
+from ddexport.validate.fid import Options
+from ddexport.validate.fid_features import (
+    BUNDLE,
+    REFERENCE,
+    FeatureFiles,
+    columns_of,
+    digest_of,
+    draw_features,
+    readings_of,
+)
+from ddexport.validate.fid_figures import measure
+from ddexport.validate.fid_plan import NONE, Plan, plan_of, require_enough, why_no_verdict
 from ddexport.validate.reference import build_reference, describe_weights
-from ddexport.validate.references import Reference
-from ddexport.validate.references import load as load_reference
+from ddexport.validate.references import Reference, load
+from ddexport.validate.report import SCHEMA, Measurement, Report, versions
 from ddexport.validate.runners import opened
-from ddexport.validate.statistics import GROUPS
-
-WIDE = 512  # features: their covariances, one a group and side, take the memory, their roots the time
-GROUPS_NARROW = 100  # more than are usual, where they cost nothing: steadier intervals
-RESAMPLES, RESAMPLES_WIDE = 200, LEAST_RESAMPLES
-SAMPLE = 10_000  # images a side whose features are kept, for neighbours and kernels
 
 
-def run_fid(options: Options, state_root: Path | None = None) -> FidReport:
-    """Draws, measures and compares; goes on where a stopped run of the same settings was.
-
-    state_root: where the state of a run is kept unless `options.state` names a directory; None: nowhere.
-    Raises DDError for everything that can be wrong with bundle, options, files and places.
-    """
+def run(options: Options, state: Path | None) -> Report:
+    """See `ddexport.validate.fid.run_fid`."""
     start = time.perf_counter()
     torch_device(options.device)  # said before the work
     with console.stage(f"loading {options.bundle}", keep=False):
@@ -53,218 +47,145 @@ def run_fid(options: Options, state_root: Path | None = None) -> FidReport:
         digest = sha256_of(options.bundle / FILE_NAME)
         check_recipe(manifest)
     how = (options.backend, options.precision, options.emulate, options.threads)
-    with opened(options.bundle, manifest, *how) as pipe:
+    with opened(options.bundle, manifest, *how) as pipe, ExitStack() as closing:
         plan = plan_of(manifest, pipe.precision, options)
-        extractor = load_extractor(plan.features, options.features_weights, options.device)
-        require_enough(plan.order.images, extractor, options.allow_few)
-        job = _Job(options, manifest, digest, pipe, plan, extractor)
-        compared = job.compared()
-        run = job.paired_run()
-        state = job.state(state_root)
-        resumed = run.resume(state) if state else 0
-        _draw(run, plan.batch, state, _sink(run, options.save_images))
-        try:
-            report = job.report(run, compared, resumed, start)
-        except BaseException:  # the intervals of wide features take minutes, and may be stopped too
-            if state:
-                run.keep(state)
-            raise
-    if state:
-        state.discard()
-    if state_root:
-        with suppress(OSError):  # holds the states of other runs, or was never made
-            state_root.rmdir()
-    return report
-
-
-class RateProgress(console.Progress[None]):
-    """A bar that also says how fast it goes; `start` images were done before."""
-
-    def __init__(self, total: int, label: str, start: int = 0) -> None:
-        super().__init__((), total, label)
-        self._before = self._done = start
-
-    def _text(self, elapsed: float) -> str:
-        here = self._done - self._before
-        left = (self._total or 0) - self._done
-        rest = f"  {console.duration(elapsed / here * left)} left" if here and left > 0 else ""
-        share = self._done / (self._total or 1)
-        bar = ("#" * round(24 * share)).ljust(24, ".")
-        rate = here / elapsed if elapsed else 0.0
-        return f"{self._label}  [{bar}]  {self._done}/{self._total}  {rate:.3g} images/s{rest}"
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What one measurement is made of, once bundle and extractor are open."""
-
-    options: Options
-    manifest: Manifest
-    digest: str  # SHA-256 of the manifest's file, as it was when the run began
-    pipe: Pipeline
-    plan: Plan
-    extractor: Extractor
-
-    def compared(self) -> Reference | None:
-        """The set of images that the figures are measured against."""
-        if self.plan.compared == NONE:
-            return None
-        recipe = recipe_of(self.manifest)
-        with console.stage(f"reading the reference set {self.plan.compared}", keep=False):
-            return load_reference(
-                self.plan.compared, self.extractor, recipe=recipe, draw=self._another_bundle
-            )
-
-    def paired_run(self) -> PairedRun:
-        """Both sides, or the bundle alone, with nothing drawn yet."""
-        options = self.options
-        sides: dict[str, Draw] = {BUNDLE: by_pipeline(self.pipe, self.plan.schedules)}
+        compared = _reference_set(manifest, plan, options.allow_few)
+        sides = {BUNDLE: by_pipeline(pipe, plan.schedules)}
         if options.reference_model:
-            with console.stage("building the PyTorch reference", keep=False):
-                files = {"student": options.checkpoint, "tokenizer": options.vae}
-                reference = build_reference(
-                    self.manifest, files, options.weights, options.threads, device=options.device
-                )
-                check_contents(options.bundle, self.manifest, reference)
-                sides[REFERENCE] = by_reference(reference, self.plan.schedules)
-        sizes = Sizes(self.extractor.width, self.extractor.classes, self._groups, SAMPLE)
-        return PairedRun(self.plan.order, self.plan.schedules, self.extractor, sides, sizes)
-
-    def state(self, root: Path | None) -> State | None:
-        """Where the run is kept: in the directory that was named, else under `root` by its own name."""
-        if self.options.state is not None:
-            return State(self.options.state, self._key())
-        return State(root / digest_of(self._key()), self._key()) if root else None
-
-    def report(self, run: PairedRun, compared: Reference | None, resumed: int, start: float) -> FidReport:
-        """The figures of a finished run. `start`: of the clock."""
-        gate = self.plan.gate
-        how = Resampling(self._resamples, allow_few=self.options.allow_few)
+            sides[REFERENCE] = _reference_model(manifest, plan, options)
+        backend, precision = pipe.backend.name, pipe.precision
+        settings = _settings(manifest, plan, options)
+        identity = {**settings, "manifest": digest, "backend": backend, "precision": precision}
+        place = options.state or (state / digest_of(identity) if state else None)
+        directory = place or Path(closing.enter_context(tempfile.TemporaryDirectory()))
+        columns = columns_of(list(sides), list(plan.schedules), plan.extractor)
+        files = FeatureFiles(directory, identity, plan.order.images, columns)
+        resumed_at = int(files.filled.sum())
+        if options.save_images:
+            sides = {side: _saving(draw, side, options.save_images) for side, draw in sides.items()}
+        _draw(plan, sides, files, kept=place is not None)
         with console.stage("computing the figures", keep=False):
-            figures = figures_of(run, compared, how)
-            measurements = measurements_of(run, figures, gate, how)
-            measurements += published_of(run, compared, figures, self.manifest.published.get("fid") or {})
-        settings = self._settings(compared, resumed, time.perf_counter() - start)
-        return FidReport(settings, asdict(gate), tuple(figures), tuple(measurements))
-
-    def _another_bundle(self, path: Path) -> Iterator[ByteImages]:
-        """Images of another bundle in its student's most steps, as many as are measured; of the next seed,
-        because images from the same noise would be no independent set.
-        """
-        options = self.options
-        with load(path, options.backend, options.threads) as other:
-            seed = (options.seed + 1) % 2**64
-            order = order_of(other.manifest, self.plan.order.images, seed)
-            alone = student_schedules(other.manifest.schedules, other.manifest.sequence.split)
-            steps = max(alone)
-            schedules = {steps: alone[steps]}
-            draw = by_pipeline(other, schedules)
-            for indices in console.progress(order.batches(self.plan.batch), f"drawing from {path}"):
-                yield draw(order, indices)[steps]
-
-    @property
-    def _groups(self) -> int:
-        return GROUPS_NARROW if self.extractor.width <= WIDE else GROUPS
-
-    @property
-    def _resamples(self) -> int:
-        default = RESAMPLES if self.extractor.width <= WIDE else RESAMPLES_WIDE
-        return default if self.options.bootstrap is None else self.options.bootstrap
-
-    def _key(self) -> dict[str, Any]:
-        """Everything that the counted numbers depend on, to the last bit."""
-        manifest, paired = self.manifest, self.options.reference_model
-        return {
-            "bundle": _hashes(self.manifest, self.pipe.precision),
-            "recipe": dict(manifest.recipe) if paired else None,
-            "weights": to_builtins(manifest.weights) if paired else None,
-            "copy of the weights": self.options.weights,
-            "reference model": paired,
-            "precision": self.pipe.precision,
-            "backend": self.pipe.backend.name,
-            "threads": self.options.threads,
-            "device": self.options.device,
-            "images": self.plan.order.images,
-            "labels": self.plan.order.label_rule,
-            "seed": self.plan.order.seed,
-            "steps": sorted(self.plan.schedules),
-            "batch": self.plan.batch,
-            "features": self.extractor.identity,
-            "groups": self._groups,
-            "sample": SAMPLE,
-            "versions": _versions(),
-        }
-
-    def _settings(self, compared: Reference | None, resumed: int, seconds: float) -> Settings:
-        manifest, order = self.manifest, self.plan.order
-        return Settings(
-            bundle=str(self.options.bundle),
-            manifest=self.digest,
-            name=manifest.name,
-            weights=describe_weights(manifest),
-            precision=self.pipe.precision,
-            backend=self.pipe.backend.name,
-            images=order.images,
-            seed=order.seed,
-            labels=order.label_rule,
-            batch=self.plan.batch,
-            steps=tuple(self.plan.schedules),
-            features=self.extractor.name,
-            features_identity=self.extractor.identity,
-            features_width=self.extractor.width,
-            compared=Compared(self.plan.compared, compared.count, compared.identity) if compared else None,
-            paired=self.options.reference_model,
-            bootstrap=self._resamples,
-            versions=_versions(),
-            hashes=_hashes(self.manifest, self.pipe.precision),
-            resumed_at=resumed,
-            seconds=round(seconds, 2),
-            allow_few=self.options.allow_few,
-            random_features=self.extractor.random_weights,
-            device=self.options.device,
-        )
+            rows = _rows(plan, list(sides), files, compared)
+        files.discard()
+    if state:
+        with suppress(OSError):  # holds the states of other runs, or was never made
+            state.rmdir()
+    against = " against PyTorch" if options.reference_model else ""
+    return Report(
+        schema=SCHEMA,
+        kind="fid",
+        name=manifest.name,
+        title=f"{manifest.name}: {backend} in {precision}{against}, {_title(manifest, plan, compared)}",
+        manifest=digest,
+        precision=precision,
+        backend=backend,
+        images=plan.order.images,
+        seed=plan.order.seed,
+        settings={
+            **settings,
+            "resumed_at": resumed_at,
+            "reference": plan.compared,
+            "bootstrap": plan.resamples,
+            "limits": asdict(plan.limits),
+        },
+        versions=versions(),
+        seconds=round(time.perf_counter() - start, 2),
+        rows=tuple(rows),
+        no_verdict=why_no_verdict(options, plan),
+        provisional=plan.limits.provisional,
+    )
 
 
-def _draw(run: PairedRun, batch: int, state: State | None, sink: Sink | None) -> None:
-    with RateProgress(run.order.images, "measuring", run.done) as bar:
+def _reference_set(manifest: Manifest, plan: Plan, allow_few: bool) -> Reference | None:
+    """The images that the figures are measured against."""
+    if plan.compared == NONE:
+        return None
+    with console.stage(f"reading the reference set {plan.compared}", keep=False):
+        compared = load(plan.compared, plan.extractor, recipe_of(manifest))
+    require_enough(compared.fit.count, plan.extractor, allow_few)
+    return compared
+
+
+def _reference_model(manifest: Manifest, plan: Plan, options: Options) -> Draw:
+    with console.stage("building the PyTorch reference", keep=False):
+        files = {"student": options.checkpoint, "tokenizer": options.vae}
+        reference = build_reference(manifest, files, options.weights, options.threads, device=options.device)
+        check_contents(options.bundle, manifest, reference)
+    return by_reference(reference, plan.schedules)
+
+
+def _settings(manifest: Manifest, plan: Plan, options: Options) -> dict[str, Any]:
+    """What, beside the bundle and the engine, the rows on disk depend on to the last bit."""
+    return {
+        "weights": describe_weights(manifest),
+        "copy of the weights": options.weights,
+        "reference_model": options.reference_model,
+        "images": plan.order.images,
+        "seed": plan.order.seed,
+        "labels": plan.order.label_rule,
+        "batch": plan.batch,
+        "steps": list(plan.schedules),
+        "threads": options.threads,
+        "device": options.device,
+        "features": plan.extractor.name,
+        "features_identity": plan.extractor.identity,
+        "versions": versions(),
+    }
+
+
+def _draw(plan: Plan, sides: Mapping[str, Draw], files: FeatureFiles, kept: bool) -> None:
+    """Fills the rows that are not. kept: a stopped run goes on from them."""
+    with console.progress(int((~files.filled).sum()), "measuring") as bar:
         try:
-            run.run(batch, state, bar.advance, sink)
+            draw_features(plan.order, plan.batch, sides, plan.extractor, files, bar.advance)
         except KeyboardInterrupt:
-            if state is not None and state.path.is_file():
+            if kept:
                 click.echo(
-                    f"\nstopped after {run.done:,} of {run.order.images:,} images:"
+                    f"\nstopped after {files.filled.sum():,} of {plan.order.images:,} images:"
                     " the same command goes on from there",
                     err=True,
                 )
             raise
 
 
-def _sink(run: PairedRun, directory: Path | None) -> Sink | None:
-    """Writes each image as it is drawn, in a folder a side and schedule. Raises OutputError."""
-    if directory is None:
-        return None
-    places = {key: directory / f"{key[0]}-{key[1]}-step{'s' if key[1] > 1 else ''}" for key in run.sets}
-    for place in places.values():
-        make_directory(place)
+def _saving(draw: Draw, side: str, directory: Path) -> Draw:
+    """A side that also writes each image, in a folder a schedule. Raises OutputError."""
+    make_directory(directory)
 
-    def sink(side: str, steps: int, indices: range, images: ByteImages) -> None:
-        labels = run.order.labels(indices)
-        for index, label, image in zip(indices, labels, to_pil(images), strict=True):
-            write_image(places[side, steps] / f"{index:05d}-class{label:04d}.png", image)
+    def drawn(order: Order, indices: range) -> dict[int, ByteImages]:
+        images = draw(order, indices)
+        for steps, pictures in images.items():
+            folder = directory / f"{side}-{_scope(steps).replace(' ', '-')}"
+            make_directory(folder)
+            for index, label, image in zip(indices, order.labels(indices), to_pil(pictures), strict=True):
+                write_image(folder / f"{index:05d}-class{label:04d}.png", image)
+        return images
 
-    return sink
-
-
-def _hashes(manifest: Manifest, precision: str) -> dict[str, str]:
-    graphs = [manifest.graph(role, precision) for role in ROLES]
-    return {info.file: info.sha256 for graph in graphs for info in graph.files}
+    return drawn
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in ("ddexport", "torch", "onnxruntime", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:  # another engine than onnxruntime, or a source tree
-            continue
-    return versions
+def _rows(plan: Plan, sides: list[str], files: FeatureFiles, compared: Reference | None) -> list[Measurement]:
+    rows = []
+    for steps in plan.schedules:
+        readings = [readings_of(files, side, steps) for side in sides]
+        apart = files.arrays.get(f"difference-{steps}")
+        # Published figures are measured against published statistics.
+        published = plan.published.get(steps) if compared and compared.features is None else None
+        rows += measure(_scope(steps), readings, apart, compared, plan.limits, plan.resamples, published)
+    return rows
+
+
+def _scope(steps: int) -> str:
+    """The name of a schedule, for people."""
+    return f"{steps} step{'s' if steps > 1 else ''}"
+
+
+def _title(manifest: Manifest, plan: Plan, compared: Reference | None) -> str:
+    text = (
+        f"{plan.order.images:,} images, seed {plan.order.seed}, labels {plan.order.label_rule}"
+        f" ({describe_weights(manifest)})\nfeatures: {plan.extractor.name}, {plan.extractor.width} wide"
+    )
+    if compared is not None:
+        count = f" ({compared.fit.count:,} images)" if compared.fit.count is not None else ""
+        text += f"; reference set: {compared.name}{count}"
+    return text + (f"; in brackets: 95 % of {plan.resamples} resamples" if plan.resamples > 1 else "")

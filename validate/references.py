@@ -1,101 +1,99 @@
-"""What a set of images is compared with: statistics somebody published, images in a folder, a data set."""
+"""What a set of images is compared with: statistics somebody published, images in a folder, a data set.
+
+| reference | holds |
+|---|---|
+| torch file | `{"m": mean, "s": covariance}`, tensors or NumPy arrays: the published statistic.pth |
+| npz | `mu`, `sigma`: what pytorch-fid writes |
+| folder | images |
+| `data` | the training images of the recipe's own data set |
+
+Files are untrusted: what they unpack to is known before they are read; pickles are read with `weights_only`,
+objects in arrays are refused; and a matrix must be the covariance that it is said to be.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import pickle
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from ddexport.runtime import console
+from ddexport.runtime.errors import DDError
 from ddexport.validate.features._base import ByteImages, Extractor
-from ddexport.validate.statistics import GaussianFit, Moments, Reservoir
-from ddexport.validate.statistics_files import (
-    MAX_SIDE,
-    WHAT_IT_IS,
-    ReferenceSetError,
-    read_images,
-    read_statistics,
-)
+from ddexport.validate.metrics.frechet import FrechetTo, Gaussian, gaussian
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
 
-Draw: TypeAlias = Callable[[Path], Iterable[ByteImages]]
-
 DATA = "data"
-ROWS = 10_000
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+MAX_SIDE = 8192
 BATCH = 50
+INCEPTION_WIDTH = 2048  # of what is given by mistake: it is read, so that the error can name its width
+WHAT_IT_IS = (
+    "Give {'m': mean, 's': covariance} (torch), an npz with `mu` and `sigma`, or a folder of images"
+    " (`validate fid --save-images` writes one)."
+)
+
+
+class ReferenceSetError(DDError):
+    """A reference that cannot be read, or that is not what it is said to be."""
 
 
 @dataclass(frozen=True)
 class Reference:
     """A set to compare with.
 
-    name: what the user gave. moments: of its features, float64. features: (M, D) float32 of at most `rows`
-    of its images, or None where there are only statistics: then no kernel distance and no precision and
-    recall. count: its images, None where a file does not say. identity: the extractor that it was measured
-    with; None where a file does not say, so that it rests on the user's word.
+    name: what the user gave. fit: of its features; without a count where a file does not say. features:
+    (M, D) float32, on disk; None where there are only statistics: then no precision and recall.
     """
 
     name: str
-    moments: GaussianFit
-    features: npt.NDArray[np.float32] | None
-    count: int | None
-    identity: str | None
+    fit: Gaussian
+    features: npt.NDArray[np.float32] | None = None
+
+    @cached_property
+    def frechet(self) -> FrechetTo:
+        """The distance to this set."""
+        return FrechetTo(self.fit)
 
 
-def load(
-    spec: str,
-    extractor: Extractor,
-    *,
-    recipe: Recipe | None = None,
-    draw: Draw | None = None,
-    rows: int = ROWS,
-) -> Reference:
-    """The reference called `spec`: `data`, a file, a folder of images or a bundle.
+def load(name: str, extractor: Extractor, recipe: Recipe | None = None) -> Reference:
+    """The reference called `name`: `data`, which needs the recipe; a file of statistics; a folder of images.
 
-    Args:
-        spec: `data` for the training images of the recipe's own data set; else a path.
-        extractor: reads images, and is what statistics must have been measured with.
-        recipe: needed for `data`.
-        draw: gives a bundle's images (n, H, W, 3) uint8, batch by batch; needed for a bundle.
-        rows: features kept at most.
-
-    Raises:
-        ReferenceSetError: missing, damaged, or not of this extractor.
-        FeatureError: images that the extractor cannot read.
+    Raises ReferenceSetError: missing, damaged, or of other features; FeatureError: images that the extractor
+    cannot read.
     """
-    if spec == DATA:
-        return _of_images(spec, _data_images(recipe), extractor, rows)
-    path = Path(spec)
-    if path.is_dir():
-        if (path / "bundle.json").is_file():
-            if draw is None:
-                raise ReferenceSetError(f"{path} is a bundle, which cannot be drawn here", WHAT_IT_IS)
-            return _of_images(spec, draw(path), extractor, rows)
-        return _of_images(spec, folder_images(path), extractor, rows)
-    statistics = read_statistics(path, extractor.width)
-    if statistics.identity is not None and statistics.identity != extractor.identity:
-        raise ReferenceSetError(
-            f"{path} was measured with {_short(statistics.identity)}, not with {_short(extractor.identity)}",
-            "Distances between the features of two networks mean nothing: measure the reference again.",
-        )
-    if statistics.fit is None:
-        return _of_images(spec, read_images(path), extractor, rows)
-    features = _of_images(spec, read_images(path), extractor, rows).features if statistics.images else None
-    return Reference(spec, statistics.fit, features, statistics.fit.count, statistics.identity)
+    path = Path(name)
+    if name != DATA and not path.is_dir():
+        return Reference(name, read_statistics(path, extractor.width))
+    batches = _data_images(recipe) if name == DATA else folder_images(path)
+    with tempfile.TemporaryFile() as stream:  # mapped below, and gone with the mapping
+        count = sum(stream.write(extractor(images).features.tobytes()) for images in batches)
+        count //= 4 * extractor.width
+        if count < 2:
+            raise ReferenceSetError(f"the reference {name} has {count} images", "Two are the least.")
+        stream.flush()
+        features = np.memmap(stream, np.float32, "r").reshape(count, extractor.width)
+    return Reference(name, gaussian(features), features)
 
 
 def folder_images(folder: Path) -> Iterator[ByteImages]:
     """The images in a folder and the folders in it, by path: (n, H, W, 3) uint8, n at most 50, of one size
     each. Raises ReferenceSetError: none there, or one that cannot be decoded or is too large.
     """
+    if (folder / "bundle.json").is_file():  # its pictures are of reports
+        raise ReferenceSetError(f"{folder} is a bundle and no folder of images", WHAT_IT_IS)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ReferenceSetError(f"{folder} holds no images ({', '.join(SUFFIXES)})", WHAT_IT_IS)
@@ -124,7 +122,7 @@ def _decoded(path: Path) -> ByteImages:
         ) from error
 
 
-def _data_images(recipe: Recipe | None) -> Iterator[ByteImages]:
+def _data_images(recipe: Recipe | None) -> Iterable[ByteImages]:
     from ddexport.distill.data import load_data
     from ddexport.distill.settings import distill_settings
 
@@ -136,17 +134,95 @@ def _data_images(recipe: Recipe | None) -> Iterator[ByteImages]:
         yield np.repeat(part[..., None], 3, axis=3) if part.ndim == 3 else part
 
 
-def _of_images(name: str, batches: Iterable[ByteImages], extractor: Extractor, rows: int) -> Reference:
-    moments, sample = Moments(extractor.width), Reservoir(extractor.width, rows)
-    for images in batches:
-        features = extractor(images).features
-        moments.update(features)
-        sample.update(features, np.arange(sample.count, sample.count + len(features)))
-    if moments.count < 2:
-        raise ReferenceSetError(f"the reference {name} has {moments.count} images", "Two are the least.")
-    return Reference(name, moments, sample.features, moments.count, extractor.identity)
+def read_statistics(path: Path, width: int) -> Gaussian:
+    """Mean (width,) and covariance (width, width) of a file, as float64.
+
+    Raises ReferenceSetError: no such file or a damaged one, other shapes or types, numbers that are not
+    finite, a matrix that is not symmetric, or that has clearly negative eigenvalues.
+    """
+    npz = path.suffix.lower() == ".npz"
+    names = ("mu", "sigma") if npz else ("m", "s")
+    most = 4 * 8 * max(width, INCEPTION_WIDTH) ** 2  # four float64 matrices
+    try:
+        arrays = _read_npz(path, names, most) if npz else _read_torch(path, names, most)
+    except FileNotFoundError as error:
+        raise ReferenceSetError(f"there is no reference {path}", WHAT_IT_IS) from error
+    except pickle.UnpicklingError as error:
+        raise ReferenceSetError(
+            f"{path} holds more than numbers, or is no torch file; it is not read", WHAT_IT_IS
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, MemoryError,
+            zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+        text = (str(error).splitlines() or [""])[0][:200]
+        raise ReferenceSetError(f"{path} cannot be read: {text}", WHAT_IT_IS) from error
+    return _checked(path, arrays[0], arrays[1], width)
 
 
-def _short(identity: str) -> str:
-    name, _, digest = identity.partition(":")
-    return f"{name} ({digest[:17]})"
+def _read_npz(path: Path, names: tuple[str, str], most: int) -> list[Any]:
+    with np.load(path, allow_pickle=False) as archive:
+        _require_keys(path, names, archive.files)
+        infos = [info for info in archive.zip.infolist() if info.filename.removesuffix(".npy") in names]
+        _require_small(path, sum(info.file_size for info in infos), most)
+        return [archive[name] for name in names]
+
+
+def _read_torch(path: Path, names: tuple[str, str], most: int) -> list[Any]:
+    import torch
+
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):  # which may be packed, and unpacks to its whole size
+        with zipfile.ZipFile(path) as archive:
+            size = max(size, sum(info.file_size for info in archive.infolist()))
+    _require_small(path, size, most)
+    # The published script saved arrays, not tensors. These are what the pickle of an array of floats names,
+    # under NumPy's old and new module; none of them runs code of the file.
+    rebuild = np.zeros(1).__reduce__()[0]
+    moved = [(rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("_core", "core")]
+    kinds = [np.ndarray, np.dtype, type(np.dtype(np.float32)), type(np.dtype(np.float64))]
+    with torch.serialization.safe_globals([*kinds, *moved]):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ReferenceSetError(f"{path} holds no dict but a {type(state).__name__}", WHAT_IT_IS)
+    _require_keys(path, names, state)
+    values = (state[name] for name in names)
+    return [value.numpy() if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def _require_keys(path: Path, names: tuple[str, str], held: Iterable[Any]) -> None:
+    held = [*map(str, held)]
+    if not {*names} <= {*held}:
+        raise ReferenceSetError(
+            f"{path} has no `{names[0]}` and `{names[1]}`, but: {', '.join(held[:8]) or 'nothing'}",
+            WHAT_IT_IS,
+        )
+
+
+def _require_small(path: Path, size: int, most: int) -> None:
+    if size > most:
+        raise ReferenceSetError(
+            f"{path} holds {size >> 20} MiB, too much for the statistics of these features",
+            "The statistics are of another feature extractor, or the file holds something else.",
+        )
+
+
+def _checked(path: Path, mean: Any, covariance: Any, width: int) -> Gaussian:
+    for name, array, shape in (("mean", mean, (width,)), ("covariance", covariance, (width, width))):
+        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+            raise ReferenceSetError(f"{path}: the {name} is no array of real numbers", WHAT_IT_IS)
+        if array.shape != shape:
+            raise ReferenceSetError(
+                f"{path}: the {name} is {array.shape}, but these features have {width} numbers",
+                "The statistics are of another feature extractor.",
+            )
+        if not np.isfinite(array).all():
+            raise ReferenceSetError(f"{path}: the {name} has numbers that are not finite", "It is damaged.")
+    sigma = np.asarray(covariance, dtype=np.float64)
+    size = np.abs(sigma).max()
+    lowest = float(np.linalg.eigvalsh((sigma + sigma.T) / 2)[0])
+    if np.abs(sigma - sigma.T).max() > 1e-4 * size:
+        raise ReferenceSetError(f"{path}: the covariance is not symmetric", "The file is damaged.")
+    if lowest < -1e-4 * size:  # smaller ones are rounding, where it is stored in float32
+        raise ReferenceSetError(
+            f"{path}: the covariance has the eigenvalue {lowest:.3g}, so it is none", "The file is damaged."
+        )
+    return Gaussian(np.asarray(mean, dtype=np.float64), (sigma + sigma.T) / 2)

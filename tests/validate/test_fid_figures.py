@@ -1,4 +1,4 @@
-"""Figures, paired intervals and the verdict: what the gate lets pass, and what it must not."""
+"""Figures, paired intervals and the rows that are held to limits: what passes, and what must not."""
 
 from __future__ import annotations
 
@@ -7,287 +7,201 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ddexport.validate.drawing import Order
-from ddexport.validate.features._base import Extractor, Readings
-from ddexport.validate.fid_figures import (
-    FID,
-    KID,
-    PRECISION,
-    RECALL,
-    SCORE,
-    Gate,
-    Resampling,
-    figures_of,
-    measurements_of,
-    published_of,
-)
-from ddexport.validate.fid_report import (
-    Compared,
-    Estimate,
-    FidReport,
-    Figure,
-    Settings,
-    scope_of,
-    table,
-    verdict_line,
-)
-from ddexport.validate.metrics._base import Measurement
-from ddexport.validate.metrics.frechet import frechet_distance, gaussian_fit
-from ddexport.validate.paired import BUNDLE, REFERENCE, PairedRun, Sizes
+from ddexport.validate.bootstrap import interval
+from ddexport.validate.features._base import Readings
+from ddexport.validate.fid_figures import CHANGED, DIFFERENCE, DISTANCE, Limits, measure
+from ddexport.validate.metrics.frechet import frechet, gaussian
+from ddexport.validate.metrics.inception_score import inception_score
+from ddexport.validate.metrics.precision_recall import precision_recall
 from ddexport.validate.references import Reference
-from ddexport.validate.statistics import TooFewSamples
-from tests.validate.toys import draw_of
+from ddexport.validate.report import Measurement
 
-HOW = Resampling(60)
-GATE = Gate(difference=0.01, distance=1e-4, changed=0.01)
-
-
-class Colours(Extractor):
-    """Two colours of each row as features; three classes."""
-
-    name, width, classes, identity = "colours", 6, 3, "colours:0"
-
-    @classmethod
-    def load(cls, weights):
-        return cls()
-
-    def _read(self, images):
-        features = images[:, :, 0, 1:].reshape(len(images), 6).astype(np.float32) / 50
-        odds = np.exp(features[:, :3])
-        return Readings(features, odds / odds.sum(1, keepdims=True))
+LIMITS = Limits(difference=0.01, distance=1e-4, changed=0.01)
+NAMES = ("FID", "Inception Score", "precision", "recall")
 
 
-class Mirrored:
-    """A model that reads the noise with the other sign: other images, of the very same distribution."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def student(self, tokens, label, known):
-        return self.model.student(-tokens, label, known)
-
-    def decode(self, sequence):
-        return self.model.decode(sequence)
+def readings(count=400, shift=0.0, seed=1, sign=1):
+    """Of two models that draw from the same noise: the features of one are moved by a share of another's."""
+    noise = np.random.default_rng(seed).standard_normal((2, count, 6))
+    features = (sign * noise[0] + shift * (1 + noise[1]) + 2.5).astype(np.float32)
+    odds = np.exp(features[:, :3])
+    return Readings(features, odds / odds.sum(1, keepdims=True))
 
 
-def measured(toy, bundle, images=400, sides=2):
-    order = Order(images, seed=1, classes=4, length=6, width=3)
-    models = {BUNDLE: draw_of(bundle, {1: (0,)}), REFERENCE: draw_of(toy(), {1: (0,)})}
-    run = PairedRun(order, {1: (0,)}, Colours(), dict(list(models.items())[:sides]), Sizes(6, 3, 20, 1000))
-    run.run(100, None, lambda count: None)
-    return run
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def compared():
     features = np.random.default_rng(0).normal(2.5, 1.0, size=(500, 6)).astype(np.float32)
-    return Reference("data", gaussian_fit(features), features, 500, "colours:0")
+    return Reference("data", gaussian(features), features)
 
 
-def by_name(figures):
-    return {figure.name: figure for figure in figures}
+def rows_of(bundle, reference, compared, limits=LIMITS, resamples=60, apart=None, **more):
+    sides = [bundle] if reference is None else [bundle, reference]
+    if reference is not None and apart is None:
+        apart = np.where((bundle.features != reference.features).any(1), 9, 0).astype(np.uint8)
+    rows = measure("1 step", sides, apart, compared, limits, resamples, **more)
+    return {row.name: row for row in rows}
 
 
-def failed(run, compared, gate=GATE):
-    rows = measurements_of(run, figures_of(run, compared, HOW), gate, HOW)
-    return {row.name for row in rows if not row.passed}
+def failed(*args, **more):
+    return {name for name, row in rows_of(*args, **more).items() if not row.passed}
 
 
 class TestFigures:
-    def test_each_is_there_with_its_interval(self, toy, compared):
-        run = measured(toy, toy(embedding_error=0.1))
-        figures = by_name(figures_of(run, compared, HOW))
-        assert set(figures) == {FID, KID, SCORE, PRECISION, RECALL}
-        for figure in figures.values():
-            for one in (figure.bundle, figure.reference, figure.difference):
-                assert one.low <= one.value <= one.high
-            assert figure.difference.value == pytest.approx(figure.bundle.value - figure.reference.value)
+    def test_each_is_there_with_its_interval(self, compared):
+        rows = rows_of(readings(shift=0.3), readings(), compared)
+        for name in NAMES:
+            titles = ("bundle", "PyTorch") if name == "FID" else ("bundle", "PyTorch", "difference")
+            for row in (rows[f"{name}, {title}"] for title in titles):
+                assert row.low <= row.value <= row.high and not row.gated and row.scope == "1 step"
+            if name != "FID":
+                bundle, reference, difference = (rows[f"{name}, {title}"].value for title in titles)
+                assert difference == pytest.approx(bundle - reference)
 
-    def test_fid_is_the_distance_to_the_reference_set(self, toy, compared):
-        run = measured(toy, toy(embedding_error=0.1))
-        figure = by_name(figures_of(run, compared, HOW))[FID]
-        for side, one in ((BUNDLE, figure.bundle), (REFERENCE, figure.reference)):
-            total = run.sets[side, 1].moments.total()
-            assert one.value == pytest.approx(frechet_distance(total, compared.moments), rel=1e-9)
+    def test_values_are_those_of_the_metrics(self, compared):
+        bundle, reference = readings(shift=0.3), readings()
+        rows = rows_of(bundle, reference, compared)
+        for title, side in (("bundle", bundle), ("PyTorch", reference)):
+            assert rows[f"FID, {title}"].value == pytest.approx(
+                frechet(side.features, compared.features), rel=1e-9
+            )
+            score = inception_score(side.probabilities)
+            assert rows[f"Inception Score, {title}"].value == pytest.approx(score, rel=1e-12)
+            shares = precision_recall(side.features, compared.features[:400])
+            assert (rows[f"precision, {title}"].value, rows[f"recall, {title}"].value) == shares
+        between = frechet(bundle.features, reference.features)
+        assert rows["Frechet distance, set to set"].value == pytest.approx(between, rel=1e-9)
 
-    @pytest.mark.parametrize("name", [FID, KID, SCORE, PRECISION, RECALL])
-    def test_the_paired_interval_is_the_narrow_one(self, toy, compared, name):
+    def test_pairs_by_hand(self, compared):
+        """One image of three is off by 40 in some value, another by 2, which is not visible."""
+        first = Readings(np.array([[0, 0], [1, 3], [2, 0]], np.float32), None)
+        second = Readings(np.array([[0, 0], [1, 0], [2, 1]], np.float32), None)
+        rows = rows_of(first, second, None, apart=np.array([0, 40, 2], np.uint8))
+        variance = 2 * (1 + 1 / 3)
+        assert rows[DISTANCE].value == pytest.approx((0 + 9 + 1) / 3 / variance)
+        assert rows[CHANGED].value == pytest.approx(1 / 3)
+        assert rows[CHANGED].counts == {"changed": 1, "identical": 1, "images": 3}
+        largest = rows["largest 8-bit difference"]
+        assert (largest.value, largest.where, largest.gated) == (40.0, "image 1", False)
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_the_paired_interval_is_the_narrow_one(self, compared, name):
         """What both sides share does not widen the interval of their difference."""
-        figure = by_name(figures_of(measured(toy, toy(embedding_error=0.02)), compared, HOW))[name]
-        width = figure.bundle.high - figure.bundle.low
-        assert figure.difference.high - figure.difference.low < width / 2
+        rows = rows_of(readings(shift=0.01), readings(), compared)
+        row = rows[f"{name}, bundle"]
+        if name == "FID":
+            assert rows[DIFFERENCE].value < (row.high - row.low) / 8
+        else:
+            difference = rows[f"{name}, difference"]
+            assert difference.high - difference.low < (row.high - row.low) / 2
 
-    def test_without_a_bootstrap_the_same_values_alone(self, toy, compared):
-        run = measured(toy, toy(embedding_error=0.1))
-        alone = by_name(figures_of(run, compared, Resampling(0)))
-        for name, figure in by_name(figures_of(run, compared, HOW)).items():
-            assert alone[name].bundle == Estimate(figure.bundle.value)
-            assert alone[name].difference.low is None
-            assert alone[name].difference.value == pytest.approx(figure.difference.value, abs=1e-12)
+    def test_without_a_bootstrap_the_same_values_alone(self, compared):
+        sides = readings(shift=0.3), readings()
+        alone, rows = rows_of(*sides, compared, resamples=0), rows_of(*sides, compared)
+        assert alone.keys() == rows.keys()
+        for name in rows.keys() - {DIFFERENCE}:
+            assert (alone[name].value, alone[name].low) == (pytest.approx(rows[name].value, abs=1e-12), None)
+        apart = alone["FID, bundle"].value - alone["FID, PyTorch"].value
+        assert alone[DIFFERENCE].value == pytest.approx(abs(apart))
 
-    def test_statistics_without_images_give_no_neighbours(self, toy, compared):
+    def test_statistics_without_images_give_no_neighbours(self, compared):
         """A published mean and covariance: FID, and nothing made up for the rest."""
-        run = measured(toy, toy())
-        figures = figures_of(run, dataclasses.replace(compared, features=None), HOW)
-        assert set(by_name(figures)) == {FID, SCORE}
+        rows = rows_of(readings(), None, dataclasses.replace(compared, features=None))
+        assert set(rows) == {"FID, bundle", "Inception Score, bundle"}
 
-    def test_without_a_reference_set_the_sides_are_compared_alone(self, toy):
-        run = measured(toy, toy(embedding_error=0.5))
-        assert set(by_name(figures_of(run, None, HOW))) == {SCORE}
-        assert "feature distance, paired" in failed(run, None)
+    def test_without_a_reference_set_the_sides_are_compared_alone(self):
+        rows = rows_of(readings(shift=0.5), readings(), None)
+        assert not any("FID" in name or "precision" in name for name in rows)
+        assert not rows[DISTANCE].passed
 
-    def test_a_bundle_alone(self, toy, compared):
-        run = measured(toy, toy(), sides=1)
-        figures = figures_of(run, compared, HOW)
-        assert {figure.name for figure in figures} == {FID, KID, SCORE, PRECISION, RECALL}
-        assert all(figure.reference is None and figure.difference is None for figure in figures)
-        assert measurements_of(run, figures, GATE, HOW) == []
+    def test_a_bundle_alone(self, compared):
+        rows = rows_of(readings(), None, compared)
+        assert set(rows) == {f"{name}, bundle" for name in NAMES}
+        assert not any(row.gated for row in rows.values())
 
-    def test_fewer_images_than_features_are_refused(self, toy, compared):
-        """A covariance without full rank gives a distance that means nothing."""
-        run = measured(toy, toy(), images=6)
-        with pytest.raises(TooFewSamples):
-            figures_of(run, compared, HOW)
-        few = Resampling(10, allow_few=True)
-        assert by_name(figures_of(run, compared, few))[FID].bundle.value > 0
+    def test_neighbours_are_sought_in_a_sample_spread_over_all(self, compared, monkeypatch):
+        """A folder is in the order of its names: its first images are of its first classes."""
+        from ddexport.validate import fid_figures
+
+        monkeypatch.setattr(fid_figures, "SAMPLE", 100)
+        half = np.concatenate([compared.features[:250], compared.features[250:] + 100])
+        rows = rows_of(readings(), None, dataclasses.replace(compared, features=half))
+        assert rows["recall, bundle"].value == pytest.approx(0.5, abs=0.1)
+
+    def test_the_published_figure_stands_beside_the_measured_one(self, compared):
+        rows = rows_of(readings(), readings(), compared, published=9.94)
+        row = rows["FID, published"]
+        assert (row.value, row.gated) == (9.94, False)
+        assert f"measured less published: {rows['FID, bundle'].value - 9.94:+.2f}" in row.note
 
 
 class TestGate:
-    def test_equal_images_pass(self, toy, compared):
-        assert failed(measured(toy, toy()), compared) == set()
+    def test_equal_images_pass(self, compared):
+        rows = rows_of(readings(), readings(), compared)
+        assert all(row.passed for row in rows.values())
+        assert rows[DIFFERENCE].value == rows[DISTANCE].value == rows[CHANGED].value == 0
+        assert {row.rule for row in rows.values() if row.gated} == {DIFFERENCE, DISTANCE, CHANGED}
 
-    def test_worse_images_fail(self, toy, compared):
-        bad = measured(toy, toy(embedding_error=0.5))
-        assert failed(bad, compared) >= {"FID, difference", "images that differ"}
+    def test_worse_images_fail(self, compared):
+        assert failed(readings(shift=0.5), readings(), compared) == {DIFFERENCE, DISTANCE, CHANGED}
 
-    def test_other_images_of_the_same_quality_fail_in_float32(self, toy, compared):
+    def test_other_images_of_the_same_quality_fail(self, compared):
         """A gate on the difference of distances alone cannot see these: noise read with another sign."""
-        run = measured(toy, Mirrored(toy()), images=4000)
-        loose = dataclasses.replace(GATE, difference=0.2)
-        assert failed(run, compared, loose) == {"feature distance, paired", "images that differ"}
-        rows = {row.name: row for row in measurements_of(run, figures_of(run, compared, HOW), loose, HOW)}
-        assert rows["feature distance, paired"].value > 0.5  # nearly unrelated
-        assert rows["FID, difference"].value < 0.2
+        loose = dataclasses.replace(LIMITS, difference=0.2)
+        sides = readings(4000, sign=-1), readings(4000)
+        assert failed(*sides, compared, loose) == {DISTANCE, CHANGED}
+        rows = rows_of(*sides, compared, loose)
+        assert rows[DISTANCE].value > 0.5  # unrelated
 
-    def test_a_limit_that_is_left_out_is_not_held(self, toy, compared):
-        run = measured(toy, toy(embedding_error=0.5))
-        assert failed(run, compared, Gate(difference=1e9)) == set()
+    def test_a_limit_that_is_left_out_is_not_held(self, compared):
+        assert failed(readings(shift=0.5), readings(), compared, Limits(difference=1e9)) == set()
 
-    @pytest.mark.parametrize("apart", [Estimate(0.01, -0.05, 0.03), Estimate(-0.05, -0.04, 0.03)])
-    def test_the_far_end_of_the_interval_is_held(self, toy, compared, apart):
+    def test_the_far_end_of_the_interval_is_held(self, compared):
         """An estimate below the limit is no pass where its interval reaches past it."""
-        figures = [Figure(1, FID, Estimate(1.0), Estimate(1.0), apart)]
-        row, *_ = measurements_of(measured(toy, toy()), figures, Gate(difference=0.049), HOW)
-        assert (row.value, row.limit, row.passed) == (0.05, 0.049, False)
-        assert apart.text(sign=True) in row.note
+        sides = readings(shift=0.05), readings()
+        value = rows_of(*sides, compared, resamples=0)[DIFFERENCE].value
+        row = rows_of(*sides, compared, dataclasses.replace(LIMITS, difference=1.01 * value))[DIFFERENCE]
+        assert row.value > row.limit > value and not row.passed
+        low, high = (float(part) for part in row.note.split("[")[1].rstrip("]").split(","))
+        assert row.value == pytest.approx(max(abs(low), abs(high)), rel=0.01)
+        assert row.note.startswith("far end of +") or row.note.startswith("far end of -")
 
-    def test_fewer_images_do_not_widen_the_limit(self, toy, compared):
-        run = measured(toy, toy(), images=40)
-        row, *_ = measurements_of(run, figures_of(run, compared, HOW), GATE, HOW)
-        assert row.limit == GATE.difference
+    def test_fewer_images_do_not_widen_the_limit(self, compared):
+        assert rows_of(readings(40), readings(40), compared)[DIFFERENCE].limit == LIMITS.difference
 
     def test_a_figure_that_is_no_number_does_not_pass(self):
-        assert not Measurement("fid", "1 step", "FID, difference", float("nan"), 0.01).passed
+        assert not Measurement("fid", "1 step", DIFFERENCE, float("nan"), 0.01).passed
 
 
-class TestPublished:
-    """The row that says how far a run is from the paper's figure, measured as the paper's was."""
+class TestIntervals:
+    def test_the_interval_is_centred_on_its_value_and_tells_the_shift(self):
+        low, high, bias = interval(1.0, 5.0 + np.linspace(-1, 1, 201))
+        assert (low, high, bias) == (pytest.approx(0.05), pytest.approx(1.95), pytest.approx(4.0))
 
-    @pytest.fixture
-    def run(self, toy):
-        run = measured(toy, toy())
-        run.extractor.name = "inception"
-        run.order = dataclasses.replace(run.order, images=50_000)
-        return run
+    @pytest.mark.parametrize("values", [[1.0], [1.0, np.nan], [[1.0, 2.0]]])
+    def test_an_interval_of_nothing_is_a_defect(self, values):
+        with pytest.raises(ValueError):
+            interval(1.0, values)
 
-    @pytest.fixture
-    def bare(self, compared):
-        return dataclasses.replace(compared, features=None)
+    @pytest.mark.parametrize("name", ["precision", "recall"])
+    def test_the_bootstrap_of_a_share_is_its_standard_error(self, compared, name):
+        row = rows_of(readings(shift=0.5), None, compared, resamples=500)[f"{name}, bundle"]
+        error = (row.value * (1 - row.value) / 400) ** 0.5
+        assert row.high - row.low == pytest.approx(2 * 1.96 * error, rel=0.15)
 
-    def test_the_published_figure_stands_beside_the_measured_one(self, run, bare):
-        figures = figures_of(run, bare, HOW)
-        (row,) = published_of(run, bare, figures, {"1": 9.94, "2": 7.82})
-        assert (row.value, row.gated, row.scope) == (9.94, False, "1 step")
-        assert f"measured less published: {figures[0].bundle.value - 9.94:+.2f}" in row.note
+    def test_the_interval_of_a_distance_covers_the_spread_of_repeated_draws(self, compared):
+        """95 % intervals of 40 sets against the mean over these: some must miss it, most must not."""
+        rows = [rows_of(readings(shift=0.3, seed=s), None, compared)["FID, bundle"] for s in range(40)]
+        truth = np.mean([row.value for row in rows])
+        assert 0.8 <= np.mean([row.low <= truth <= row.high for row in rows]) <= 1
 
-    @pytest.mark.parametrize(
-        "other",
-        [
-            lambda run, bare: setattr(run, "order", dataclasses.replace(run.order, images=49_999)),
-            lambda run, bare: setattr(run, "order", dataclasses.replace(run.order, per_class=12_500)),
-            lambda run, bare: setattr(run.extractor, "name", "inception_tf"),
-            lambda run, bare: setattr(run.extractor, "random_weights", True),
-            lambda run, bare: object.__setattr__(bare, "features", np.zeros((500, 6), np.float32)),
-        ],
-    )
-    def test_another_protocol_has_no_such_row(self, run, bare, other):
-        other(run, bare)
-        assert published_of(run, bare, figures_of(run, bare, HOW), {"1": 9.94}) == []
+    def test_the_bias_is_that_of_a_small_set(self):
+        """Sets of the reference's own distribution: the true distance is 0, and all is bias."""
+        real = Reference("real", gaussian(np.random.default_rng(9).normal(2.5, 1, (100_000, 6))))
+        rows = [rows_of(readings(200, seed=s), None, real)["FID, bundle"] for s in range(10)]
+        biases = [float(row.note.removeprefix("bias ")) for row in rows]
+        assert np.mean(biases) == pytest.approx(np.mean([row.value for row in rows]), rel=0.4)
 
-    @pytest.mark.parametrize("published", [{}, {"2": 7.82}, {"1": "9.94"}])
-    def test_nor_has_a_schedule_without_a_published_figure(self, run, bare, published):
-        assert published_of(run, bare, figures_of(run, bare, HOW), published) == []
-
-
-class TestReport:
-    def report(self, run, compared, how=HOW, gate=GATE, **changes):
-        figures = figures_of(run, compared, how)
-        settings = Settings(
-            bundle="b", manifest="m", name="toy", weights="w", precision="fp32", backend="numpy", images=400,
-            seed=1, labels="uniform", batch=100, steps=(1,), features="colours", features_identity="c:0",
-            features_width=6, compared=compared and Compared("data", 500, None), paired=len(run.sides) > 1,
-            bootstrap=how.resamples,
-        )  # fmt: skip
-        settings = dataclasses.replace(settings, **changes)
-        rows = measurements_of(run, figures, gate, how)
-        return FidReport(settings, dataclasses.asdict(gate), tuple(figures), tuple(rows))
-
-    def test_the_table_shows_every_row_and_the_verdict(self, toy, compared):
-        report = self.report(measured(toy, toy(embedding_error=0.5)), compared)
-        text = table(report)
-        for name in (FID, KID, SCORE, PRECISION, RECALL, "images that differ", scope_of(1), "FAIL"):
-            assert name in text
-        assert not report.passed
-        assert "3 of 3 measurements past their limits" in verdict_line(report)
-        assert max(len(line) for line in text.splitlines()) < 160
-
-    def test_a_bundle_alone_claims_nothing(self, toy, compared):
-        report = self.report(measured(toy, toy(), sides=1), compared)
-        assert report.passed is None
-        assert table(report).endswith("no verdict: measured alone, without PyTorch beside it")
-        assert "PyTorch" not in table(report).split("no verdict")[0]
-
-    def test_equal_images_hold(self, toy, compared):
-        report = self.report(measured(toy, toy()), compared)
-        assert (report.passed, report.no_verdict) == (True, "")
-        assert verdict_line(report) == "image quality holds: 3 of 3 measurements within their limits"
-
-    @pytest.mark.parametrize(
-        ("changes", "reason"),
-        [
-            ({"compared": None}, "no FID compares the two sides"),
-            ({"gate": Gate(distance=1e-4)}, "the limits are not for the features colours"),
-            ({"how": Resampling(39)}, "no interval of the FID difference"),
-            ({"allow_few": True}, "--allow-few"),
-            ({"random_features": True}, "random feature weights"),
-        ],
-    )
-    def test_what_cannot_be_told_is_no_pass(self, toy, compared, changes, reason):
-        """Equal sides, so that every row keeps to its limit."""
-        report = self.report(measured(toy, toy()), **{"compared": compared} | changes)
-        assert report.passed is None
-        assert verdict_line(report) == f"no verdict: {report.no_verdict}" and reason in report.no_verdict
-        data = report.to_dict()
-        assert (data["passed"], data["no_verdict"]) == (None, report.no_verdict)
-
-    def test_rows_past_their_limits_are_no_verdict_either(self, toy, compared):
-        report = self.report(measured(toy, toy(embedding_error=0.5)), compared, random_features=True)
-        assert report.failures
-        assert (report.passed, "random" in report.no_verdict) == (None, True)
-
-    def test_rows_of_other_scopes_are_in_the_table_and_count(self, toy, compared):
-        report = self.report(measured(toy, toy()), compared)
-        row = Measurement("contents", "manifest", "limits", 1.0, 0.0)
-        bad = dataclasses.replace(report, measurements=(*report.measurements, row))
-        assert bad.passed is False
-        assert "images that differ" in table(bad) and "limits" in table(bad) and "FAIL" in table(bad)
+    def test_the_interval_of_a_score_is_its_spread(self, compared):
+        rows = [rows_of(readings(seed=s), None, None)["Inception Score, bundle"] for s in range(30)]
+        spread = np.std([row.value for row in rows])
+        assert np.mean([row.high - row.low for row in rows]) == pytest.approx(2 * 1.96 * spread, rel=0.4)

@@ -39,7 +39,7 @@ class Extractor(ABC):
     """Maps images to features. Calls are independent: an image's features do not depend on its batch.
 
     name: the plug-in's. width: D. classes: K of the classifier, None without one. identity: the name with
-    the SHA-256 of the weights; statistics that say they are of another identity are refused.
+    the SHA-256 of the weights.
     """
 
     name: ClassVar[str]
@@ -76,37 +76,27 @@ class Extractor(ABC):
             )
         parts = [self._read(images[i : i + self.batch]) for i in range(0, len(images), self.batch)]
         features = np.concatenate([part.features for part in parts])
-        probabilities = None
-        if self.classes is not None:
-            probabilities = np.concatenate(
-                [part.probabilities for part in parts if part.probabilities is not None]
-            )
-        self._check(features, probabilities, len(images))
+        self._check("features", features, (len(images), self.width))
+        if self.classes is None:
+            return Readings(features, None)
+        probabilities = np.concatenate([np.asarray(part.probabilities) for part in parts])
+        self._check("probabilities", probabilities, (len(images), self.classes))
         return Readings(features, probabilities)
 
     @abstractmethod
     def _read(self, images: ByteImages) -> Readings:
         """The same for at most `batch` images, already checked."""
 
-    def _check(self, features: FloatArray, probabilities: FloatArray | None, count: int) -> None:
-        wanted = {"features": (features, self.width)}
-        if probabilities is not None and self.classes is not None:
-            wanted["probabilities"] = (probabilities, self.classes)
-        for what, (values, width) in wanted.items():
-            if values.shape != (count, width):
-                raise FeatureError(
-                    f"{self.name}: {what} of shape {values.shape}, expected {(count, width)}",
-                    "The weights are of another network.",
-                )
-            if not np.isfinite(values).all():
-                raise FeatureError(
-                    f"{self.name}: {what} that are not finite", "The images or the weights are damaged."
-                )
-
-
-def is_random(weights: str | Path | None) -> bool:
-    """Whether `random:SEED` is asked for in place of a file."""
-    return str(weights).startswith(RANDOM)
+    def _check(self, what: str, values: FloatArray, shape: tuple[int, int]) -> None:
+        if values.shape != shape:
+            raise FeatureError(
+                f"{self.name}: {what} of shape {values.shape}, expected {shape}",
+                "The weights are of another network.",
+            )
+        if not np.isfinite(values).all():
+            raise FeatureError(
+                f"{self.name}: {what} that are not finite", "The images or the weights are damaged."
+            )
 
 
 def load_extractor(name: str, weights: str | Path | None = None, device: str = "cpu") -> Extractor:
@@ -117,7 +107,7 @@ def load_extractor(name: str, weights: str | Path | None = None, device: str = "
     kind: type[Extractor] = load_plugin(
         "ddexport.validate.features", name, kind="feature extractor", error=FeatureError
     ).EXTRACTOR
-    if is_random(weights):
+    if str(weights).startswith(RANDOM):
         seed = str(weights)[len(RANDOM) :]
         if not seed.isdecimal():
             raise FeatureError(f"{weights!s} names no seed", "Write random:0, or give the path of a file.")

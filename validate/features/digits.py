@@ -1,11 +1,11 @@
-"""The judge of the embedded digit model: a small convolutional classifier of real 32 x 32 digits.
+"""The features of the embedded digit model: a small convolutional classifier of real 32 x 32 digits.
 
 It is trained on the real training digits alone and has seen neither generated images nor the held-out digits.
 Its 64 features before the last layer, each in units of its standard deviation over the real training digits,
 are what the Frechet distance and precision and recall measure: the size of a classifier's features is an
 accident of its training, and without that unit the distances would depend on it. The weights ship as
-`recipes/weights/digits-classifier.safetensors`, with the units in its metadata; `ddexport validate quality
-digits-var --train-judge` trains them again.
+`recipes/weights/digits-classifier.safetensors`, with the units in its metadata; `ddexport validate
+distilled digits-var --train-judge` trains them again.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from ddexport.validate.features._base import ByteImages, Extractor, FeatureError
 
 FILE = "digits-classifier.safetensors"
 SIDE, FEATURES, CLASSES = 32, 64, 10
-TRAIN_IT = "train it: ddexport validate quality digits-var --train-judge"
+TRAIN_IT = "train it: ddexport validate distilled digits-var --train-judge"
 WIDTHS = (32, 32, 64, 64, 128, 64)
 STRIDES = (1, 2, 1, 2, 1, 2)
 EPOCHS, BATCH, RATE, SEED = 30, 64, 3e-3, 2024
 
 
 class Reading(NamedTuple):
-    """What the judge says of N images: classes (N,) int64, features (N, 64) float64."""
+    """What the classifier says of N images: classes (N,) int64, features (N, 64) float64."""
 
     classes: Tensor
     features: Tensor
@@ -73,14 +73,14 @@ class DigitJudge(nn.Module):
 
 
 class DigitFeatures(Extractor):
-    """The judge as a feature extractor: 64 features in units of their spread over real digits, 10 classes."""
+    """64 features in units of their spread over real digits, and 10 classes."""
 
     name = "digits"
     width = FEATURES
     classes = CLASSES
 
     def __init__(self, judge: DigitJudge, scale: Tensor) -> None:
-        """judge in eval mode; scale (64,) float64, the unit of each feature."""
+        """judge: in eval mode; scale (64,) float64, the unit of each feature."""
         self.judge, self.scale, self._device = judge, scale, "cpu"
         state = {key: value.numpy() for key, value in judge.state_dict().items() if "num_batches" not in key}
         self.identity = f"digits:{digest_of_arrays({**state, 'scale': scale.numpy()}.items())}"
@@ -116,7 +116,7 @@ EXTRACTOR = DigitFeatures
 
 
 def judge_path() -> Path:
-    """Where the judge's weights ship."""
+    """Where the classifier's weights ship."""
     return Path(str(resources.files("ddexport.recipes") / "weights" / FILE))
 
 
@@ -135,12 +135,12 @@ def load_scale(path: Path) -> Tensor:
         if scale.shape != (FEATURES,) or not (scale.isfinite() & (scale > 0)).all():
             raise ValueError("no positive number for each feature")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DDError(f"{path} does not state the units of the judge's features", TRAIN_IT) from error
+        raise DDError(f"{path} does not state the units of its features", TRAIN_IT) from error
     return scale
 
 
 def load_judge(path: Path) -> DigitJudge:
-    """The trained judge, in eval mode. Raises DDError when the file is missing or not a judge's."""
+    """The trained classifier, in eval mode. Raises DDError when the file is missing or is another."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

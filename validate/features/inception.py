@@ -1,68 +1,144 @@
 """The features that published FIDs are measured in: Inception's pool3, prepared as pytorch-fid does.
 
-The weights are not ours to ship: a user gives the file that pytorch-fid and torch-fidelity use, or an ONNX
-file of the same network. `inception_tf` is the same with the preparation of the original TensorFlow graph.
+The weights are not ours to ship: a user gives the file that pytorch-fid and torch-fidelity use. It is
+untrusted: pickles are read with `weights_only`, and every key and every shape must be the network's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import logging
+import pickle
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ddexport.validate.features._base import ByteImages, Extractor, FeatureError, FloatArray, Readings
-from ddexport.validate.features._inception_network import CLASSES, WIDTH, prepare_half_pixel
-from ddexport.validate.features._inception_weights import Loaded, load_weights, random_weights
+from ddexport.runtime.bundle import sha256_of
+from ddexport.validate.features._base import (
+    ByteImages,
+    Extractor,
+    FeatureError,
+    Readings,
+    digest_of_arrays,
+)
+from ddexport.validate.features._inception_network import CLASSES, WIDTH, FidInception, prepare
 
-Network: TypeAlias = Callable[[Tensor], tuple[FloatArray, FloatArray | None]]
+PUBLISHED = "6726825d"  # the published file's name ends in the first digits of its SHA-256
+WHERE = (
+    "Its weights are the file pt_inception-2015-12-05-6726825d.pth among the releases of the GitHub project"
+    " mseitzer/pytorch-fid (tag fid_weights); toshas/torch-fidelity (tag v0.2.0) has the same as"
+    " weights-inception-2015-12-05-6726825d.pth. Give it with --features-weights FILE, or try the tools with"
+    " --features-weights random:0."
+)
+COUNTER = "num_batches_tracked"  # of training: it may be missing, and is not used
+
+logger = logging.getLogger(__name__)
 
 
 class InceptionFeatures(Extractor):
-    """2048 features of images of any size; 1008 classes, where the weights have the classifier."""
+    """2048 features and 1008 classes of images of any size."""
 
     name = "inception"
     width = WIDTH
+    classes = CLASSES
     batch = 16
-    prepare = staticmethod(prepare_half_pixel)
 
-    def __init__(self, loaded: Loaded) -> None:
-        """With a network that is ready to run."""
-        self.run, self._network, self._device = loaded.run, loaded.network, "cpu"
-        self.classes = CLASSES if loaded.classifier else None
-        self.identity = f"{self.name}:{loaded.digest}"
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        """state: the network's own, with or without the counters of training."""
+        kept = {key: value.float() for key, value in state.items() if not key.endswith(COUNTER)}
+        digest = digest_of_arrays((key, value.numpy()) for key, value in kept.items())
+        self.identity, self._device = f"{self.name}:{digest}", "cpu"
+        with torch.device("meta"):
+            self.network = FidInception()
+        counters = {
+            key: torch.zeros((), dtype=torch.int64)
+            for key in self.network.state_dict()
+            if key.endswith(COUNTER)
+        }
+        self.network.load_state_dict({**kept, **counters}, strict=True, assign=True)
+        self.network.eval().requires_grad_(False)
 
     @classmethod
     def load(cls, weights: Path | None) -> InceptionFeatures:
-        """From a state dict of torch, or an ONNX file."""
-        return cls(load_weights(weights))
+        """From a state dict that torch saved."""
+        if weights is None:
+            raise FeatureError("the features 'inception' need weights that do not ship with ddexport", WHERE)
+        return cls(read_state(weights))
 
     @classmethod
     def random(cls, seed: int) -> InceptionFeatures:
         """Random weights: distances between images are real, and compare with nothing published."""
-        return cls(random_weights(seed))
+        return cls(random_state(seed))
 
     def to(self, device: str) -> None:
-        """As promised; an ONNX file runs on the CPU alone."""
-        if self._network is None:
-            return super().to(device)
-        self._network.to(device)
+        """As promised."""
+        self.network.to(device)
         self._device = device
 
     def _read(self, images: ByteImages) -> Readings:
-        if min(images.shape[1:3]) < 2:
-            raise FeatureError(f"images of {images.shape[2]} x {images.shape[1]} pixels", "Give larger ones.")
         pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self._device).permute(0, 3, 1, 2).float()
-        features, logits = self.run(self.prepare(pixels))
-        return Readings(features, None if logits is None else _softmax(logits))
-
-
-def _softmax(logits: FloatArray) -> FloatArray:
-    shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(1, keepdims=True), dtype=np.float32)
+        with torch.no_grad():
+            features, logits = self.network(prepare(pixels))
+        probabilities = logits.cpu().double().softmax(1).float()
+        return Readings(features.cpu().numpy(), probabilities.numpy())
 
 
 EXTRACTOR = InceptionFeatures
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict of a file. Raises FeatureError: no file, a damaged or unsafe one, or of another
+    network.
+    """
+    if not path.is_file():
+        raise FeatureError(f"there is no file {path}", WHERE)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise FeatureError(f"{path} cannot be read as a state dict: {text}", WHERE) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise FeatureError(f"{path} is no state dict: names with tensors", WHERE)
+    shapes = _shapes()
+    missing = [key for key in shapes if key not in state and not key.endswith(COUNTER)]
+    faults = [f"{len(missing)} keys are missing, such as {missing[0]}"] if missing else []
+    for key, value in state.items():
+        if key not in shapes:
+            faults.append(f"{key} is unknown")
+        elif tuple(value.shape) != shapes[key]:
+            faults.append(f"{key} is {tuple(value.shape)} and not {shapes[key]}")
+        elif not key.endswith(COUNTER) and not (value.is_floating_point() and value.isfinite().all()):
+            faults.append(f"{key} does not hold finite numbers")
+    if faults:
+        raise FeatureError(
+            f"{path} does not hold the FID Inception network: {'; '.join(map(str, faults[:3]))}", WHERE
+        )
+    if not sha256_of(path).startswith(PUBLISHED):
+        logger.warning("%s is not the published file: its figures compare with no published ones", path)
+    return state
+
+
+def random_state(seed: int) -> dict[str, Tensor]:
+    """Weights that keep the size of activations, by their published names; each depends on seed and name."""
+    return {name: _random_value(name, shape, seed) for name, shape in _shapes().items()}
+
+
+def _random_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    values = np.random.default_rng(int.from_bytes(digest[:8], "little")).standard_normal(shape)
+    if name.endswith(COUNTER):
+        return torch.zeros((), dtype=torch.int64)
+    if name.endswith(("bn.weight", "running_var")):
+        values = np.exp(0.1 * values)
+    elif name.endswith(("bias", "running_mean")):
+        values = 0.1 * values
+    else:
+        values = values * (2 / np.prod(shape[1:])) ** 0.5  # keeps the second moment through a ReLU
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def _shapes() -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in FidInception().state_dict().items()}

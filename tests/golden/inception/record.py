@@ -46,7 +46,7 @@ def their_networks(state: dict[str, torch.Tensor]):
 
 def main() -> None:
     """Writes outputs.npz and keys.txt beside this file."""
-    from ddexport.validate.features._inception_weights import random_state
+    from ddexport.validate.features.inception import random_state
 
     state = random_state(SEED)
     first, second = their_networks(state)

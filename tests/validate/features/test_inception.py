@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from ddexport.validate.features._base import FeatureError, load_extractor
-from ddexport.validate.features._inception_network import FidInception, prepare_half_pixel, prepare_tf1
-from ddexport.validate.features._inception_weights import WRAPPED, load_weights, random_state
+from ddexport.validate.features._inception_network import FidInception, prepare
+from ddexport.validate.features.inception import random_state
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "inception"
 
@@ -38,8 +38,8 @@ def outputs():
 
 
 @pytest.fixture(scope="module")
-def extractors():
-    return {name: load_extractor(name, f"random:{RECORD.SEED}") for name in ("inception", "inception_tf")}
+def extractor():
+    return load_extractor("inception", f"random:{RECORD.SEED}")
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +53,29 @@ def test_every_key_and_shape_is_the_published_one():
     assert sorted(f"{name} {shape}" for name, shape in ours.items()) == lines
 
 
+def prepare_tf1(images):
+    """As torch-fidelity and the original graph do: (v - 128) / 128, and output i reads the input at i s."""
+    for dimension in (2, 3):
+        size = images.shape[dimension]
+        position = torch.arange(299, dtype=torch.float32) * (size / 299)
+        low = position.long().clamp(max=size - 1)
+        share = (position - low).view(-1, *[1] * (3 - dimension))
+        a, b = (images.index_select(dimension, i) for i in (low, (low + 1).clamp(max=size - 1)))
+        images = a + (b - a) * share
+    return (images - 128) / 128
+
+
 @pytest.mark.parametrize("size", RECORD.SIZES)
-def test_features_are_those_of_pytorch_fid(extractors, outputs, size):
-    features = extractors["inception"](RECORD.images(size)).features
+def test_features_are_those_of_pytorch_fid(extractor, outputs, size):
+    features = extractor(RECORD.images(size)).features
     np.testing.assert_allclose(features, outputs[f"pytorch_fid_{size}"], atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("size", RECORD.SIZES)
-def test_features_and_probabilities_are_those_of_torch_fidelity(extractors, outputs, size):
-    features, probabilities = extractors["inception_tf"](RECORD.images(size))
+def test_features_and_probabilities_are_those_of_torch_fidelity(extractor, outputs, size, monkeypatch):
+    """Which prepares an image in another way, runs the same network, and records its logits."""
+    monkeypatch.setattr("ddexport.validate.features.inception.prepare", prepare_tf1)
+    features, probabilities = extractor(RECORD.images(size))
     np.testing.assert_allclose(features, outputs[f"torch_fidelity_{size}"], atol=2e-5, rtol=2e-5)
     logits = torch.from_numpy(outputs[f"torch_fidelity_logits_{size}"])
     np.testing.assert_allclose(probabilities, logits.softmax(1).numpy(), atol=1e-5)
@@ -89,37 +103,30 @@ def test_the_poolings_are_not_torchvisions(state):
 
 def test_images_of_299_are_only_scaled():
     image = torch.from_numpy(RECORD.images(299)).permute(0, 3, 1, 2).float()
-    torch.testing.assert_close(prepare_half_pixel(image), image / 127.5 - 1)
-    torch.testing.assert_close(prepare_tf1(image), (image - 128) / 128)
+    torch.testing.assert_close(prepare(image), image / 127.5 - 1)
 
 
-def test_the_two_rules_of_resizing_on_a_ramp():
-    """Twice as large: by half integers the ramp keeps its middle, by TensorFlow 1 it moves to the right."""
+def test_resizing_goes_by_half_integers():
+    """Twice as large, a ramp keeps its middle."""
     ramp = torch.arange(150.0).expand(1, 3, 150, 150)
-    half = (prepare_half_pixel(ramp) + 1) * 127.5
-    old = prepare_tf1(ramp) * 128 + 128
-    position = torch.arange(299.0)
-    scale = 150 / 299
-    inner = slice(2, -2)
-    torch.testing.assert_close(
-        half[0, 0, 5, inner], ((position + 0.5) * scale - 0.5)[inner], atol=1e-3, rtol=0
-    )
-    torch.testing.assert_close(old[0, 0, 5, inner], (position * scale)[inner], atol=1e-3, rtol=0)
+    got = (prepare(ramp)[0, 0, 5] + 1) * 127.5
+    wanted = (torch.arange(299.0) + 0.5) * 150 / 299 - 0.5
+    torch.testing.assert_close(got[2:-2], wanted[2:-2], atol=1e-3, rtol=0)
 
 
-def test_features_do_not_depend_on_the_batch(extractors):
+def test_features_do_not_depend_on_the_batch(extractor):
     images = np.concatenate([RECORD.images(64), RECORD.images(64)[:, ::-1]])
-    both = extractors["inception"](images).features
-    alone = extractors["inception"](images[1:]).features
+    both = extractor(images).features
+    alone = extractor(images[1:]).features
     np.testing.assert_allclose(both[1:], alone, atol=1e-5)
     assert np.abs(both[0] - both[1]).max() > 1e-2
 
 
-def test_random_weights_are_those_of_the_seed_and_the_identity_says_so(extractors):
+def test_random_weights_are_those_of_the_seed_and_the_identity_says_so(extractor):
     first, other = load_extractor("inception", "random:0"), load_extractor("inception", "random:1")
     again = load_extractor("inception", "random:0")
     assert first.identity == again.identity != other.identity
-    assert len({first.identity, extractors["inception"].identity, extractors["inception_tf"].identity}) == 3
+    assert extractor.identity not in (first.identity, other.identity)
     with pytest.raises(FeatureError, match="seed"):
         load_extractor("inception", "random:x")
 
@@ -143,24 +150,6 @@ def test_the_published_file_is_read_and_another_is_warned_of(state, tmp_path, ca
     assert load_extractor("inception", tmp_path / "older.pth").identity == extractor.identity
 
 
-def test_the_wrappers_names_are_read_too_and_have_no_classifier(state, tmp_path):
-    """A state dict saved from pytorch-fid's own module numbers its blocks and leaves the classifier out."""
-    numbered = {
-        name: f"{block}.{index}" for block, names in WRAPPED.items() for index, name in enumerate(names)
-    }
-    wrapped = {
-        f"{numbered[key.split('.')[0]]}.{key.split('.', 1)[1]}": value
-        for key, value in state.items()
-        if not key.startswith("fc.")
-    }
-    torch.save(wrapped, tmp_path / "wrapped.pth")
-    extractor = load_extractor("inception", tmp_path / "wrapped.pth")
-    readings = extractor(RECORD.images(32))
-    assert extractor.classes is None and readings.probabilities is None
-    expected = load_extractor("inception", "random:0")(RECORD.images(32)).features
-    np.testing.assert_array_equal(readings.features, expected)
-
-
 def renamed(state):
     return {("Mixed_8a" + key[8:] if key.startswith("Mixed_7a") else key): v for key, v in state.items()}
 
@@ -181,7 +170,7 @@ def renamed(state):
 def test_a_file_of_another_network_is_refused(state, tmp_path, lie, says):
     torch.save(lie(state), tmp_path / "lie.pth")
     with pytest.raises(FeatureError, match=says):
-        load_weights(tmp_path / "lie.pth")
+        load_extractor("inception", tmp_path / "lie.pth")
 
 
 class Evil:
@@ -195,50 +184,7 @@ class Evil:
 def test_a_file_that_would_run_code_or_is_damaged_is_refused(tmp_path):
     torch.save({"fc.weight": Evil(tmp_path / "made")}, tmp_path / "evil.pth")
     (tmp_path / "noise.pth").write_bytes(b"no checkpoint at all")
-    (tmp_path / "noise.onnx").write_bytes(b"no graph at all")
-    for name in ("evil.pth", "noise.pth", "noise.onnx"):
+    for name in ("evil.pth", "noise.pth"):
         with pytest.raises(FeatureError):
-            load_weights(tmp_path / name)
+            load_extractor("inception", tmp_path / name)
     assert not (tmp_path / "made").exists()
-
-
-def small_graph(path, width=2048, classes=1008, side=299, batch="N"):
-    """A graph with the interface of the network: pooled pixels repeated to the widths."""
-    from onnx import TensorProto, helper, save
-
-    nodes = [helper.make_node("ReduceMean", ["images", "axes"], ["mean"], keepdims=0)]
-    constants = [helper.make_tensor("axes", TensorProto.INT64, [3], [1, 2, 3])]
-    outputs = []
-    for name, size in (("pool", width), ("logits", classes)):
-        if size:
-            constants.append(helper.make_tensor(f"{name}_row", TensorProto.FLOAT, [1, size], [1.0] * size))
-            nodes.append(helper.make_node("MatMul", ["column", f"{name}_row"], [name]))
-            outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, size]))
-    nodes.insert(1, helper.make_node("Unsqueeze", ["mean", "last"], ["column"]))
-    constants.append(helper.make_tensor("last", TensorProto.INT64, [1], [1]))
-    image = helper.make_tensor_value_info("images", TensorProto.FLOAT, [batch, 3, side, side])
-    graph = helper.make_graph(nodes, "inception", [image], outputs, constants)
-    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
-
-
-@pytest.mark.parametrize("classes", [1008, 0])
-def test_an_onnx_file_of_the_network_is_run(tmp_path, classes):
-    small_graph(tmp_path / "inception.onnx", classes=classes)
-    extractor = load_extractor("inception", tmp_path / "inception.onnx")
-    images = RECORD.images(64)
-    readings = extractor(images)
-    prepared = prepare_half_pixel(torch.from_numpy(images).permute(0, 3, 1, 2).float())
-    np.testing.assert_allclose(readings.features, float(prepared.mean()), atol=1e-5)
-    assert extractor.classes == (classes or None)
-    if classes:
-        np.testing.assert_allclose(readings.probabilities, 1 / 1008, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"width": 1024}, {"side": 224}, {"batch": 1}], ids=["width", "image size", "fixed batch"]
-)
-def test_an_onnx_file_of_another_network_is_refused(tmp_path, wrong):
-    small_graph(tmp_path / "other.onnx", **wrong)
-    with pytest.raises(FeatureError) as caught:
-        load_weights(tmp_path / "other.onnx")
-    assert "2048" in caught.value.hint

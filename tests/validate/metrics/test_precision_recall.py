@@ -1,4 +1,4 @@
-"""Improved precision and recall: extremes, an independent implementation, blocks, intervals."""
+"""Improved precision and recall: extremes, an independent implementation, blocks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from prdc import compute_prdc
 
+from ddexport.runtime.errors import DDError
+from ddexport.validate.metrics import precision_recall as module
 from ddexport.validate.metrics.precision_recall import coverage, precision_recall, squared_distances
-from ddexport.validate.statistics import TooFewSamples
 
 
 def gaussian(count, width=5, seed=0):
@@ -40,12 +41,13 @@ def test_agrees_with_the_package_prdc(k):
     assert min(ours) > 0.3 and max(ours) < 1  # a case that could go wrong
 
 
-def test_blocks_of_any_size_give_the_same():
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_blocks_of_any_size_give_the_same(monkeypatch, block):
     real, generated = gaussian(130, 3), gaussian(90, 3, seed=1) * 2
-    whole = coverage(generated, real, block=10_000)
-    for block in (1, 7, 64):
-        part = coverage(generated, real, block=block)
-        assert (part.inside == whole.inside).all() and (part.covered == whole.covered).all()
+    whole = coverage(generated, real)
+    monkeypatch.setattr(module, "BLOCK", block)
+    for part, all_at_once in zip(coverage(generated, real), whole, strict=True):
+        assert (part == all_at_once).all()
 
 
 def test_equal_points_are_at_distance_zero_however_large_they_are():
@@ -64,7 +66,7 @@ def test_float32_features_are_measured_in_double():
 
 
 def test_sets_without_neighbours_are_refused():
-    with pytest.raises(TooFewSamples, match="3 images"):
+    with pytest.raises(DDError, match="3 images"):
         coverage(gaussian(3), gaussian(50))
-    with pytest.raises(TooFewSamples):
+    with pytest.raises(DDError):
         coverage(gaussian(50), gaussian(3))

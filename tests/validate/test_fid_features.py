@@ -1,0 +1,233 @@
+"""Features on disk: rows of both sides, and runs that were stopped, killed, or are somebody else's."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from ddexport.runtime.errors import OutputError
+from ddexport.validate import fid_features
+from ddexport.validate.drawing import Order
+from ddexport.validate.features._base import Extractor, Readings
+from ddexport.validate.fid_features import (
+    BUNDLE,
+    REFERENCE,
+    FeatureFiles,
+    StateError,
+    columns_of,
+    digest_of,
+    draw_features,
+    largest_difference,
+    readings_of,
+)
+from tests.validate.toys import draw_of
+
+RUN = {"seed": 1, "images": 50_000, "graphs": {"student.onnx": "ab" * 32}}
+SCHEDULES = {1: (0,), 2: (0, 1)}
+ORDER = Order(60, 3, classes=4, length=6, width=3)
+
+
+class Corners(Extractor):
+    """Four values as features, and as probabilities of four classes."""
+
+    name, width, classes, identity = "corners", 4, 4, "corners:0"
+
+    @classmethod
+    def load(cls, weights):
+        return cls()
+
+    def _read(self, images):
+        features = images[:, ::2, 0, ::2].reshape(len(images), 4).astype(np.float32)
+        odds = features + 1
+        return Readings(features / 50, odds / odds.sum(1, keepdims=True))
+
+
+COLUMNS = columns_of([BUNDLE, REFERENCE], [1, 2], Corners())
+
+
+def files_in(directory, run=RUN, images=60, columns=COLUMNS):
+    return FeatureFiles(directory, run, images, columns)
+
+
+def drawn(files, toy, seen=None):
+    """All rows of a toy bundle with a fault, and of a toy reference without; seen: the images, by index."""
+    seen = {} if seen is None else seen
+
+    def side(name, model):
+        draw = draw_of(model, SCHEDULES)
+
+        def kept(order, indices):
+            images = draw(order, indices)
+            seen.update({(name, steps, indices): part for steps, part in images.items()})
+            return images
+
+        return kept
+
+    sides = {BUNDLE: side(BUNDLE, toy(embedding_error=0.3)), REFERENCE: side(REFERENCE, toy())}
+    draw_features(ORDER, 8, sides, Corners(), files, lambda count: None)
+    return files
+
+
+def content(files):
+    return {name: array.tobytes() for name, array in files.arrays.items()}
+
+
+def test_every_row_is_what_the_extractor_reads_off_its_image(toy, tmp_path):
+    kept = {}
+    files = drawn(files_in(tmp_path), toy, kept)
+    assert files.filled.all()
+    for side in (BUNDLE, REFERENCE):
+        for steps in SCHEDULES:
+            images = np.concatenate([part for (a, b, _), part in kept.items() if (a, b) == (side, steps)])
+            for row, expected in zip(readings_of(files, side, steps), Corners()(images), strict=True):
+                np.testing.assert_allclose(row, expected, rtol=1e-6)
+                assert row.dtype == np.float32 and isinstance(row, np.memmap)
+
+
+def test_pairs_are_compared_image_by_image():
+    """By hand: one image of three is off by 40 in one value, another by 2."""
+    first = np.full((3, 3, 3, 3), 100, dtype=np.uint8)
+    second = first.copy()
+    second[1, 0, 0, 0], second[2, 2, 0, 0] = 60, 102
+    assert largest_difference(first, second).tolist() == [0, 40, 2]
+
+
+@pytest.mark.parametrize("stop", [0, 3, 7])
+@pytest.mark.parametrize("where", ["draw", "write", "mark"])
+def test_a_stopped_run_goes_on_to_the_same_rows(toy, tmp_path, monkeypatch, stop, where):
+    """At any batch, and at any moment in it: what counts is whole, and not one bit of the end differs."""
+    whole = content(drawn(files_in(tmp_path / "whole"), toy))
+    calls = []
+
+    def stopping(fine):
+        def call(*args):
+            calls.append(1)
+            if len(calls) > stop:
+                raise KeyboardInterrupt
+            return fine(*args)
+
+        return call
+
+    files = files_in(tmp_path / "stopped")
+    if where == "draw":
+        monkeypatch.setattr(fid_features, "largest_difference", stopping(largest_difference))
+        stop *= 2  # one call a schedule
+    elif where == "write":
+        files.arrays["difference-1"] = Stopping(files.arrays["difference-1"], stop)
+    else:
+        monkeypatch.setattr(FeatureFiles, "_checksums", stopping(FeatureFiles._checksums))
+    with pytest.raises(KeyboardInterrupt):
+        drawn(files, toy)
+    monkeypatch.undo()
+    again = files_in(tmp_path / "stopped")
+    done = int(again.filled.sum())
+    assert done == 8 * (stop // 2 if where == "draw" else stop)
+    seen = {}
+    drawn(again, toy, seen)
+    assert min(indices.start for _, _, indices in seen) == done  # nothing is drawn twice
+    assert content(again) == whole
+
+
+class Stopping:
+    """An array that is stopped while a batch is written, its first values there already."""
+
+    def __init__(self, array, batches):
+        self.array, self.batches = array, batches
+
+    def __setitem__(self, rows, values):
+        if not self.batches:
+            self.array[rows.start] = 255
+            raise KeyboardInterrupt
+        self.batches -= 1
+        self.array[rows] = values
+
+    def __getitem__(self, rows):
+        return self.array[rows]
+
+    def flush(self):
+        self.array.flush()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+@pytest.mark.parametrize("column", ["bundle-1", "reference-2-probabilities", "difference-2", "marks"])
+def test_rows_that_were_damaged_are_drawn_again(toy, tmp_path, column, damage):
+    """A flipped bit, or data that never reached the disk although their mark did."""
+    whole = content(drawn(files_in(tmp_path), toy))
+    path = tmp_path / f"{column}.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data) if damage == "flipped" else bytes(data[:-1]))
+    again = files_in(tmp_path)
+    assert np.flatnonzero(~again.filled).tolist() == [59]
+    assert content(drawn(again, toy)) == whole
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 2}, "seed 1, here 2"),
+        ({"extra": True}, "extra null, here true"),
+        ({"graphs": {"student.onnx": "cd" * 32}}, "graphs"),
+    ],
+)
+def test_the_state_of_another_run_is_refused_and_the_difference_named(toy, tmp_path, changed, message):
+    """Its rows would be mixed with those of other images."""
+    drawn(files_in(tmp_path), toy)
+    with pytest.raises(StateError) as caught:
+        files_in(tmp_path, {**RUN, **changed})
+    assert message in caught.value.message and "--state" in caught.value.hint
+    assert files_in(tmp_path).filled.all()  # and is still there for its owner
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"no npy"])
+@pytest.mark.parametrize("file", ["run.json", "bundle-1.npy", "marks.npy"])
+def test_a_damaged_state_is_an_error(tmp_path, file, damage):
+    """Not a wrong figure, and not a silent beginning from nothing."""
+    files_in(tmp_path)
+    (tmp_path / file).write_bytes(damage)
+    with pytest.raises(StateError, match="cannot be read as the state of a run"):
+        files_in(tmp_path)
+
+
+def test_files_of_other_sizes_are_no_state(tmp_path):
+    """Same run, other shapes: written by another version of the program."""
+    files_in(tmp_path, images=50)
+    with pytest.raises(StateError, match="cannot be read"):
+        files_in(tmp_path)
+
+
+def test_files_that_were_not_all_made_are_made_again(toy, tmp_path, monkeypatch):
+    """A full disk is told before the first image, and no run is said to be there."""
+    fine, calls = fid_features.npy.write_array, []
+
+    def full(stream, array):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        fine(stream, array)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fid_features.npy, "write_array", full)
+        with pytest.raises(OutputError, match="No space left"):
+            files_in(tmp_path)
+    assert not (tmp_path / "run.json").exists()
+    assert drawn(files_in(tmp_path), toy).filled.all()
+    size = (tmp_path / "bundle-1.npy").stat()
+    assert size.st_blocks * 512 >= 60 * 4 * 4  # no hole, which a full disk would make fatal
+
+
+def test_the_end_removes_the_state_and_nothing_else(tmp_path):
+    (tmp_path / "other").touch()
+    files_in(tmp_path).discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    files_in(tmp_path / "own").discard()
+    assert not (tmp_path / "own").exists()
+
+
+def test_runs_have_names_of_their_own(tmp_path):
+    assert digest_of(RUN) == digest_of(dict(reversed(RUN.items())))
+    assert digest_of(RUN) != digest_of({**RUN, "seed": 2})
+    files_in(tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text()) == RUN
