@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ddexport.runtime.errors import DDError, OutputError
+from ddexport.runtime import console
+from ddexport.runtime.errors import DDError, OutputError, VerificationError
+
+if TYPE_CHECKING:
+    from ddexport.validate.report import Report
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -81,3 +85,21 @@ def report_directory(bundle: Path, named: Path | None) -> Path | None:
         click.echo(f"warning: {error.message}: no report; name a place with --report", err=True)
         return None
     return directory
+
+
+def conclude(report: Report, directory: Path | None, as_json: bool, hint: str) -> None:
+    """Prints a report. Raises VerificationError where a limit is passed."""
+    from ddexport.validate.report import table
+
+    if directory is not None:
+        click.echo(f"report: {directory}", err=True)
+    if as_json:
+        console.emit_json(report.to_dict())
+    else:
+        click.echo(table(report))
+    if report.no_verdict:
+        return
+    for measurement in report.failures:
+        click.echo(f"failed: {measurement}", err=True)
+    if report.failures:
+        raise VerificationError(report.verdict, hint)

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ddexport.runtime import console
-from ddexport.runtime.errors import VerificationError
-from ddexport.validate.options import report_directory, require_validate_extra, shared
+from ddexport.validate.options import conclude, report_directory, require_validate_extra, shared
 
 if TYPE_CHECKING:
     from ddexport.validate.metrics._base import Comparison
@@ -109,7 +108,7 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
             "steps": list(reference.plans),
             "limits": asdict(limits),
         },
-        versions=versions(),
+        versions=versions(backend),
         seconds=round(time.perf_counter() - start, 2),
         rows=(*weights, *measure(comparison, limits)),
         provisional=limits.provisional,
@@ -133,7 +132,8 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
     from ddexport.runtime.labels import read_labels
     from ddexport.validate import plots
     from ddexport.validate.golden import write_golden
-    from ddexport.validate.report import table, write
+    from ddexport.validate.page import write_page
+    from ddexport.validate.report import write
 
     require_validate_extra()
     request = Options(**options)
@@ -143,15 +143,9 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
         manifest = read_manifest(request.bundle, verify=False)
         names = read_labels(resolve(request.bundle, manifest.labels.file), manifest.classes).names
         result = write(result, directory, plots.of_parity(result, comparison, names))
-        click.echo(f"report: {directory}", err=True)
         if result.passed:
             write_golden(directory / "golden.npz", result, runs)
-    if as_json:
-        console.emit_json(result.to_dict())
-    else:
-        click.echo(table(result))
-    for measurement in result.failures:
-        click.echo(f"failed: {measurement}", err=True)
-    if not result.passed:
-        hint = f"see {directory}" if directory else "name a directory for the pictures with --report"
-        raise VerificationError(result.verdict, hint)
+        if report is None:
+            write_page(request.bundle)
+    hint = f"see {directory}" if directory else "name a directory for the pictures with --report"
+    conclude(result, directory, as_json, hint)

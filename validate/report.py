@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ SCHEMA = 2
 Direction = Literal["at most", "at least"]
 KINDS = {"parity": "parity", "fid": "image quality"}
 NAME_WIDTH = 44
+ENGINES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt_rtx")
 
 
 class ReportError(DDError):
@@ -163,7 +165,7 @@ def table(report: Report) -> str:
     return "\n".join([*lines, "", report.verdict])
 
 
-def wide_table(rows: list[Mapping[str, str]]) -> str:
+def wide_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows of the same keys as text: a line a row, a column a key."""
     lines = [{key: key for key in rows[0]}, *rows] if rows else []
     widths = {key: max(len(line[key]) for line in lines) for key in (rows[0] if rows else ())}
@@ -201,17 +203,16 @@ def read(path: Path) -> Report:
     return convert(Report, _numbers(fields), path.name, ReportError)
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that a measurement depends on."""
+def versions(backend: str) -> dict[str, str]:
+    """Of the packages that a measurement depends on. backend: what ran the bundle."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
-    for name in ("ddexport", "torch", "onnxruntime", "openvino", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # another engine, or a source tree
-            continue
-    return found
+    engines = [name for name in ENGINES if backend.startswith(name.partition("-")[0])]
+    known = {}
+    for name in ("ddexport", "torch", "numpy", *engines):
+        with suppress(PackageNotFoundError):  # a build of the engine under another name, or a source tree
+            known[name] = version(name)
+    return known
 
 
 def _finite(value: Any) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ddexport.runtime.images import to_uint8
-from ddexport.validate.drawing import ByteImages, Draw, Order, Schedules
+from ddexport.validate.fid.draws import ByteImages, Draw, Order, Schedules
 from ddexport.validate.metrics._base import Comparison, Drawn, DrawnPair, ImagePair, StepOutput, StepPair
 
 LENGTH, WIDTH, CODEBOOK, SPLIT, CLASSES = 6, 3, 5, 2, 4

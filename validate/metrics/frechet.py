@@ -135,8 +135,3 @@ def _check_finite(fit: Gaussian) -> None:
             "a mean or covariance is not finite, so there is no Frechet distance",
             "The statistics file or the images are damaged.",
         )
-
-
-def frechet(features: npt.NDArray[np.floating[Any]], reference: npt.NDArray[np.floating[Any]]) -> float:
-    """The distance of features (N, D) to a reference (M, D)."""
-    return frechet_distance(gaussian_fit(features), gaussian_fit(reference))

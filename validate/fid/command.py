@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ddexport.runtime import console
-from ddexport.runtime.errors import DDError, OutputError, VerificationError
+from ddexport.runtime.errors import DDError
+from ddexport.validate.options import (
+    PATH,
+    POSITIVE,
+    conclude,
+    report_directory,
+    require_validate_extra,
+    shared,
+)
 
 if TYPE_CHECKING:
     from ddexport.validate.report import Report
@@ -60,7 +68,7 @@ def run_fid(options: Options, state: Path | None = None) -> Report:
     one; None: the features are kept in a temporary directory. Raises DDError for everything that can be wrong
     with bundle, options, files and places.
     """
-    from ddexport.validate.fid_run import run  # with torch and NumPy, which `--help` need not wait for
+    from ddexport.validate.fid.run import run  # with torch and NumPy, which `--help` need not wait for
 
     return run(options, state)
 
@@ -74,51 +82,14 @@ def _steps(context: click.Context, parameter: click.Parameter, value: str | None
     return tuple(sorted(set(numbers)))
 
 
-def _require_validate_extra() -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in ("torch", "safetensors", "yaml") if find_spec(name) is None]
-    if missing:
-        raise DDError(f"measuring images needs {', '.join(missing)}", 'pip install "ddexport[validate]"')
-
-
-def _report_directory(bundle: Path, named: Path | None) -> Path | None:
-    """Where report and state go, checked before the work. None, with a warning, where the bundle is
-    read-only.
-    """
-    from ddexport.runtime.files import make_directory
-
-    if named is None and not bundle.is_dir():
-        return None  # which loading the bundle will explain
-    directory = named or bundle / "parity"
-    try:
-        make_directory(directory)
-    except OutputError as error:
-        if named is not None:
-            raise
-        click.echo(
-            f"warning: {error.message}: no report, and a stopped run starts again;"
-            " name places with --report and --state",
-            err=True,
-        )
-        return None
-    return directory
-
-
-_PATH = click.Path(path_type=Path)
-_POSITIVE = click.IntRange(min=1)
-
-
 @click.command("fid", cls=console.Command, epilog=EPILOG)
-@click.argument("bundle", type=_PATH)
-@click.option("--images", type=_POSITIVE, metavar="N", help="How many.  [default: the recipe's]")
+@shared("bundle")
+@shared("images")
 @click.option(
-    "--per-class", type=_POSITIVE, metavar="N", help="Images of each class.  [default: labels at random]"
+    "--per-class", type=POSITIVE, metavar="N", help="Images of each class.  [default: labels at random]"
 )
 @click.option("--steps", metavar="1,2", callback=_steps, help="Which schedules.  [default: all]")
-@click.option(
-    "--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of noise and labels."
-)
+@shared("seed", help="Of noise and labels.")
 @click.option("--features", metavar="NAME", help="The extractor: digits, inception.  [default: the recipe's]")
 @click.option("--features-weights", metavar="FILE|random:SEED", help="Its weights, where none ship with it.")
 @click.option(
@@ -131,29 +102,8 @@ _POSITIVE = click.IntRange(min=1)
     default=True,
     help="Measure PyTorch's images beside the bundle's; alone there is no verdict.",
 )
-@click.option("--batch", type=_POSITIVE, metavar="N", help="Images at once.  [default: by their size]")
-@click.option("--precision", metavar="NAME", help="Which graphs of the bundle.  [default: its first]")
-@click.option("--backend", metavar="NAME", default="auto", help="The engine.  [default: the best installed]")
-@click.option(
-    "--emulate/--no-emulate",
-    default=None,
-    help="Half precisions with every rounding of a half engine.  [default: emulate on the CPU alone]",
-)
-@click.option("--threads", type=_POSITIVE, metavar="N", help="Of engine and torch.  [default: their choice]")
-@click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    metavar="NAME",
-    help="Where PyTorch runs: cpu, cuda, cuda:1.",
-)
-@click.option("--checkpoint", type=_PATH, help="The student's checkpoint that the bundle was made from.")
-@click.option("--vae", type=_PATH, help="The tokenizer's checkpoint that the bundle was made from.")
-@click.option(
-    "--weights",
-    type=click.Choice(["ema", "model"]),
-    help="Which copy of the student's weights to compare with.  [default: the bundle's own]",
-)
+@shared("batch", default=None, type=POSITIVE, help="Images at once.  [default: by their size]")
+@shared("precision", "backend", "emulate", "threads", "device", "checkpoint", "vae", "weights")
 @click.option("--allow-few", is_flag=True, help="Fewer images than the features need, for trials.")
 @click.option(
     "--bootstrap",
@@ -161,15 +111,14 @@ _POSITIVE = click.IntRange(min=1)
     metavar="N",
     help="Resamples for the intervals, 0 for none.  [default: 200, 40 for wide features]",
 )
-@click.option("--save-images", type=_PATH, metavar="DIR", help="Also write every image as a PNG.")
+@click.option("--save-images", type=PATH, metavar="DIR", help="Also write every image as a PNG.")
 @click.option(
     "--state",
-    type=_PATH,
+    type=PATH,
     metavar="DIR",
     help="Where a stopped run goes on from.  [default: beside the report]",
 )
-@click.option("--report", type=_PATH, metavar="DIR", help="Where to write it.  [default: BUNDLE/parity]")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@shared("report", "json")
 @console.debug_option
 def command(report: Path | None, as_json: bool, **options: Any) -> None:
     """Measure the images of BUNDLE (FID, Inception Score, precision, recall), paired with PyTorch's.
@@ -177,27 +126,21 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
     Both draw from the same labels and noise; how far they may be apart is in the manifest. Exit code 3 if a
     limit is passed, 1 if there is no verdict. A run that was stopped goes on where it was.
     """
-    from ddexport.validate.report import table, write
+    from ddexport.validate import plots
+    from ddexport.validate.page import write_page
+    from ddexport.validate.report import write
 
     if options["images"] and options["per_class"]:
         raise click.UsageError("--per-class says how many images: give one of --images and --per-class.")
-    _require_validate_extra()
+    require_validate_extra()
     request = Options(**options)
-    directory = _report_directory(request.bundle, report)
+    directory = report_directory(request.bundle, report)
     result = run_fid(request, directory / STATES if directory else None)
     if directory is not None:
-        result = write(result, directory)
-        click.echo(f"report: {directory}", err=True)
-    if as_json:
-        console.emit_json(result.to_dict())
-    else:
-        click.echo(table(result))
+        result = write(result, directory, plots.of_fid(result))
+        if report is None:
+            write_page(request.bundle)
     hint = "docs/image-quality.md says what the limits hold, and when there is a verdict"
-    if result.no_verdict:
-        if request.reference_model:
-            raise DDError(result.verdict, hint)
-        return
-    for measurement in result.failures:
-        click.echo(f"failed: {measurement}", err=True)
-    if result.failures:
-        raise VerificationError(result.verdict, hint)
+    conclude(result, directory, as_json, hint)
+    if result.no_verdict and request.reference_model:
+        raise DDError(result.verdict, hint)

@@ -16,7 +16,7 @@ from PIL import Image
 from ddexport.recipe import load_recipe
 from ddexport.runtime.errors import DDError
 from ddexport.validate.features._base import Extractor, FeatureError, Readings
-from ddexport.validate.references import ReferenceSetError, folder_images, load
+from ddexport.validate.fid.references import ReferenceSetError, folder_images, load
 
 WIDTH = 6
 

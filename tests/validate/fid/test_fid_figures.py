@@ -9,11 +9,11 @@ import pytest
 
 from ddexport.validate.bootstrap import interval
 from ddexport.validate.features._base import Readings
-from ddexport.validate.fid_figures import CHANGED, DIFFERENCE, DISTANCE, Limits, measure
+from ddexport.validate.fid.figures import CHANGED, DIFFERENCE, DISTANCE, Limits, measure
+from ddexport.validate.fid.references import Reference
 from ddexport.validate.metrics.frechet import frechet, gaussian
 from ddexport.validate.metrics.inception_score import inception_score
 from ddexport.validate.metrics.precision_recall import precision_recall
-from ddexport.validate.references import Reference
 from ddexport.validate.report import Measurement
 
 LIMITS = Limits(difference=0.01, distance=1e-4, changed=0.01)

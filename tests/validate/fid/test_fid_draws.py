@@ -10,7 +10,7 @@ from ddexport.runtime.bundle import read_manifest
 from ddexport.runtime.errors import VerificationError
 from ddexport.runtime.noise import gaussian_noise
 from ddexport.runtime.pipeline import load
-from ddexport.validate.drawing import Order, by_pipeline, by_reference
+from ddexport.validate.fid.draws import Order, by_pipeline, by_reference
 from ddexport.validate.reference import build_reference
 
 LENGTH, WIDTH = 6, 3

@@ -9,10 +9,10 @@ from typing import Any
 from ddexport.runtime.bundle import Manifest
 from ddexport.runtime.errors import DDError, VerificationError
 from ddexport.runtime.pipeline import default_batch_size
-from ddexport.validate.drawing import Order, Schedules, student_schedules
 from ddexport.validate.features._base import Extractor, load_extractor
-from ddexport.validate.fid import Options
-from ddexport.validate.fid_figures import WIDE, Limits
+from ddexport.validate.fid.command import Options
+from ddexport.validate.fid.draws import Order, Schedules, student_schedules
+from ddexport.validate.fid.figures import WIDE, Limits
 
 NONE = "none"  # as a reference set: the two sides are compared with each other alone
 RESAMPLES, LEAST_RESAMPLES = 200, 40  # the least of a 95 % interval: one beyond either end

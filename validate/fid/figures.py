@@ -22,7 +22,7 @@ from ddexport.validate.metrics.precision_recall import NEIGHBOURS, coverage
 from ddexport.validate.report import Measurement
 
 if TYPE_CHECKING:
-    from ddexport.validate.references import Reference
+    from ddexport.validate.fid.references import Reference
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
