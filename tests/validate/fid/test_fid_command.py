@@ -21,8 +21,9 @@ from PIL import Image
 
 from ddexport import runtime
 from ddexport.runtime.bundle import file_info, sha256_of
-from ddexport.validate import cli, fid_features
+from ddexport.validate import cli
 from ddexport.validate.features._base import load_extractor
+from ddexport.validate.fid.files import largest_difference
 from ddexport.validate.fid.references import DATA
 from ddexport.validate.fid.references import load as load_reference
 
@@ -280,7 +281,7 @@ class TestStops:
     ):
         """The rows of a run in two parts are those of a run in one, bit for bit."""
         whole = fid(digits_bundle, "--json", "--report", tmp_path / "whole")
-        fine, calls = fid_features.largest_difference, []
+        fine, calls = largest_difference, []
 
         def stopped(*images):
             calls.append(images)
@@ -289,7 +290,7 @@ class TestStops:
             return fine(*images)
 
         with monkeypatch.context() as patch:
-            patch.setattr(fid_features, "largest_difference", stopped)
+            patch.setattr("ddexport.validate.fid.files.largest_difference", stopped)
             result = fid(digits_bundle, "--json")
         assert result.exit_code == 130
         assert "stopped after 100 of 150 images: the same command goes on from there" in result.stderr
@@ -308,12 +309,13 @@ class TestStops:
         ]  # fmt: skip
         code = (
             "import os, signal\n"
-            "from ddexport.validate import cli, fid_features\n"
-            "fine = fid_features.FeatureFiles._checksums\n"
+            "from ddexport.validate import cli\n"
+            "from ddexport.validate.fid import files\n"
+            "fine = files.FeatureFiles._checksums\n"
             "def checksums(self, indices):\n"
             "    if 100 in indices: os.kill(os.getpid(), signal.SIGKILL)\n"
             "    return fine(self, indices)\n"
-            "fid_features.FeatureFiles._checksums = checksums\n"
+            "files.FeatureFiles._checksums = checksums\n"
             f"cli.command({['fid', str(digits_bundle), *map(str, options)]!r})\n"
         )
         killed = subprocess.run(
@@ -329,13 +331,12 @@ class TestStops:
 
     def test_a_stop_among_the_figures_draws_nothing_again(self, digits_bundle, fid, monkeypatch):
         """Hours of drawing are not lost because somebody was tired of waiting for the intervals."""
-        from ddexport.validate import fid_run
 
         def stopped(*_):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(fid_run, "measure", stopped)
+            patch.setattr("ddexport.validate.fid.run.measure", stopped)
             assert fid(digits_bundle, "--no-reference-model").exit_code == 130
         again = fid(digits_bundle, "--no-reference-model", "--json")
         assert json.loads(again.stdout)["settings"]["resumed_at"] == IMAGES
@@ -346,13 +347,12 @@ class TestStops:
     )
     def test_another_run_does_not_take_it_up(self, digits_bundle, fid, tmp_path, monkeypatch, other):
         """The state that is named belongs to one run; without a name every run has its own."""
-        from ddexport.validate import fid_run
 
         def stopped(*_, **__):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(fid_run, "_draw", stopped)
+            patch.setattr("ddexport.validate.fid.run._draw", stopped)
             for place in ((), ("--state", tmp_path / "mine")):
                 assert fid(digits_bundle, *place).exit_code == 130
             assert fid(digits_bundle, *other).exit_code == 130
@@ -364,7 +364,6 @@ class TestStops:
     def test_a_full_disk_keeps_what_was_measured(self, digits_bundle, fid, tmp_path, monkeypatch):
         """An image that cannot be written stops the run; with room again it goes on."""
         from ddexport.runtime.errors import OutputError
-        from ddexport.validate import fid_run
 
         def full(path, image):
             if path.name >= "00050":
@@ -373,7 +372,7 @@ class TestStops:
 
         options = ("--save-images", tmp_path / "png", "--no-reference-model", "--json")
         with monkeypatch.context() as patch:
-            patch.setattr(fid_run, "write_image", full)
+            patch.setattr("ddexport.validate.fid.run.write_image", full)
             result = fid(digits_bundle, *options)
         assert result.exit_code == 1
         assert "No space left" in result.stderr

@@ -120,9 +120,7 @@ class TestFigures:
 
     def test_neighbours_are_sought_in_a_sample_spread_over_all(self, compared, monkeypatch):
         """A folder is in the order of its names: its first images are of its first classes."""
-        from ddexport.validate import fid_figures
-
-        monkeypatch.setattr(fid_figures, "SAMPLE", 100)
+        monkeypatch.setattr("ddexport.validate.fid.figures.SAMPLE", 100)
         half = np.concatenate([compared.features[:250], compared.features[250:] + 100])
         rows = rows_of(readings(), None, dataclasses.replace(compared, features=half))
         assert rows["recall, bundle"].value == pytest.approx(0.5, abs=0.1)

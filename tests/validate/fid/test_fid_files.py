@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from numpy.lib import format as npy
 
 from ddexport.runtime.errors import OutputError
 from ddexport.validate.features._base import Extractor, Readings
-from ddexport.validate.fid import files
 from ddexport.validate.fid.draws import Order
 from ddexport.validate.fid.files import (
     BUNDLE,
@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on_to_the_same_rows(toy, tmp_path, monkeypatch, stop
 
     files = files_in(tmp_path / "stopped")
     if where == "draw":
-        monkeypatch.setattr(files, "largest_difference", stopping(largest_difference))
+        monkeypatch.setattr("ddexport.validate.fid.files.largest_difference", stopping(largest_difference))
         stop *= 2  # one call a schedule
     elif where == "write":
         files.arrays["difference-1"] = Stopping(files.arrays["difference-1"], stop)
@@ -200,7 +200,7 @@ def test_files_of_other_sizes_are_no_state(tmp_path):
 
 def test_files_that_were_not_all_made_are_made_again(toy, tmp_path, monkeypatch):
     """A full disk is told before the first image, and no run is said to be there."""
-    fine, calls = files.npy.write_array, []
+    fine, calls = npy.write_array, []
 
     def full(stream, array):
         calls.append(1)
@@ -209,7 +209,7 @@ def test_files_that_were_not_all_made_are_made_again(toy, tmp_path, monkeypatch)
         fine(stream, array)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.npy, "write_array", full)
+        patch.setattr(npy, "write_array", full)
         with pytest.raises(OutputError, match="No space left"):
             files_in(tmp_path)
     assert not (tmp_path / "run.json").exists()

@@ -8,7 +8,6 @@ import pytest
 from msgspec import structs
 
 from ddexport.runtime.bundle import read_manifest
-from ddexport.validate import fid_plan
 from ddexport.validate.features._base import Extractor
 from ddexport.validate.fid import Options
 from ddexport.validate.fid.plan import plan_of, why_no_verdict
@@ -33,7 +32,7 @@ def planned(golden_bundle, monkeypatch):
 
         toy = Toy()
         toy.random_weights = random_weights
-        monkeypatch.setattr(fid_plan, "load_extractor", lambda *_: toy)
+        monkeypatch.setattr("ddexport.validate.fid.plan.load_extractor", lambda *_: toy)
         gate = {
             "features": "inception", "images": 50_000,
             "limits": {"fp32": {"difference": 0.01, "distance": 1e-4, "changed": 0.01, "provisional": True}},
