@@ -11,9 +11,9 @@ from ddexport.validate.report import wide_table
 
 VERDICTS = {True: "ok", False: "WRONG", None: "?"}
 TIMES = {
-    "student ms": "student_ms", "teacher ms": "teacher_ms", "decoder ms": "decoder_ms", 
-    "total ms": "total_ms", "min": "total_min_ms", "max": "total_max_ms", "p90": "total_p90_ms", "p99": "total_p99_ms",
-    "images/s": "images_per_s", "GFLOP": "gflop", "MiB": "peak_mib",
+    "student ms": "student_ms", "teacher ms": "teacher_ms", "decoder ms": "decoder_ms",
+    "total ms": "total_ms", "min": "total_min_ms", "max": "total_max_ms", "p90": "total_p90_ms",
+    "p99": "total_p99_ms", "images/s": "images_per_s", "GFLOP": "gflop", "MiB": "peak_mib",
 }  # fmt: skip
 
 
