@@ -111,15 +111,18 @@ def run_bench(root: Path, manifest: Manifest, plan: Plan, request: Request, peak
     What goes wrong in a worker is told in its rows. Raises DDError where the reference cannot be opened.
     """
     timings: dict[Entry, Timing] = {}
+
+    def job(configuration: Configuration, threads: int) -> Job:
+        return Job(root, configuration, threads, request.seed, request.files, request.weights)
+
     with ExitStack() as stack:
         with console.stage(f"opening {manifest.name}", keep=False):
             threads = max(entry.threads for entry in plan.entries)
             float32 = Configuration(REFERENCE, "cpu", "fp32", manifest.precisions[0], CPU)
-            rest = (request.seed, request.files, request.weights)
             reference = stack.enter_context(Worker(threads))
-            reference.call("open", Job(root, float32, threads, *rest))
+            reference.call("open", job(float32, threads))
             runners = dict.fromkeys(entry.runner for entry in plan.entries)
-            opened = {runner: _open(Job(root, *runner, *rest), stack) for runner in runners}
+            opened = {runner: _open(job(*runner), stack) for runner in runners}
         for batch, entries in groupby(plan.entries, key=lambda entry: entry.batch):
             group = [Timing(entry, *opened[entry.runner]) for entry in entries]
             with console.stage(f"timing {manifest.name}, batch {batch}, {len(group)} rows"):

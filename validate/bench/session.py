@@ -92,15 +92,15 @@ class Session:
             engine = TorchEngine(job.bundle, self.manifest, chosen, job.threads, job.files, job.weights)
             self.pipe: Pipeline = TorchPipeline(engine)
         else:
-            options = {"precision": chosen.precision, "device": chosen.device, "verify": False}
-            self.pipe = load(job.bundle, chosen.backend, job.threads, **options)
+            how = (chosen.backend, job.threads, chosen.precision)
+            self.pipe = load(job.bundle, *how, verify=False, device=chosen.device)
             names = [chosen.backend + tail for tail in ("", "-gpu", "-rtx")]
         return next(filter(None, map(version_of, names)), "")
 
     def run(self, batch: int, steps: Steps) -> Run:
         """Draws once, as a user does."""
         inputs, schedule = inputs_of(self.manifest, batch, self.seed), self.manifest.schedule(steps)
-        options = {"noise": inputs.noise, "output": "numpy", "batch_size": batch}
+        options: dict[str, Any] = {"noise": inputs.noise, "output": "numpy", "batch_size": batch}
         options |= {"uniforms": inputs.uniforms} if schedule.teacher else {}
         labels = inputs.labels.tolist()
         reset_peak()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ddexport.validate.bench.plan import IN_TORCH
@@ -92,7 +92,7 @@ def times_to_save(rows: Sequence[dict[str, Any]], precision: str) -> dict[str, f
     }
 
 
-def _filled(cells: list[dict[str, str]]) -> list[dict[str, str]]:
+def _filled(cells: list[dict[str, str]]) -> list[Mapping[str, str]]:
     kept = [key for key in cells[0] if any(row[key] for row in cells)]
     if len({row["threads"] for row in cells}) == 1:  # the line above says it
         kept.remove("threads")
