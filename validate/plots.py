@@ -9,13 +9,13 @@ from typing import Any
 
 from PIL import Image
 
-PARTS = {"student": "#0072b2", "teacher": "#e69f00", "decoder": "#56b4e9"}
+PARTS = {"student": "#0072b2", "teacher": "#e69f00", "decoder": "#56b4e9", "the rest": "#999999"}
 """Of Okabe and Ito's palette, whose colours keep apart for the colour-blind."""
 WRONG = "#d55e00"
 
 
 def bench_bars(rows: Sequence[Mapping[str, Any]], title: str) -> Image.Image:
-    """Stacked bars of student, teacher and decoder, a panel for each model and batch; 1000 pixels wide.
+    """Stacked bars of student, teacher, decoder and the rest, a panel a model and batch; 1000 pixels wide.
 
     rows: of `ddexport bench`; those that were not timed are left out.
     """
@@ -32,7 +32,10 @@ def bench_bars(rows: Sequence[Mapping[str, Any]], title: str) -> Image.Image:
     for panel, (name, group) in zip(panels, groups, strict=True):
         _bench_panel(panel, group)
         panel.set_title(name, loc="left", fontsize=10)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    shown = {
+        name: bars for panel in panels for bars, name in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, frameon=False)
     stream = io.BytesIO()
     FigureCanvasAgg(figure).print_png(stream)
     return Image.open(stream)
@@ -46,11 +49,17 @@ def _bench_panel(panel: Any, rows: Sequence[Mapping[str, Any]]) -> None:
         threads = f", {row['threads']} thr." if several else ""
         names.append(f"{row['backend']} {row['precision']}, steps {row['steps']}{threads}")
         ratio = "" if row["speedup"] is None else f"  {row['speedup']:.2f}x"
-        texts.append(f"{row['total_ms']:.3g} ms{ratio}{'  WRONG' if row['passed'] is False else ''}")
+        digits = ".3g" if row["total_ms"] < 1000 else ".0f"
+        texts.append(f"{row['total_ms']:{digits}} ms{ratio}{'  WRONG' if row['passed'] is False else ''}")
     left = [0.0] * len(rows)
     for part, colour in PARTS.items():
-        widths = [row[f"{part}_ms"] or 0.0 for row in rows]
-        panel.barh(range(len(rows)), widths, left=left, color=colour, height=0.7, label=part)
+        # Medians of the parts need not sum to the median of the whole.
+        widths = [
+            max(row["total_ms"] - start, 0.0) if part == "the rest" else row[f"{part}_ms"] or 0.0
+            for row, start in zip(rows, left, strict=True)
+        ]
+        if any(widths):
+            panel.barh(range(len(rows)), widths, left=left, color=colour, height=0.7, label=part)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for place, (end, text) in enumerate(zip(left, texts, strict=True)):
         colour = WRONG if text.endswith("WRONG") else "black"

@@ -192,7 +192,7 @@ def _show(rows: Sequence[Row], peaks: Peaks, as_json: bool) -> None:
     from ddexport.validate.bench.table import tables
     from ddexport.validate.report import versions
 
-    gflops = {f"{precision}, {threads} threads": rate for (threads, precision), rate in sorted(peaks.items())}
+    gflops = {f"{precision}, threads {threads}": rate for (threads, precision), rate in sorted(peaks.items())}
     if as_json:
         machine = {"cpu": _machine(), "versions": versions(), "peak_gflops": gflops}
         console.emit_json({"schema": SCHEMA, "machine": machine, "rows": rows})

@@ -94,19 +94,13 @@ def times_to_save(rows: Sequence[dict[str, Any]], precision: str) -> dict[str, f
 
 def _filled(cells: list[dict[str, str]]) -> list[Mapping[str, str]]:
     kept = [key for key in cells[0] if any(row[key] for row in cells)]
-    if len({row["threads"] for row in cells}) == 1:  # the line above says it
+    if len({row["threads"] for row in cells}) == 1:
         kept.remove("threads")
     return [{key: row[key] for key in kept} for row in cells]
 
 
 def _number(value: float | None) -> str:
-    """Three digits, but all of those before the point."""
+    """Three digits, but all of those before the point; empty where there is none."""
     if value is None:
         return ""
-    return (
-        f"{value:.1f}"
-        if abs(value) >= 100 and value % 1
-        else f"{value:.3g}"
-        if abs(value) < 100
-        else f"{value:.0f}"
-    )
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

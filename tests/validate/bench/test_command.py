@@ -77,7 +77,7 @@ def test_tables_plot_and_roofline(bench, bundle, tmp_path, monkeypatch):
     done = bench(bundle, "--backend", "onnxruntime,torch-eager", "--steps", "1,9", *words, "--plot", plot)
     assert done.exit_code == 0, done.output
     assert "onnxruntime fp32, batch 1, steps 1" in done.stdout and "of peak" in done.stdout
-    assert "GFLOP/s (fp32, 1 threads)" in done.stdout
+    assert "GFLOP/s (fp32, threads 1)" in done.stdout
     assert "skipped: digits-var: onnxruntime fp32, steps 9: digits-var has no schedule of 9 st" in done.stderr
     assert Image.open(plot).width == 1000
 
