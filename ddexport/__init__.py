@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from ddexport.runtime import DDError, Pipeline, __version__, load
 
 __all__ = ["DDError", "Pipeline", "__version__", "load"]
+
+# ONNX Runtime reports to Microsoft from 1.29 on, unless this is set before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # In a checkout `runtime`, `validate` and `recipes` lie beside this folder; a wheel has them inside.
 _ROOT = Path(__file__).resolve().parents[1]

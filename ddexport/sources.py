@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import nn
 
-from ddexport.families import family
-from ddexport.families._checkpoint import connect, load_part, random_part
+from ddexport.families._checkpoint import connect, copy_taken, load_part, random_part
+from ddexport.families._weight_file import fingerprint
 from ddexport.recipe import Recipe, RecipeError, Source, embedded_weights
-from ddexport.runtime.bundle import TEACHER, Weights, sha256_of
+from ddexport.runtime.bundle import TEACHER, Weights
 from ddexport.runtime.bundle import Source as WeightFile
 from ddexport.runtime.errors import DDError
 
@@ -29,13 +29,13 @@ class WeightRequest:
     Attributes:
         files: a file for each role; roles left out take the weights that ship with the project, if there are
             any.
-        weights: which copy a file's training state holds: "ema" or "model".
+        weights: which state dict to take of a file that holds several, as for `load_part`.
         random_seed: random weights with this seed in place of all files.
         teacher: whether the teacher is wanted. None: where its weights are given or ship with the project.
     """
 
     files: Mapping[str, Path]
-    weights: str = "ema"
+    weights: str | None = None
     random_seed: int | None = None
     teacher: bool | None = None
 
@@ -112,18 +112,14 @@ def provenance(recipe: Recipe, request: WeightRequest, sources: Mapping[str, Pat
     if request.random_seed is not None:
         return Weights(kind="random", seed=request.random_seed)
     embedded = recipe.embedded and not request.files
-    layouts = {role: family(recipe.family).layout(recipe, role) for role in sources}
-    files = tuple(
-        WeightFile(
-            role=role,
-            file=path.name,
-            sha256=sha256_of(path),
-            bytes=path.stat().st_size,
-            weights=request.weights if layouts[role].containers else None,
+    files = []
+    for role, path in sources.items():
+        sha256, size = fingerprint(path)
+        copy = copy_taken(recipe, role, path, request.weights)
+        files.append(
+            WeightFile(role=role, file=path.absolute().name, sha256=sha256, bytes=size, weights=copy)
         )
-        for role, path in sources.items()
-    )
-    return Weights(kind="embedded" if embedded else "checkpoint", files=files)
+    return Weights(kind="embedded" if embedded else "checkpoint", files=tuple(files))
 
 
 def _published_at(source: Source) -> str:

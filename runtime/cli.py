@@ -68,7 +68,9 @@ def _steps(ctx: click.Context, param: click.Parameter, value: Any) -> int | str 
 @click.option("--precision", metavar="NAME",
               help="Of the arithmetic.  [default: the engine's, else the bundle's first]")  # fmt: skip
 @click.option("--batch-size", type=_POSITIVE, metavar="N", help="Images at once.  [default: by their size]")
-@click.option("--noise", type=_PATH, metavar="NPZ", help="Replay `noise`, and `labels` if it has them.")
+@click.option(
+    "--noise", type=_PATH, metavar="NPZ", help="Replay `noise`, and `labels` and `uniforms` if it has them."
+)
 @click.option("--dump", type=_PATH, metavar="NPZ", help="Write labels, noise, tokens, sequences and images.")
 @click.option("-o", "--output", default="out.png", show_default=True, metavar="PATH",
               help="A picture of all images, or a directory for one file an image.")  # fmt: skip
@@ -82,9 +84,8 @@ def command(ctx: click.Context, /, as_json: bool, list_labels: bool, **options: 
     if list_labels:
         print_labels(options["bundle"], as_json)
         return
-    source = ctx.get_parameter_source("seed")
-    if options["noise"] and source is click.core.ParameterSource.COMMANDLINE:
-        raise click.UsageError("--noise takes the place of the seed's noise: give one of --noise and --seed.")
+    if ctx.get_parameter_source("seed") is not click.core.ParameterSource.COMMANDLINE:
+        options["seed"] = None
     report = sample(**options)
     if as_json:
         console.emit_json(report)
@@ -96,7 +97,7 @@ def sample(
     bundle: Path,
     labels: tuple[str, ...],
     steps: int | str | None,
-    seed: int,
+    seed: int | None,
     num_images: int,
     backend: str,
     device: str | None,
@@ -111,9 +112,10 @@ def sample(
 ) -> dict[str, Any]:
     """Draws and writes what the options ask for, and returns the report.
 
-    output: a trailing slash means a directory. Raises DDError; then the output is as it was before.
+    output: a trailing slash means a directory. seed: 0 if None. Raises DDError; then the output is as it was.
     """
     from ddexport.runtime.files import Replay, read_noise
+    from ddexport.runtime.images import grid_columns
     from ddexport.runtime.pipeline import load
     from ddexport.runtime.result import joined
 
@@ -135,11 +137,16 @@ def sample(
         passes = pipe.manifest.number_of_steps(schedule)
         if schedule.teacher is not None:
             sampling["uniforms"] = replay.uniforms
+        seeded = noise is None or (schedule.teacher is not None and replay.uniforms is None)
+        if seed is not None and not seeded:
+            raise click.UsageError("--noise brings all that a seed would give: leave out --seed.")
+        image = pipe.manifest.image
+        columns = 0 if into_directory else grid_columns(len(numbers), num_images, image.width, image.height)
         with console.progress(len(numbers) * num_images * passes, "drawing, in passes") as bar:
             batches = pipe.stream(
                 numbers,
                 steps,
-                seed=seed,
+                seed=seed or 0,
                 num_images=num_images,
                 batch_size=batch_size,
                 output="numpy",
@@ -149,7 +156,7 @@ def sample(
             )
             folder = Path(output) if into_directory else None
             result = joined(list(_kept(batches, folder, dump is not None)))
-        _write(result, None if into_directory else Path(output), dump, len(numbers), num_images)
+        _write(result, None if into_directory else Path(output), dump, columns)
         chosen = pipe.backend.configuration
         return {
             "bundle": pipe.manifest.name,
@@ -157,7 +164,7 @@ def sample(
             "images": len(numbers) * num_images,
             "labels": numbers,
             "steps": passes,
-            "seed": None if noise else seed,
+            "seed": (seed or 0) if seeded else None,
             "backend": chosen.backend,
             "device": chosen.device,
             "precision": chosen.precision,
@@ -252,13 +259,13 @@ def _kept(batches: Iterator[Result], folder: Path | None, everything: bool) -> I
             yield replace(batch, images=shown, noise=batch.noise[:0], steps=[], uniforms=None)
 
 
-def _write(result: Result, picture: Path | None, dump: Path | None, labels: int, num_images: int) -> None:
+def _write(result: Result, picture: Path | None, dump: Path | None, columns: int) -> None:
     from ddexport.runtime.files import write_arrays, write_image
-    from ddexport.runtime.images import grid, grid_columns, to_pil
+    from ddexport.runtime.images import grid, to_pil
 
     if picture is not None:
         images = to_pil(result.images)  # type: ignore[arg-type]
-        write_image(picture, grid(images, grid_columns(labels, num_images)))
+        write_image(picture, grid(images, columns))
     if dump:
         write_arrays(dump, dump_arrays(result))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -24,6 +25,14 @@ from ddexport.runtime.errors import DDError
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader left, as in `ddexport models | head -1`
 BAR_AFTER_SECONDS = 2.0
+EXTRAS = {  # the extra of the project that brings a package
+    **dict.fromkeys(("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "yaml"), "export"),
+    **dict.fromkeys(("jinja2", "matplotlib"), "validate"),
+    **dict.fromkeys(("onnxruntime",), "cpu"),
+    **dict.fromkeys(("tensorrt_rtx", "polygraphy", "filelock"), "tensorrt-rtx"),
+    "openvino": "openvino",
+    "mlxtend": "distill",
+}
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -69,6 +78,7 @@ class _ErrorHandling(click.Command):
         run = partial(super().main, args, prog_name, complete_var, standalone_mode=False, **extra)
         if not standalone_mode:
             return run()
+        _prepare_streams()
         with _logging_to_stderr():
             sys.exit(_exit_code(run))
 
@@ -84,12 +94,8 @@ def _exit_code(run: Callable[[], Any]) -> int:
     _debug.set(False)
     try:
         result = run()
-        sys.stdout.flush()
-    except DDError as error:
-        if _debug.get():
-            click.echo(traceback.format_exc(), err=True)
-        show_error(error)
-        return error.exit_code
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
         return INTERRUPTED
@@ -99,7 +105,31 @@ def _exit_code(run: Callable[[], Any]) -> int:
     except BrokenPipeError:
         _close_stdout()
         return BROKEN_PIPE
+    except (DDError, ModuleNotFoundError, MemoryError, OSError) as error:
+        explained = _explained(error)
+        if explained is None:
+            raise
+        if _debug.get():
+            click.echo(traceback.format_exc(), err=True)
+        show_error(explained)
+        return explained.exit_code
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _explained(error: Exception) -> DDError | None:
+    """What the environment lacks, in two lines; None for a defect of ours."""
+    if isinstance(error, DDError):
+        return error
+    if isinstance(error, ModuleNotFoundError):
+        package = str(error.name).partition(".")[0]
+        hint = f'pip install "ddexport[{EXTRAS.get(package)}]"'
+        return DDError(f"this needs {package}, which is not installed", hint) if package in EXTRAS else None
+    if isinstance(error, MemoryError):
+        return DDError(f"out of memory: {error}", "Ask for less at once: fewer images, smaller batches.")
+    assert isinstance(error, OSError)
+    _close_stdout()  # which may be what failed
+    place = error.filename or "standard output"
+    return DDError(f"{place}: {error.strerror or error}", "Check the path, its rights and the free space.")
 
 
 class Command(_ErrorHandling):
@@ -247,9 +277,24 @@ def _clear_line() -> None:
         click.echo("\r\x1b[K", err=True, nl=False)
 
 
+def _prepare_streams() -> None:
+    """Output is UTF-8 in every locale; a name that is not becomes an escape, which is valid in JSON too.
+
+    Services start without standard streams: files would take their numbers, and libraries print into them.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding=None if sys.stdout.isatty() else "utf-8", errors="backslashreplace")
+
+
 def _close_stdout() -> None:
     # The interpreter flushes stdout once more when it ends; give it somewhere to write to.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(text: str) -> str:

@@ -119,10 +119,7 @@ def engine_folder(backend: str, version: str, targets: tuple[str, ...]) -> str:
 
 
 def read_engine(root: Path, sidecar: Path) -> Engine:
-    """One sidecar of the bundle `root`. Raises BundleError, which names the file and the key.
-
-    Nothing outside the bundle is read: neither the sidecar nor the plan may be a link that leads there.
-    """
+    """One sidecar of the bundle `root`. Raises BundleError, which names the file and the key."""
     name = sidecar.relative_to(root).as_posix()
     content = read_json(resolve(root, name))
     schema = content.get("schema") if isinstance(content, dict) else None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import tempfile
 import uuid
 import zipfile
@@ -28,25 +31,60 @@ NOISE_ARRAYS = {"noise": ("float32", 3), "labels": ("integers", 1), "uniforms": 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears at `path` when it is complete, else not at all. Raises OutputError."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    """A binary file that appears at `path` when it is complete, else not at all. Raises OutputError.
+
+    A link is followed. What cannot be replaced is written into, once the content is complete: a device, a
+    FIFO, a file mounted into a container, a file in a directory that is read-only.
+    """
     with _explained(path):
+        path = Path(os.path.realpath(path))
+        if _in_place(path):
+            with tempfile.TemporaryFile() as content:
+                yield content
+                _copy(content, path)
+            return
+        partial = path.with_name(f".ddexport-{uuid.uuid4().hex}.part")
         try:
             with partial.open("wb") as stream:
                 yield stream
-            partial.replace(path)
+            if path.exists():
+                shutil.copymode(path, partial)
+            try:
+                partial.replace(path)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                with partial.open("rb") as content:  # a mount point
+                    _copy(content, path)
         finally:
             with suppress(OSError):
                 partial.unlink()
 
 
+def _in_place(path: Path) -> bool:
+    """Whether `path` is there, and no other file can take its place."""
+    if not path.exists() or path.is_dir():
+        return False
+    return not path.is_file() or (os.access(path, os.W_OK) and not os.access(path.parent, os.W_OK))
+
+
+def _copy(content: IO[bytes], path: Path) -> None:
+    content.seek(0)
+    with path.open("wb") as stream:
+        shutil.copyfileobj(content, stream)
+
+
 def check_writable(path: Path) -> None:
     """Raises OutputError if no file can be made at `path`: better known before the work than after it."""
     with _explained(path):
+        path = Path(os.path.realpath(path))
         if path.is_dir():
-            raise IsADirectoryError(21, "it is a directory")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+            raise IsADirectoryError(errno.EISDIR, "it is a directory")
+        with suppress(FileNotFoundError):
+            path.lstat()  # a name that is too long
+        if not _in_place(path):
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
 
 
 def check_image_suffix(path: Path) -> None:

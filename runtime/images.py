@@ -34,29 +34,30 @@ def to_pil(images: NDArray[np.uint8]) -> list[Image.Image]:
 
 
 def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Images of one size row by row in one picture; small ones are enlarged by a whole factor, to be seen.
-
-    Raises OutputError if the picture would be unreasonably large.
-    """
+    """Images of one size row by row in one picture; small ones are enlarged by a whole factor, to be seen."""
     width, height = images[0].size
     rows = -(-len(images) // columns)
-    factor = max(
-        1, min(VISIBLE_SIDE // max(width, height), MAX_GRID_SIDE // max(columns * width, rows * height))
-    )
-    if max(columns * width, rows * height) > MAX_GRID_SIDE:
-        raise OutputError(
-            f"a grid of {columns} x {rows} images of {width} x {height} is too large for one picture",
-            "Give a directory to -o: it gets one file an image.",
-        )
+    largest = MAX_GRID_SIDE // max(columns * width, rows * height)
+    factor = max(1, min(VISIBLE_SIDE // max(width, height), largest))
     picture = Image.new(images[0].mode, (columns * width, rows * height), "white")
     for place, image in enumerate(images):
         picture.paste(image, (place % columns * width, place // columns * height))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
-def grid_columns(labels: int, num_images: int) -> int:
-    """One row a label if it has several images; else a nearly square grid, without a gap where possible."""
-    if num_images > 1:
-        return num_images
-    side = math.isqrt(labels - 1) + 1
-    return next((columns for columns in range(side, 2 * side) if labels % columns == 0), side)
+def grid_columns(labels: int, num_images: int, width: int, height: int) -> int:
+    """How many images of width x height stand side by side: those of a label, if it has several.
+
+    Otherwise, and where that is too wide or too high, the grid is nearly square, if possible without a gap.
+    Raises OutputError if no picture can hold so many.
+    """
+    count = labels * num_images
+    side = math.isqrt(count - 1) + 1
+    square = next((columns for columns in range(side, 2 * side) if count % columns == 0), side)
+    for columns in (num_images, square, side) if num_images > 1 else (square, side):
+        if max(columns * width, -(-count // columns) * height) <= MAX_GRID_SIDE:
+            return columns
+    raise OutputError(
+        f"{count:,} images of {width} x {height} are too many for one picture",
+        "Give a directory to -o: it gets one file an image.",
+    )

@@ -126,7 +126,8 @@ class Pipeline:
         manifest, size, precision = self.manifest, self.manifest.sequence, self.backend.configuration.graphs
         schedule = self.schedule(steps, teacher.get("teacher_start"))
         sampling = sampling_of(schedule, manifest.teacher, teacher)
-        numbers = self._numbers(labels, num_images)
+        _check_at_least_one("num_images", num_images)
+        numbers = np.repeat(self.labels.indices(labels), num_images)
         batch_size = self._batch_size(batch_size, schedule)
         seed = secrets.randbits(32) if seed is None else seed
         self._check_noise(len(numbers), noise, teacher.get("uniforms"))
@@ -182,20 +183,21 @@ class Pipeline:
 
         Labels, steps, sizes and noise are checked at once, not when the first batch is asked for.
         """
-        numbers = self._numbers(labels, num_images)
+        _check_at_least_one("num_images", num_images)
+        indices = self.labels.indices(labels)
+        count = len(indices) * num_images
         size = self._batch_size(batch_size, self.schedule(steps, request.get("teacher_start")))
         seed = secrets.randbits(32) if seed is None else seed
         arrays = {name: request.pop(name) for name in ("noise", "uniforms") if request.get(name) is not None}
-        self._check_noise(len(numbers), **arrays)
+        self._check_noise(count, **arrays)
 
         def batches() -> Iterator[Result]:
-            for start in range(0, len(numbers), size):
-                rows = slice(start, start + size)
-                part = {name: array[rows] for name, array in arrays.items()}
+            for start in range(0, count, size):
+                stop = min(start + size, count)
+                numbers = indices[np.arange(start, stop) // num_images]
+                part = {name: array[start:stop] for name, array in arrays.items()}
                 first = first_image + start
-                yield self(
-                    numbers[rows], steps, seed=seed, first_image=first, batch_size=size, **part, **request
-                )
+                yield self(numbers, steps, seed=seed, first_image=first, batch_size=size, **part, **request)
 
         return batches()
 
@@ -241,11 +243,6 @@ class Pipeline:
         chosen = self.backend.configuration
         again = partial(load, str(self.root.resolve()), chosen.backend, self.backend.threads, self.precision)
         return partial(again, device=chosen.device), ()
-
-    def _numbers(self, labels: Label | Iterable[Label], num_images: int) -> NDArray[np.int64]:
-        """The class number (N,) of each image. Raises LabelError, DDError."""
-        _check_at_least_one("num_images", num_images)
-        return np.repeat(self.labels.indices(labels), num_images)
 
     def _batch_size(self, asked: int | None, schedule: Schedule) -> int:
         if asked is None:

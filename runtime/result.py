@@ -51,7 +51,7 @@ class Result:
                 return None
             images = to_pil(images)
         stream = io.BytesIO()
-        grid(images, grid_columns(len(images), 1)).save(stream, format="png")
+        grid(images, grid_columns(len(images), 1, *images[0].size)).save(stream, format="png")
         return stream.getvalue()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.util import find_spec
 
 import click
 
@@ -22,18 +21,16 @@ COMMANDS = {
 
 
 class _LazyGroup(console.Group):
-    """Finds each command as `command` in its module; a module that is not installed is not listed."""
+    """Finds each command as `command` in its module."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name, module in COMMANDS.items() if find_spec(module) is not None]
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self.list_commands(ctx):
-            return None
-        subcommand: click.Command = import_module(COMMANDS[cmd_name]).command
-        return subcommand
+        module = COMMANDS.get(cmd_name)
+        return None if module is None else import_module(module).command
 
 
 @click.group("validate", cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
-    """Hold a bundle against what it was made from."""
+    """Compare a bundle with the model it was made from."""

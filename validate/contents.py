@@ -1,4 +1,4 @@
-"""What a bundle says of itself, held against what ships with the project: recipe, labels, codebook, noise.
+"""What a bundle says of itself, compared with what ships with the project: recipe, labels, codebook, noise.
 
 A recipe that is wrong on both sides of a comparison shows in no row of it.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec import structs
 
-from ddexport.runtime.bundle import DAMAGED, Manifest, read_manifest, resolve
+from ddexport.runtime.bundle import DAMAGED, Manifest, Teacher, read_manifest, resolve
 from ddexport.runtime.errors import BundleError, VerificationError
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 from ddexport.runtime.records import DAMAGED as UNREADABLE
@@ -21,6 +21,7 @@ from ddexport.runtime.records import read_json
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
+    from ddexport.validate.metrics._base import FloatArray
     from ddexport.validate.reference import TorchReference
 
 SHOWN = 5
@@ -52,10 +53,11 @@ def check_recipe(manifest: Manifest) -> None:
 
 def check_contents(root: Path, manifest: Manifest, reference: TorchReference) -> None:
     """Raises VerificationError that names what is not as its recipe says, or not as the reference has it."""
-    recipe = reference.recipe
-    assert recipe is not None
-    faults = [*_manifest_faults(manifest, recipe), *_label_faults(root, manifest, recipe)]
-    _refuse(manifest, [*faults, *_teacher_faults(root, manifest, reference), *_noise_faults()])
+    faults = [*_manifest_faults(manifest, reference.recipe), *_label_faults(root, manifest, reference.recipe)]
+    if manifest.teacher is not None:
+        faults += _codebook_faults(root, manifest.teacher.codebook.file, reference.codebook)
+        faults += _teacher_faults(manifest.teacher, reference.teacher) if reference.teacher else ()
+    _refuse(manifest, [*faults, *_noise_faults()])
 
 
 def _refuse(manifest: Manifest, faults: list[str]) -> None:
@@ -70,14 +72,13 @@ def _refuse(manifest: Manifest, faults: list[str]) -> None:
 def _manifest_faults(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
     """What the runtime reads against the recipe that the reference is built from."""
     said, wanted = json.loads(manifest.to_json()), recipe.to_dict()
-    if manifest.teacher is None:
-        wanted["schedules"] = {
-            k: schedule for k, schedule in wanted["schedules"].items() if "teacher" not in schedule
-        }
     side = recipe.image.size
     wanted["image"] = {"height": side, "width": side, "channels": recipe.image.channels}
     keys = ["name", "title", "sequence", "classes", "image", "schedules"]
-    if manifest.teacher is not None:
+    if manifest.teacher is None:
+        alone = {k: schedule for k, schedule in wanted["schedules"].items() if "teacher" not in schedule}
+        wanted["schedules"] = alone
+    else:
         wanted["teacher"] = structs.asdict(recipe.teacher) if recipe.teacher else {}
         said["teacher"] = {key: getattr(manifest.teacher, key) for key in wanted["teacher"]}
         keys.append("teacher")
@@ -96,22 +97,20 @@ def _label_faults(root: Path, manifest: Manifest, recipe: Recipe) -> Iterator[st
     yield from _differences(names, wanted, "labels", "the list that ships has")
 
 
-def _teacher_faults(root: Path, manifest: Manifest, reference: TorchReference) -> Iterator[str]:
-    teacher, module = manifest.teacher, reference.teacher
-    if teacher is None:
-        return
-    table = np.load(resolve(root, teacher.codebook.file), allow_pickle=False)
-    if table.shape != reference.codebook.shape:
-        yield f"{teacher.codebook.file} has shape {table.shape}, the tokenizer's {reference.codebook.shape}"
-    elif entries := int((table.view(np.uint32) != reference.codebook.view(np.uint32)).any(axis=1).sum()):
-        yield f"{entries} entries of {teacher.codebook.file} are not the tokenizer's"
-    if module is not None:
-        size = module.geometry
-        has = {"starts": list(teacher.starts), "guidance": teacher.guidance, "layers": teacher.layers}
-        has |= {"heads": teacher.heads, "head_width": teacher.head_width}
-        wanted = {"starts": list(size.starts), "guidance": module.guidance, "layers": size.depth}
-        wanted |= {"heads": size.heads, "head_width": size.head_width}
-        yield from _differences(has, wanted, "bundle.json: teacher", "the model has")
+def _codebook_faults(root: Path, file: str, wanted: FloatArray) -> Iterator[str]:
+    table = np.load(resolve(root, file), allow_pickle=False)
+    if table.shape != wanted.shape:
+        yield f"{file} has shape {table.shape}, the tokenizer's {wanted.shape}"
+    elif entries := int((table.view(np.uint32) != wanted.view(np.uint32)).any(axis=1).sum()):
+        yield f"{entries} entries of {file} are not the tokenizer's"
+
+
+def _teacher_faults(teacher: Teacher, module: Any) -> Iterator[str]:
+    size = module.geometry
+    wanted = {"starts": tuple(size.starts), "guidance": module.guidance, "layers": size.depth}
+    wanted |= {"heads": size.heads, "head_width": size.head_width}
+    said = {key: getattr(teacher, key) for key in wanted}
+    yield from _differences(said, wanted, "bundle.json: teacher", "the model has")
 
 
 def _noise_faults() -> Iterator[str]:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ddexport.runtime.files import write_arrays
-from ddexport.validate.compare import ReferenceRun, request_of
 from ddexport.validate.metrics.tokens import margins
+from ddexport.validate.reference import seeds_of
 
 if TYPE_CHECKING:
+    from ddexport.validate.reference import ReferenceRun
     from ddexport.validate.report import Report
 
 IMAGES = 8
@@ -25,13 +26,12 @@ def write_golden(path: Path, report: Report, runs: list[ReferenceRun]) -> None:
 
     Raises OutputError.
     """
-    seeds = request_of(report.images, report.seed, 1, report.settings["batch"]).seeds
     closest = np.min([_smallest_margin(run) for run in runs], axis=0)
     rows = np.sort(np.argsort(-closest, kind="stable")[:IMAGES])
     arrays = {
         "manifest": np.array(report.manifest),
         "steps": np.array([run.steps for run in runs]),
-        "seeds": seeds[rows],
+        "seeds": seeds_of(report.images, report.seed)[rows],
         "labels": np.array(report.settings["labels"], dtype=np.int64)[rows],
     }
     for run in runs:

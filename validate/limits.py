@@ -14,10 +14,12 @@ import click
 
 from ddexport.runtime import console
 from ddexport.runtime.errors import VerificationError
+from ddexport.validate.options import POSITIVE, shared
 
 if TYPE_CHECKING:
     from ddexport.runtime.bundle import Manifest
-    from ddexport.validate.metrics._base import Limits, Measurement
+    from ddexport.validate.metrics._base import Limits
+    from ddexport.validate.report import Measurement
 
 LOOSENESS = 2.0  # a limit is at most so many times the largest value of an unbroken bundle
 # What float32 and fp16 leave out of five seeds is nothing, or next to nothing; some seed will have a near
@@ -44,10 +46,10 @@ def limits_of(manifest: Manifest, precision: str, complete: bool = True) -> Limi
 
     stated = manifest.parity.get(precision)
     numbers: dict[str, Any] = stated if isinstance(stated, dict) else {}
-    names = [field.name for field in fields(Limits) if field.name != "provisional"]
-    needed = names if complete else [field.name for field in fields(Limits) if field.default is MISSING]
-    if manifest.teacher is None:
-        needed = [name for name in needed if name != "drawn_left_out"]
+    stating = [field for field in fields(Limits) if field.name != "provisional"]
+    needed = [field.name for field in stating if complete or field.default is MISSING]
+    if manifest.teacher is None and complete:
+        needed.remove("drawn_left_out")
     missing = [name for name in needed if not isinstance(numbers.get(name), (int, float))]
     if missing:
         raise VerificationError(
@@ -55,7 +57,7 @@ def limits_of(manifest: Manifest, precision: str, complete: bool = True) -> Limi
             f"state them in the recipe under parity.{precision}, and export again;"
             " `ddexport validate limits BUNDLE` measures what they can be",
         )
-    values: dict[str, Any] = {name: numbers.get(name) for name in names}
+    values: dict[str, Any] = {field.name: numbers.get(field.name) for field in stating}
     return Limits(**values, provisional=numbers.get("provisional", False))
 
 
@@ -74,79 +76,68 @@ class LimitRow:
         """`ok`, `not stated`, `too tight` or `too loose`."""
         if self.ratio is None:
             return "not stated"
-        if self.ratio < 1:
+        if not self.ratio >= 1:  # not a number, too
             return "too tight"
         return "ok" if self.ratio <= LOOSENESS * (1 + 1e-9) else "too loose"
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the verdict."""
+        return {**vars(self), "verdict": self.verdict}
 
 
 def worst_of(measurements: Iterable[Measurement]) -> dict[str, Measurement]:
     """The measurement furthest towards its limit, by the limit's name."""
     worst: dict[str, Measurement] = {}
     for row in measurements:
-        if not row.rule:
-            continue
-        known = worst.get(row.rule)
-        further = row.value > known.value if known and row.direction == "at most" else None
-        if known is None or further or (row.direction == "at least" and row.value < known.value):
-            worst[row.rule] = row
+        if row.rule:
+            worst[row.rule] = max(worst.get(row.rule, row), row, key=_excess)
     return worst
+
+
+def _excess(row: Measurement) -> float:
+    """How far a value goes towards its limit, and over it; what is not a number goes furthest."""
+    value = row.value if row.direction == "at most" else -row.value
+    return math.inf if math.isnan(value) else value
 
 
 def rows_of(measurements: Iterable[Measurement], precision: str) -> list[LimitRow]:
     """Every limit beside what was measured."""
-    rows = []
-    for name, row in worst_of(measurements).items():
-        ratio: float | None
-        if row.limit is None:
-            ratio = None
-        elif row.direction == "at least":
-            ratio = 10 ** ((row.value - row.limit) / 20) if math.isfinite(row.value) else math.inf
-        else:
-            ratio = row.limit / row.value if row.value else (1.0 if row.limit == 0 else math.inf)
-        if ratio is not None and ratio >= 1 and FIXED.get((name, precision)) == row.limit:
-            ratio = 1.0
-        rows.append(LimitRow(name, row.value, row.limit, ratio))
-    return rows
+    return [
+        LimitRow(name, row.value, row.limit, _ratio(row, FIXED.get((name, precision))))
+        for name, row in worst_of(measurements).items()
+    ]
 
 
-def table(rows: list[LimitRow]) -> str:
-    """For people."""
-    lines = [f"{'limit':20}{'measured':>12}{'limit':>12}{'ratio':>8}"]
-    for row in rows:
-        limit, ratio = ("" if value is None else f"{value:.4g}" for value in (row.limit, row.ratio))
-        lines.append(f"{row.limit_name:20}{row.measured:>12.4g}{limit:>12}{ratio:>8}  {row.verdict}")
-    return "\n".join(lines)
+def _ratio(row: Measurement, fixed: float | None) -> float | None:
+    """How loose a limit is, and 1 for one that is kept and `fixed`; None without one."""
+    if row.limit is None:
+        return None
+    if row.direction == "at least":
+        ratio = 10 ** ((row.value - row.limit) / 20)
+    elif row.value:
+        ratio = row.limit / row.value
+    else:
+        ratio = math.inf if row.limit else 1.0
+    return 1.0 if ratio >= 1 and fixed == row.limit else ratio
+
+
+def _text(value: str | float | None) -> str:
+    return value if isinstance(value, str) else "" if value is None else f"{value:.4g}"
 
 
 @click.command("limits", cls=console.Command, epilog=EPILOG)
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="How many seeds, from 0 on."
-)
-@click.option(
-    "--images",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Images for each seed.  [default: the recipe's, or 8]",
-)
+@shared("bundle")
+@click.option("--seeds", type=POSITIVE, default=5, show_default=True, help="How many seeds, from 0 on.")
+@shared("images", help="Images for each seed.  [default: the recipe's, or 8]")
 @click.option(
     "--fid-images",
     type=click.IntRange(min=2),
     metavar="N",
     help="Measure the limits of `validate fid` too, with N images for each seed.",
 )
-@click.option("--precision", metavar="NAME", help="Which graphs of the bundle.  [default: its first]")
-@click.option(
-    "--backend",
-    metavar="NAMES",
-    default="auto",
-    help="Engines, separated by commas.  [default: the best installed]",
-)
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Of engine and torch.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="The student's checkpoint.")
-@click.option("--vae", type=click.Path(path_type=Path), help="The tokenizer's checkpoint.")
-@click.option("--teacher", type=click.Path(path_type=Path), help="The teacher's checkpoint.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@shared("precision")
+@shared("backend", metavar="NAMES", help="Engines, separated by commas; auto: the best installed.")
+@shared("threads", "checkpoint", "vae", "teacher", "json")
 @console.debug_option
 def command(
     seeds: int, fid_images: int | None, backend: str, as_json: bool, teacher: Path | None, **options: Any
@@ -156,9 +147,8 @@ def command(
     A limit is at most twice the largest value, of all engines named. Exit code 3 where one is looser, or too
     tight for a seed.
     """
-    from ddexport.validate.fid_plan import Options as FidOptions
-    from ddexport.validate.fid_run import run_fid
     from ddexport.validate.parity import Options, run_parity
+    from ddexport.validate.report import wide_table
 
     measurements: list[Measurement] = []
     precision = ""
@@ -168,12 +158,15 @@ def command(
         precision = report.precision
         measurements += report.rows
         if fid_images:
-            measurements += run_fid(FidOptions(**{**arguments, "images": fid_images})).measurements
+            from ddexport.validate.fid import Options as FidOptions
+            from ddexport.validate.fid import run_fid
+
+            measurements += run_fid(FidOptions(**{**arguments, "images": fid_images}), state=None).rows
     rows = rows_of(measurements, precision)
     if as_json:
-        console.emit_json([{**vars(row), "verdict": row.verdict} for row in rows])
+        console.emit_json([row.to_dict() for row in rows])
     else:
-        click.echo(table(rows))
+        click.echo(wide_table([{key: _text(value) for key, value in row.to_dict().items()} for row in rows]))
     wrong = [row.limit_name for row in rows if row.verdict != "ok"]
     if wrong:
         raise VerificationError(

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ddexport.runtime import console
-from ddexport.runtime.errors import OutputError, VerificationError
+from ddexport.runtime.errors import VerificationError
+from ddexport.validate.options import report_directory, require_validate_extra, shared
 
 if TYPE_CHECKING:
-    from ddexport.validate.compare import ReferenceRun
     from ddexport.validate.metrics._base import Comparison
+    from ddexport.validate.reference import ReferenceRun
     from ddexport.validate.report import Report
 
 IMAGES = 8  # unless the recipe says how many
@@ -54,11 +55,10 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
     Raises DDError where one of the two cannot be run.
     """
     from ddexport.runtime.bundle import FILE_NAME, sha256_of
-    from ddexport.runtime.teacher import Sampling
-    from ddexport.validate.compare import compare, measure, noise_for, request_of, run_reference
+    from ddexport.validate.compare import compare, measure
     from ddexport.validate.contents import check_contents, check_recipe, open_manifest
     from ddexport.validate.limits import limits_of
-    from ddexport.validate.reference import build_reference, describe_weights
+    from ddexport.validate.reference import build_reference, describe_weights, request_of
     from ddexport.validate.report import SCHEMA, Report, versions
     from ddexport.validate.runners import opened
     from ddexport.validate.weights import compare_weights
@@ -81,19 +81,13 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
             f"warning: the limits are for {stated} images: of {images}, a share may pass one by chance",
             err=True,
         )
-    request = request_of(images, options.seed, manifest.classes, options.batch)
+    request = request_of(manifest, images, options.seed, options.batch)
     how = (options.backend, options.precision, options.emulate, options.threads)
     with opened(options.bundle, manifest, *how) as pipe:
         limits = limits_of(manifest, pipe.precision, complete)
-        work = 3 * images * len(reference.plans)
-        with console.progress(work, f"comparing {images} images") as bar:
-            noise = noise_for(reference, request)
-            runs = run_reference(reference, request, noise, bar.advance)
-            teacher = reference.recipe.teacher if reference.recipe else None
-            sampling = None
-            if teacher:
-                sampling = Sampling(teacher.cfg, teacher.top_k, teacher.top_p, teacher.temperature)
-            comparison = compare(pipe, runs, request, noise, sampling, bar.advance)
+        with console.progress(3 * images * len(reference.plans), f"comparing {images} images") as bar:
+            runs = reference.draw(request, bar.advance)
+            comparison = compare(pipe, runs, request, bar.advance)
         backend, precision = pipe.backend.name, pipe.precision
     weights = compare_weights(options.bundle, manifest, precision, reference)
     source = describe_weights(manifest)
@@ -123,68 +117,11 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
     return report, comparison, runs
 
 
-def _require_validate_extra() -> None:
-    from importlib.util import find_spec
-
-    from ddexport.runtime.errors import DDError
-
-    missing = [name for name in ("torch", "safetensors", "yaml") if find_spec(name) is None]
-    if missing:
-        raise DDError(f"the PyTorch reference needs {', '.join(missing)}", 'pip install "ddexport[validate]"')
-
-
-def _report_directory(bundle: Path, named: Path | None) -> Path | None:
-    """Where the report goes, checked before the work. None, with a warning, where the bundle is read-only."""
-    from ddexport.runtime.files import make_directory
-
-    if named is not None:
-        make_directory(named)
-        return named
-    if not bundle.is_dir():
-        return None  # which `load` will explain
-    try:
-        make_directory(bundle / "parity")
-    except OutputError as error:
-        click.echo(f"warning: {error.message}: no report; name a place with --report", err=True)
-        return None
-    return bundle / "parity"
-
-
-_PATH = click.Path(path_type=Path)
-_POSITIVE = click.IntRange(min=1)
-
-
 @click.command("parity", cls=console.Command, epilog=EPILOG)
-@click.argument("bundle", type=_PATH)
-@click.option(
-    "--images", type=_POSITIVE, metavar="N", help="How many to compare.  [default: the recipe's, or 8]"
-)
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of the noise.")
-@click.option(
-    "--batch", type=click.IntRange(min=2), default=8, show_default=True, help="The largest batch size tried."
-)
-@click.option("--precision", metavar="NAME", help="Which graphs of the bundle.  [default: its first]")
-@click.option("--backend", metavar="NAME", default="auto", help="The engine.  [default: the best installed]")
-@click.option(
-    "--emulate/--no-emulate",
-    default=None,
-    help="Round fp16 and bf16 on the CPU as a half engine does; not: the engine as it is."
-    "  [default: emulate on the CPU alone]",
-)
-@click.option("--checkpoint", type=_PATH, help="The student's checkpoint that the bundle was made from.")
-@click.option("--vae", type=_PATH, help="The tokenizer's checkpoint that the bundle was made from.")
-@click.option("--teacher", type=_PATH, help="The teacher's checkpoint that the bundle was made from.")
-@click.option(
-    "--weights",
-    type=click.Choice(["ema", "model"]),
-    help="Which copy of the student's weights to compare with.  [default: the bundle's own]",
-)
-@click.option("--threads", type=_POSITIVE, metavar="N", help="Of engine and torch.  [default: their choice]")
-@click.option(
-    "--device", metavar="NAME", default="cpu", show_default=True, help="Where PyTorch runs: cpu, cuda."
-)
-@click.option("--report", type=_PATH, metavar="DIR", help="Where to write it.  [default: BUNDLE/parity]")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@shared("bundle")
+@shared("images", help="How many to compare.  [default: the recipe's, or 8]")
+@shared("seed", "batch", "precision", "backend", "emulate", "checkpoint", "vae", "teacher", "weights")
+@shared("threads", "device", "report", "json")
 @console.debug_option
 def command(report: Path | None, as_json: bool, **options: Any) -> None:
     """Compare BUNDLE with the PyTorch model it was made from, in every schedule, on the same noise.
@@ -196,9 +133,9 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
     from ddexport.validate.golden import write_golden
     from ddexport.validate.report import table, write
 
-    _require_validate_extra()
+    require_validate_extra()
     request = Options(**options)
-    directory = _report_directory(request.bundle, report)
+    directory = report_directory(request.bundle, report)
     result, comparison, runs = run_parity(request)
     if directory is not None:
         shown = {

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from ddexport.validate.metrics._base import Comparison, FloatArray, ImagePair, StudentPair, largest_difference
+from ddexport.validate.metrics._base import Comparison, FloatArray, ImagePair, StepPair, largest_difference
 from ddexport.validate.metrics.tokens import margins
 
 INK, PALE, GRID = (32, 32, 36), (120, 120, 128), (225, 225, 230)
@@ -132,7 +132,7 @@ def _tile(image: FloatArray) -> Image.Image:
     return picture.resize((round(picture.width * scale), round(picture.height * scale)), method)
 
 
-def _largest_logit_error(pairs: Sequence[StudentPair]) -> float:
+def _largest_logit_error(pairs: Sequence[StepPair]) -> float:
     return max(
         largest_difference(p.expected.logits, p.got.logits, np.ones(p.expected.logits.shape[:2], dtype=bool))[
             0

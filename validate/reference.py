@@ -1,32 +1,97 @@
-"""The PyTorch reference of a bundle: the modules its manifest says it was made from, in eager mode.
+"""The PyTorch reference of a bundle: the modules its manifest says it was made from, in eager mode, and what
+they draw.
 
-torch is imported when a reference is built, so that the command's help stays fast.
+torch is imported when a reference is built, so that the command's help stays fast. Shapes: N images, L
+positions, Cv width of a code, T tokens of all steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 from msgspec import structs
 
-from ddexport.runtime.bundle import Manifest, Source, sha256_of
+from ddexport.runtime.bundle import Graph, Manifest, Source
 from ddexport.runtime.errors import DDError
 from ddexport.validate.devices import torch_device
-from ddexport.validate.metrics._base import FloatArray
+from ddexport.validate.metrics._base import Drawn, FloatArray, IntArray
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
-    from ddexport.validate.sampling import Plan, Sampler
+    from ddexport.validate.sampling import Pass, Plan, Sampler
 
 ROLES = ("student", "tokenizer")
+FILE_OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", "teacher": "--teacher"}
 SHOWN_DIGITS = 12
 
 
 class ReferenceFilesError(DDError):
     """The reference cannot be built: a checkpoint is missing, or is not the one the bundle was made from."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What both sides draw, in batches of at most `batch`.
+
+    labels (N,) int64; seeds (N,) uint64, and of image 0 of each seed the noise (N, L, Cv) float32 and the
+    numbers (N, L) float64 by which a teacher draws.
+    """
+
+    labels: IntArray
+    seeds: npt.NDArray[np.uint64]
+    batch: int
+    noise: FloatArray
+    uniforms: npt.NDArray[np.float64]
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The name of each image, for people."""
+        return tuple(f"image {i} (label {label})" for i, label in enumerate(self.labels))
+
+
+def seeds_of(images: int, seed: int) -> npt.NDArray[np.uint64]:
+    """Consecutive seeds, the first of which is `seed`."""
+    return np.array([(seed + i) % 2**64 for i in range(images)], dtype=np.uint64)
+
+
+def request_of(manifest: Manifest, images: int, seed: int, batch: int) -> Request:
+    """Labels spread over all classes, and consecutive seeds."""
+    from ddexport.validate.sampling import noise_of, uniforms_of
+
+    classes, size = manifest.classes, manifest.sequence
+    spread = np.arange(images, dtype=np.int64) * classes // images
+    seeds = seeds_of(images, seed)
+    noise, uniforms = noise_of(seeds, size.length, size.width), uniforms_of(seeds, size.length)
+    return Request((spread + seed % classes) % classes, seeds, batch, noise, uniforms)
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """What the reference drew in one schedule: all passes, the images (N, 3, H, W) in [0, 1] and as bytes."""
+
+    steps: str
+    plan: Plan
+    passes: list[Pass]
+    images: FloatArray
+    pixels: npt.NDArray[np.uint8]
+
+    @property
+    def title(self) -> str:
+        """The schedule, for people."""
+        if self.steps == "teacher":
+            return "teacher alone"
+        return f"{self.steps} step{'s' if self.steps != '1' else ''}"
+
+    @property
+    def drawn(self) -> Drawn:
+        """The outcome, with the tokens of all passes."""
+        tokens = np.concatenate([step.tokens for step in self.passes], axis=1)
+        return Drawn(tokens, self.passes[-1].sequence, self.pixels)
 
 
 class TorchReference:
@@ -36,17 +101,12 @@ class TorchReference:
     """
 
     def __init__(
-        self,
-        student: Any,
-        tokenizer: Any,
-        teacher: Any = None,
-        recipe: Recipe | None = None,
-        device: str = "cpu",
+        self, student: Any, tokenizer: Any, teacher: Any, recipe: Recipe, device: str = "cpu"
     ) -> None:
         """teacher: its pass with guidance and an explicit cache, `ddexport.graph.wrappers.TeacherGraph`."""
         self._student, self._tokenizer, self._teacher = student, tokenizer, teacher
         self.recipe, self.device = recipe, device
-        self.plans = plans_of(recipe, teacher is not None) if recipe else {}
+        self.plans = plans_of(recipe, teacher is not None)
 
     @property
     def codebook(self) -> FloatArray:
@@ -54,47 +114,63 @@ class TorchReference:
         table: FloatArray = self._tokenizer.codebook.detach().cpu().numpy()
         return table
 
+    @property
+    def teacher(self) -> Any:
+        """The auto-regressive module, or None."""
+        return None if self._teacher is None else self._teacher.teacher
+
     def weights(self, role: str) -> dict[str, npt.NDArray[Any]]:
         """The parameters and buffers of the module that a graph was made from, by name."""
         module = {"student": self._student, "decoder": self._tokenizer, "teacher": self.teacher}[role]
         return {name: tensor.cpu().numpy() for name, tensor in module.state_dict().items()}
 
-    @property
-    def teacher(self) -> Any:
-        """The auto-regressive module, or None."""
-        return None if self._teacher is None else self._teacher.teacher
+    def run(self, graph: Graph, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """What the modules compute in place of a graph of the bundle: named arrays in, named arrays out."""
+        import torch
+
+        module = {"student": self._student, "decoder": self._tokenizer, "teacher": self._teacher}[graph.role]
+        if graph.split:
+            module = self._student.at_split(graph.split)
+        with torch.inference_mode():
+            outputs = module(*(torch.from_numpy(array.copy()).to(self.device) for array in feeds.values()))
+        caches = [f"new_{name}" for name in feeds if name.startswith(("key_", "value_"))]
+        outputs_of = {"student": ["sequence", "tokens", "logits"], "decoder": ["image"]}
+        names = outputs_of.get(graph.role, ["logits", *caches])
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return {name: output.cpu().numpy() for name, output in zip(names, outputs, strict=True)}
 
     @property
     def sampler(self) -> Sampler:
         """What draws images from these modules, independently of the runtime."""
         from ddexport.validate.sampling import Sampler, TokenChoice
 
-        module = self.teacher
-        if module is None:
+        if self.teacher is None:
             return Sampler(self._student, self._tokenizer, device=self.device)
         from ddexport.distill.trainers import trainer
 
-        assert self.recipe is not None
         assert self.recipe.teacher is not None
-        generate, choice = trainer(module.family).generate, TokenChoice(**structs.asdict(self.recipe.teacher))
-        return Sampler(self._student, self._tokenizer, module, generate, choice, self.device)
+        generate = trainer(self.teacher.family).generate
+        choice = TokenChoice(**structs.asdict(self.recipe.teacher))
+        return Sampler(self._student, self._tokenizer, self.teacher, generate, choice, self.device)
 
-    def run(
-        self, role: str, split: int | None, feeds: Mapping[str, npt.NDArray[Any]]
-    ) -> dict[str, npt.NDArray[Any]]:
-        """What the graph of a role computes, of the student with that split, on named arrays; the names are
-        those of the contract."""
-        import torch
+    def draw(self, request: Request, advance: Callable[[int], None]) -> list[ReferenceRun]:
+        """Every schedule, in batches; `advance` is told how many images are done."""
+        from ddexport.validate.sampling import Pass, pixels_of
 
-        module = {"student": self._student, "decoder": self._tokenizer, "teacher": self._teacher}[role]
-        if split:
-            module = self._student.at_split(split)
-        with torch.inference_mode():
-            outputs = module(*(torch.from_numpy(array.copy()) for array in feeds.values()))
-        arrays = [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
-        caches = [f"new_{name}" for name in feeds if name.startswith(("key_", "value_"))]
-        names = {"student": ["sequence", "tokens", "logits"], "decoder": ["image"]}
-        return dict(zip(names.get(role, ["logits", *caches]), arrays, strict=True))
+        sampler, runs = self.sampler, []
+        for steps, plan in self.plans.items():
+            parts: list[list[Pass]] = []
+            images: list[FloatArray] = []
+            for start in range(0, len(request.labels), request.batch):
+                rows = slice(start, start + request.batch)
+                labels = request.labels[rows]
+                parts.append(sampler.sample(request.noise[rows], labels, plan, request.uniforms[rows]))
+                images.append(sampler.decode(parts[-1][-1].sequence))
+                advance(len(labels))
+            passes = [Pass.joined(same) for same in zip(*parts, strict=True)]
+            decoded = np.concatenate(images)
+            runs.append(ReferenceRun(steps, plan, passes, decoded, pixels_of(decoded)))
+        return runs
 
 
 def build_reference(
@@ -110,7 +186,7 @@ def build_reference(
     Args:
         manifest: of the bundle; its `weights` say where they came from.
         files: the published files of a bundle of kind `checkpoint`, by role: student, tokenizer, teacher.
-        weights: "ema" or "model"; by default the copy that the bundle was made from.
+        weights: the name of a state dict in the files; by default the one that the bundle was made from.
         threads: of torch, for the whole process; by default torch's own choice.
         teacher: whether the bundle's teacher, if it has one, is wanted too.
         device: torch's name of where it computes.
@@ -142,7 +218,7 @@ def build_reference(
         parts = {}
         for role in roles:
             path = _file_of(manifest, recipe, role, sources.get(role), files)
-            copy = weights or (sources[role].weights if role in sources else None) or "ema"
+            copy = weights or (sources[role].weights if role in sources else None)
             parts[role] = load_part(recipe, role, path, copy)
     connect(parts["student"], parts["tokenizer"])
     parts = {role: part.to(device) for role, part in parts.items()}
@@ -184,32 +260,29 @@ def _file_of(
     manifest: Manifest, recipe: Recipe, role: str, source: Source | None, files: Mapping[str, Path | None]
 ) -> Path:
     """The file that `role` is loaded from, its SHA-256 checked against the manifest's."""
+    from ddexport.families._weight_file import fingerprint
     from ddexport.recipe import embedded_weights
 
-    shipped = recipe.files[role].embedded
+    part, option = recipe.files[role], _option(recipe, role)
+    name, file = source.file if source else part.file, files.get(role)
     if manifest.weights.kind == "embedded":
         _refuse_files(manifest, recipe, files)
-    # The second case is a recipe with embedded weights, the other part of which was replaced at the export.
-    if manifest.weights.kind == "embedded" or (source and source.file == shipped and not files.get(role)):
-        path = Path(embedded_weights(recipe.files[role]))
-        what = f"the embedded weights {path.name} are"
-        hint = "they have changed since the export: export the bundle again"
+    # Of a recipe with embedded weights one part can have been replaced at the export: the other one ships.
+    if manifest.weights.kind == "embedded" or (source and name == part.embedded and not file):
+        path = Path(embedded_weights(part))
+        what, hint = f"the embedded weights {path.name} are", "they have changed: export the bundle again"
+    elif file is None:
+        digest = f" (sha256 {_short(source.sha256)})" if source else ""
+        raise ReferenceFilesError(
+            f"bundle {manifest.name} was made from {name}{digest}; the reference needs that file",
+            f"give it with {option} {name}",
+        )
+    elif not file.exists():
+        raise ReferenceFilesError(f"{option}: there is no file {file}", f"give the path of {name}")
     else:
-        option = _option(recipe, role)
-        name = source.file if source else recipe.files[role].file
-        file = files.get(role)
-        if file is None:
-            digest = f" (sha256 {_short(source.sha256)})" if source else ""
-            raise ReferenceFilesError(
-                f"bundle {manifest.name} was made from {name}{digest}; the reference needs that file",
-                f"give it with {option} {name}",
-            )
-        if not file.is_file():
-            raise ReferenceFilesError(f"{option}: there is no file {file}", f"give the path of {name}")
-        path = file
-        what = f"{option} {path} is"
+        path, what = file, f"{option} {file} is"
         hint = f"give the {name} that the bundle was exported from with {option}, or export the bundle again"
-    if source is not None and (sha256 := sha256_of(path)) != source.sha256:
+    if source is not None and (sha256 := fingerprint(path)[0]) != source.sha256:
         raise ReferenceFilesError(
             f"{what} not what bundle {manifest.name} was made from:"
             f" sha256 {_short(sha256)}, the manifest says {_short(source.sha256)}",
@@ -228,14 +301,7 @@ def _refuse_files(manifest: Manifest, recipe: Recipe, files: Mapping[str, Path |
 
 
 def _option(recipe: Recipe, role: str) -> str:
-    return (
-        recipe.files[role].option
-        or {
-            "student": "--checkpoint",
-            "tokenizer": "--vae",
-            "teacher": "--teacher",
-        }[role]
-    )
+    return recipe.files[role].option or FILE_OPTIONS[role]
 
 
 def _short(digest: str) -> str:

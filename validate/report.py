@@ -1,4 +1,4 @@
-"""A report: rows held to limits, how they were measured, and of which bundle; as text, as JSON, read back.
+"""A report: rows with their limits, how they were measured, and of which bundle; as text, as JSON, read back.
 
 `validate parity` and `validate fid` write one into BUNDLE/parity, as `KIND-PRECISION.json` with its pictures
 beside it; `validate/page.py` shows all that lie there.
@@ -31,7 +31,7 @@ class ReportError(DDError):
 
 
 class Measurement(Record, frozen=True):
-    """One number, the limit it is held to, and where it is worst.
+    """One number, its limit, and where it is worst.
 
     low, high: a 95 % interval, where there is one. `limit` None makes it information: it cannot fail. A value
     that is not a number never passes. `counts` holds what the value was counted from. rule: the field of the
@@ -147,6 +147,8 @@ class Report(Record, frozen=True):
     def to_dict(self) -> dict[str, Any]:
         """As plain data, with the verdict; what is not finite becomes a string, as JSON lacks it."""
         data: dict[str, Any] = _finite(to_builtins(self))
+        for row, measured in zip(data["rows"], self.rows, strict=True):
+            row["passed"] = measured.passed
         return data | {"passed": self.passed, "verdict": self.verdict}
 
 
@@ -221,9 +223,11 @@ def _finite(value: Any) -> Any:
 
 
 def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
-    """The values that are not finite as numbers again."""
+    """The values that are not finite as numbers again, and no verdicts."""
     rows = fields.get("rows")
     for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, dict):
+            row.pop("passed", None)
         for key in ("value", "low", "high", "limit") if isinstance(row, dict) else ():
             if row.get(key) in ("nan", "inf", "-inf"):
                 row[key] = float(row[key])

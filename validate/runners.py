@@ -1,15 +1,18 @@
-"""Opens a bundle as users do, a half precision on the CPU with every rounding of a half engine.
+"""What runs the graphs of a bundle: the engine that users have, or a half engine emulated on the CPU.
 
 ONNX Runtime's CPU provider keeps fp16 graphs in float32 between operators, so that a comparison with it would
-show a fraction of the error, and it cannot run bf16 graphs at all (docs/precision.md).
+show a fraction of the error, and it cannot run bf16 graphs at all (docs/precision.md). Each runner has
+`run(graph, feeds)`, from named arrays to named arrays; so has `reference.TorchReference`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ddexport.runtime.backends import AUTO, CPU, Arrays, Configuration, configurations
 from ddexport.runtime.backends.onnxruntime import OnnxRuntime
@@ -36,6 +39,14 @@ class Emulated(OnnxRuntime):
         return {name: outputs[name] for name in names}
 
 
+def in_batches(run: Callable[[Arrays], Mapping[str, Any]], feeds: Arrays, size: int) -> dict[str, Any]:
+    """What `run` gives for any number of rows, which it gets in batches of at most `size`."""
+    count = len(next(iter(feeds.values())))
+    starts = range(0, count, size)
+    parts = [run({name: array[start : start + size] for name, array in feeds.items()}) for start in starts]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 @contextmanager
 def opened(
     root: Path,
@@ -51,19 +62,18 @@ def opened(
     The hashes of its files are not checked again. Raises DDError where it cannot be run.
     """
     half = emulated_precision(root, manifest, backend, precision, emulate, device)
-    if half is None:
-        try:
+    try:
+        if half is None:
             loaded = load(root, backend, threads, precision, verify=False, device=device)
-        except BackendError as error:
-            if not error.hint.startswith("The bundle is damaged"):
-                raise  # an engine that is not here
-            raise VerificationError(f"the bundle does not run: {error.message}", error.hint) from error
-        with loaded as pipe:
-            yield pipe
-        return
-    labels = read_labels(resolve(root, manifest.labels.file), manifest.classes)
-    engine = Emulated(root, manifest, Configuration("onnxruntime", "cpu", half, half, CPU), threads)
-    with Pipeline(root, manifest, labels, engine) as pipe:
+        else:
+            labels = read_labels(resolve(root, manifest.labels.file), manifest.classes)
+            engine = Emulated(root, manifest, Configuration("onnxruntime", "cpu", half, half, CPU), threads)
+            loaded = Pipeline(root, manifest, labels, engine)
+    except BackendError as error:
+        if not error.hint.startswith("The bundle is damaged"):
+            raise  # an engine that is not here
+        raise VerificationError(f"the bundle does not run: {error.message}", error.hint) from error
+    with loaded as pipe:
         yield pipe
 
 

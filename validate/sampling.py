@@ -2,14 +2,14 @@
 
 What the runtime computes in numpy is computed here a second time, in torch and from the papers, so that a
 fault of the runtime's sampler shows as a difference. Nothing but the noise and the errors may come from
-`runtime` (an import contract in pyproject.toml); the noise is held to the vectors of docs/noise.md instead.
+`runtime` (an import contract in pyproject.toml); `contents` checks the noise by the vectors of docs/noise.md.
 
 Shapes: N images, L positions, Cv width of a code, S split, V codebook. Source: arXiv 2412.17153, algorithm 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -73,6 +73,13 @@ class Pass:
     tokens: IntArray
     sequence: FloatArray
 
+    @staticmethod
+    def joined(parts: Sequence[Pass]) -> Pass:
+        """The same pass of several batches in one."""
+        names = ("inputs", "logits", "tokens", "sequence")
+        arrays = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
+        return Pass(parts[0].role, parts[0].known, *arrays)
+
 
 def noise_of(seeds: npt.NDArray[np.uint64], length: int, width: int) -> FloatArray:
     """The noise (N, L, Cv) of image 0 of every seed (N,)."""
@@ -94,42 +101,28 @@ class Sampler:
     """Samples from the reference's modules, which lie on `device`; arrays in and out are numpy's."""
 
     def __init__(
-        self,
-        student: Module,
-        tokenizer: Module,
-        teacher: Module | None = None,
-        generate: GenerateTokens | None = None,
-        choice: TokenChoice | None = None,
-        device: str = "cpu",
-    ) -> None:
+        self, student: Module, tokenizer: Module, teacher: Module | None = None,
+        generate: GenerateTokens | None = None, choice: TokenChoice | None = None, device: str = "cpu",
+    ) -> None:  # fmt: skip
         self.student, self.tokenizer, self.teacher = student, tokenizer, teacher
         self.generate, self.choice, self.device = generate, choice, device
 
     def sample(
-        self,
-        noise: FloatArray,
-        labels: IntArray,
-        plan: Plan,
-        uniforms: npt.NDArray[np.float64] | None = None,
+        self, noise: FloatArray, labels: IntArray, plan: Plan, uniforms: npt.NDArray[np.float64] | None = None
     ) -> list[Pass]:
         """All passes of a schedule. noise (N, L, Cv), labels (N,), uniforms (N, L) where a teacher draws."""
         with torch.inference_mode():
-            start = self._tensor(noise)
-            label = self._tensor(labels)
+            start, label = self._tensor(noise), self._tensor(labels)
+            tokens, sequence = label.new_zeros(len(label), 0), start
             passes: list[Pass] = []
-            sequence, tokens = start, label.new_zeros(len(label), 0)
             for role, known in plan.passes:
                 if role == "student":
-                    inputs, logits, sequence, tokens = self._student(
-                        start, label, plan.split, known, sequence, tokens
-                    )
+                    step = self._student(start, label, plan.split, known, tokens, sequence)
                 else:
                     assert uniforms is not None
-                    inputs, logits, sequence, tokens = self._teacher(
-                        start, label, plan, sequence, tokens, self._tensor(uniforms)
-                    )
-                arrays = [tensor.cpu().numpy() for tensor in (inputs, logits, tokens, sequence)]
-                passes.append(Pass(role, known, *arrays))
+                    step = self._teacher(start, label, plan, tokens, sequence, self._tensor(uniforms))
+                tokens, sequence = step[2:]
+                passes.append(Pass(role, known, *(tensor.cpu().numpy() for tensor in step)))
             return passes
 
     def decode(self, sequence: FloatArray) -> FloatArray:
@@ -139,7 +132,7 @@ class Sampler:
         return images
 
     def _student(
-        self, noise: Tensor, label: Tensor, split: int, known: int, sequence: Tensor, tokens: Tensor
+        self, noise: Tensor, label: Tensor, split: int, known: int, tokens: Tensor, sequence: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The first `known` positions as they were left, and the original noise behind them."""
         position = torch.arange(noise.shape[1], device=noise.device)
@@ -147,16 +140,14 @@ class Sampler:
         sequence, _, logits = self.student.at_split(split)(inputs, label, torch.full_like(label, known))
         chosen = logits.argmax(-1)
         kept = min(known, chosen.shape[1])
-        return inputs, logits, sequence, torch.cat([tokens[:, :kept], chosen[:, kept:]], 1)
+        return inputs, logits, torch.cat([tokens[:, :kept], chosen[:, kept:]], 1), sequence
 
     def _teacher(
-        self, noise: Tensor, label: Tensor, plan: Plan, sequence: Tensor, tokens: Tensor, uniforms: Tensor
+        self, noise: Tensor, label: Tensor, plan: Plan, tokens: Tensor, sequence: Tensor, uniforms: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """AR steps behind the student's prefix, of which the regressed embeddings count as the nearest
         codes."""
-        assert plan.teacher is not None
-        assert self.choice is not None
-        assert self.generate is not None
+        assert plan.teacher is not None and self.choice is not None and self.generate is not None
         (first, end), choice, codebook = plan.teacher, self.choice, self.tokenizer.codebook
         own = tokens[:, :first]
         nearest = torch.cdist(sequence[:, own.shape[1] : first].double(), codebook.double()).argmin(-1)
@@ -168,8 +159,7 @@ class Sampler:
             return chosen_tokens(logits, uniforms[:, positions], choice)
 
         tokens = self.generate(self.teacher, self.tokenizer, label, choose, choice.cfg, prefix, end)
-        sequence = torch.cat([codebook[tokens], noise[:, end:]], 1)
-        return prefix, torch.cat(guided, 1), sequence, tokens
+        return prefix, torch.cat(guided, 1), tokens, torch.cat([codebook[tokens], noise[:, end:]], 1)
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.array(array)).to(self.device)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddexport.runtime.bundle import Manifest
-from ddexport.validate.metrics._base import Measurement
+from ddexport.validate.report import Measurement
 
 if TYPE_CHECKING:
     from ddexport.validate.reference import TorchReference
@@ -33,18 +33,16 @@ def compare_weights(
 
     A graph that was traced apart from the float32 graph is compared with the reference's weights, by name.
     """
+    if precision == FLOAT32:
+        return []
     graphs = {(graph.role, graph.split, graph.precision): root / graph.file for graph in manifest.graphs}
     rows = []
-    reduced = [] if precision == FLOAT32 else [key for key in graphs if key[2] == precision]
-    for role, split, _ in reduced:
+    for role, split in [key[:2] for key in graphs if key[2] == precision]:
         path, full = graphs[role, split, precision], graphs.get((role, split, FLOAT32))
-        model = _load(path)
-        wanted, note = reference.weights(role), ""
-        twin = _initializers(_load(full)) if full else {}
-        traced_together = _names(model) <= set(twin)
-        if traced_together:
-            wanted = twin
-        else:
+        model, wanted = _load(path), _initializers(_load(full)) if full else {}
+        traced_together, note = _names(model) <= set(wanted), ""
+        if not traced_together:
+            wanted = reference.weights(role)
             note = "those that PyTorch has by name: there is no float32 graph of the same trace"
         wrong = dict(_wrong(model, wanted, traced_together))
         worst = max(wrong, key=lambda weight: wrong[weight], default="")
@@ -62,30 +60,34 @@ def _names(model: Any) -> set[str]:
 def _wrong(model: Any, wanted: Weights, exact: bool) -> Iterator[tuple[str, int]]:
     """Name and number of wrong values of every weight that has some. exact: one without its like counts
     whole."""
-    reduced = _initializers(model)
-    quantized: set[str] = set()
-    for node in model.graph.node:
-        if node.op_type != "DequantizeLinear" or node.input[0] not in reduced:
-            continue
-        values, scale, zero = (reduced[name] for name in node.input)
-        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
-        shape = [-1 if scale.ndim and number == axis % values.ndim else 1 for number in range(values.ndim)]
-        step = np.abs(scale.reshape(shape).astype(np.float64)) if scale.ndim else np.float64(scale)
-        restored = (values.astype(np.float64) - zero.reshape(shape if zero.ndim else ())) * step
-        quantized.update(node.input)
-        like = wanted.get(node.input[0].removesuffix(SUFFIX))
-        if like is None or like.shape != restored.shape:
-            yield from [(node.input[0], restored.size)] if exact else []
-        elif count := int((np.abs(restored - like) > (0.5 + TOLERANCE) * step + 1e-12).sum()):
-            yield node.input[0], count
-    for name, array in reduced.items():
-        if name in quantized or name.endswith(CALIBRATED):
-            continue  # of activations: calibrated, so only the outputs can tell
-        like = wanted.get(name)
+    for name, array, tolerance in _stored(model):
+        like = wanted.get(name.removesuffix(SUFFIX))
         if like is None or like.shape != array.shape:
-            yield from [(name, array.size)] if exact else []
-        elif count := int((like.astype(array.dtype) != array).sum()):
+            count = array.size if exact else 0
+        elif tolerance is None:
+            count = int((like.astype(array.dtype) != array).sum())
+        else:
+            count = int((np.abs(array - like) > tolerance).sum())
+        if count:
             yield name, count
+
+
+def _stored(model: Any) -> Iterator[tuple[str, npt.NDArray[Any], npt.NDArray[Any] | None]]:
+    """Name and values of every weight; of a quantized one what it stands for, and how far rounding goes."""
+    stored, quantized = _initializers(model), set[str]()
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored:
+            quantized.update(node.input)
+            values, scale, zero = (stored[name] for name in node.input)
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+            others = tuple(number for number in range(values.ndim) if number != axis % values.ndim)
+            scale, zero = (np.expand_dims(one, others) if one.ndim else one for one in (scale, zero))
+            step = np.abs(scale.astype(np.float64))
+            yield node.input[0], (values.astype(np.float64) - zero) * step, (0.5 + TOLERANCE) * step + 1e-12
+    for name, array in stored.items():
+        # Those of activations are calibrated: only the outputs can tell.
+        if name not in quantized and not name.endswith(CALIBRATED):
+            yield name, array, None
 
 
 def _load(path: Path) -> Any:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ddexport.precision.policy import FLOAT32
 from ddexport.runtime import console
 
 if TYPE_CHECKING:
@@ -30,14 +29,14 @@ Examples:
 @console.debug_option
 def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
     """Show a bundle: model, weights, graphs, schedules. All hashes are checked."""
-    from ddexport.precision.table import error_table, read_accuracy, summary
+    from ddexport.card import accuracy_lines, read_accuracy
     from ddexport.runtime.bundle import read_manifest
 
     manifest = read_manifest(bundle, verify=not no_verify)
     if as_json:
         click.echo(json.dumps(json.loads(manifest.to_json()), indent=2))
         return
-    s, weights, accuracy = manifest.sequence, manifest.weights, read_accuracy(bundle)
+    s, weights = manifest.sequence, manifest.weights
     click.echo(f"{manifest.name}: {manifest.title}")
     click.echo(f"  images     {manifest.image.width}x{manifest.image.height}, {manifest.classes} classes")
     click.echo(
@@ -59,17 +58,15 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
         what = f"{graph.role}, split {graph.split}" if graph.split else graph.role
         files = ", ".join(info.file for info in graph.files)
         click.echo(f"  {what:10} {graph.precision}, {size:.1f} MiB in {files}")
-        if graph.precision != FLOAT32 and graph.file in accuracy:
-            kept = ", ".join(graph.keep_fp32)
-            measured = accuracy[graph.file]
-            click.echo(f"             {summary(graph, measured)}{f', kept in fp32: {kept}' if kept else ''}")
-            for line in error_table(measured["errors"]):
-                click.echo(f"             {line}")
+        if graph.keep_fp32:
+            click.echo(f"             kept in fp32: {', '.join(graph.keep_fp32)}")
         for arrow, tensors in zip(("in", "out"), manifest.tensors(graph), strict=True):
             for tensor in tensors:
                 if not _is_repeated(tensor):
                     shape = ", ".join(map(str, tensor.shape))
                     click.echo(f"             {arrow:3} {tensor.name:9} {tensor.dtype} [{shape}]")
+    for line in accuracy_lines(read_accuracy(bundle)):
+        click.echo(f"  {line}")
     for steps, fid in manifest.published.get("fid", {}).items():
         click.echo(f"  published  FID {fid} in {steps} step{'s' if steps != '1' else ''}")
     click.echo(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from ddexport.graph.rewrites import REWRITES
 from ddexport.precision.policy import FLOAT32, HALVES, INT8, PRECISIONS
 from ddexport.quantize.policy import IMAGES
 from ddexport.runtime import console
@@ -21,7 +20,6 @@ Examples:
   ddexport onnx --model digits-var --precision fp32,fp16,bf16
   ddexport onnx --model digits-var --precision fp32,int8 --calibration 256
   ddexport onnx --model digits-var --precision fp16 --keep-fp32 'blocks.3.*' -o build/mixed
-  ddexport onnx --model digits-var --without attention --without group-norm -o build/plain
 """
 
 existing = click.Path(path_type=Path)
@@ -37,21 +35,19 @@ def _named_precisions(context: click.Context, parameter: click.Parameter, value:
     return names
 
 
-def _described() -> str:
-    return "; ".join(f"{name}: {rule.what}" for name, rule in REWRITES.items()) + "."
-
-
 @click.command("onnx", cls=console.Command, epilog=EPILOG)
 @click.option(
     "--model", required=True, metavar="NAME|YAML", help="A name of `ddexport models`, or a recipe file."
 )
-@click.option("--checkpoint", type=existing, help="The student's weights, .pth or .safetensors.")
-@click.option("--vae", type=existing, help="The tokenizer's weights, .pth or .safetensors.")
+@click.option("--checkpoint", type=existing,
+              help="The student's weights, torch or safetensors; of shards the index or directory.")  # fmt: skip
+@click.option("--vae", type=existing, help="The tokenizer's weights, likewise.")
 @click.option("--teacher", metavar="FILE|random|none",
               help="The teacher's weights, for steps that involve it; random beside --random-weights."
               " [default: those that ship with the project, if any]")  # fmt: skip
-@click.option("--weights", type=click.Choice(["ema", "model"]), default="ema", show_default=True,
-              help="Which copy of the student's weights the file holds to take.")  # fmt: skip
+@click.option("--weights", metavar="NAME",
+              help="Which state dict of a file with several, as trainer.ema_parameters, or its last part."
+              " [default: ema, if there is one]")  # fmt: skip
 @click.option("--random-weights", type=int, metavar="SEED", help="Random weights in place of the files.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The bundle directory. [default: build/NAME]"
@@ -63,9 +59,6 @@ def _described() -> str:
 @click.option("--calibration", type=click.IntRange(min=1), metavar="N",
               help="How many images of noise the ranges of int8 graphs are taken from; no data is needed."
               f" [default: {IMAGES}]")  # fmt: skip
-@click.option("--without", multiple=True, metavar="NAME", type=click.Choice(list(REWRITES)),
-              help="Leave out a rewrite of the graphs, to see what it gives. Repeatable."
-              f" {_described()}")  # fmt: skip
 @click.option("--opset", type=int, help="ONNX opset. [default: 20; bf16: 22]")
 @click.option("--force", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -75,13 +68,12 @@ def command(
     checkpoint: Path | None,
     vae: Path | None,
     teacher: str | None,
-    weights: str,
+    weights: str | None,
     random_weights: int | None,
     output: Path | None,
     precisions: tuple[str, ...],
     keep_fp32: tuple[str, ...],
     calibration: int | None,
-    without: tuple[str, ...],
     opset: int | None,
     force: bool,
     as_json: bool,
@@ -106,8 +98,8 @@ def command(
             " give one or the other"
         )
     _require_export_extra()
-    from ddexport.bundle import WeightRequest, export_bundle
-    from ddexport.precision.table import accuracy_lines, read_accuracy
+    from ddexport.card import accuracy_lines, read_accuracy
+    from ddexport.export import WeightRequest, export_bundle
     from ddexport.recipe import load_recipe
 
     recipe = load_recipe(model)
@@ -120,33 +112,21 @@ def command(
         opset=opset,
         force=force,
         stage=console.stage,
-        without=without,
         calibration=IMAGES if calibration is None else calibration,
     )
+    manifest, accuracy = exported.manifest, read_accuracy(exported.path)
     if as_json:
-        console.emit_json(
-            {
-                "bundle": str(exported.path),
-                "weights": exported.manifest.weights,
-                "graphs": exported.manifest.graphs,
-                "agreement": exported.agreement,
-                "accuracy": read_accuracy(exported.path),
-            }
-        )
+        graphs = {"weights": manifest.weights, "graphs": manifest.graphs, "accuracy": accuracy}
+        console.emit_json({"bundle": str(exported.path), **graphs})
         return
     click.echo(f"{exported.path}: {recipe.title}")
-    for file in dict.fromkeys(file for graph in exported.manifest.graphs for file in graph.files):
+    for file in dict.fromkeys(file for graph in manifest.graphs for file in graph.files):
         click.echo(f"  {file.file:24} {file.bytes / 2**20:9.1f} MiB")
-    if exported.agreement:
-        worst = max(exported.agreement, key=lambda a: a.error / a.limit)
-        place = f"{worst.role} {worst.output}, relative"
-        click.echo(f"  largest difference from PyTorch {worst.error:.1e} (fp32, {place})")
-    accuracy = read_accuracy(exported.path)
-    for graph in exported.manifest.graphs:
-        if graph.precision != FLOAT32:
-            click.echo("\n" + "\n".join(accuracy_lines(graph, accuracy[graph.file])))
-    if exported.manifest.weights.kind == "random":
-        click.echo(f"  random weights, seed {exported.manifest.weights.seed}: the images mean nothing")
+    click.echo("  largest error against PyTorch in float32, on random inputs:")
+    for line in accuracy_lines(accuracy):
+        click.echo(f"    {line}")
+    if manifest.weights.kind == "random":
+        click.echo(f"  random weights, seed {manifest.weights.seed}: the images mean nothing")
 
 
 def _teacher_file(teacher: str | None, random_weights: int | None) -> Path | None:

@@ -31,17 +31,13 @@ class Layout:
 
     `published(key)` gives the published name of one of our state-dict keys; where the file stores several
     tensors for one of ours (query, key and value), all names, to be concatenated along dimension 0.
-    `containers` is the way from the top of the file to the state dict, per `--weights` choice;
-    `alternatives` are the ways to it in files that hold one copy only, tried afterwards; a flat file is
-    accepted too. `recomputable` are published buffers that carry no information, as regular expressions:
+    `recomputable` are published buffers that carry no information, as regular expressions:
     they may be missing, and where present they must satisfy the check, or the file was made by different
     code. `rows(key)` is given where our tensor has the published one's rows in another order: for each of
     our rows the index of the published row, else None.
     """
 
     published: Callable[[str], tuple[str, ...]]
-    containers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    alternatives: tuple[tuple[str, ...], ...] = ()
     recomputable: Mapping[str, Callable[[Tensor], bool]] = field(default_factory=dict)
     rows: Callable[[str], Tensor | None] = lambda key: None
 

@@ -1,58 +1,79 @@
-"""Reading and writing the weights of a part: published `.pth` layouts and `.safetensors`.
+"""Reading and writing the weights of a part.
 
-Checkpoints are untrusted. Pickles are read with `weights_only`, so that none can run code; every key and
-every shape must be the expected one.
+A file may be a published checkpoint or one of a training run: it is searched for the recipe's model. They are
+untrusted: every key and every shape must be the expected one, every weight a finite float32 number.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import itertools
-import pickle
 import re
-import zipfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ddexport.families import family
-from ddexport.families._base import GeometryError, Layout, Student
-from ddexport.runtime.errors import DDError
+from ddexport.families._base import Layout, Student
+from ddexport.families._weight_file import SHARD, CheckpointError, read_weights
 from ddexport.runtime.files import atomic_write
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
 
 NAMED_KEYS = 4
+# What data parallelism, torch.compile, FSDP and activation checkpointing put into names, and what torch's
+# AveragedModel puts beside the weights.
+WRAPPERS = re.compile(r"(?<![^.])((module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+UPDATES = "n_averaged"
+COPIES = {"ema_parameters": "ema", "var_wo_ddp": "model"}  # VAR's names; LlamaGen's are these
+CONTAINERS = {".", "module", "state_dict"}  # places that do not say which copy it is
+
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 
-class CheckpointError(DDError):
-    """A weight file that cannot be read, or that holds another model."""
+class _Copy(NamedTuple):
+    """A state dict in a file: the keys that lead to it joined by dots, or "."; how it is not the recipe's."""
+
+    place: str
+    state: Mapping[str, Tensor]
+    faults: list[str]
+
+    def is_called(self, name: str) -> bool:
+        last = self.place.rpartition(".")[2]
+        return name in (self.place, COPIES.get(last)) or self.place.endswith(f".{name}")
 
 
-def load_part(recipe: Recipe, role: str, path: Path | str, weights: str = "ema") -> nn.Module:
+def load_part(recipe: Recipe, role: str, path: Path | str, weights: str | None = None) -> nn.Module:
     """The module of `role` with the weights of the file, float32, in evaluation mode.
 
     Args:
         recipe: says which geometry the file must have.
         role: "student", "tokenizer" or "teacher".
-        path: a published checkpoint or a `.safetensors` file with the published key names.
-        weights: "ema" (what the authors sample with) or "model", where the file holds both.
+        path: a checkpoint with the published key names; if it is sharded, its index or its directory.
+        weights: which state dict to take where the file has several: the keys that lead to it joined by dots,
+            the last of them, or "ema" or "model" of a published file; several names with commas, if files
+            differ. A student must be there by one of them. None is "ema" if there is one.
 
     Raises:
-        CheckpointError: the file is missing, damaged or unsafe, or its keys or shapes are not the recipe's.
+        CheckpointError: the file is missing, damaged or unsafe, or does not hold the recipe's model.
     """
     path = Path(path)
-    layout = family(recipe.family).layout(recipe, role)
-    state = _unwrapped(_read(path), layout, recipe, weights, path)
+    state = _find(recipe, role, path, weights).state
     with torch.device("meta"):
         module = family(recipe.family).build(recipe, role)
-    module.load_state_dict(_converted(state, module, layout, recipe, role, path), strict=True, assign=True)
+    layout = family(recipe.family).layout(recipe, role)
+    module.load_state_dict(_converted(state, module, layout, path), strict=True, assign=True)
     return _ready(module)
+
+
+def copy_taken(recipe: Recipe, role: str, path: Path, weights: str | None = None) -> str | None:
+    """The name of the state dict that `load_part` takes: it chooses it again. None for the whole file."""
+    place = _find(recipe, role, path, weights).place
+    return None if place == "." else COPIES.get(place.rpartition(".")[2], place)
 
 
 def random_part(recipe: Recipe, role: str, seed: int) -> nn.Module:
@@ -122,160 +143,140 @@ def _ready(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def _read(path: Path) -> object:
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}", "check the path")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        # LlamaGen's training code keeps its command line beside the weights: plain attributes, no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_plain_zip(path))
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:
-        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise CheckpointError(
-                f"{path} holds objects that are not weights ({named[1]}): loading them could run code",
-                "save the state dict alone, or convert the file to .safetensors",
-            ) from error
+def _find(recipe: Recipe, role: str, path: Path, weights: str | None) -> _Copy:
+    """The state dict of the recipe's part in a file; of several the one asked for."""
+    expected, free = _expected(recipe, role)
+    data = read_weights(path)
+    copies = list(_copies(data, expected, free))
+    if not copies:
+        content = _named("nothing but", map(str, data)) if isinstance(data, Mapping) else type(data).__name__
+        raise CheckpointError(f"{path} holds no weights, but {content}", f"give a state dict of the {role}")
+    names = weights.split(",") if weights else ["ema"]
+    asked = [c for c in copies if c.place in names] or [c for c in copies if any(map(c.is_called, names))]
+    if role != "student":  # the names may be of the student's file
+        asked = [copy for copy in asked if not copy.faults]
+    elif not weights:
+        asked = [copy for copy in asked if copy.state.keys() & expected]
+    fitting = [copy for copy in asked or copies if not copy.faults]
+    if not fitting:
+        nearest = max(asked or copies, key=lambda copy: len(copy.state.keys() & expected))
+        where = "" if nearest.place == "." else f" the nearest, {nearest.place}, differs:"
+        shard = "it is one of several shards: give their directory" if SHARD.fullmatch(path.name) else ""
         raise CheckpointError(
-            f"{path} is not a checkpoint, or not one of weights alone",
-            "give a .pth file as torch.save writes it, or a .safetensors file",
-        ) from error
-    except Exception as error:  # the bytes are untrusted: a damaged pickle can make the reader raise anything
-        raise CheckpointError(
-            f"{path} is damaged or not a checkpoint ({path.stat().st_size:,} bytes)",
-            "download it again and compare its size with the Hub's",
-        ) from error
-
-
-def _is_plain_zip(path: Path) -> bool:
-    """Whether the file is in torch's zip format and can be mapped. Refuses one that unpacks to more."""
-    with path.open("rb") as stream:
-        if stream.read(4) != b"PK\3\4":
-            return False
-    with zipfile.ZipFile(path) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-            raise CheckpointError(f"{path} is compressed; checkpoints are not", "save it with torch.save")
-    return True
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or not a safetensors file ({path.stat().st_size:,} bytes)",
-            "download it again and compare its size with the Hub's",
-        ) from error
-
-
-def _unwrapped(
-    data: object, layout: Layout, recipe: Recipe, weights: str, path: Path
-) -> Mapping[str, Tensor]:
-    """The state dict inside the file: at one of the layout's places, or the file itself if it is flat."""
-    if _is_flat(data):
-        return data  # type: ignore[return-value]
-    place = layout.containers.get(weights, ())
-    for container in (place, *layout.alternatives):
-        if _is_flat(inside := _inside(data, container)):
-            return inside  # type: ignore[return-value]
-    if place and _inside(data, place) is None:
-        parts = data.values() if isinstance(data, Mapping) else ()
-        guesses = (_guess(part, recipe) for part in parts if _is_flat(part))
-        advice = f"choose --weights {'|'.join(layout.containers)}, or give the published file"
-        raise CheckpointError(
-            f"{path} has no {'.'.join(place)}; it holds {_content(data)}",
-            "; ".join([*itertools.islice(filter(None, guesses), 1), advice]),
+            f"{path} does not hold the {role} of {recipe.name}:{where} {'; '.join(nearest.faults)}",
+            shard or _guess(nearest.state, recipe) or "check the model's name and the file",
         )
-    raise CheckpointError(
-        f"{path} holds no weights where this part keeps them, but {_content(data)}",
-        "give the published file of this part",
-    )
+    places = ", ".join(copy.place for copy in fitting)
+    if weights and not asked and role == "student" and {copy.place for copy in fitting} - CONTAINERS:
+        hint = f"choose with --weights {fitting[0].place}"
+        raise CheckpointError(f"{path} has no {weights}; it holds the student as {places}", hint)
+    if len(fitting) > 1:
+        fitting = [copy for copy in fitting if copy.is_called("ema")]
+    if len(fitting) != 1:
+        raise CheckpointError(f"{path} holds the {role} as {places}", "choose with --weights NAME")
+    return fitting[0]
 
 
-def _inside(data: object, container: tuple[str, ...]) -> object:
-    for key in container:
-        data = data.get(key) if isinstance(data, Mapping) else None
-    return data
+def _copies(data: object, expected: Shapes, free: Collection[str]) -> Iterator[_Copy]:
+    """The dictionaries of tensors in a file, and the parts of them behind a prefix of the recipe's keys."""
+    anchor = next(iter(expected))
+    for path, tensors in _dictionaries(data):
+        named = {WRAPPERS.sub("", key): value for key, value in tensors.items()}
+        if len(named) < len(tensors):  # with wrapper and without: not to be taken for one another
+            named = tensors
+        prefixes = {key.removesuffix(anchor) for key in named if f".{key}".endswith(f".{anchor}")}
+        for prefix in sorted(prefixes) or [""]:
+            state = {key[len(prefix) :]: named[key] for key in named if key.startswith(prefix)}
+            place = ".".join((*path, prefix)).strip(".") or "."
+            yield _Copy(place, state, list(_faults(state, expected, free)))
 
 
-def _is_flat(data: object) -> bool:
-    return (
-        isinstance(data, Mapping)
-        and bool(data)
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in data.items())
-    )
+def _dictionaries(data: object) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """The keys that lead to each nested dictionary with tensors in it, and these tensors."""
+    queue, opened = [((), data)], set()  # type: ignore[var-annotated]
+    for path, node in queue:
+        if not isinstance(node, Mapping):
+            continue
+        if tensors := {k: v for k, v in node.items() if isinstance(k, str) and isinstance(v, Tensor)}:
+            yield path, tensors
+        if id(node) not in opened:  # a dictionary may hold itself
+            opened.add(id(node))
+            queue.extend(((*path, str(key)), value) for key, value in node.items())
 
 
-def _content(data: object) -> str:
-    if isinstance(data, Mapping):
-        return _named("", list(map(str, data))) or "nothing"
-    return f"a {type(data).__name__}"
+def _expected(recipe: Recipe, role: str) -> tuple[Shapes, Collection[str]]:
+    """Names and shapes of a part's published tensors, and patterns of those that may be missing."""
+    with torch.device("meta"):
+        module = family(recipe.family).build(recipe, role)
+    layout = family(recipe.family).layout(recipe, role)
+    shapes = {}
+    for key, value in module.state_dict().items():
+        names = layout.published(key)
+        for name, part in zip(names, value.chunk(len(names)), strict=True):
+            shapes[name] = tuple(part.shape)
+    return shapes, (*layout.recomputable, UPDATES)
+
+
+def _faults(state: Mapping[str, Tensor], expected: Shapes, free: Collection[str]) -> Iterator[str]:
+    """What tells the tensors from the recipe's, by kind. Where blocks are missing, their number is told."""
+    here, wanted = _blocks(state), _blocks(expected)
+    counted = [stem for stem in wanted if here.get(stem, wanted[stem]) != wanted[stem]]
+    for stem in counted:
+        yield f"{here[stem]} {stem.rpartition('.')[2]}, the recipe has {wanted[stem]}"
+    missing = [k for k in expected if k not in state]
+    unknown = [k for k in state if k not in expected and not any(re.fullmatch(p, k) for p in free)]
+    misshapen = [
+        f"{k} {_shape(state[k].shape)} for {_shape(shape)}"
+        for k, shape in expected.items()
+        if k in state and _squeezed(state[k].shape) != _squeezed(shape)
+    ]
+    for what, keys in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen)):
+        if others := [k for k in keys if not k.startswith(tuple(f"{stem}." for stem in counted))]:
+            yield _named(what, others)
+
+
+def _blocks(keys: Iterable[str]) -> dict[str, int]:
+    """How many numbered blocks there are, by what precedes the number."""
+    blocks = {block[0]: block[1] for key in keys if (block := re.match(r"(.*?)\.\d+\.", key))}
+    return Counter(blocks.values())
 
 
 def _converted(
-    state: Mapping[str, Tensor], module: nn.Module, layout: Layout, recipe: Recipe, role: str, path: Path
+    state: Mapping[str, Tensor], module: nn.Module, layout: Layout, path: Path
 ) -> dict[str, Tensor]:
-    """The file's tensors under our names, float32. Raises `CheckpointError` that names what differs."""
-    expected = _published_shapes(module, layout)
-    free = {k for k in state if any(re.fullmatch(p, k) for p in layout.recomputable)}
-    missing = [k for k in expected if k not in state]
-    extra = [k for k in state if k not in expected and k not in free]
-    misshapen = [
-        f"{k} {_shape(state[k].shape)} for {_shape(expected[k])}"
-        for k in expected
-        if k in state and _squeezed(state[k].shape) != _squeezed(expected[k])
-    ]
-    differences = [_named("missing", missing), _named("unknown", extra), _named("misshapen", misshapen)]
-    if any(differences):
-        raise CheckpointError(
-            f"{path} does not hold the {role} of {recipe.name}: {'; '.join(filter(None, differences))}",
-            _guess(state, recipe) or "check the model's name and the file",
-        )
-    for key in expected:
-        if not _is_sound(state[key]):
-            raise CheckpointError(f"{path}: {key} is not a dense array of finite numbers", "get another copy")
-    for key in free:
-        check = next(c for p, c in layout.recomputable.items() if re.fullmatch(p, key))
-        if not _holds(check, state[key]):
-            raise CheckpointError(
-                f"{path}: {key} is not what this family computes it to be",
-                "the file was made by different code",
-            )
+    """The file's tensors under our names, float32."""
+    for key in state:
+        for pattern, check in layout.recomputable.items():
+            if re.fullmatch(pattern, key) and not _holds(check, state[key]):
+                raise CheckpointError(
+                    f"{path}: {key} is not what this family computes it to be",
+                    "the file was made by different code",
+                )
     converted = {}
     for key, parameter in module.state_dict().items():
-        parts = [state[name].float() for name in layout.published(key)]
+        parts = [_float32(state[name], f"{path}: {name}") for name in layout.published(key)]
         value = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(parameter.shape)
         rows = layout.rows(key)
         converted[key] = value if rows is None else value[rows]
     return converted
 
 
-def _published_shapes(module: nn.Module, layout: Layout) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for key, value in module.state_dict().items():
-        names = layout.published(key)
-        for name, part in zip(names, value.chunk(len(names)), strict=True):
-            shapes[name] = tuple(part.shape)
-    return shapes
-
-
-def _is_sound(tensor: Tensor) -> bool:
-    dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_complex()
-    try:
-        return dense and not tensor.is_quantized and bool(tensor.float().isfinite().all())
-    except RuntimeError:  # numbers of four bits and the like
-        return False
+def _float32(tensor: Tensor, what: str) -> Tensor:
+    """A weight of any floating type as float32. Raises `CheckpointError` for what does not become it."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    packed = kind.startswith("float4")  # no conversion in PyTorch
+    if not tensor.is_floating_point() or packed or tensor.layout != torch.strided or tensor.is_meta:
+        raise CheckpointError(
+            f"{what} ({kind}) is not a dense array of floating numbers", "quantised? give the float weights"
+        )
+    if not (value := tensor.float()).isfinite().all():
+        raise CheckpointError(f"{what} ({kind}) is not finite in float32", "get another copy")
+    return value
 
 
 def _holds(check: object, tensor: Tensor) -> bool:
     try:
-        return bool(check(tensor))  # type: ignore[operator]
+        return bool(check(tensor.float()))  # type: ignore[operator]
     except RuntimeError:  # another number of elements
         return False
 
@@ -289,9 +290,8 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _named(what: str, keys: list[str]) -> str:
-    if not keys:
-        return ""
+def _named(what: str, names: Iterable[str]) -> str:
+    keys = list(names)
     more = f" and {len(keys) - NAMED_KEYS} more" if len(keys) > NAMED_KEYS else ""
     return f"{what} {', '.join(keys[:NAMED_KEYS])}{more}".strip()
 
@@ -300,20 +300,8 @@ def _guess(state: Mapping[str, Tensor], recipe: Recipe) -> str:
     """Which part of which model these tensors are, as a sentence; empty if none fits."""
     from ddexport.recipe import load_recipe, recipe_names
 
-    shapes = {k: _squeezed(v.shape) for k, v in state.items()}
     for candidate in (recipe, *map(load_recipe, recipe_names())):
         for role in family(candidate.family).roles:
-            try:
-                with torch.device("meta"):
-                    module = family(candidate.family).build(candidate, role)
-            except GeometryError:
-                continue
-            layout = family(candidate.family).layout(candidate, role)
-            expected = _published_shapes(module, layout)
-            if all(shapes.get(k) == _squeezed(s) for k, s in expected.items()) and not [
-                k
-                for k in shapes
-                if k not in expected and not any(re.fullmatch(p, k) for p in layout.recomputable)
-            ]:
+            if any(not copy.faults for copy in _copies(state, *_expected(candidate, role))):
                 return f"this looks like the {role} of {candidate.name}"
     return ""

@@ -284,7 +284,6 @@ class LlamaGenFamily(Family):
         if role == "tokenizer":
             return Layout(
                 published=_published_tokenizer_keys,
-                alternatives=(("model",), *TRAINER_PLACES),
                 recomputable={r"quantize\.codebook_used": lambda _: True},  # a training statistic
             )
         geometry = self.geometry(recipe)
@@ -292,18 +291,13 @@ class LlamaGenFamily(Family):
         table = torch.from_numpy(rotary_table(geometry.side, geometry.head_width))
         return Layout(
             published=_published_transformer_keys,
-            containers={"ema": ("ema",), "model": ("model",)} if role == "student" else {},
-            alternatives=TRAINER_PLACES if role == "student" else (("model",), *TRAINER_PLACES),
             # Teachers of older training code keep their rotary table, perhaps in half precision.
-            recomputable={r"freqs_cis": lambda t: t.shape == table.shape and near(t.float(), table)},
+            recomputable={r"freqs_cis": lambda t: t.shape == table.shape and near(t, table)},
             rows=lambda key: order if key.endswith(".qkv.weight") else None,
         )
 
 
 FAMILY = LlamaGenFamily
-
-# Where other trainers' files keep the one copy of the weights that they hold.
-TRAINER_PLACES = (("module",), ("state_dict",))
 
 TRANSFORMER_KEYS = (
     (r"^class_embedding\.", "cls_embedding.embedding_table."),

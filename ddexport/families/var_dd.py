@@ -333,9 +333,6 @@ class VarFamily(Family):
             )
         return Layout(
             published=lambda key: (renamed(key, TRANSFORMER_KEYS),),
-            containers={"ema": ("trainer", "ema_parameters"), "model": ("trainer", "var_wo_ddp")}
-            if role == "student"
-            else {},
             recomputable=_recomputable(self.build_masks(recipe, role)),
         )
 
@@ -395,7 +392,7 @@ def _published_tokenizer_key(key: str, coarsest: int) -> str:
 def _recomputable(masks: tuple[Tensor, Tensor]) -> dict:  # type: ignore[type-arg]
     levels, mask = masks
     return {
-        r"lvl_1L": lambda t: torch.equal(t.view(-1), levels),
-        r"attn_bias_for_masking": lambda t: torch.equal(t.float().view(mask.shape), mask),
+        r"lvl_1L": lambda t: torch.equal(t.view(-1), levels.float()),
+        r"attn_bias_for_masking": lambda t: torch.equal(t.view(mask.shape), mask),
         r"blocks\.\d+\.attn\.zero_k_bias": lambda t: not t.any(),
     }

@@ -28,7 +28,7 @@ FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 ERRORS_ONLY = 3
 
 
-def emulate_half(model: ir.Model) -> bool:
+def emulate_half(model: ir.Model) -> None:
     """Rewrites a half graph to one that computes in float32 and rounds to half after every operator.
 
     1. A half weight keeps its half value and is cast to float32 before its first use.
@@ -36,50 +36,54 @@ def emulate_half(model: ir.Model) -> bool:
     operator only moves numbers.
     3. A cast to half is followed by one back to float32.
     4. Inputs, outputs and what was float32 stay as they are; the weights stay in their files.
-    5. A second run changes nothing. Returns whether anything was changed.
+    5. A second run changes nothing.
     """
-    graph, changed = model.graph, False
+    graph = model.graph
     for value in graph.initializers.values():
-        changed |= value.dtype in HALF_TYPES and _cast_back(graph, value, None)
+        if value.dtype in HALF_TYPES:
+            _cast_back(graph, value, None)
     for node in list(graph):
         for value in node.outputs:
             if value.dtype not in HALF_TYPES:
                 continue
             if node.op_type in SOURCES:
-                changed |= _cast_back(graph, value, node)
+                _cast_back(graph, value, node)
                 continue
-            half, changed = value.dtype, True
-            value.dtype = ir.DataType.FLOAT
+            half, value.dtype = value.dtype, ir.DataType.FLOAT
             if node.op_type not in MOVES:
                 down = _cast(value, half)
                 value.replace_all_uses_with(down.outputs[0])
                 down.replace_input_with(0, value)
                 graph.insert_after(node, down)
                 _cast_back(graph, down.outputs[0], down)
-    return changed
 
 
 class EmulatedGraph:
     """A half graph of a file, run by ONNX Runtime on the CPU with every rounding of a half engine."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        """Reads and rewrites the graph; the weights are read by the engine, from the files beside it."""
-        import onnxruntime
-
+        """Reads and rewrites the graph."""
         model = ir.load(path)
         emulate_half(model)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = ERRORS_ONLY
-        options.add_session_config_entry(FOLDER_OPTION, str(path.parent.resolve()))
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        proto = ir.to_proto(model).SerializeToString()
-        self._session: Any = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+        self._session = session_of(model, path.parent, threads)
         self._names: Sequence[str] = [value.name for value in self._session.get_outputs()]
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Named arrays in, named arrays out, as the graph has them."""
         return dict(zip(self._names, self._session.run(None, dict(feeds)), strict=True))
+
+
+def session_of(model: ir.Model, folder: Path, threads: int | None = None) -> Any:
+    """The model in ONNX Runtime on the CPU; the engine reads weights beside it from `folder` itself."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.add_session_config_entry(FOLDER_OPTION, str(folder.resolve()))
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    proto = ir.to_proto(model).SerializeToString()
+    return onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
 
 
 def _cast(value: ir.Value, to: ir.DataType) -> ir.Node:
@@ -88,10 +92,10 @@ def _cast(value: ir.Value, to: ir.DataType) -> ir.Node:
     return node
 
 
-def _cast_back(graph: ir.Graph, value: ir.Value, after: ir.Node | None) -> bool:
-    """Puts a cast to float32 between a half value and its users. False if there is one already."""
+def _cast_back(graph: ir.Graph, value: ir.Value, after: ir.Node | None) -> None:
+    """Puts a cast to float32 between a half value and its users, unless there is one already."""
     if all(user.op_type == "Cast" for user, _ in value.uses()):
-        return False
+        return
     up = _cast(value, ir.DataType.FLOAT)
     value.replace_all_uses_with(up.outputs[0])
     up.replace_input_with(0, value)
@@ -99,4 +103,3 @@ def _cast_back(graph: ir.Graph, value: ir.Value, after: ir.Node | None) -> bool:
         graph.insert_before(graph[0], up)
     else:
         graph.insert_after(after, up)
-    return True

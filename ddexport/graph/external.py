@@ -1,16 +1,19 @@
-"""Weights beside a graph: one file for one graph, or for several that share most of their weights."""
+"""Writes graphs, their weights inside, beside them, or in one file for several graphs.
+
+Why not the library: onnx and onnx-ir write one data file for one graph. The students of a bundle differ in
+their split alone, and a bundle would hold their weights once for each.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
+import onnx_ir as ir
 
 SMALL = 1024  # bytes; below that a tensor stays in the graph, where engines look for shapes and indices
 ALIGNMENT = 1 << 12  # a page: engines map the file into memory
+EXTERNAL_DATA_FROM = 1 << 30  # bytes; one protobuf message holds at most 2 GiB
 
 
 class SharedWeights:
@@ -30,8 +33,6 @@ class SharedWeights:
 
     def take_from(self, model: ir.Model) -> None:
         """Moves the weights of the model into the file; the model then points at them."""
-        import onnx_ir as ir
-
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if tensor is None or tensor.nbytes < SMALL:
@@ -55,3 +56,18 @@ class SharedWeights:
                 self._places[key] = stream.tell(), len(content)
                 stream.write(content)
         return self._places[key]
+
+
+def save_graph(model: ir.Model, path: Path, weights: SharedWeights | None = None) -> list[Path]:
+    """Writes the graph to `path`, and its weights to `weights`, or to `path` + ".data" where they pass 1 GiB.
+
+    Returns the files of the graph, itself first.
+    """
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    if weights is None and size > EXTERNAL_DATA_FROM:
+        weights = SharedWeights(path.with_name(path.name + ".data"))
+    if weights is not None:
+        weights.take_from(model)
+    ir.save(model, path)
+    return [path] if weights is None else [path, weights.path]

@@ -1,5 +1,4 @@
-"""What is exported, as data: one `GraphSpec` a graph. `to_onnx` and `verify` read it; neither knows a role by
-name."""
+"""What is exported, as data: one `GraphSpec` a graph, which `to_onnx` traces and `verify` compares."""
 
 from __future__ import annotations
 
@@ -11,7 +10,9 @@ import numpy as np
 from ddexport.recipe import Recipe
 from ddexport.runtime.bundle import TEACHER, ImageSize, Teacher, TensorSpec, contract
 
-BATCHES = (1, 2, 3)
+BATCHES = (1, 2, 3, 8)
+"""What a graph is compared at: few, which traces get wrong, and the largest that engines are built for unless
+told otherwise."""
 LARGEST = 1 << 16  # of any dynamic dimension
 
 

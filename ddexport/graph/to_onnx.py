@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 from torch import nn
 
-from ddexport.graph.external import SharedWeights
-from ddexport.graph.passes import strip_trace
+from ddexport.graph.external import SharedWeights, save_graph
 from ddexport.graph.spec import LARGEST, GraphSpec, sample_inputs
 from ddexport.recipe import Recipe
 from ddexport.runtime.errors import DDError
@@ -23,7 +23,6 @@ from ddexport.runtime.errors import DDError
 DEFAULT_OPSET = 20
 OPSETS = range(18, 24)
 FIRST_OPSETS = {"bf16": 22}  # the first whose Conv takes bfloat16
-EXTERNAL_DATA_FROM = 1 << 30  # bytes; one protobuf message holds at most 2 GiB
 
 
 class ExportError(DDError):
@@ -39,17 +38,11 @@ def onnx_from_module(
     metadata: Mapping[str, str] | None = None,
     weights: SharedWeights | None = None,
 ) -> list[Path]:
-    """Traces `module` and writes it to `path`, with its weights in `path` + ".data" where they pass 1 GiB.
+    """Traces `module` and writes it with `external.save_graph`; returns the files of the graph, itself first.
 
-    The trace is made with batch 2; every dimension with a name in the spec is dynamic. With `weights`, the
-    weights go into that file whatever their size, each once. Returns the files of the graph, itself first.
-
-    Raises:
-        ExportError: the opset is not supported.
+    The trace is made with batch 2; every dimension with a name in the spec is dynamic. opset: one that
+    `check_opset` lets pass.
     """
-    import onnx_ir as ir
-
-    check_opset(opset)
     inputs = sample_inputs(spec, recipe, batch=2, seed=0)
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
@@ -66,13 +59,19 @@ def onnx_from_module(
         raise RuntimeError("torch.onnx.export returned no program")
     strip_trace(program.model)
     program.model.metadata_props.update(metadata or {})
-    size = sum(value.numel() * value.element_size() for value in module.state_dict().values())
-    if weights is None and size > EXTERNAL_DATA_FROM:
-        weights = SharedWeights(path.with_name(path.name + ".data"))
-    if weights is not None:
-        weights.take_from(program.model)
-    ir.save(program.model, path)
-    return [path] if weights is None else [path, weights.path]
+    return save_graph(program.model, path, weights)
+
+
+def strip_trace(model: ir.Model) -> None:
+    """Removes what the tracer notes about itself (stack traces with file paths, module names, doc strings):
+    a graph says nothing about the machine it was made on. A second run changes nothing."""
+    owners: list[ir.Node | ir.Value | ir.Graph] = [model.graph, *model.graph.inputs]
+    owners += model.graph.initializers.values()
+    for node in model.graph.all_nodes():
+        owners += [node, *node.outputs]
+    for owner in owners:
+        owner.metadata_props.clear()
+        owner.doc_string = None
 
 
 def _dynamic_shapes(module: nn.Module, spec: GraphSpec) -> tuple[Any, ...]:
@@ -91,8 +90,11 @@ def _dynamic_shapes(module: nn.Module, spec: GraphSpec) -> tuple[Any, ...]:
     return (*shapes[:plain], tuple(shapes[plain:]))
 
 
-def check_opset(opset: int, precisions: Iterable[str] = ()) -> None:
-    """Raises `ExportError` if graphs of this opset cannot be made, or not in one of the precisions."""
+def check_opset(opset: int | None, precisions: Iterable[str] = ()) -> None:
+    """Raises `ExportError` if graphs of this opset cannot be made, or not in one of the precisions. None, the
+    default of each precision, can."""
+    if opset is None:
+        return
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported", f"use {OPSETS.start} to {OPSETS.stop - 1}")
     for precision in precisions:

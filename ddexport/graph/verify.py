@@ -1,111 +1,308 @@
-"""Proof that a graph computes what its module computes, on random inputs, before a bundle is let out."""
+"""Runs every graph after the export, and compares it with the float32 module that it was made from.
+
+float32 and int8 graphs run in ONNX Runtime, as the runtime runs them; half graphs are emulated, for that
+engine does not round them (`emulate`). A float32 graph must agree to rounding. How far the others are is
+measured, and must stay within the recipe's limits. The figures are `parity/graphs.json` (docs/precision.md).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
+from pathlib import Path
 
+import msgspec
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import nn
 
+from ddexport.graph.emulate import EmulatedGraph
 from ddexport.graph.spec import BATCHES, GraphSpec, rows, sample_inputs
-from ddexport.recipe import Recipe
+from ddexport.graph.wrappers import graph_module
+from ddexport.precision.policy import FLOAT32, HALVES, INT8
+from ddexport.recipe import Limits, Recipe
+from ddexport.runtime.backends import CPU, Configuration
+from ddexport.runtime.backends.onnxruntime import OnnxRuntime
+from ddexport.runtime.bundle import Graph, Manifest, TensorSpec
 from ddexport.runtime.errors import VerificationError
 
 Arrays = Mapping[str, np.ndarray]
+Run = Callable[[Arrays], Arrays]
+
+ENGINE = "onnxruntime"
+PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+"""The operators that the time goes into."""
+TYPES = {ir.DataType.FLOAT: FLOAT32, ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+LARGEST_PSNR = 200.0  # of equal images, which JSON has no number for
+WRITTEN = "nothing was written; "
+KEEP = f"{WRITTEN}docs/debugging.md shows how to find the layer: give it to --keep-fp32, or take bf16"
+HINTS = {
+    FLOAT32: f"{WRITTEN}please report this with the versions that `ddexport --version` prints",
+    INT8: f"{WRITTEN}calibrate on more images, --calibration N, or take fp16 or bf16",
+}
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """The largest difference of one output at one batch size, relative to the output's largest value."""
+class OutputError(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How far one output at one batch size is from the float32 module.
 
-    role: str
+    Attributes:
+        output: its name.
+        batch: the number of rows.
+        relative: the largest difference over the module's largest value.
+        rms: rms error over rms of the module's values, in the worst row.
+        largest: the largest difference.
+        copied: of `sequence`, whose other figures are of regressed positions: the largest difference, over
+            the module's largest value, where it is data or the codebook entry of the same token.
+        compared, differing, excused: tokens; those that are not the module's; those among them that the
+            module itself was undecided about.
+        psnr: of the worst image, in dB.
+        bits8: the largest difference of an 8-bit value.
+    """
+
     output: str
     batch: int
-    error: float
-    limit: float
+    relative: float
+    rms: float
+    largest: float
+    copied: float | None = None
+    compared: int | None = None
+    differing: int | None = None
+    excused: int | None = None
+    psnr: float | None = None
+    bits8: int | None = None
 
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.limit  # false for NaN
+
+class Accuracy(msgspec.Struct, frozen=True):
+    """What is known of one graph: what computed it here, how many weights of its matrix products and
+    convolutions compute in each type, and the errors."""
+
+    engine: str
+    weights: dict[str, int]
+    errors: list[OutputError]
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Random inputs of a graph and what its float32 module makes of them, at the largest batch size."""
+def verify(
+    folder: Path,
+    manifest: Manifest,
+    parts: Mapping[str, nn.Module],
+    specs: Sequence[GraphSpec],
+    recipe: Recipe,
+    stage: Callable[[str], AbstractContextManager[None]],
+) -> dict[str, Accuracy]:
+    """Runs every graph of a bundle on random inputs at all `BATCHES`; returns its accuracy, by its file.
 
-    inputs: Arrays
-    wanted: Arrays
+    Args:
+        folder: where the graphs are.
+        parts: the modules, float32, as they were loaded.
 
-    spec: GraphSpec
-
-    def batch(self, size: int) -> tuple[Arrays, Arrays]:
-        """The first `size` rows of inputs and outputs: no row of the module depends on another."""
-        return rows(self.inputs, self.spec.inputs, size), rows(self.wanted, self.spec.outputs, size)
+    Raises:
+        VerificationError: an output is not finite or constant, tokens are not those of the logits, a float32
+            graph differs from its module, or a reduced one by more than the recipe's limits.
+    """
+    accuracy: dict[str, Accuracy] = {}
+    for spec in specs:
+        module = graph_module(spec, parts[spec.part], parts["tokenizer"])
+        trials: list[tuple[Arrays, Arrays]] = []
+        for graph in (g for g in manifest.graphs if (g.role, g.split) == (spec.role, spec.split)):
+            limits = None if graph.precision == FLOAT32 else recipe.parity.limits(graph.precision)
+            with stage(f"comparing {graph.file} with PyTorch"), _opened(folder, manifest, graph) as run:
+                trials = trials or [trial(module, spec, recipe, sizes) for sizes in spec.sizes]
+                compared = [compare(run, *one, spec, graph.file, graph.precision, limits) for one in trials]
+            emulated = ", half rounding emulated" if graph.precision in HALVES else ""
+            errors = [error for errors in compared for error in errors]
+            accuracy[graph.file] = Accuracy(ENGINE + emulated, weights_by_type(folder / graph.file), errors)
+    return accuracy
 
 
 def trial(
     module: nn.Module, spec: GraphSpec, recipe: Recipe, sizes: Mapping[str, int] | None = None
-) -> Trial:
-    """Runs the module once, on inputs with mixed `known`: it is slower than its graphs.
+) -> tuple[Arrays, Arrays]:
+    """Random inputs of a graph, with mixed `known`, and what the module makes of them, at the largest batch.
 
-    sizes: one of the graph's, the first by default.
+    sizes: one of the graph's, the first by default. Smaller batches are the first rows of both: no row of the
+    module depends on another, and it is slower than its graphs.
     """
     inputs = sample_inputs(spec, recipe, max(BATCHES), seed=1, sizes=sizes)
     with torch.no_grad():
         outputs = module(*(torch.from_numpy(value) for value in inputs.values()))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     wanted = {t.name: value.numpy() for t, value in zip(spec.outputs, outputs, strict=True)}
-    return Trial(inputs, wanted, spec)
+    _check_values(_by_row(wanted, spec.outputs), f"the PyTorch module of {spec.stem}", HINTS[FLOAT32])
+    return inputs, wanted
 
 
-def verify_graph(results: Mapping[int, Arrays], expected: Trial, spec: GraphSpec) -> list[Agreement]:
-    """Holds the outputs of a float32 graph, by batch size, against the module's.
+def compare(
+    run: Run,
+    inputs: Arrays,
+    wanted: Arrays,
+    spec: GraphSpec,
+    file: str,
+    precision: str = FLOAT32,
+    limits: Limits | None = None,
+) -> list[OutputError]:
+    """The errors of a graph on the inputs of a trial, at all `BATCHES`.
+
+    Args:
+        run: runs the graph.
+        inputs, wanted: of `trial`.
+        file, precision: of the graph, for an error.
+        limits: of a reduced precision; None for float32, which must agree to `spec.tolerance`.
 
     Raises:
-        VerificationError: an output differs by more than the limit, is not finite, or is constant.
+        VerificationError: as `verify`.
     """
-    agreements = []
-    for batch, got in results.items():
-        agreements += compare(got, expected.batch(batch)[1], spec, batch)
-    failed = [a for a in agreements if not a.passed]
-    if failed:
-        worst = max(failed, key=lambda a: np.nan_to_num(a.error, nan=np.inf))
-        raise VerificationError(
-            f"{spec.role}: {worst.output} differs from the PyTorch module by {worst.error:.2e}"
-            f" at batch {worst.batch}, allowed are {worst.limit:.0e}",
-            "nothing was written; please report this with the versions that `ddexport --version` prints",
-        )
-    return agreements
+    hint = HINTS.get(precision, KEEP)
+    measured: list[OutputError] = []
+    faults: list[str] = []
+    for batch in BATCHES:
+        feeds = rows(inputs, spec.inputs, batch)
+        got = _by_row(run(feeds), spec.outputs)
+        _check_values(got, file, hint)
+        expected = _by_row(rows(wanted, spec.outputs, batch), spec.outputs)
+        margin = None if limits is None else limits.token_margin
+        errors = output_errors(got, expected, feeds.get("known"), margin, spec.tolerance)
+        faults += [fault for error in errors for fault in faults_of(error, limits, spec.tolerance)]
+        measured += [error for error in errors if not error.output.startswith("new_")]  # the teacher's cache
+    if faults:
+        what = "differs from the PyTorch module" if limits is None else "is too far from float32"
+        raise VerificationError(f"{file} {what}: {'; '.join(faults[:3])}", hint)
+    return measured
 
 
-def compare(got: Arrays, wanted: Arrays, spec: GraphSpec, batch: int) -> list[Agreement]:
-    """The agreement of each output.
+def output_errors(
+    got: Arrays, wanted: Arrays, known: np.ndarray | None, margin: float | None, tolerance: float
+) -> list[OutputError]:
+    """The errors of the float outputs of one batch.
 
-    A token may flip where the module's two best logits are closer than the tolerance; such positions of the
-    sequence are left out of the comparison, all others count.
+    Args:
+        got, wanted: outputs by name, their batch first, of the graph and of the float32 module.
+        known: [B] the student's input, None for other graphs.
+        margin: the module counts as undecided between two tokens below this difference of their logits; by
+            default twice the error that `tolerance` allows a logit.
+        tolerance: relative to the largest value.
     """
-    result = []
+    errors = []
     for name, value in wanted.items():
-        difference = np.abs(got[name] - value)
-        if name in ("sequence", "tokens") and "logits" in wanted:
-            difference[:, : wanted["logits"].shape[1]][
-                _ties(got["logits"], wanted["logits"], spec.tolerance)
-            ] = 0
         if value.dtype == np.int64:
-            result.append(Agreement(spec.role, name, batch, float(difference.any()), spec.tolerance))
+            continue  # tokens are the largest logits, which `_check_values` has seen to
+        difference = np.abs(got[name].astype(np.float64) - value)
+        counted, scale, more = np.ones(value.shape[:2], dtype=bool), float(np.abs(value).max()), {}
+        if name == "sequence" and known is not None:
+            same = got["logits"].argmax(-1) == wanted["logits"].argmax(-1)
+            counted, copied = _positions(value.shape[1], known, same)
+            more = {"copied": _ratio(float(difference[copied].max(initial=0.0)), scale)}
+        if name == "logits" and known is not None:
+            more = _tokens(got[name], value, known, 2 * tolerance * scale if margin is None else margin)
+        if name == "image":
+            mse = float(np.square(difference).reshape(len(value), -1).mean(1).max())
+            bits = np.abs(_bits8(got[name]) - _bits8(value)).max()
+            more = {"psnr": min(-10 * math.log10(max(mse, 1e-20)), LARGEST_PSNR), "bits8": int(bits)}
+        largest = float(difference[counted].max(initial=0.0))
+        rms = max(_ratio(_rms(d[c]), _rms(v[c])) for d, v, c in zip(difference, value, counted, strict=True))
+        errors.append(OutputError(name, len(value), _ratio(largest, scale), rms, largest, **more))
+    return errors
+
+
+def faults_of(error: OutputError, limits: Limits | None, tolerance: float) -> list[str]:
+    """What is past its limit, in words. limits: None for float32."""
+    checks = [("relative error of what is copied", error.copied or 0.0, tolerance, 1)]
+    if limits is None:
+        checks += [("relative error", error.relative, tolerance, 1)]
+    elif error.output == "logits":
+        checks += [("error of a logit", error.largest, limits.token_margin, 1)]
+    elif error.output == "sequence":
+        checks += [("relative error of the embeddings", error.rms, limits.embedding_error, 1)]
+    elif error.output == "image":
+        checks += [
+            ("PSNR of an image", error.psnr or 0.0, limits.image_psnr, -1),
+            ("8-bit difference", error.bits8 or 0, limits.image_max, 1),
+        ]
+    checks += [("tokens that differ", error.differing or 0, error.excused or 0, 1)]
+    return [
+        f"{error.output}: {what} {value:.3g} at batch {error.batch}, limit {limit:g}"
+        for what, value, limit, sign in checks
+        if not sign * value <= sign * limit  # so that what is not a number fails
+    ]
+
+
+def weights_by_type(path: Path) -> dict[str, int]:
+    """How many weights of a graph's matrix products and convolutions compute in each type; a product between
+    quantisers computes in int8."""
+    counts: Counter[str] = Counter()
+    for node in ir.load(path).graph.all_nodes():
+        if node.op_type not in PRODUCTS:
             continue
-        scale = float(np.abs(value).max())
-        constant = scale == 0 or value.min() == value.max()
-        error = float("nan") if constant else float(difference.max()) / scale
-        result.append(Agreement(spec.role, name, batch, error, spec.tolerance))
-    return result
+        makers = [value.producer() if value is not None else None for value in node.inputs[:2]]
+        quantised = all(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
+        kind = INT8 if quantised else TYPES[node.outputs[0].dtype]  # type: ignore[index]
+        stored = [maker.inputs[0] if quantised and maker else value
+                  for maker, value in zip(makers, node.inputs[:2], strict=True)]  # fmt: skip
+        counts[kind] += sum(v.const_value.size for v in stored if v is not None and v.const_value is not None)
+    return dict(sorted(counts.items()))
 
 
-def _ties(got: np.ndarray, wanted: np.ndarray, tolerance: float) -> np.ndarray:
-    """Where the argmax differs although the logits agree: [B, S] bool."""
-    token = got.argmax(-1)
-    best = wanted.max(-1)
-    gap = best - np.take_along_axis(wanted, token[..., None], -1)[..., 0]
-    return (token != wanted.argmax(-1)) & (gap <= 2 * tolerance * np.abs(wanted).max())
+@contextmanager
+def _opened(folder: Path, manifest: Manifest, graph: Graph) -> Iterator[Run]:
+    if graph.precision in HALVES:
+        yield EmulatedGraph(folder / graph.file).run
+        return
+    chosen = Configuration(ENGINE, "cpu", graph.precision, graph.precision, CPU)
+    with closing(OnnxRuntime(folder, manifest, chosen)) as engine:
+        yield partial(engine.run, graph)
+
+
+def _check_values(arrays: Arrays, file: str, hint: str) -> None:
+    """Raises `VerificationError` for a row that is not finite or constant, or tokens that are not those of
+    the logits. A dead output would agree with any graph that is dead too."""
+    for name, value in arrays.items():
+        if value.dtype == np.int64:
+            continue
+        for row, numbers in enumerate(value.reshape(len(value), -1)):
+            wrong = int((~np.isfinite(numbers)).sum())
+            what = f"holds {wrong} numbers that are not finite" if wrong else "is constant"
+            if wrong or numbers.min() == numbers.max():
+                raise VerificationError(f"{file}: {name} {what} (row {row} of a batch of {len(value)})", hint)
+    if "tokens" in arrays and not np.array_equal(arrays["tokens"], arrays["logits"].argmax(-1)):
+        raise VerificationError(f"{file}: tokens are not the largest logits", hint)
+
+
+def _by_row(arrays: Arrays, tensors: Sequence[TensorSpec]) -> Arrays:
+    """The outputs with their batch first: a teacher's new cache has it second."""
+    return {t.name: np.moveaxis(arrays[t.name], t.shape.index("batch"), 0) for t in tensors}
+
+
+def _positions(length: int, known: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which positions of a sequence are regressed, and which are data or the entry of the same token: [B, L].
+
+    same: [B, S] whether graph and module chose the same token.
+    """
+    position = np.arange(length)
+    given, split = position < known[:, None], same.shape[1]
+    copied = given.copy()
+    copied[:, :split] |= same
+    return ~given & (position >= split), copied
+
+
+def _tokens(got: np.ndarray, wanted: np.ndarray, known: np.ndarray, margin: float) -> dict[str, int]:
+    decided = np.arange(wanted.shape[1]) >= known[:, None]
+    chosen = got.argmax(-1)
+    differing = (chosen != wanted.argmax(-1)) & decided
+    lost = wanted.max(-1) - np.take_along_axis(wanted, chosen[..., None], -1)[..., 0]
+    counts = {"compared": decided, "differing": differing, "excused": differing & (lost < margin)}
+    return {name: int(mask.sum()) for name, mask in counts.items()}
+
+
+def _ratio(error: float, reference: float) -> float:
+    return error / max(reference, 1e-30)
+
+
+def _rms(values: np.ndarray) -> float:
+    return math.sqrt(float(np.square(values, dtype=np.float64).mean())) if values.size else 0.0
+
+
+def _bits8(image: np.ndarray) -> np.ndarray:
+    return np.rint(image.astype(np.float64) * 255).clip(0, 255)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ddexport.families._base import Student, Teacher
 from ddexport.families._explicit_cache import ExplicitCache
 from ddexport.graph.spec import GraphSpec
+from ddexport.precision.cast import in_precision, shared_copy
 
 
 class TeacherGraph(nn.Module):
@@ -56,8 +60,36 @@ class TeacherGraph(nn.Module):
         return (mixed, *(rows for layer in past for rows in layer.new or ()))
 
 
+def graph_part(
+    part: nn.Module, precision: str, keep_fp32: Sequence[str] = (), role: str = "module"
+) -> nn.Module:
+    """A copy of a part in the form that graphs of a precision are traced from; it shares what it can.
+
+    It computes what `part` computes, stated so that engines are faster at it (docs/graph.md), and in half
+    where the policy says so (docs/precision.md).
+
+    Args:
+        part: a student, tokenizer or teacher, float32, as it was loaded.
+        precision: "fp32", "fp16" or "bf16".
+        keep_fp32, role: as `part` of `precision.cast.in_precision`.
+
+    Raises:
+        PrecisionError: a weight is not finite in that precision.
+    """
+    form: Any = shared_copy(part)
+    if isinstance(form, (Student, Teacher)):
+        form.tabulate()
+    if isinstance(form, Student):
+        form.attend_in_groups()
+    if hasattr(form, "decoder"):
+        form.decoder.norm_by_channel()
+        if precision != "bf16":  # TensorRT-RTX 1.7 has no transposed convolution in bfloat16
+            form.decoder.fold_upsampling()
+    return in_precision(form, precision, keep_fp32, role)
+
+
 def graph_module(spec: GraphSpec, part: nn.Module, tokenizer: nn.Module) -> nn.Module:
-    """The module that a graph is traced from and compared with; it shares the weights of `part`."""
+    """The module that a graph is traced from or compared with; it shares the weights of `part`."""
     if isinstance(part, Teacher):
         return TeacherGraph(part, tokenizer).eval()
     if isinstance(part, Student) and spec.split is not None:

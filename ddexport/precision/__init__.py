@@ -1,2 +1,1 @@
-"""Half precision: what stays float32 (`policy`), how a module is cast (`cast`), where error enters
-(`layers`). docs/precision.md."""
+"""Half precision: what stays float32 (`policy`), and how a module is cast (`cast`). docs/precision.md."""

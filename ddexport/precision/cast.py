@@ -1,6 +1,10 @@
 """Casts a module by the policy: a copy that computes its regions in half, and shares every float32 tensor.
 
 The borders of a region are hooks, so that the model code names no type and a float32 module has none.
+
+Why not the library: NVIDIA's AutoCast needs 14 GB, and onnxconverter-common casts to fp16 alone, by the
+operator's name. Both cast graphs; PyTorch in half, which `ddexport bench` times and the emulation is tested
+with, needs a cast of modules anyway.
 """
 
 from __future__ import annotations

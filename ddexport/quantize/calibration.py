@@ -1,4 +1,9 @@
-"""What the quantised products of a model read, over samples that need no data: noise, labels, both steps."""
+"""What the quantised products of a model read, over samples that need no data: noise, labels, both steps.
+
+Why not the library: ONNX Runtime's calibrator reads the inputs of one graph from a list, and observes every
+product. A decoder's inputs are what the student generates, and a student's second step starts from its first:
+here both graphs run in turn, once, and note the chosen values alone.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ddexport.graph.emulate import ERRORS_ONLY, FOLDER_OPTION
+from ddexport.graph.emulate import session_of
 from ddexport.recipe import Recipe
 from ddexport.runtime.noise import gaussian_noise
 
@@ -30,17 +35,11 @@ class Observed:
 
     def __init__(self, path: Path, values: Sequence[str]) -> None:
         """values: names of values of the graph at `path`, whose weights may lie beside it."""
-        import onnxruntime
-
         model = ir.load(path)
         self._outputs = [str(value.name) for value in model.graph.outputs]
         self._values = list(dict.fromkeys(values))
         _add_extremes(model.graph, self._values)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = ERRORS_ONLY
-        options.add_session_config_entry(FOLDER_OPTION, str(path.parent.resolve()))
-        proto = ir.to_proto(model).SerializeToString()
-        self._session: Any = onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+        self._session = session_of(model, path.parent)
         self.ranges: dict[str, tuple[float, float]] = {}
 
     def run(self, feeds: Arrays) -> dict[str, NDArray[Any]]:

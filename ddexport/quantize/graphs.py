@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 import onnx_ir as ir
 
-from ddexport.graph.external import SharedWeights
-from ddexport.graph.to_onnx import EXTERNAL_DATA_FROM, check_onnx
+from ddexport.graph.external import SharedWeights, save_graph
+from ddexport.graph.to_onnx import check_onnx
 from ddexport.precision.cast import PrecisionError
 from ddexport.precision.policy import FLOAT32, INT8
 from ddexport.quantize.calibration import SEED, Observed, Ranges, calibrate
@@ -37,90 +37,57 @@ def check_int8(roles: Sequence[str], images: int, keep_float: bool) -> None:
         )
 
 
-def with_int8(
-    graphs: Sequence[Graph], folder: Path, recipe: Recipe, images: int, keep_float: bool, stage: Stage
-) -> list[Graph]:
-    """The graphs with their int8 ones behind them, and unless `keep_float`, without the float32 ones, whose
-    files are removed."""
-    floats = [graph for graph in graphs if graph.precision == FLOAT32]
-    all_graphs = [*graphs, *int8_graphs(folder, floats, recipe, images, stage)]
-    if keep_float:
-        return all_graphs
-    for file in {info.file for graph in floats for info in graph.files}:
-        (folder / file).unlink()
-    return [graph for graph in all_graphs if graph.precision != FLOAT32]
-
-
 def int8_graphs(
     folder: Path, graphs: Sequence[Graph], recipe: Recipe, images: int, stage: Stage
 ) -> list[Graph]:
     """Writes the int8 graphs of student and decoder, and the students of other splits, into `folder`.
 
     Args:
-        graphs: of the bundle, in float32; those of other roles are passed over.
+        graphs: of the bundle; those that are not float32, and of other roles, are passed over.
         images: how many to take the ranges from.
 
     Returns them in the order of `graphs`.
     """
-    floats = [graph for graph in graphs if graph.role in ROLES]
-    plain = {graph.role: graph for graph in floats if graph.split is None}
-    products = {role: _Products(folder / graph.file) for role, graph in plain.items()}
-    observed = {role: Observed(folder / plain[role].file, products[role].reads) for role in ROLES}
+    floats = [graph for graph in graphs if graph.role in ROLES and graph.precision == FLOAT32]
     with stage(f"calibrating on {images} images of noise"):
-        calibrate(observed["student"], observed["decoder"], recipe, images)
-    by_weight = {role: products[role].by_weight(observed[role].ranges) for role in ROLES}
-    del observed
-    students = [graph for graph in floats if graph.role == "student"]
-    shared = SharedWeights(folder / "student_int8.onnx.data") if len(students) > 1 else None
-    return [
-        _write(folder, graph, by_weight[graph.role], images, stage, shared if graph in students else None)
-        for graph in floats
-    ]
+        ranges = _ranges(folder, {g.role: g for g in floats if g.split is None}, recipe, images)
+    shared = None
+    if sum(graph.role == "student" for graph in floats) > 1:
+        shared = SharedWeights(folder / f"student_{INT8}.onnx.data")
+    made = []
+    for graph in floats:
+        path = folder / f"{Path(graph.file).stem}_{INT8}.onnx"
+        with stage(f"quantising {path.name}"):
+            products = _products(folder / graph.file)
+            nodes, reads = [name for name, *_ in products], {read: ranges[key] for _, read, key in products}
+            model = quantised_model(folder / graph.file, nodes, reads)
+            model.metadata_props["precision"] = INT8
+            model.metadata_props["calibration"] = f"{images} images of noise, seed {SEED}"
+            files = save_graph(model, path, shared if graph.role == "student" else None)
+        with stage(f"checking {path.name}"):
+            check_onnx(path)
+            infos = tuple(file_info(file, folder) for file in files)
+        made.append(msgspec.structs.replace(graph, precision=INT8, file=path.name, files=infos))
+    return made
 
 
-class _Products:
-    """The products of a graph that are quantised, and the SHA-256 of their weights: graphs of one part have
-    the same, whatever their values are called."""
-
-    def __init__(self, path: Path) -> None:
-        nodes = quantised_products(ir.load(path).graph)
-        self.nodes = [str(node.name) for node in nodes]
-        self.reads = [str(node.inputs[0].name) for node in nodes]  # type: ignore[union-attr]
-        self._weights = [_digest(node) for node in nodes]
-
-    def by_weight(self, ranges: Ranges) -> Ranges:
-        return {weight: ranges[name] for weight, name in zip(self._weights, self.reads, strict=True)}
-
-    def by_value(self, ranges: Ranges) -> Ranges:
-        return {name: ranges[weight] for weight, name in zip(self._weights, self.reads, strict=True)}
+def _ranges(folder: Path, graphs: dict[str, Graph], recipe: Recipe, images: int) -> Ranges:
+    """What each quantised product of student and decoder reads, by the SHA-256 of its weight: students of
+    other splits have the same weights, whatever their values are called."""
+    products = {role: _products(folder / graph.file) for role, graph in graphs.items()}
+    observed = {
+        role: Observed(folder / graphs[role].file, [read for _, read, _ in products[role]]) for role in ROLES
+    }
+    calibrate(observed["student"], observed["decoder"], recipe, images)
+    return {key: observed[role].ranges[read] for role in ROLES for _, read, key in products[role]}
 
 
-def _digest(node: ir.Node) -> str:
-    weight = node.inputs[1]
-    assert weight is not None and weight.const_value is not None  # the policy has seen to it
-    return hashlib.sha256(weight.const_value.tobytes()).hexdigest()
-
-
-def _write(
-    folder: Path, graph: Graph, by_weight: Ranges, images: int, stage: Stage, shared: SharedWeights | None
-) -> Graph:
-    source = folder / graph.file
-    path = folder / f"{source.stem}_{INT8}.onnx"
-    with stage(f"quantising {path.name}"):
-        products = _Products(source)
-        model = quantised_model(source, products.nodes, products.by_value(by_weight))
-        model.metadata_props.update(
-            {"precision": INT8, "calibration": f"{images} images of noise, seed {SEED}"}
-        )
-        values = model.graph.initializers.values()
-        size = sum(value.const_value.nbytes for value in values if value.const_value is not None)
-        if shared is None and size > EXTERNAL_DATA_FROM:
-            shared = SharedWeights(path.with_name(path.name + ".data"))
-        if shared is not None:
-            shared.take_from(model)
-        ir.save(model, path)
-    with stage(f"checking {path.name}"):
-        check_onnx(path)
-        files = (path,) if shared is None else (path, shared.path)
-        infos = tuple(file_info(file, folder) for file in files)
-    return msgspec.structs.replace(graph, precision=INT8, file=path.name, files=infos)
+def _products(path: Path) -> list[tuple[str, str, str]]:
+    """Name, the value that it reads, and the SHA-256 of the weight, of each product that is quantised."""
+    products = []
+    for node in quantised_products(ir.load(path).graph):
+        read, weight = node.inputs[:2]
+        assert read is not None and weight is not None and weight.const_value is not None  # by the policy
+        digest = hashlib.sha256(weight.const_value.tobytes()).hexdigest()
+        products.append((str(node.name), str(read.name), digest))
+    return products

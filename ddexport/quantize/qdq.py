@@ -1,8 +1,9 @@
 """A float32 graph and the ranges of its values in, a graph with quantised products out.
 
-The form is that of QuantizeLinear and DequantizeLinear pairs, which ONNX Runtime and OpenVINO both turn into
-integer arithmetic: weights are int8, symmetric, with a scale for each output channel; what a product reads is
-uint8, with one scale and zero point for the whole tensor; what it gives stays float32.
+The quantiser is ONNX Runtime's; which products, and the ranges, are ours (`policy`, `calibration`). The form
+is that of QuantizeLinear and DequantizeLinear pairs, which ONNX Runtime and OpenVINO both turn into integer
+arithmetic: weights are int8, symmetric, with a scale for each output channel; what a product reads is uint8,
+with one scale and zero point for the whole tensor; what it gives stays float32.
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ddexport.graph.passes import strip_trace
+from ddexport.graph.to_onnx import strip_trace
 from ddexport.quantize.calibration import Ranges
 from ddexport.quantize.policy import PRODUCTS
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
@@ -13,6 +15,10 @@ from ddexport.runtime.backends import OTHER, Arrays, Backend, Configuration, che
 from ddexport.runtime.bundle import Graph, Manifest, TensorSpec
 from ddexport.runtime.errors import BackendError
 from ddexport.runtime.machine import import_fault
+
+# It writes an identifier under HOME and reports to Google Analytics; without this module it does neither.
+if os.environ.get("OPENVINO_TELEMETRY") != "1":
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 DTYPES = {"f32": "float32", "i64": "int64"}
 

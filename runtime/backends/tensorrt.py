@@ -282,9 +282,9 @@ class Buffer:
 def use_compiled(config: Any, engine: Engine, target: str) -> Callable[[], None]:
     """Gives TensorRT-RTX what it compiled of an engine for a GPU before; returns what keeps that in its file.
 
-    The file lies in $XDG_CACHE_HOME, else ~/.cache. Losing it costs time only.
+    The file lies in $XDG_CACHE_HOME, else ~/.cache; without a home it is not kept. Losing it costs time only.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
     path = base / "ddexport" / "compiled" / f"{engine.sha256[:32]}-{engine.version}-{target}.bin"
     cache, content = config.create_runtime_cache(), b""
     with suppress(OSError):
@@ -295,7 +295,7 @@ def use_compiled(config: Any, engine: Engine, target: str) -> Callable[[], None]
 
     def save() -> None:
         compiled = bytes(cache.serialize() or b"")
-        if compiled not in (b"", content):
+        if base.is_absolute() and compiled not in (b"", content):
             with suppress(OSError, OutputError):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(path) as stream:

@@ -12,7 +12,7 @@ import pytest
 from ddexport.recipe import Recipe, recipe_from_dict
 
 if TYPE_CHECKING:
-    from ddexport.bundle import Exported
+    from ddexport.export import Exported
 
     CachedExport = Callable[[str, Callable[[Path], Exported]], Exported]
 
@@ -29,7 +29,7 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny(cached_export: CachedExport, tiny_recipe: Recipe) -> Tiny:
-    from ddexport.bundle import WeightRequest, export_bundle
+    from ddexport.export import WeightRequest, export_bundle
     from ddexport.graph.to_onnx import OPSETS
 
     request, opset = WeightRequest({}, random_seed=5), OPSETS.start

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -13,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from ddexport.cli import main
@@ -62,7 +59,7 @@ class TestGroup:
         names = [line.split()[0] for line in result.stdout.split("Commands:")[1].splitlines() if line.strip()]
         names = names[: names.index("Examples:")] if "Examples:" in names else names
         assert names[:5] == ["models", "onnx", "trt", "inspect", "sample"]
-        assert {"validate", "distill", "doctor", "debug"} <= set(names)
+        assert {"validate", "distill", "doctor"} <= set(names)
         for name in names:
             assert invoke(name, "--help").exit_code == 0, name
 
@@ -142,7 +139,7 @@ class TestOnnx:
         """A summary on stdout, the stages by name on stderr."""
         result = onnx()
         assert result.exit_code == 0
-        for text in ("student.onnx", "decoder.onnx", "MiB", "largest difference from PyTorch"):
+        for text in ("student.onnx", "decoder.onnx", "MiB", "largest error against PyTorch"):
             assert text in result.stdout
         for text in ("loading weights", "exporting student.onnx", "comparing decoder.onnx with PyTorch"):
             assert text in result.stderr
@@ -152,7 +149,7 @@ class TestOnnx:
         data = json.loads(onnx("--json").stdout)
         assert data["bundle"] == str(tmp_path / "out" / "b")
         assert [g["role"] for g in data["graphs"]] == ["student", "decoder"]
-        assert all(a["error"] <= a["limit"] for a in data["agreement"])
+        assert all(e["relative"] <= 1e-4 for one in data["accuracy"].values() for e in one["errors"])
 
     def test_a_second_export(self, onnx: Run, replayed_trace: object) -> None:
         assert onnx().exit_code == 0
@@ -171,7 +168,7 @@ class TestOnnx:
             path.write_bytes((tiny.bundle / path.name).read_bytes())
             return [path]
 
-        monkeypatch.setattr("ddexport.bundle.onnx_from_module", replay)
+        monkeypatch.setattr("ddexport.export.onnx_from_module", replay)
         recipe = tmp_path / "tiny.yaml"
         recipe.write_text(json.dumps(tiny.recipe.to_dict()))  # JSON is YAML
         result = invoke("onnx", "--model", recipe, "--random-weights", tiny.seed, "-o", tmp_path / "b")
@@ -210,41 +207,17 @@ class TestMistakes:
     def test_opset(self, onnx: Run, opset: int) -> None:
         assert "use 18 to 23" in failure(onnx("--opset", opset))
 
-    def test_a_checkpoint_that_is_not_there(self, onnx: Run, tmp_path: Path) -> None:
+    def test_damaged_checkpoints(self, onnx: Run, golden_dir: Path, tmp_path: Path) -> None:
+        """`families/test_checkpoint.py` has every way in which a file can be wrong."""
         assert "there is no file" in failure(onnx(student=tmp_path / "absent.pth"))
-
-    def test_a_truncated_checkpoint(self, onnx: Run, golden_dir: Path, tmp_path: Path) -> None:
         path = tmp_path / "cut.pth"
         path.write_bytes((golden_dir / "student.pth").read_bytes()[:50_000])
         text = failure(onnx(student=path))
-        assert "damaged or not a checkpoint (50,000 bytes)" in text
-        assert "download it again" in text
-
-    def test_a_text_file(self, onnx: Run, tmp_path: Path) -> None:
-        path = tmp_path / "notes.pth"
-        path.write_text("dear diary\n" * 99)
-        assert "not a checkpoint" in failure(onnx(student=path))
-
-    def test_a_pickle_that_would_run_code(self, onnx: Run, tmp_path: Path) -> None:
-        class Payload:
-            def __reduce__(self) -> tuple[object, ...]:
-                return os.mkdir, (str(tmp_path / "trap"),)
-
-        path = tmp_path / "evil.pth"
-        torch.save({"trainer": {"ema_parameters": Payload()}}, path)
-        assert "could run code" in failure(onnx(student=path))
-        path.write_bytes(pickle.dumps(Payload(), protocol=2))
-        assert "could run code" in failure(onnx(student=path))
-        assert not (tmp_path / "trap").exists()
+        assert "damaged or not a checkpoint (50,000 bytes)" in text and "download it again" in text
 
     def test_another_part(self, onnx: Run, golden_dir: Path) -> None:
         text = failure(onnx(student=golden_dir / "teacher.pth"))
         assert "this looks like the teacher of var-dd-small" in text
-
-    def test_damaged_safetensors(self, onnx: Run, tmp_path: Path) -> None:
-        path = tmp_path / "weights.safetensors"
-        path.write_bytes(bytes(100))
-        assert "not a safetensors file" in failure(onnx(student=path))
 
     def test_a_place_that_cannot_be_written(self, onnx: Run, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

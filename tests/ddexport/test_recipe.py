@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from ddexport.bundle import WeightRequest, load_parts
+from ddexport.export import WeightRequest, load_parts
 from ddexport.families import family
 from ddexport.families._base import GeometryError
 from ddexport.recipe import (

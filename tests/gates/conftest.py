@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from ddexport.validate import cli, compare
+from ddexport.validate import cli
+from ddexport.validate.reference import TorchReference
 
 MODELS = ("digits-var", "digits-llamagen")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -34,16 +35,16 @@ def planted(embedded_bundle: Callable[[str], Path], tmp_path: Path) -> Callable[
 @pytest.fixture(scope="session", autouse=True)
 def one_reference() -> Iterator[None]:
     """What the PyTorch side draws depends on recipe and request alone: it is drawn once, not once a fault."""
-    run, drawn = compare.run_reference, {}
+    draw, drawn = TorchReference.draw, {}
 
-    def run_once(reference: Any, request: Any, noise: Any, advance: Any) -> Any:
+    def draw_once(reference: Any, request: Any, advance: Any) -> Any:
         key = json.dumps([reference.recipe.to_dict(), request.labels.tolist(), request.seeds.tolist()])
         if key not in drawn:
-            drawn[key] = run(reference, request, noise, advance)
+            drawn[key] = draw(reference, request, advance)
         return drawn[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "run_reference", run_once)
+        patch.setattr(TorchReference, "draw", draw_once)
         yield
 
 
@@ -62,4 +63,4 @@ def parity() -> Callable[..., Result]:
 
 def failed_rows(result: Result) -> set[str]:
     """The names of the rows past their limit."""
-    return {row["name"] for row in json.loads(result.stdout)["measurements"] if not row["passed"]}
+    return {row["name"] for row in json.loads(result.stdout)["rows"] if not row["passed"]}

@@ -38,7 +38,7 @@ def four_images() -> Rows:
 @pytest.fixture(scope="session")
 def random_bundle(cached_export: Callable[..., Any]) -> Path:
     """A custom recipe that does not ship with the project, with random weights. Do not write into it."""
-    from ddexport.bundle import WeightRequest, export_bundle
+    from ddexport.export import WeightRequest, export_bundle
     from ddexport.recipe import load_recipe
 
     recipe = structs.replace(load_recipe(str(GOLDEN / "recipe.yaml")), name="tiny")

@@ -3,7 +3,6 @@ wanted."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,21 +17,20 @@ from ddexport.runtime.backends.onnxruntime import OnnxRuntime
 from ddexport.runtime.bundle import Graph, read_manifest, sha256_of
 from ddexport.runtime.bundle import Source as SourceFile
 from ddexport.runtime.pipeline import Pipeline, load
-from ddexport.runtime.teacher import Sampling
-from ddexport.validate.compare import compare, measure, noise_for, request_of, run_reference
-from ddexport.validate.metrics._base import Limits, Measurement
+from ddexport.validate.compare import compare, measure
+from ddexport.validate.metrics._base import Limits
 from ddexport.validate.parity import command
-from ddexport.validate.reference import ReferenceFilesError, TorchReference, build_reference
+from ddexport.validate.reference import ReferenceFilesError, TorchReference, build_reference, request_of
+from ddexport.validate.report import Measurement
 
 TESTS = Path(__file__).parents[1]
 LIMITS = Limits(1e-3, 1e-4, 60.0, 2, 1e-4, 0.0, 1e-4, 60.0, 0.1)
-SAMPLING = Sampling(guidance_scale=2.0, top_k=12, top_p=0.95, temperature=1.0)
 
 
 @pytest.fixture(scope="module")
 def tiny(cached_export: Any) -> Path:
     """A small VAR with random weights, a teacher, and a student of another split."""
-    from ddexport.bundle import export_bundle
+    from ddexport.export import export_bundle
     from ddexport.recipe import load_recipe, recipe_from_dict
     from ddexport.sources import WeightRequest
 
@@ -94,28 +92,24 @@ class Faulty(OnnxRuntime):
 
 
 def measured(pipe: Pipeline, reference: TorchReference, graphs: Any = None) -> list[Measurement]:
-    request = request_of(12, 5, 10, 5)
-    noise = noise_for(reference, request)
-    runs = run_reference(reference, request, noise, lambda rows: None)
+    request = request_of(pipe.manifest, 12, 5, 5)
+    runs = reference.draw(request, lambda rows: None)
     if graphs is not None:
         pipe = Pipeline(pipe.root, pipe.manifest, pipe.labels, graphs)
-    return measure(compare(pipe, runs, request, noise, SAMPLING, lambda rows: None), LIMITS)
+    return measure(compare(pipe, runs, request, lambda rows: None), LIMITS)
 
 
 def test_a_bundle_agrees_with_its_reference(pipe: Pipeline, reference: TorchReference) -> None:
-    """In every schedule: all steps on the same input, the decoder, end to end; and with itself."""
+    """In every schedule: all steps on the same input, the decoder, end to end; and a batch with its rows."""
     rows = measured(pipe, reference)
     assert [row for row in rows if not row.passed] == []
     scopes = {row.scope for row in rows}
     assert scopes >= {"step 1 (known 0)", "3 steps, student (known 5)", "3 steps, teacher (positions 0 to 4)"}
     for title in ("1 step", "3 steps", "teacher alone"):
-        parts = ("decoder on the same sequence", "end to end", "by its seed alone")
-        assert scopes >= {f"{title}, {part}" for part in parts}
-    assert scopes >= {
-        "steps mixed in a batch",
-        "batch sizes 1, 2, 3, 5",
-        "teacher alone, teacher, one image alone",
-    }
+        assert scopes >= {f"{title}, {part}" for part in ("decoder on the same sequence", "end to end")}
+    assert scopes >= {f"{part}: a batch of 5 and its rows alone"
+                      for part in ("student, split 1", "student, split 5", "decoder")}  # fmt: skip
+    assert scopes >= {f"{title}, teacher, one image alone" for title in ("3 steps", "teacher alone")}
     assert {row.name for row in rows if row.scope == "teacher alone, teacher (positions 0 to 13)"} == {
         "guided logits, largest error",
         "logits, rms error",
@@ -125,6 +119,17 @@ def test_a_bundle_agrees_with_its_reference(pipe: Pipeline, reference: TorchRefe
         "tokens that differ, drawn",
         "chi-square of draws, deviations",
     }
+
+
+def test_the_reference_runs_graphs_as_an_engine_does(pipe: Pipeline, reference: TorchReference) -> None:
+    """Named arrays in and out, by the contract: it takes the place of the engine, and nothing differs."""
+
+    class Torch(Faulty):
+        def run(self, graph: Graph, feeds: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
+            return reference.run(graph, feeds)
+
+    rows = measured(pipe, reference, Torch(pipe, "", "", 0.0))
+    assert [row for row in rows if not row.passed] == []
 
 
 @pytest.mark.parametrize(
@@ -173,6 +178,7 @@ def test_tokens_are_forced_so_that_one_flip_is_one_flip(pipe: Pipeline, referenc
     [
         lambda feeds, n: np.arange(n) > 0,  # the first row is right
         lambda feeds, n: np.full(n, n > 3),  # small batches are right
+        lambda feeds, n: np.full(n, n == 1),  # one row alone is wrong
         lambda feeds, n: np.full(n, len(set(feeds["known"].tolist())) > 1),  # mixed steps are wrong
     ],
 )
@@ -182,23 +188,34 @@ def test_a_row_that_depends_on_its_batch_fails_against_itself(
     reference = build_reference(read_manifest(golden_bundle), golden_files, threads=1)
     with load(golden_bundle, "onnxruntime", threads=1) as pipe:
         rows = measured(pipe, reference, Faulty(pipe, "student", "sequence", 0.1, where))
-    assert {row.scope for row in rows if not row.passed} & {
-        "steps mixed in a batch",
-        "batch sizes 1, 2, 3, 5",
+    assert "student, split 5: a batch of 5 and its rows alone" in {
+        row.scope for row in rows if not row.passed
     }
+
+
+@pytest.mark.parametrize(
+    ("role", "output", "scope"),
+    [
+        ("teacher", "logits", "teacher alone, teacher, one image alone"),
+        ("decoder", "image", "decoder: a batch of 5 and its rows alone"),
+    ],
+)
+def test_so_do_teacher_and_decoder(
+    pipe: Pipeline, reference: TorchReference, role: str, output: str, scope: str
+) -> None:
+    alone = Faulty(pipe, role, output, 0.1, lambda feeds, n: np.full(n, n == 1))
+    assert scope in {row.scope for row in measured(pipe, reference, alone) if not row.passed}
 
 
 def test_runs_never_exceed_the_batch(pipe: Pipeline, reference: TorchReference) -> None:
     graphs = Faulty(pipe, "", "", 0.0)
     measured(pipe, reference, graphs)
-    assert set(graphs.batches) == {1, 2, 3, 5}
+    assert set(graphs.batches) == {1, 2, 5}
 
 
-def test_labels_are_spread_and_seeds_follow_each_other() -> None:
-    request = request_of(4, 2**64 - 2, 10, 8)
-    assert request.labels.tolist() == [(2**64 - 2) % 10 + step for step in (0, 2)] + [
-        ((2**64 - 2) % 10 + step) % 10 for step in (5, 7)
-    ]
+def test_labels_are_spread_and_seeds_follow_each_other(tiny: Path) -> None:
+    request = request_of(read_manifest(tiny), 4, 2**64 - 2, 8)
+    assert request.labels.tolist() == [(2**64 - 2 + step) % 10 for step in (0, 2, 5, 7)]
     assert request.seeds.tolist() == [2**64 - 2, 2**64 - 1, 0, 1]
 
 
@@ -207,7 +224,7 @@ def test_the_command_compares_the_teacher(tiny: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["passed"]
-    rows = {(one["scope"], one["name"]) for one in report["measurements"] if one["limit"] is not None}
+    rows = {(one["scope"], one["name"]) for one in report["rows"] if "limit" in one}
     assert ("3 steps, teacher (positions 0 to 4)", "tokens that differ, drawn") in rows
     assert ("3 steps, student (known 5)", "tokens that differ") in rows
     assert ("teacher alone, teacher (positions 0 to 13)", "chi-square of draws, deviations") in rows
@@ -227,7 +244,7 @@ def test_the_teacher_of_another_seed_fails(
     monkeypatch.setattr(checkpoint, "random_part", other)
     result = CliRunner().invoke(command, [str(tiny), "--images", "3", "--report", str(tmp_path), "--json"])
     assert result.exit_code == 3
-    failed = [one["scope"] for one in json.loads(result.stdout)["measurements"] if not one["passed"]]
+    failed = [one["scope"] for one in json.loads(result.stdout)["rows"] if not one["passed"]]
     assert failed
     assert all("teacher" in scope or "end to end" in scope for scope in failed)
 
@@ -264,15 +281,3 @@ def _golden_recipe(golden: Path) -> dict[str, Any]:
     from ddexport.recipe import load_recipe
 
     return load_recipe(str(golden / "recipe.yaml")).to_dict()
-
-
-def test_pairs_of_images_are_of_students_alone(tiny: Path) -> None:
-    """`validate fid` pairs images by noise: by default it takes the schedules that the noise decides."""
-    from ddexport.validate.fid_plan import FidSettingError, Options, plan_of
-
-    manifest = read_manifest(tiny)
-    options = Options(bundle=tiny, features="digits", images=10, reference="none", reference_model=False)
-    assert dict(plan_of(manifest, "fp32", options).schedules) == {1: (0,)}
-    with pytest.raises(FidSettingError, match="the schedule of 3 steps involves the teacher") as caught:
-        plan_of(manifest, "fp32", dataclasses.replace(options, steps=(1, 3)))
-    assert "--steps takes 1; " in caught.value.hint

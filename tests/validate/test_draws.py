@@ -7,17 +7,19 @@ import dataclasses
 import numpy as np
 
 from ddexport.runtime.teacher import Sampling, choose
-from ddexport.validate.metrics._base import Limits, TeacherPair
+from ddexport.validate.metrics._base import Comparison, Limits, StepOutput, StepPair
 from ddexport.validate.metrics._draws import chi_square, deviations, excused_draws
-from ddexport.validate.metrics._draws import measure as measure_draws
+from ddexport.validate.metrics.tokens import compare
 
 LIMITS = Limits(token_margin=1e-3, embedding_error=1e-4, image_psnr=60.0, image_max=2)
 SAMPLING = Sampling(guidance_scale=1.0, top_k=6, top_p=0.95, temperature=1.0)
 
 
-def pair_of(expected: np.ndarray, got: np.ndarray, numbers: np.ndarray, sampling: Sampling) -> TeacherPair:
+def pair_of(expected: np.ndarray, got: np.ndarray, numbers: np.ndarray, sampling: Sampling) -> StepPair:
     places = tuple(f"image {i}" for i in range(len(expected)))
-    return TeacherPair("here", expected, got, 0, numbers, sampling, places)
+    known = np.zeros(len(expected), np.int64)
+    sides = StepOutput(expected), StepOutput(got)
+    return StepPair("here", *sides, known, places, sampling=sampling, uniforms=numbers)
 
 
 def test_rounding_is_excused_where_a_number_lies_on_a_step() -> None:
@@ -53,7 +55,7 @@ def test_a_token_at_the_threshold_may_come_or_go_but_no_other() -> None:
         assert bool(pardoned[0, 0]) is excused
 
 
-def test_the_law_of_the_draws_is_held_to_its_chi_square() -> None:
+def test_the_law_of_the_draws_is_checked_by_its_chi_square() -> None:
     """The same probabilities lie within 4 deviations; a temperature 10 % off does not."""
     logits = (2 * np.random.default_rng(4).standard_normal((200, 50))).astype(np.float32)
     same = deviations(*chi_square(logits, logits, SAMPLING, 64))
@@ -72,6 +74,7 @@ def test_a_sure_token_leaves_nothing_to_test() -> None:
 def test_greedy_has_no_draws_to_compare() -> None:
     logits = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
     greedy = dataclasses.replace(SAMPLING, top_k=1)
-    names = [one.name for one in measure_draws(pair_of(logits, logits, np.zeros((2, 3)), greedy), LIMITS)]
-    assert names[:2] == ["guided logits, largest error", "tokens that differ, largest"]
+    pair = pair_of(logits, logits, np.zeros((2, 3)), greedy)
+    names = [one.name for one in compare(Comparison([pair]), LIMITS)]
+    assert set(names) >= {"guided logits, largest error", "tokens that differ, largest"}
     assert not any("drawn" in name or "chi-square" in name for name in names)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from ddexport.validate.limits import command, rows_of
-from ddexport.validate.metrics._base import Measurement
+from ddexport.validate.report import Measurement
 
 
 def row(name: str, value: float, limit: float | None, direction: str = "at most") -> Measurement:
@@ -42,6 +43,8 @@ def test_decibels_are_ratios_of_the_errors() -> None:
 
 
 def test_what_float32_leaves_out_has_a_limit_of_its_own() -> None:
+    (undefined,) = rows_of([row("logits_rms", value, 1.0) for value in (0.5, math.nan, 0.7)], "fp32")
+    assert undefined.verdict == "too tight"
     assert rows_of([row("images_left_out", 0.0, 0.1)], "fp32")[0].verdict == "ok"
     assert rows_of([row("images_left_out", 0.0, 0.2)], "fp32")[0].verdict == "too loose"
     assert rows_of([row("images_left_out", 0.2, 0.1)], "fp16")[0].verdict == "too tight"

@@ -9,7 +9,7 @@ import numpy as np
 
 from ddexport.runtime.images import to_uint8
 from ddexport.validate.drawing import ByteImages, Draw, Order, Schedules
-from ddexport.validate.metrics._base import Comparison, DrawnPair, ImagePair, StudentOutput, StudentPair
+from ddexport.validate.metrics._base import Comparison, Drawn, DrawnPair, ImagePair, StepOutput, StepPair
 
 LENGTH, WIDTH, CODEBOOK, SPLIT, CLASSES = 6, 3, 5, 2, 4
 SCHEDULES = {1: (0,), 2: (0, 1), 3: (0, 1, 4)}
@@ -43,7 +43,7 @@ class ToyModel:
         self.embedding_weight = generator.normal(size=(WIDTH, WIDTH)).astype(np.float32)
         self.codebook = generator.normal(size=(CODEBOOK, WIDTH)).astype(np.float32)
 
-    def student(self, tokens: np.ndarray, label: np.ndarray, known: np.ndarray) -> StudentOutput:
+    def student(self, tokens: np.ndarray, label: np.ndarray, known: np.ndarray) -> StepOutput:
         self.batches.append(len(tokens))
         self.inputs.append(tokens)
         hidden = tokens + 0.1 * label[:, None, None].astype(np.float32)
@@ -59,7 +59,7 @@ class ToyModel:
         drawn[:, : self.split] = self.codebook[logits[:, : self.split].argmax(-1)]
         is_known = np.arange(LENGTH)[None, :] < known[:, None]
         sequence = np.where(is_known[..., None], tokens, drawn)
-        return StudentOutput(sequence.astype(np.float32), logits[:, :SPLIT].astype(np.float32))
+        return StepOutput(logits[:, :SPLIT].astype(np.float32), sequence.astype(np.float32))
 
     def decode(self, sequence: np.ndarray) -> np.ndarray:
         image = 1.0 / (1.0 + np.exp(-sequence[:, :, :, None]))  # (N, L, 3, 1)
@@ -68,9 +68,9 @@ class ToyModel:
 
 def sampled(
     model: ToyModel, known: tuple[int, ...], labels: np.ndarray, noise: np.ndarray
-) -> list[StudentOutput]:
+) -> list[StepOutput]:
     """The steps of a schedule."""
-    outputs: list[StudentOutput] = []
+    outputs: list[StepOutput] = []
     for count in known:
         before = outputs[-1].sequence if outputs else noise
         tokens = np.concatenate([before[:, :count], noise[:, count:]], axis=1)
@@ -82,7 +82,7 @@ def compare(bundle: ToyModel, reference: ToyModel, rows: Rows) -> Comparison:
     """Of two toys what `ddexport.validate.compare` makes of a bundle and its reference; steps start as the
     reference's."""
     places = tuple(f"image {i} (label {label})" for i, label in enumerate(rows.labels))
-    comparison = Comparison([], [])
+    comparison = Comparison()
     for steps, known in SCHEDULES.items():
         expected = sampled(reference, known, rows.labels, rows.noise)
         own = sampled(bundle, known, rows.labels, rows.noise)
@@ -91,19 +91,20 @@ def compare(bundle: ToyModel, reference: ToyModel, rows: Rows) -> Comparison:
         counts = np.full_like(rows.labels, known[-1])
         got = bundle.student(tokens, rows.labels, counts)
         scope = f"step {steps} (known {', '.join(map(str, known))})"
-        comparison.students.append(StudentPair(scope, expected[-1], got, counts, SPLIT, places))
+        comparison.steps.append(StepPair(scope, expected[-1], got, counts, places))
         wanted, title = reference.decode(expected[-1].sequence), f"{steps} step{'s' if steps > 1 else ''}"
         same, images = bundle.decode(expected[-1].sequence), bundle.decode(own[-1].sequence)
         everything = np.ones(len(places), bool)
         scope = f"{title}, decoder on the same sequence"
         comparison.images.append(ImagePair(scope, wanted, same, everything, places))
-        tokens_of = [np.concatenate([one.tokens for one in side], axis=1) for side in (expected, own)]
-        sequences = (expected[-1].sequence, own[-1].sequence)
         if np.isfinite(images).all():
-            pixels = (to_uint8(wanted), to_uint8(images))
-            comparison.drawn.append(
-                DrawnPair(f"{title}, end to end", *tokens_of, *sequences, *pixels, places)
-            )
+            sides = [
+                Drawn(
+                    np.concatenate([one.tokens for one in side], axis=1), side[-1].sequence, to_uint8(image)
+                )
+                for side, image in ((expected, wanted), (own, images))
+            ]
+            comparison.drawn.append(DrawnPair(f"{title}, end to end", *sides, places))
     return comparison
 
 

@@ -9,21 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ddexport.runtime.bundle import Manifest
+from ddexport.runtime.bundle import TEACHER, Manifest
 from ddexport.runtime.errors import VerificationError
 from ddexport.runtime.teacher import choose, sampling_of
 from ddexport.validate.bench.plan import Entry
 from ddexport.validate.bench.session import Inputs, Outputs
 from ddexport.validate.compare import measure
 from ddexport.validate.limits import limits_of
-from ddexport.validate.metrics._base import (
-    Comparison,
-    FloatArray,
-    ImagePair,
-    Limits,
-    StudentPair,
-    TeacherPair,
-)
+from ddexport.validate.metrics._base import Comparison, Drawn, ImagePair, Limits, StepPair
 
 NO_LIMITS = Limits(math.inf, math.inf, -math.inf, 1 << 30)
 
@@ -44,47 +37,41 @@ def agreement(
         limits = replace(stated, tokens_differing=None, histogram_bias=None)
     except VerificationError:
         limits = NO_LIMITS
-    schedule, places = manifest.schedule(entry.steps), tuple(f"image {i}" for i in range(entry.batch))
-    split, students, teachers = schedule.split or manifest.sequence.split, [], []
-    for number, known in enumerate(schedule.known):
-        pair = expected.students[number], got.students[number]
-        counts = np.full(entry.batch, known, dtype=np.int64)
-        students.append(StudentPair(f"student step {number + 1}", *pair, counts, split, places))
-    equal = [(~pair.differing())[pair.decided()] for pair in students]
-    sampling, span = sampling_of(schedule, manifest.teacher, {}), schedule.teacher
-    if sampling is not None and span is not None:
-        assert expected.guided is not None and got.guided is not None
-        numbers = inputs.uniforms[:, span.start : span.end]
-        both = expected.guided, got.guided
-        # `itself` leaves out the law of many draws, which takes seconds.
-        teachers.append(TeacherPair("teacher", *both, span.start, numbers, sampling, places, itself=True))
-        drawn = next(step.tokens for step in got.steps if step.role == "teacher")[:, span.start :]
-        equal.append((choose(expected.guided, numbers, sampling) == drawn).ravel())
+    schedule, places = manifest.schedule(entry.steps), [f"image {i}" for i in range(entry.batch)]
+    known, span, pairs, equal = iter(schedule.known), schedule.teacher, [], []
+    for number, (step, wanted, own) in enumerate(zip(got.steps, expected.outputs, got.outputs, strict=True)):
+        more: dict[str, Any] = {}
+        if step.role == TEACHER and span is not None:
+            sampling, numbers = (
+                sampling_of(schedule, manifest.teacher, {}),
+                inputs.uniforms[:, span.start : span.end],
+            )
+            assert sampling is not None
+            # `itself` leaves out the law of many draws, which takes seconds.
+            more = {"itself": True, "start": span.start, "sampling": sampling, "uniforms": numbers}
+            equal.append((choose(wanted.logits, numbers, sampling) == step.tokens[:, span.start :]).ravel())
+        count = np.full(entry.batch, more.get("start") if more else next(known), dtype=np.int64)
+        pairs.append(StepPair(f"step {number + 1}", wanted, own, count, places, **more))
+        if not more:
+            equal.append(~pairs[-1].differing()[pairs[-1].decided()])
+    last = got.steps[-1]
+    images = [Drawn(last.tokens, last.sequence, side.pixels).image for side in (expected, got)]
     everything = np.ones(entry.batch, dtype=np.bool_)
-    images = ImagePair("image", _floats(expected), _floats(got), everything, places, pixels=True)
-    measurements = measure(Comparison(students, [images], teachers), limits)
+    image = ImagePair("image", images[0], images[1], everything, places, pixels=True)
+    measurements = measure(Comparison(pairs, [image]), limits)
     faults = [str(one) for one in measurements if not one.passed]
 
-    def worst(name: str) -> float | None:
+    def worst(name: str, pick: Any = np.max) -> float | None:
         """NaN where one is; None without one."""
-        values = [
-            one.value if one.direction == "at most" else -one.value
-            for one in measurements
-            if name in one.name
-        ]
-        return float(np.abs(np.max(values))) if values else None
+        values = [one.value for one in measurements if name in one.name]
+        return float(pick(values)) if values else None
 
     return {
         "tokens_equal": float(np.concatenate(equal).mean()),
         "embedding_error": worst("embeddings, relative error"),
-        "image_psnr": worst("image PSNR"),
+        "image_psnr": worst("image PSNR", np.min),
         "image_max": worst("largest 8-bit difference"),
         "passed": None if limits is NO_LIMITS else not faults,
         "faults": "; ".join(faults),
         "notes": f"the bundle states no limits for {precision}" if limits is NO_LIMITS else "",
     }
-
-
-def _floats(outputs: Outputs) -> FloatArray:
-    """The 8-bit images as (B, 3, H, W) in [0, 1]."""
-    return outputs.pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)

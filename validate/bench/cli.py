@@ -10,6 +10,7 @@ import click
 
 from ddexport.runtime import console
 from ddexport.runtime.errors import BackendError, DDError, VerificationError
+from ddexport.validate.options import PATH, shared
 
 if TYPE_CHECKING:
     from ddexport.validate.bench.plan import Request
@@ -26,7 +27,6 @@ Examples:
   ddexport bench build/var-d16 --steps 1,2,teacher --against torch-eager --against-steps teacher
   ddexport bench build/digits-var build/digits-llamagen --batch 1,8 --plot bench.png --json
 """
-_PATH = click.Path(path_type=Path)
 
 
 def comma_list(read: Callable[[str], Any], single: bool = False) -> Callable[..., Any]:
@@ -77,7 +77,7 @@ def _known(word: str, names: Sequence[str]) -> str:
 
 
 @click.command("bench", cls=console.Command, epilog=EPILOG, context_settings={"show_default": True})
-@click.argument("bundles", metavar="BUNDLE...", type=_PATH, nargs=-1, required=True)
+@click.argument("bundles", metavar="BUNDLE...", type=PATH, nargs=-1, required=True)
 @click.option("--backend", "backends", callback=comma_list(_backend), metavar="A,B,...",
               help="Backends of the runtime, and torch-eager, torch-compile, naive. All that are named stay"
               " in memory at once: name fewer where it is short.  [default: the runtime's]")  # fmt: skip
@@ -102,16 +102,13 @@ def _known(word: str, names: Sequence[str]) -> str:
               " one.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0,
               help="Of noise and labels, and of the order in the rounds.")  # fmt: skip
-@click.option("--checkpoint", type=_PATH, help="The student's checkpoint that the bundle was made from.")
-@click.option("--vae", type=_PATH, help="The tokenizer's checkpoint that the bundle was made from.")
-@click.option("--teacher", type=_PATH, help="The teacher's checkpoint that the bundle was made from.")
-@click.option("--weights", type=click.Choice(["ema", "model"]), help="Which copy in --checkpoint.")
+@shared("checkpoint", "vae", "teacher", "weights")
 @click.option("--roofline/--no-roofline", default=True, help="Whether to measure the machine's own peak.")
 @click.option("--save", is_flag=True,
               help="Keep in the bundle how fast each CPU backend is in one step and the first precision, for"
               " --backend auto.")  # fmt: skip
-@click.option("--plot", type=_PATH, metavar="FILE.png", help="Plot the times.")
-@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+@click.option("--plot", type=PATH, metavar="FILE.png", help="Plot the times.")
+@shared("json")
 @console.debug_option
 def command(
     save: bool,

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from ddexport.runtime import backends
 from ddexport.runtime.backends import CPU, Configuration
-from ddexport.runtime.bundle import Manifest, sha256_of
+from ddexport.runtime.bundle import Manifest
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.machine import cpu
 from ddexport.runtime.registry import plugins
+from ddexport.validate.reference import FILE_OPTIONS
 
 EAGER, COMPILED, NAIVE = "torch-eager", "torch-compile", "naive"
 IN_TORCH = {EAGER: ("fp32", "bf16"), COMPILED: ("fp32", "bf16"), NAIVE: ("fp32",)}
 PACKAGES = ("torch", "safetensors", "yaml", "onnx")
-OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", "teacher": "--teacher"}
 Steps = int | str  # of a schedule, or "teacher": all tokens from the auto-regressive model
 
 
@@ -158,17 +158,17 @@ def _unfit(manifest: Manifest, configuration: Configuration, steps: Steps) -> st
 
 def missing_files(manifest: Manifest, files: Mapping[str, Path | None], by_teacher: bool) -> Iterator[str]:
     """The published files of a bundle that are not given, not there, or not those that it was made from."""
+    from ddexport.families._weight_file import fingerprint
     from ddexport.recipe import recipe_of
 
     for source in manifest.weights.files if manifest.weights.kind == "checkpoint" else ():
-        path, option, role = files.get(source.role), OPTIONS[source.role], source.role
-        if (role == "teacher" and not by_teacher) or (
-            path is None and source.file == recipe_of(manifest).files[role].embedded
-        ):
+        path, option = files.get(source.role), FILE_OPTIONS[source.role]
+        if source.role == "teacher" and not by_teacher:
             continue
         if path is None:
-            yield f"{option} {source.file}, which {manifest.name} was made from"
-        elif not path.is_file():
+            if source.file != recipe_of(manifest).files[source.role].embedded:
+                yield f"{option} {source.file}, which {manifest.name} was made from"
+        elif not path.exists():
             yield f"{option}: there is no file {path}"
-        elif sha256_of(path) != source.sha256:
+        elif fingerprint(path)[0] != source.sha256:
             yield f"{option}: {path} is not the {source.file} that {manifest.name} was made from"

@@ -24,7 +24,7 @@ from ddexport.runtime.sampler import Step
 from ddexport.runtime.teacher import generate
 from ddexport.validate.bench.plan import IN_TORCH, Steps
 from ddexport.validate.bench.torch_engine import REFERENCE, TorchEngine, TorchPipeline
-from ddexport.validate.metrics._base import FloatArray, IntArray, StudentOutput
+from ddexport.validate.metrics._base import FloatArray, IntArray, StepOutput
 
 PROCESS = Path("/proc/self")
 RESET_PEAK = "5"  # makes Linux set VmHWM back to the present size: man 5 proc, clear_refs
@@ -50,12 +50,11 @@ class Inputs(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What parity is measured on: the sampler's steps, sequence and logits of each student step, the guided
-    logits (B, P, V) that the teacher's tokens were chosen from, pixels (B, H, W, 3) uint8."""
+    """What parity is measured on: the sampler's steps, the logits of each, of a student's also the
+    sequence, and pixels (B, H, W, 3) uint8."""
 
     steps: Sequence[Step]
-    students: Sequence[StudentOutput]
-    guided: FloatArray | None
+    outputs: Sequence[StepOutput]
     pixels: NDArray[np.uint8]
 
 
@@ -112,16 +111,18 @@ class Session:
     def outputs(self, batch: int, steps: Steps) -> Outputs:
         """What the last run gave. Logits, which users do not ask for, are computed once more."""
         result = self.results[batch, steps]
-        again, guided = self._logits(batch, steps, result.steps)
-        timed = [step.sequence for step in result.steps if step.role != TEACHER]
-        students = [StudentOutput(own, one.logits) for own, one in zip(timed, again, strict=True)]
-        return Outputs(result.steps, students, guided, np.asarray(result.images))
+        again = self._again(batch, steps, result.steps)
+        timed = [
+            StepOutput(one.logits, None if one.sequence is None else step.sequence)
+            for one, step in zip(again, result.steps, strict=True)
+        ]
+        return Outputs(result.steps, timed, np.asarray(result.images))
 
     def expected(self, batch: int, steps: Steps, done: Sequence[Step]) -> Outputs:
         """What this pipeline gives where each step, and the decoder, has the input that it had in `done`."""
         graph = self.manifest.graph("decoder", self.pipe.backend.configuration.graphs)
         image = self.pipe.backend.run(graph, {"sequence": done[-1].sequence})["image"]
-        return Outputs(done, *self._logits(batch, steps, done), to_uint8(image))
+        return Outputs(done, self._again(batch, steps, done), to_uint8(image))
 
     def rate(self, engine: str, precision: str, threads: int) -> float:
         """GFLOP/s of a matrix product."""
@@ -129,25 +130,22 @@ class Session:
 
         return measure_rate(engine, precision, threads)
 
-    def _logits(
-        self, batch: int, steps: Steps, done: Sequence[Step]
-    ) -> tuple[list[StudentOutput], FloatArray | None]:
-        """Every student step on its input again, and the teacher's logits on the tokens that it drew."""
+    def _again(self, batch: int, steps: Steps, done: Sequence[Step]) -> list[StepOutput]:
+        """Every step on its input again; a teacher's on the tokens that it drew."""
         schedule, backend = self.manifest.schedule(steps), self.pipe.backend
         labels, noise, _ = inputs_of(self.manifest, batch, self.seed)
-        students, guided, before, known = [], None, noise, iter(schedule.known)
+        outputs, before, known = [], noise, iter(schedule.known)
         for step in done:
             if step.role == TEACHER:
-                guided = self._guided(labels, schedule, step)
+                outputs.append(StepOutput(self._guided(labels, schedule, step)))
             else:
                 count = next(known)
                 latents = np.concatenate([before[:, :count], noise[:, count:]], axis=1)
                 feeds = {"latents": latents, "label": labels, "known": np.full(batch, count, np.int64)}
                 graph = self.manifest.graph("student", backend.configuration.graphs, schedule.split)
-                got = backend.run(graph, feeds, ("sequence", "logits"))
-                students.append(StudentOutput(got["sequence"], got["logits"]))
+                outputs.append(StepOutput(**backend.run(graph, feeds, ("sequence", "logits"))))
             before = step.sequence
-        return students, guided
+        return outputs
 
     def _guided(self, labels: IntArray, schedule: Schedule, step: Step) -> FloatArray:
         """The teacher's logits (B, P, V) where the tokens of a step are forced."""

@@ -1,16 +1,16 @@
-"""What a parity metric is given, and the typed results it gives back.
+"""What a parity metric is given, and the arithmetic that metrics share.
 
 A metric is a file in this folder. One that takes part in `validate parity` has a function
 
     compare(comparison: Comparison, limits: Limits) -> list[Measurement]
 
-and is found by the harness through its file name; other files here belong to other commands. A metric
-prints nothing and decides nothing beyond its own limit.
+and is found by its file name; other files here belong to other commands. A metric decides nothing beyond its
+own limits. Shapes: N rows, L positions, Cv width of a code, P positions of a step, V codebook.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ddexport.runtime.teacher import Sampling
-from ddexport.validate.report import Measurement as Measurement  # noqa: PLC0414
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -34,8 +33,8 @@ class Limits:
     decided. histogram_bias: total variation of the mean probabilities of the tokens. embedding_error: rms
     error / rms. image_psnr: dB, of the decoder's images in [0, 1]; pixel_psnr: of the 8-bit images that users
     get. image_max: largest difference of an 8-bit value. images_left_out: share of the images whose tokens
-    differ. provisional: the limits are guesses, since nobody has measured the model. None: shown, but not
-    held; `validate parity` wants all.
+    differ. provisional: the limits are guesses, since nobody has measured the model. None: shown, without a
+    limit; `validate parity` wants all.
     """
 
     token_margin: float
@@ -52,60 +51,62 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class StudentOutput:
-    """What the student gave for N rows: sequence (N, L, Cv) and logits (N, S, V), float32."""
+class StepOutput:
+    """What a step gave for N rows: logits (N, P, V) and, of a student, sequence (N, L, Cv), float32."""
 
-    sequence: FloatArray
     logits: FloatArray
-
-    def __len__(self) -> int:
-        return int(self.sequence.shape[0])
-
-    def rows(self, index: Any) -> StudentOutput:
-        """The rows `index` selects."""
-        return StudentOutput(self.sequence[index], self.logits[index])
-
-    @staticmethod
-    def concatenate(parts: Sequence[StudentOutput]) -> StudentOutput:
-        """The rows of all parts, in order."""
-        return StudentOutput(
-            np.concatenate([part.sequence for part in parts]), np.concatenate([part.logits for part in parts])
-        )
+    sequence: FloatArray | None = None
 
     @property
     def tokens(self) -> IntArray:
-        """argmax of the logits (N, S), int64."""
+        """argmax of the logits (N, P), int64."""
         return np.asarray(np.argmax(self.logits, axis=-1), dtype=np.int64)
+
+    def rows(self, index: Any) -> StepOutput:
+        """The rows that `index` selects."""
+        return StepOutput(self.logits[index], None if self.sequence is None else self.sequence[index])
 
 
 @dataclass(frozen=True)
-class StudentPair:
-    """The student run twice on the same rows: what is expected and what was got.
+class StepPair:
+    """A step of a student, or all AR steps of a teacher, run twice on the same input: expected and got.
 
-    known (N,) int64: leading positions that hold data, for each row. places: the name of each row, for
-    `where`. itself: the bundle is compared with itself, in another batch, and not with the reference.
+    known (N,) int64: of each row the leading positions that hold data. places: the name of each row. itself:
+    the bundle is compared with itself, and not with the reference. Of a teacher: start, the position of its
+    first logits, and uniforms (N, P), the numbers by which `sampling` draws its tokens.
     """
 
     scope: str
-    expected: StudentOutput
-    got: StudentOutput
+    expected: StepOutput
+    got: StepOutput
     known: IntArray
-    split: int
-    places: tuple[str, ...]
+    places: Sequence[str]
     itself: bool = False
+    start: int = 0
+    sampling: Sampling | None = None
+    uniforms: npt.NDArray[np.float64] | None = None
+
+    @property
+    def split(self) -> int:
+        """The position behind those that have logits: of a student, where its embeddings start."""
+        return self.start + int(self.expected.logits.shape[1])
 
     def decided(self) -> BoolArray:
-        """(N, S): the positions whose token this step decides, that is before the split and not kept."""
-        return np.asarray(np.arange(self.split)[None, :] >= self.known[:, None])
+        """(N, P): the positions whose token this step decides, that is before the split and not kept."""
+        return np.asarray(np.arange(self.start, self.split)[None, :] >= self.known[:, None])
 
     def differing(self) -> BoolArray:
-        """(N, S): the positions among the decided ones where the tokens differ."""
+        """(N, P): the positions among the decided ones where the tokens differ."""
         return np.asarray((self.expected.tokens != self.got.tokens) & self.decided())
+
+    def place(self, row: int, position: int) -> str:
+        """The name of a position, which is counted from `start`."""
+        return f"{self.places[row]}, position {self.start + position}"
 
 
 @dataclass(frozen=True)
 class ImagePair:
-    """Images (N, 3, H, W) float32 in [0, 1], expected and got.
+    """Images (N, C, H, W) float32 in [0, 1], expected and got.
 
     comparable (N,): False for an image whose tokens differ already, so that it shows another picture, not
     an error of the decoder. Such images are counted, and left out. pixels: they were 8-bit images.
@@ -115,78 +116,69 @@ class ImagePair:
     expected: FloatArray
     got: FloatArray
     comparable: BoolArray
-    places: tuple[str, ...]
+    places: Sequence[str]
     itself: bool = False
     pixels: bool = False
 
 
 @dataclass(frozen=True)
-class TeacherPair:
-    """A teacher run twice on the same tokens: guided logits (N, P, V) of the positions from `start` on.
+class Drawn:
+    """What a whole schedule gave: tokens (N, T) of all steps, the sequence (N, L, Cv) float32 that was
+    decoded, pixels (N, H, W, C) uint8."""
 
-    uniforms (N, P): the numbers that tokens are chosen by, as `sampling` says. The rest as in `StudentPair`.
-    """
+    tokens: IntArray
+    sequence: FloatArray
+    pixels: npt.NDArray[np.uint8]
 
-    scope: str
-    expected: FloatArray
-    got: FloatArray
-    start: int
-    uniforms: npt.NDArray[np.float64]
-    sampling: Sampling
-    places: tuple[str, ...]
-    itself: bool = False
+    @property
+    def image(self) -> FloatArray:
+        """The pixels in [0, 1], channels first."""
+        return np.asarray(self.pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255))
 
 
 @dataclass(frozen=True)
 class DrawnPair:
-    """What reference and users' pipeline drew from the same noise: tokens (N, T) of all steps, sequences
-    (N, L, Cv) float32, and the images (N, H, W, C) uint8."""
+    """What reference and users' pipeline drew from the same noise. by_teacher: with AR steps in it."""
 
     scope: str
-    expected_tokens: IntArray
-    got_tokens: IntArray
-    expected: FloatArray
-    got: FloatArray
-    expected_pixels: npt.NDArray[np.uint8]
-    got_pixels: npt.NDArray[np.uint8]
-    places: tuple[str, ...]
-    itself: bool = False
+    expected: Drawn
+    got: Drawn
+    places: Sequence[str]
     by_teacher: bool = False
 
     @property
     def comparable(self) -> BoolArray:
         """(N,): the images of which every token agrees."""
-        return np.asarray((self.expected_tokens == self.got_tokens).all(axis=1))
+        return np.asarray((self.expected.tokens == self.got.tokens).all(axis=1))
 
     def images(self) -> ImagePair:
-        """The 8-bit images as floats, channels first."""
-        sides = (self.expected_pixels, self.got_pixels)
-        expected, got = (side.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255) for side in sides)
-        return ImagePair(self.scope, expected, got, self.comparable, self.places, self.itself, pixels=True)
+        """The 8-bit images."""
+        sides = (self.expected.image, self.got.image)
+        return ImagePair(self.scope, *sides, self.comparable, self.places, pixels=True)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Everything that was run: what every metric is given."""
 
-    students: list[StudentPair]
-    images: list[ImagePair]
-    teachers: list[TeacherPair] = field(default_factory=list)
+    steps: list[StepPair] = field(default_factory=list)
+    images: list[ImagePair] = field(default_factory=list)
     drawn: list[DrawnPair] = field(default_factory=list)
+
+    @property
+    def students(self) -> list[StepPair]:
+        """The steps that are a student's."""
+        return [pair for pair in self.steps if pair.sampling is None]
 
     def pictures(self) -> list[ImagePair]:
         """Every pair of images of bundle and reference."""
-        return [pair for pair in [*self.images, *(drawn.images() for drawn in self.drawn)] if not pair.itself]
+        return [pair for pair in self.images if not pair.itself] + [drawn.images() for drawn in self.drawn]
 
     def scopes(self) -> list[str]:
-        """The names of what was compared: against the reference first, in the order in which it was run."""
-        pairs: list[StudentPair | ImagePair | TeacherPair | DrawnPair]
-        pairs = [*self.students, *self.teachers, *self.images, *self.drawn]
-        named = [(pair.itself, pair.scope) for pair in pairs]
-        return [scope for _, scope in sorted(dict.fromkeys(named), key=lambda pair_scope: pair_scope[0])]
-
-
-Compare: TypeAlias = Callable[[Comparison, Limits], list[Measurement]]
+        """The names of what was compared: steps, images, end to end; what is compared with itself last."""
+        pairs: list[StepPair | ImagePair] = [*self.steps, *self.images]
+        ahead, behind = ([pair.scope for pair in pairs if pair.itself is itself] for itself in (False, True))
+        return list(dict.fromkeys([*ahead, *(drawn.scope for drawn in self.drawn), *behind]))
 
 
 def relative_error(expected: FloatArray, got: FloatArray, mask: BoolArray) -> tuple[float, int]:
@@ -215,7 +207,6 @@ def largest_difference(
     """
     if not mask.any():
         return 0.0, (0, 0)
-    error = np.abs(got.astype(np.float64) - expected).max(axis=-1)
-    error = np.where(mask, error, -1.0)
+    error = np.where(mask, np.abs(got.astype(np.float64) - expected).max(axis=-1), -1.0)
     row, position = np.unravel_index(int(np.argmax(error)), error.shape)  # argmax takes the first NaN
     return float(error[row, position]), (int(row), int(position))

@@ -1,5 +1,5 @@
-"""A teacher's distributions: the logits, the token that is largest, the token that a number draws, and the
-law of many draws. Part of what `tokens` measures; docs/parity.md explains the rows.
+"""What a teacher draws: the token that a number draws, and the law of many draws. Part of what `tokens`
+measures; docs/parity.md explains the rows.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from ddexport.runtime.noise import uniform_numbers
 from ddexport.runtime.teacher import Sampling, choose, weights
-from ddexport.validate.metrics._base import BoolArray, FloatArray, IntArray, Limits, Measurement, TeacherPair
-from ddexport.validate.metrics._distribution import distribution
+from ddexport.validate.metrics._base import BoolArray, FloatArray, IntArray, StepPair
+from ddexport.validate.report import Measurement
 
 CELLS = 8  # of about equal mass, into which the codebook is cut for the chi-square of a row
 DRAWS = 64  # a row, so that a cell expects 8
@@ -22,20 +22,7 @@ DRAW_SEED = 0x5EED  # another stream than the one that drew the tokens
 MAX_DEVIATIONS = 5.0
 
 
-def measure(pair: TeacherPair, limits: Limits) -> list[Measurement]:
-    """All rows of one pair."""
-    rows = [_logits_error(pair, limits), _differing_largest(pair, limits)]
-    if not pair.itself:
-        everywhere = np.ones(pair.expected.shape[:2], dtype=np.bool_)
-        rows += distribution(pair.scope, pair.expected, pair.got, everywhere, limits)
-    if not pair.sampling.greedy:
-        rows.append(_differing_drawn(pair, limits))
-        if not pair.itself:
-            rows.append(_law(pair))
-    return rows
-
-
-def excused_draws(pair: TeacherPair, limit: float) -> tuple[BoolArray, BoolArray]:
+def excused_draws(pair: StepPair, limit: float) -> tuple[BoolArray, BoolArray]:
     """(N, P) each: where the drawn tokens differ, and where a logit error of `limit` excuses that.
 
     Such an error moves the cumulated share F of a token by F (1 - F) (e^(2 limit / T) - 1) at most, which is
@@ -43,15 +30,15 @@ def excused_draws(pair: TeacherPair, limit: float) -> tuple[BoolArray, BoolArray
     top-k or top-p across it, which moves the shares by that token's mass. The number has to lie this close to
     the share at which the other side's token begins or ends.
     """
-    expected, got = _rows(pair.expected), _rows(pair.got)
-    numbers = pair.uniforms.reshape(-1)
-    differing = choose(expected, numbers, pair.sampling) != choose(got, numbers, pair.sampling)
+    assert pair.sampling is not None and pair.uniforms is not None
+    expected, got, numbers = _rows(pair.expected.logits), _rows(pair.got.logits), pair.uniforms.reshape(-1)
+    theirs = choose(got, numbers, pair.sampling)
+    differing = choose(expected, numbers, pair.sampling) != theirs
     pardoned = np.zeros_like(differing)
     for row in np.flatnonzero(differing):
-        other = int(choose(got[row : row + 1], numbers[row : row + 1], pair.sampling)[0])
-        pardoned[row] = _is_close(expected[row], got[row], other, numbers[row], pair.sampling, limit)
-    shape = pair.uniforms.shape
-    return differing.reshape(shape), pardoned.reshape(shape)
+        other, number = int(theirs[row]), numbers[row]
+        pardoned[row] = _is_close(expected[row], got[row], other, number, pair.sampling, limit)
+    return differing.reshape(pair.uniforms.shape), pardoned.reshape(pair.uniforms.shape)
 
 
 def _is_close(
@@ -108,63 +95,16 @@ def _without_small(cell: IntArray, expected: npt.NDArray[Any]) -> IntArray:
     return np.asarray(numbered[cell], dtype=np.int64)
 
 
-def _law(pair: TeacherPair) -> Measurement:
-    got, expected = _rows(pair.got), _rows(pair.expected)
+def law(pair: StepPair) -> Measurement:
+    """The chi-square of many draws from the bundle's logits against the reference's probabilities."""
+    assert pair.sampling is not None
+    expected, got = _rows(pair.expected.logits), _rows(pair.got.logits)
     some = np.unique(np.linspace(0, len(got) - 1, LAW_ROWS).astype(np.int64))
     statistic, freedom = chi_square(got[some], expected[some], pair.sampling, DRAWS)
-    return Measurement(
-        "tokens",
-        pair.scope,
-        "chi-square of draws, deviations",
-        deviations(statistic, freedom),
-        limit=MAX_DEVIATIONS,
-        note=f"{statistic:.0f} for {freedom} degrees of freedom",
-        counts={"draws": DRAWS * len(some), "freedom": freedom},
-    )
-
-
-def _logits_error(pair: TeacherPair, limits: Limits) -> Measurement:
-    error = np.abs(pair.got.astype(np.float64) - pair.expected).max(axis=-1)
-    row, position = np.unravel_index(int(error.argmax()), error.shape)  # argmax takes the first NaN
-    value = float(error[row, position])
-    where = _place(pair, int(row), int(position)) if value else ""
-    name = "guided logits, largest error"
-    return Measurement(
-        "tokens", pair.scope, name, value, limits.token_margin, where=where, rule="token_margin"
-    )
-
-
-def _differing_largest(pair: TeacherPair, limits: Limits) -> Measurement:
-    wanted, got = pair.expected.argmax(-1), pair.got.argmax(-1)
-    lost = pair.expected.max(-1) - np.take_along_axis(pair.expected, got[..., None], axis=-1)[..., 0]
-    differing = wanted != got
-    return _counted(pair, "tokens that differ, largest", differing, lost < limits.token_margin)
-
-
-def _differing_drawn(pair: TeacherPair, limits: Limits) -> Measurement:
-    differing, pardoned = excused_draws(pair, limits.token_margin)
-    return _counted(pair, "tokens that differ, drawn", differing, pardoned)
-
-
-def _counted(pair: TeacherPair, name: str, differing: BoolArray, pardon: BoolArray) -> Measurement:
-    faults = differing & ~pardon
-    counts = {
-        "compared": differing.size,
-        "differing": int(differing.sum()),
-        "excused": int((differing & pardon).sum()),
-    }
-    note = f"of {counts['compared']}"
-    if counts["excused"]:
-        note += f"; {counts['excused']} more excused"
-    worst = np.argwhere(faults if faults.any() else differing)
-    where = _place(pair, int(worst[0][0]), int(worst[0][1])) if len(worst) else ""
-    return Measurement(
-        "tokens", pair.scope, name, float(faults.sum()), limit=0.0, where=where, note=note, counts=counts
-    )
-
-
-def _place(pair: TeacherPair, row: int, position: int) -> str:
-    return f"{pair.places[row]}, position {pair.start + position}"
+    value, note = deviations(statistic, freedom), f"{statistic:.0f} for {freedom} degrees of freedom"
+    counts = {"draws": DRAWS * len(some), "freedom": freedom}
+    name = "chi-square of draws, deviations"
+    return Measurement("tokens", pair.scope, name, value, MAX_DEVIATIONS, note=note, counts=counts)
 
 
 def _rows(logits: FloatArray) -> FloatArray:

@@ -8,13 +8,14 @@ from ddexport.validate.metrics._base import (
     BoolArray,
     Comparison,
     DrawnPair,
+    FloatArray,
     IntArray,
     Limits,
-    Measurement,
-    StudentPair,
+    StepPair,
     largest_difference,
     relative_error,
 )
+from ddexport.validate.report import Measurement
 
 
 def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
@@ -28,25 +29,25 @@ def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
 def drawn(pair: DrawnPair, limit: float) -> Measurement:
     """The sequences that were decoded, of the images whose tokens all agree; the others are counted
     elsewhere."""
-    mask = np.broadcast_to(pair.comparable[:, None], pair.expected.shape[:2])
-    error, row = relative_error(pair.expected, pair.got, mask)
-    where = pair.places[row] if error else ""
-    name = "sequence, relative error"
+    expected, got = pair.expected.sequence, pair.got.sequence
+    mask = np.broadcast_to(pair.comparable[:, None], expected.shape[:2])
+    error, row = relative_error(expected, got, mask)
+    where, name = pair.places[row] if error else "", "sequence, relative error"
     return Measurement("embeddings", pair.scope, name, error, limit, where=where, rule="embedding_error")
 
 
-def regressed(pair: StudentPair, limit: float) -> list[Measurement]:
+def regressed(pair: StepPair, limit: float) -> list[Measurement]:
     """Relative error of what the embedding head wrote, and, as information, the largest error."""
     mask = _positions(pair) >= np.maximum(pair.known, pair.split)[:, None]
     rows = [_relative(pair, "embeddings, relative error", limit, mask)]
     if not pair.itself:
-        largest, place = largest_difference(pair.expected.sequence, pair.got.sequence, mask)
-        where = f"{pair.places[place[0]]}, position {place[1]}" if largest else ""
+        largest, (row, position) = largest_difference(*_sequences(pair), mask)
+        where = pair.place(row, position) if largest else ""
         rows.append(Measurement("embeddings", pair.scope, "embeddings, largest error", largest, where=where))
     return rows
 
 
-def copied(pair: StudentPair, limit: float) -> Measurement:
+def copied(pair: StepPair, limit: float) -> Measurement:
     """Relative error of what no head computes: kept positions, and codebook entries where the tokens agree.
 
     This is where a wrong split, a wrong `known` or a damaged codebook shows although every logit is right.
@@ -57,15 +58,20 @@ def copied(pair: StudentPair, limit: float) -> Measurement:
     return _relative(pair, "kept and codebook entries, relative error", limit, mask)
 
 
-def _relative(pair: StudentPair, name: str, limit: float, mask: BoolArray) -> Measurement:
+def _relative(pair: StepPair, name: str, limit: float, mask: BoolArray) -> Measurement:
     """The relative error over the masked positions of the worst row, and the worst position in it."""
-    expected, got = pair.expected.sequence, pair.got.sequence
+    expected, got = _sequences(pair)
     error, row = relative_error(expected, got, mask)
     _, (_, position) = largest_difference(expected[[row]], got[[row]], mask[[row]])
-    where = f"{pair.places[row]}, position {position}" if error else ""
+    where = pair.place(row, position) if error else ""
     return Measurement("embeddings", pair.scope, name, error, limit, where=where, rule="embedding_error")
 
 
-def _positions(pair: StudentPair) -> IntArray:
-    shape = pair.expected.sequence.shape[:2]
+def _sequences(pair: StepPair) -> tuple[FloatArray, FloatArray]:
+    assert pair.expected.sequence is not None and pair.got.sequence is not None
+    return pair.expected.sequence, pair.got.sequence
+
+
+def _positions(pair: StepPair) -> IntArray:
+    shape = _sequences(pair)[0].shape[:2]
     return np.broadcast_to(np.arange(shape[1]), shape)

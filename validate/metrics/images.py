@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from ddexport.validate.metrics._base import Comparison, DrawnPair, FloatArray, ImagePair, Limits, Measurement
+from ddexport.validate.metrics._base import Comparison, DrawnPair, FloatArray, ImagePair, Limits
+from ddexport.validate.report import Measurement
 
 
 def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
@@ -15,9 +16,7 @@ def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
     for pair in comparison.images:
         rows += measure(pair, limits)
     for drawn in comparison.drawn:
-        rows += measure(drawn.images(), limits)
-        if not drawn.itself:
-            rows.append(left_out(drawn, limits))
+        rows += [*measure(drawn.images(), limits), left_out(drawn, limits)]
     return rows
 
 
@@ -65,16 +64,15 @@ def measure(pair: ImagePair, limits: Limits) -> list[Measurement]:
     low, high = int(np.argmin(ratios)), int(np.argmax(differences))
     at_low = pair.places[chosen[low]] if ratios[low] != math.inf else ""
     at_high = pair.places[chosen[high]] if differences[high] else ""
-    return [
-        Measurement(
-            "images", pair.scope, names[0], ratios[low], getattr(limits, rule), "at least", at_low, note,
-            counts, rule,
-        ),
-        Measurement(
-            "images", pair.scope, names[1], differences[high], limits.image_max, "at most", at_high, note,
-            counts, "image_max",
-        ),
-    ]  # fmt: skip
+    ratio = Measurement(
+        "images", pair.scope, names[0], ratios[low], getattr(limits, rule), "at least", at_low, note, counts,
+        rule,
+    )  # fmt: skip
+    difference = Measurement(
+        "images", pair.scope, names[1], differences[high], limits.image_max, "at most", at_high, note, counts,
+        "image_max",
+    )  # fmt: skip
+    return [ratio, difference]
 
 
 def _to_8bit(image: FloatArray) -> FloatArray:

@@ -1,4 +1,4 @@
-"""Tokens before the split: do both pick the same codebook entry, and are the logits behind it the same.
+"""Tokens: do both pick the same codebook entry, and are the logits behind it the same.
 
 A differing token is excused only where the reference itself was undecided: its logit of the token that the
 bundle picked lies less than `token_margin` below its largest. That implies a top-2 margin below the limit,
@@ -8,6 +8,7 @@ and refuses the excuse to a bundle that picks some third token. Excused tokens a
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from ddexport.validate.metrics import _draws
 from ddexport.validate.metrics._base import (
@@ -16,28 +17,30 @@ from ddexport.validate.metrics._base import (
     DrawnPair,
     FloatArray,
     Limits,
-    Measurement,
-    StudentPair,
+    StepPair,
     largest_difference,
 )
-from ddexport.validate.metrics._distribution import distribution
+from ddexport.validate.report import Measurement
 
 
 def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
-    """Tokens and logits of each pair of student runs, what a teacher draws, and the tokens end to end."""
+    """Tokens and logits of each pair of steps, what a teacher draws, and the tokens end to end."""
     rows: list[Measurement] = []
-    for pair in comparison.students:
+    for pair in comparison.steps:
         rows += [differing_tokens(pair, limits.token_margin), logits_error(pair, limits.token_margin)]
-        if not pair.itself:
-            rows += distribution(pair.scope, pair.expected.logits, pair.got.logits, pair.decided(), limits)
-    for teacher in comparison.teachers:
-        rows += _draws.measure(teacher, limits)
+        if not pair.itself and pair.decided().any():
+            rows += distribution(pair, limits)
+        if pair.sampling is not None and not pair.sampling.greedy:
+            differing, pardoned = _draws.excused_draws(pair, limits.token_margin)
+            rows.append(_counted(pair, "tokens that differ, drawn", differing, pardoned))
+            if not pair.itself:
+                rows.append(_draws.law(pair))
     return rows + [drawn_tokens(pair) for pair in comparison.drawn]
 
 
 def drawn_tokens(pair: DrawnPair) -> Measurement:
     """End to end each side goes on from its own tokens, so that their number is information."""
-    differing = pair.expected_tokens != pair.got_tokens
+    differing = pair.expected.tokens != pair.got.tokens
     note = f"of {differing.size}, each side keeping its own tokens"
     counts = {"compared": differing.size, "differing": int(differing.sum())}
     value = float(differing.sum())
@@ -50,57 +53,73 @@ def margins(logits: FloatArray) -> FloatArray:
     return np.asarray(top[..., 1] - top[..., 0], dtype=np.float32)
 
 
-def excused(pair: StudentPair, limit: float) -> BoolArray:
-    """(N, S): the differing positions where the reference's own choice hung on less than `limit`."""
+def excused(pair: StepPair, limit: float) -> BoolArray:
+    """(N, P): the differing positions where the reference's own choice hung on less than `limit`."""
     chosen = np.take_along_axis(pair.expected.logits, pair.got.tokens[..., None], axis=-1)[..., 0]
     lost = pair.expected.logits.max(axis=-1) - chosen
     return np.asarray(pair.differing() & (lost < limit))
 
 
-def differing_tokens(pair: StudentPair, limit: float) -> Measurement:
-    """The number of differing tokens that nothing excuses."""
-    decided, differing, pardoned = pair.decided(), pair.differing(), excused(pair, limit)
-    faults = differing & ~pardoned
-    counts = {
-        "compared": int(decided.sum()),
-        "differing": int(differing.sum()),
-        "excused": int(pardoned.sum()),
-    }
-    name = "tokens that differ"
-    note = f"of {counts['compared']}" if decided.any() else "every token is kept from the step before"
-    if pardoned.any():
-        note += f"; {counts['excused']} more excused, margin below {limit:g}"
-    return Measurement(
-        "tokens",
-        pair.scope,
-        name,
-        float(faults.sum()),
-        limit=0.0,
-        where=_worst(pair, faults if faults.any() else differing if differing.any() else decided),
-        note=note,
-        counts=counts,
-    )
+def differing_tokens(pair: StepPair, limit: float) -> Measurement:
+    """The number of differing tokens that nothing excuses; a teacher's are those that it would draw
+    greedily."""
+    name = "tokens that differ, largest" if pair.sampling else "tokens that differ"
+    return _counted(pair, name, pair.differing(), excused(pair, limit))
 
 
-def logits_error(pair: StudentPair, limit: float) -> Measurement:
+def logits_error(pair: StepPair, limit: float) -> Measurement:
     """The largest error of a logit. Same limit: the excuse is honest only while rounding keeps to it."""
     everywhere = np.ones(pair.expected.logits.shape[:2], dtype=np.bool_)
     value, (row, position) = largest_difference(pair.expected.logits, pair.got.logits, everywhere)
-    where = f"{pair.places[row]}, position {position}" if value else ""
-    name = "logits, largest error"
+    where = pair.place(row, position) if value else ""
+    name = "guided logits, largest error" if pair.sampling else "logits, largest error"
     return Measurement("tokens", pair.scope, name, value, limit, where=where, rule="token_margin")
 
 
-def _worst(pair: StudentPair, mask: BoolArray) -> str:
+def distribution(pair: StepPair, limits: Limits) -> list[Measurement]:
+    """Over all decided positions, of which there is one: errors that are small in every logit and still not
+    rounding."""
+    decided = pair.decided()
+    expected, got = pair.expected.logits[decided], pair.got.logits[decided]  # (R, V)
+    share = float(pair.differing()[decided].mean())
+    rms = float(np.sqrt(np.square(got.astype(np.float64) - expected).mean()))
+    bias = 0.5 * float(np.abs(_probabilities(got).mean(0) - _probabilities(expected).mean(0)).sum())
+    note = f"{int(pair.differing().sum())} of {len(expected)}"
+    rows = (
+        ("share of tokens that differ", share, "tokens_differing", note),
+        ("logits, rms error", rms, "logits_rms", ""),
+        ("token histogram, bias", bias, "histogram_bias", ""),
+    )
+    return [
+        Measurement("tokens", pair.scope, name, value, getattr(limits, rule), note=note, rule=rule)
+        for name, value, rule, note in rows
+    ]
+
+
+def _probabilities(logits: FloatArray) -> npt.NDArray[np.float64]:
+    """softmax (..., V), in float64."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
+
+
+def _counted(pair: StepPair, name: str, differing: BoolArray, pardoned: BoolArray) -> Measurement:
+    """How many positions differ without an excuse. differing, pardoned: (N, P)."""
+    faults = differing & ~pardoned
+    masks = {"compared": pair.decided(), "differing": differing, "excused": pardoned}
+    counts = {count: int(mask.sum()) for count, mask in masks.items()}
+    note = f"of {counts['compared']}" if counts["compared"] else "every token is kept from the step before"
+    if counts["excused"]:
+        note += f"; {counts['excused']} more excused"
+    shown = next((mask for mask in (faults, differing, masks["compared"]) if mask.any()), None)
+    where = "" if shown is None else _worst(pair, shown, bool(differing.any()))
+    return Measurement("tokens", pair.scope, name, float(faults.sum()), 0.0, "at most", where, note, counts)
+
+
+def _worst(pair: StepPair, mask: BoolArray, differing: bool) -> str:
     """Among the masked positions the differing one with the largest margin, or else the closest call."""
-    if not mask.any():
-        return ""
     margin = margins(pair.expected.logits)
-    differing = bool((pair.differing() & mask).any())
-    key = np.where(mask, margin, -np.inf if differing else np.inf)
-    row, position = np.unravel_index(int(key.argmax() if differing else key.argmin()), key.shape)
-    text = f"{pair.places[row]}, position {position}, margin {margin[row, position]:.2g}"
-    if not differing:
-        return text
-    wanted, got = pair.expected.tokens[row, position], pair.got.tokens[row, position]
-    return f"{text}: {got} for {wanted}"
+    key = np.where(mask, -margin if differing else margin, np.inf)
+    row, position = map(int, np.unravel_index(int(key.argmin()), key.shape))
+    text = f"{pair.place(row, position)}, margin {margin[row, position]:.2g}"
+    wanted, got = (int(side.tokens[row, position]) for side in (pair.expected, pair.got))
+    return text if got == wanted else f"{text}: largest {got} for {wanted}"

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from msgspec import structs
 
 from ddexport import runtime
-from ddexport.bundle import Exported, WeightRequest, export_bundle
 from ddexport.commands.inspect import command as inspect_command
+from ddexport.export import Exported, WeightRequest, export_bundle
 from ddexport.families._checkpoint import load_part
 from ddexport.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict
 from ddexport.runtime.bundle import read_manifest

@@ -10,7 +10,8 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from ddexport.graph.external import ALIGNMENT, SMALL, SharedWeights
+from ddexport.graph import external
+from ddexport.graph.external import ALIGNMENT, SMALL, SharedWeights, save_graph
 
 
 def model_of(**arrays: np.ndarray) -> ir.Model:
@@ -70,3 +71,17 @@ def test_an_old_file_is_replaced(arrays: dict[str, np.ndarray], tmp_path: Path) 
         SharedWeights(path).take_from(model_of(**arrays))
         contents.append(path.read_bytes())
     assert contents[0] == contents[1]
+
+
+def test_large_weights_lie_beside_the_graph(
+    arrays: dict[str, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One protobuf message holds 2 GiB; smaller weights stay inside."""
+    path = tmp_path / "m.onnx"
+    assert save_graph(model_of(**arrays), path) == [path]
+    assert stored(path).keys() == arrays.keys()
+    monkeypatch.setattr(external, "EXTERNAL_DATA_FROM", 3 * 4800 - 1)
+    data = tmp_path / "m.onnx.data"
+    assert save_graph(model_of(**arrays), path) == [path, data]
+    assert data.stat().st_size >= 3 * 4800 > path.stat().st_size
+    assert all(np.array_equal(value, arrays[name]) for name, value in stored(path).items())

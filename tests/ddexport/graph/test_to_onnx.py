@@ -1,4 +1,4 @@
-"""Tracing: large weights beside the graph, the same bytes every time, and nothing left changed behind."""
+"""Tracing: the same bytes every time, nothing left changed behind, and nothing said about the machine."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
-from ddexport.bundle import WeightRequest, load_parts
-from ddexport.graph import to_onnx
-from ddexport.graph.rewrites import rewrite
+from ddexport.export import WeightRequest, load_parts
 from ddexport.graph.spec import graph_specs
-from ddexport.graph.to_onnx import OPSETS, ExportError, check_onnx, check_opset, onnx_from_module
+from ddexport.graph.to_onnx import (
+    OPSETS,
+    ExportError,
+    check_onnx,
+    check_opset,
+    onnx_from_module,
+    strip_trace,
+)
+from ddexport.graph.wrappers import graph_part
 from ddexport.runtime.bundle import read_manifest
 
 FORBIDDEN = {"If", "Loop", "Scan", "NonZero", "Dropout", "Bernoulli", "Multinomial"} | {
@@ -23,13 +30,8 @@ FORBIDDEN = {"If", "Loop", "Scan", "NonZero", "Dropout", "Bernoulli", "Multinomi
 }
 
 
-def weights_of(path: Path) -> dict[str, np.ndarray]:
-    model = onnx.load(path)  # with its external data
-    return {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
-
-
 def test_opsets() -> None:
-    for opset in OPSETS:
+    for opset in (*OPSETS, None):
         check_opset(opset)
     for opset in (0, -1, OPSETS.start - 1, OPSETS.stop):
         with pytest.raises(ExportError, match=f"opset {opset} is not supported") as caught:
@@ -37,58 +39,22 @@ def test_opsets() -> None:
         assert caught.value.hint == "use 18 to 23"
 
 
-def test_large_weights_lie_beside_the_graph(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One protobuf message holds 2 GiB; a graph with its data beside it is the same graph.
-
-    The same trace also shows that logging is left as it was found.
-    """
-    spec = graph_specs(tiny.recipe)[0]
-    student = load_parts(tiny.recipe, WeightRequest({}, random_seed=tiny.seed))["student"]
-    student.tabulate()
-    logging.getLogger("torch.onnx").setLevel(logging.DEBUG)
-    monkeypatch.setattr(to_onnx, "EXTERNAL_DATA_FROM", 0)
-    path = tmp_path / "student.onnx"
-    try:
-        files = onnx_from_module(student, spec, tiny.recipe, path, tiny.opset, {"role": "student"})
-        assert logging.getLogger("torch.onnx").level == logging.DEBUG
-    finally:
-        logging.getLogger("torch.onnx").setLevel(logging.NOTSET)
-
-    data = tmp_path / "student.onnx.data"
-    assert files == [path, data]
-    assert sorted(tmp_path.iterdir()) == [path, data]
-    check_onnx(path)
-    stored, whole = weights_of(path), weights_of(tiny.bundle / "student.onnx")
-    assert stored.keys() == whole.keys()
-    assert all(np.array_equal(stored[name], whole[name]) for name in whole)
-    outside = [w for w in onnx.load(path, load_external_data=False).graph.initializer if w.external_data]
-    assert {entry.value for w in outside for entry in w.external_data if entry.key == "location"} == {
-        data.name
-    }
-    assert data.stat().st_size > 0.9 * sum(value.nbytes for value in whole.values())
-    assert path.stat().st_size < (tiny.bundle / "student.onnx").stat().st_size
-
-    feeds = {"latents": np.ones((3, 5, 4), np.float32), "label": np.arange(3), "known": np.array([0, 1, 0])}
-    results = [
-        ort.InferenceSession(str(p), providers=["CPUExecutionProvider"]).run(None, feeds)
-        for p in (path, tiny.bundle / "student.onnx")
-    ]
-    for one, other in zip(*results, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
 def test_the_same_weights_give_the_same_bytes(tiny, tmp_path: Path) -> None:
-    """A second trace, compared with the graph of the bundle: its hash says whether anything changed."""
-    manifest = read_manifest(tiny.bundle)
+    """A second trace, compared with the graph of the bundle: its hash says whether anything changed. Logging
+    is left as it was found."""
     spec = graph_specs(tiny.recipe)[1]
     tokenizer = load_parts(tiny.recipe, WeightRequest({}, random_seed=tiny.seed))["tokenizer"]
-    rewrite({"tokenizer": tokenizer})
     properties = {p.key: p.value for p in onnx.load(tiny.bundle / "decoder.onnx").metadata_props}
-    path = tmp_path / "decoder.onnx"
-    files = onnx_from_module(tokenizer, spec, tiny.recipe, path, tiny.opset, properties)
-    assert files == [path]
+    path, logger = tmp_path / "decoder.onnx", logging.getLogger("torch.onnx")
+    logger.setLevel(logging.DEBUG)
+    try:
+        part = graph_part(tokenizer, "fp32")
+        assert onnx_from_module(part, spec, tiny.recipe, path, tiny.opset, properties) == [path]
+        assert logger.level == logging.DEBUG
+    finally:
+        logger.setLevel(logging.NOTSET)
     assert path.read_bytes() == (tiny.bundle / "decoder.onnx").read_bytes()
-    assert manifest.graph("decoder").files[0].bytes == path.stat().st_size
+    assert read_manifest(tiny.bundle).graph("decoder").files[0].bytes == path.stat().st_size
 
 
 def test_no_random_numbers_and_no_control_flow(golden_bundle: Path) -> None:
@@ -107,3 +73,56 @@ def test_a_graph_that_breaks_the_rules_is_not_let_out(golden_bundle: Path, tmp_p
     onnx.save(model, tmp_path / "student.onnx")
     with pytest.raises(onnx.checker.ValidationError):
         check_onnx(tmp_path / "student.onnx")
+
+
+SECRET = "/home/someone/secret/model.py"
+
+
+def traced_model() -> onnx.ModelProto:
+    """y = c * x if x[0] > 0 else -x, with a tracer's notes on everything that can carry one."""
+
+    def noted(*arguments: object, **attributes: object) -> onnx.NodeProto:
+        node = helper.make_node(*arguments, **attributes)
+        node.doc_string = f'File "{SECRET}", line 7'
+        node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value=SECRET)
+        return node
+
+    def value(name: str) -> onnx.ValueInfoProto:
+        info = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2])
+        info.metadata_props.add(key="pkg.torch.export.graph_signature", value=SECRET)
+        return info
+
+    def branch(name: str, node: onnx.NodeProto) -> onnx.GraphProto:
+        return helper.make_graph([node], name, [], [value(node.output[0])])
+
+    yes, no = (
+        branch("yes", noted("Mul", ["x", "c"], ["scaled"])),
+        branch("no", noted("Neg", ["x"], ["turned"])),
+    )
+    nodes = [
+        noted("ReduceMax", ["x"], ["top"], keepdims=0),
+        noted("Greater", ["top", "zero"], ["positive"]),
+        noted("If", ["positive"], ["y"], name="choice", then_branch=yes, else_branch=no),
+    ]
+    c = numpy_helper.from_array(np.array([3.0, 5.0], np.float32), "c")
+    zero = numpy_helper.from_array(np.array(0, np.float32), "zero")
+    graph = helper.make_graph(nodes, "main", [value("x")], [value("y")], [c, zero], doc_string=SECRET)
+    graph.metadata_props.add(key="where", value=SECRET)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_nothing_of_a_trace_is_left_and_the_numbers_stay() -> None:
+    """Sub-graphs included; a second run changes nothing."""
+    before, model = traced_model(), ir.from_proto(traced_model())
+    assert SECRET.encode() in before.SerializeToString()
+    strip_trace(model)
+    after = ir.to_proto(model)
+    assert SECRET.encode() not in after.SerializeToString()
+    onnx.checker.check_model(after, full_check=True)
+    for x in (np.array([[1, 2]], np.float32), np.array([[-1, -2], [-3, -4]], np.float32)):
+        one, other = (
+            ort.InferenceSession(m.SerializeToString()).run(None, {"x": x}) for m in (before, after)
+        )
+        np.testing.assert_array_equal(one, other)
+    strip_trace(model)
+    assert ir.to_proto(model).SerializeToString() == after.SerializeToString()

@@ -17,19 +17,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddexport.bundle import WeightRequest, load_parts
+from ddexport.export import WeightRequest, load_parts
 from ddexport.precision.cast import in_precision
-from ddexport.precision.layers import HalfArithmetic
 from ddexport.recipe import Recipe, load_recipe
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 LABEL = 3
 EDGE = 0.95 * 65504
 SETS = {"var": "vae.pth", "llamagen": "vq.pth"}
+ATEN = torch.ops.aten
+PRODUCTS = {ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default, ATEN.baddbmm.default,
+            ATEN.convolution.default}  # fmt: skip
+
+
+class HalfArithmetic(TorchDispatchMode):
+    """Half products add up in float32 and round once, as GPUs do it; a CPU is slow or different at them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        halves = (torch.float16, torch.bfloat16)
+        half = next((a.dtype for a in args if isinstance(a, Tensor) and a.dtype in halves), None)
+        if func in PRODUCTS and half is not None:
+            wide = [a.float() if isinstance(a, Tensor) and a.dtype == half else a for a in args]
+            return func(*wide, **(kwargs or {})).to(half)
+        return func(*args, **(kwargs or {}))
 
 
 def golden_parts(family: str) -> tuple[Recipe, dict[str, nn.Module]]:

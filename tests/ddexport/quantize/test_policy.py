@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-from ddexport.bundle import Exported
+from ddexport.export import Exported
 from ddexport.quantize.policy import quantised_products
 
 MATRIX, KERNEL, PIXEL = (4, 4), (4, 4, 3, 3), (4, 4, 1, 1)

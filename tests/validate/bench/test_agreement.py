@@ -14,6 +14,7 @@ from ddexport.runtime.backends import CPU, Configuration
 from ddexport.validate.bench.agreement import agreement
 from ddexport.validate.bench.session import Job, Session, inputs_of
 from ddexport.validate.bench.torch_engine import REFERENCE
+from ddexport.validate.metrics._base import StepOutput
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +54,15 @@ def test_the_reference_agrees_with_itself(steps, drawn, compared):
     assert row["embedding_error"] == (None if steps == "teacher" else 0.0)
 
 
-def changed(got, step=0, sequence=0.0, logits=0.0, pixels=0, guided=None):
+def changed(got, step=0, sequence=0.0, logits=0.0, pixels=0, guided=0.0):
     """The same outputs with everything of one kind moved."""
-    students = list(got.students)
-    if students:
-        own = students[step]
-        moved = {"sequence": own.sequence + np.float32(sequence), "logits": own.logits + np.float32(logits)}
-        students[step] = dataclasses.replace(own, **moved)
-    if guided is not None:
-        guided = got.guided + np.float32(guided) * np.arange(got.guided.shape[-1], dtype=np.float32)
-    return got._replace(students=students, pixels=got.pixels ^ np.uint8(pixels), guided=guided)
+    outputs, own = list(got.outputs), got.outputs[step]
+    if own.sequence is None:
+        slope = np.arange(own.logits.shape[-1], dtype=np.float32)
+        outputs[step] = StepOutput(own.logits + np.float32(guided) * slope)
+    else:
+        outputs[step] = StepOutput(own.logits + np.float32(logits), own.sequence + np.float32(sequence))
+    return got._replace(outputs=outputs, pixels=got.pixels ^ np.uint8(pixels))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def changed(got, step=0, sequence=0.0, logits=0.0, pixels=0, guided=None):
     [
         (2, {"sequence": 0.1}, "embeddings"),
         (2, {"sequence": np.nan}, "embeddings"),
-        (2, {"step": 1, "sequence": 0.1}, "student step 2"),
+        (2, {"step": 1, "sequence": 0.1}, "step 2"),
         (2, {"logits": 0.1}, "logits"),
         (2, {"pixels": 128}, "8-bit image PSNR"),
         (2, {"pixels": 8}, "largest 8-bit difference"),
@@ -86,14 +86,12 @@ def test_a_fault_is_seen_where_it_is(steps, fault, said, drawn, compared):
 def with_another_token(pair, margin):
     """One image's first token is another one, which the reference's logits put `margin` below the largest."""
     got, expected = pair
-    wanted, own = expected.students[0].logits.copy(), got.students[0].logits.copy()
+    wanted, own = expected.outputs[0].logits.copy(), got.outputs[0].logits.copy()
     order = wanted[1, 0].argsort()
     own[1, 0, order[-2]] = wanted[1, 0, order[-1]] + 1e-6
     wanted[1, 0, order[-2]] = wanted[1, 0, order[-1]] - margin
     sides = ((got, own), (expected, wanted))
-    return [
-        side._replace(students=[dataclasses.replace(side.students[0], logits=new)]) for side, new in sides
-    ]
+    return [side._replace(outputs=[dataclasses.replace(side.outputs[0], logits=new)]) for side, new in sides]
 
 
 @pytest.mark.parametrize(("margin", "passed"), [(3e-5, True), (5e-2, False)])
@@ -113,11 +111,11 @@ def test_a_teachers_token_that_its_logits_do_not_give_is_counted(drawn, compared
 def test_a_step_is_given_what_it_had(reference, drawn):
     """The second step's input is the first one's sequence and the original noise: as the sampler's own."""
     got, expected = drawn(2)
-    for own, again in zip(got.students, expected.students, strict=True):
+    for own, again in zip(got.outputs, expected.outputs, strict=True):
         np.testing.assert_array_equal(own.sequence, again.sequence)
     moved = [dataclasses.replace(got.steps[0], sequence=got.steps[0].sequence + 1), got.steps[1]]
     other = reference.expected(3, 2, moved)
-    assert np.abs(other.students[1].sequence - expected.students[1].sequence).max() > 0.1
+    assert np.abs(other.outputs[1].sequence - expected.outputs[1].sequence).max() > 0.1
 
 
 def test_without_limits_there_is_no_verdict(drawn, compared, manifest):

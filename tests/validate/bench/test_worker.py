@@ -96,8 +96,8 @@ def test_timed_runs_do_not_ask_for_logits(entry_of, bundle, monkeypatch):
     assert not any("logits" in (names or ()) for names in asked)
     outputs = opened.outputs(3, 2)
     assert done.total >= done.student + done.decoder > 0 and done.teacher == 0
-    assert [step.role for step in outputs.steps] == ["student"] * 2 and outputs.guided is None
-    assert len(outputs.students) == 2 and outputs.pixels.shape[0] == 3
+    assert [step.role for step in outputs.steps] == ["student"] * 2
+    assert len(outputs.outputs) == 2 and outputs.pixels.shape[0] == 3
     assert session.SESSION is not opened
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from ddexport.runtime.teacher import Sampling
 from ddexport.validate.metrics import images
-from ddexport.validate.metrics._base import ImagePair, Limits, TeacherPair
+from ddexport.validate.metrics._base import ImagePair, Limits, StepOutput, StepPair
 from ddexport.validate.metrics._draws import excused_draws
 
 LIMIT = 0.1  # of a logit's error
@@ -28,8 +28,9 @@ def test_the_images_measure_is_that_of_the_worst_one():
 def excused(expected, got, number, *, top_k=9, temperature=1.0):
     """Whether it is, for one position whose tokens differ."""
     sampling = Sampling(guidance_scale=1.0, top_k=top_k, top_p=1.0, temperature=temperature)
-    pair = TeacherPair(
-        "teacher", *np.array([[[expected]], [[got]]], np.float64), 0, np.array([[number]]), sampling, ("a",)
+    sides = (StepOutput(np.array([[side]], np.float64)) for side in (expected, got))
+    pair = StepPair(
+        "teacher", *sides, np.zeros(1, np.int64), ("a",), sampling=sampling, uniforms=np.array([[number]])
     )
     differing, pardoned = excused_draws(pair, LIMIT)
     assert differing.tolist() == [[True]]

@@ -19,12 +19,12 @@ import torch
 from msgspec import structs
 from onnx import numpy_helper
 
-import ddexport.bundle
+import ddexport.export
 import ddexport.staging
-from ddexport.bundle import Exported, WeightRequest, export_bundle, load_parts
+from ddexport.card import ACCURACY_FILE, model_card, read_accuracy
+from ddexport.export import Exported, WeightRequest, export_bundle, load_parts
 from ddexport.graph.spec import graph_specs, sample_inputs
-from ddexport.graph.to_onnx import OPSETS, ExportError
-from ddexport.precision.table import ACCURACY_FILE, read_accuracy
+from ddexport.graph.to_onnx import OPSETS
 from ddexport.recipe import Recipe, RecipeError, Source, load_recipe, recipe_of
 from ddexport.runtime.bundle import read_manifest
 from ddexport.runtime.errors import OutputError, VerificationError
@@ -80,10 +80,10 @@ class TestManifest:
         text, manifest = (bundle / "bundle.json").read_text(encoding="utf-8"), read_manifest(bundle)
         plain = structs.replace(manifest, graphs=tuple(g for g in manifest.graphs if g.precision == "fp32"))
         assert plain.to_json().count("\n") < 220 and text.count("\n") < 300
-        assert not [key for key in ("operators", "errors", "half_share", "MatMul") if f'"{key}"' in text]
+        assert '"errors"' not in text
         accuracy = read_accuracy(bundle)
         assert set(accuracy) == {graph.file for graph in manifest.graphs}
-        assert all(one["operators"] and one["errors"] for one in accuracy.values())
+        assert all(one["weights"] and one["errors"] for one in accuracy.values())
 
     def test_the_numbers_of_the_recipe(self, golden_export: Exported, golden_recipe: Recipe) -> None:
         manifest = golden_export.manifest
@@ -162,8 +162,6 @@ class TestManifest:
 
     def test_the_card_shows_what_was_published(self, golden_export: Exported) -> None:
         """FID and licence, for those who find the directory alone."""
-        from ddexport.model_card import model_card
-
         recipe = load_recipe("var-d16")
         card = model_card(recipe, golden_export.manifest, {})
         for text in (
@@ -225,10 +223,6 @@ class TestNumbers:
                     (t.name, types[t.dtype], t.shape) for t in want
                 ]
 
-    def test_it_says_how_well_it_agrees(self, golden_export: Exported) -> None:
-        assert len(golden_export.agreement) == 12
-        assert all(a.passed and a.error < 5e-5 for a in golden_export.agreement)
-
     @pytest.mark.parametrize(
         "opset",
         [pytest.param(n, marks=[] if n == OPSETS.stop - 1 else pytest.mark.slow) for n in OPSETS[1:]],
@@ -273,36 +267,27 @@ def one_wrong_weight(role: str) -> Callable[[Path], None]:
 
 
 class TestAllOrNothing:
-    def test_the_stages(self, make: Make, tmp_path: Path) -> None:
-        """What `ddexport onnx` shows as progress."""
-        seen: list[str] = []
-
-        @contextmanager
-        def stage(name: str) -> Iterator[None]:
-            seen.append(name)
-            yield
-
-        make(tmp_path / "b", stage=stage)
-        assert seen == STAGES
-
     @pytest.mark.parametrize("old", [True, False])
     @pytest.mark.parametrize("stop", STAGES)
     def test_an_interrupt_at_any_stage(
         self, make: Make, golden_bundle: Path, tmp_path: Path, stop: str, old: bool
     ) -> None:
-        """Ctrl-C at the end of each stage leaves the old bundle or none, and nothing beside it."""
-        target = tmp_path / "b"
+        """Ctrl-C at the end of each stage, as `ddexport onnx` shows them, leaves the old bundle or none, and
+        nothing beside it."""
+        target, seen = tmp_path / "b", list[str]()
         if old:
             put_old(target, golden_bundle)
 
         @contextmanager
         def stage(name: str) -> Iterator[None]:
             yield
+            seen.append(name)
             if name == stop:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
             make(target, force=True, stage=stage)
+        assert seen == STAGES[: STAGES.index(stop) + 1]
         assert {p.name for p in tmp_path.iterdir()} == ({"b"} if old else set())
         if old:
             assert (target / "old").exists()
@@ -312,7 +297,7 @@ class TestAllOrNothing:
     def test_one_wrong_weight(self, make: Make, replayed_trace: Replay, tmp_path: Path, role: str) -> None:
         """A graph that differs from its module is not let out."""
         replayed_trace(one_wrong_weight(role))
-        with pytest.raises(VerificationError, match=f"^{role}: "):
+        with pytest.raises(VerificationError, match=rf"^{role}\.onnx differs from the PyTorch module"):
             make(tmp_path / "b")
         assert list(tmp_path.iterdir()) == []
 
@@ -321,7 +306,7 @@ class TestAllOrNothing:
     ) -> None:
         """The runtime believes the output `tokens`: sequence and logits being right is not enough."""
         replayed_trace(wrong_tokens)
-        with pytest.raises(VerificationError, match="student: tokens differs"):
+        with pytest.raises(VerificationError, match="tokens are not the largest logits"):
             make(tmp_path / "b")
         assert list(tmp_path.iterdir()) == []
 
@@ -362,32 +347,10 @@ class TestAllOrNothing:
             asked.append(needed_bytes)
             return real(target, replace, needed_bytes, marker)
 
-        monkeypatch.setattr(ddexport.bundle, "staged_directory", spy)
+        monkeypatch.setattr(ddexport.export, "staged_directory", spy)
         make(tmp_path / "b")
         size = sum(p.stat().st_size for p in golden_bundle.iterdir())
         assert 0.8 * size < asked[0] < 3 * size
-
-
-class TestForce:
-    def test_a_second_export_asks_for_it(self, make: Make, golden_bundle: Path, tmp_path: Path) -> None:
-        put_old(tmp_path / "b", golden_bundle)
-        with pytest.raises(OutputError, match="exists already") as caught:
-            make(tmp_path / "b")
-        assert "--force" in caught.value.hint
-        assert (tmp_path / "b" / "old").exists()
-
-    def test_it_replaces_all_of_the_old_one(self, make: Make, golden_bundle: Path, tmp_path: Path) -> None:
-        put_old(tmp_path / "b", golden_bundle)
-        make(tmp_path / "b", force=True)
-        assert contents(tmp_path / "b") == NAMES
-        read_manifest(tmp_path / "b")
-
-    def test_it_replaces_nothing_but_bundles(self, make: Make, tmp_path: Path) -> None:
-        (tmp_path / "photos").mkdir()
-        (tmp_path / "photos" / "one.jpg").touch()
-        with pytest.raises(OutputError, match="holds other files"):
-            make(tmp_path / "photos", force=True)
-        assert (tmp_path / "photos" / "one.jpg").exists()
 
 
 class TestBeforeTheWork:
@@ -398,7 +361,7 @@ class TestBeforeTheWork:
         def fail(*args: object) -> None:
             raise AssertionError("weights were loaded first")
 
-        monkeypatch.setattr(ddexport.bundle, "load_parts", fail)
+        monkeypatch.setattr(ddexport.export, "load_parts", fail)
 
     def test_missing_files_are_named_with_their_source(self, tmp_path: Path) -> None:
         """File, repository and option, all that are missing at once."""
@@ -422,16 +385,8 @@ class TestBeforeTheWork:
             export_bundle(recipe, tmp_path / "b", WeightRequest({}))
         assert "--checkpoint mine.pth --vae vae.pth" in caught.value.hint
 
-    def test_an_opset_that_is_not_supported(self, golden_recipe: Recipe, tmp_path: Path) -> None:
-        with pytest.raises(ExportError, match="opset 17"):
-            export_bundle(golden_recipe, tmp_path / "b", WeightRequest({}, random_seed=0), opset=17)
-
     def test_labels_of_another_model(self, golden_recipe: Recipe, tmp_path: Path) -> None:
         recipe = structs.replace(golden_recipe, labels="imagenet")
         with pytest.raises(RecipeError, match="1000 names"):
             export_bundle(recipe, tmp_path / "b", WeightRequest({}, random_seed=0))
         assert list(tmp_path.iterdir()) == []
-
-    def test_a_place_that_is_taken(self, golden_bundle: Path, golden_recipe: Recipe) -> None:
-        with pytest.raises(OutputError, match="exists already"):
-            export_bundle(golden_recipe, golden_bundle, WeightRequest({}, random_seed=0))
