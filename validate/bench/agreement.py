@@ -38,19 +38,16 @@ def agreement(
     except VerificationError:
         limits = NO_LIMITS
     schedule, places = manifest.schedule(entry.steps), [f"image {i}" for i in range(entry.batch)]
+    sampling = sampling_of(schedule, manifest.teacher, {})
     known, span, pairs, equal = iter(schedule.known), schedule.teacher, [], []
     for number, (step, wanted, own) in enumerate(zip(got.steps, expected.outputs, got.outputs, strict=True)):
         more: dict[str, Any] = {}
-        if step.role == TEACHER and span is not None:
-            sampling, numbers = (
-                sampling_of(schedule, manifest.teacher, {}),
-                inputs.uniforms[:, span.start : span.end],
-            )
-            assert sampling is not None
+        if step.role == TEACHER and span is not None and sampling is not None:
+            numbers = inputs.uniforms[:, span.start : span.end]
             # `itself` leaves out the law of many draws, which takes seconds.
             more = {"itself": True, "start": span.start, "sampling": sampling, "uniforms": numbers}
             equal.append((choose(wanted.logits, numbers, sampling) == step.tokens[:, span.start :]).ravel())
-        count = np.full(entry.batch, more.get("start") if more else next(known), dtype=np.int64)
+        count = np.full(entry.batch, more["start"] if more else next(known), dtype=np.int64)
         pairs.append(StepPair(f"step {number + 1}", wanted, own, count, places, **more))
         if not more:
             equal.append(~pairs[-1].differing()[pairs[-1].decided()])
