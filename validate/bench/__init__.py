@@ -1,1 +1,1 @@
-"""`ddexport bench`: how fast a bundle is in every engine, beside whether what was timed is right."""
+"""`ddexport bench`: how fast a bundle is in every engine, and whether what was timed is right."""

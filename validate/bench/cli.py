@@ -1,9 +1,7 @@
-"""`ddexport bench`: how fast a bundle is in every engine, beside whether what was timed is right."""
+"""`ddexport bench`: how fast a bundle is in every engine, and whether what was timed is right."""
 
 from __future__ import annotations
 
-import re
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,22 +10,23 @@ import click
 
 from ddexport.runtime import console
 from ddexport.runtime.errors import BackendError, DDError, VerificationError
+from ddexport.validate.options import PATH, shared
 
 if TYPE_CHECKING:
     from ddexport.validate.bench.plan import Request
-    from ddexport.validate.bench.roofline import Peaks
-    from ddexport.validate.bench.rows import Row
+    from ddexport.validate.bench.run import Peaks, Row
 
+SCHEMA = 1
 TEACHER = "teacher"
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 EPILOG = """
 \b
 Examples:
   ddexport bench build/digits-var --save
-  ddexport bench build/digits-var --backend openvino,torch,published --against published
-  ddexport bench build/var-d16 --steps 1,2,teacher --against torch --against-steps teacher
+  ddexport bench build/digits-var --backend openvino,torch-eager,naive --against naive
+  ddexport bench build/var-d16 --steps 1,2,teacher --against torch-eager --against-steps teacher
   ddexport bench build/digits-var build/digits-llamagen --batch 1,8 --plot bench.png --json
 """
-_PATH = click.Path(path_type=Path)
 
 
 def comma_list(read: Callable[[str], Any], single: bool = False) -> Callable[..., Any]:
@@ -37,9 +36,9 @@ def comma_list(read: Callable[[str], Any], single: bool = False) -> Callable[...
     """
 
     def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
-        words = [word.strip() for word in (value or "").split(",") if word.strip()]
+        words = [] if value is None else [word.strip() for word in value.split(",")]
         try:
-            values = tuple(dict.fromkeys([read(word) for word in words or [""] * (value is not None)]))
+            values = tuple(dict.fromkeys(read(word) for word in words))
         except ValueError as error:
             raise click.BadParameter(f"{value!r}: {error}.", ctx, param) from error
         if single and len(values) > 1:
@@ -61,12 +60,6 @@ def _steps(word: str) -> int | str:
     return word if word == TEACHER else int(word)
 
 
-def _percentile(word: str) -> float:
-    if not re.fullmatch(r"\d+(\.\d*)?", word) or float(word) > 100:
-        raise ValueError("it must be a list of percentiles, like 50,90,99")
-    return float(word)
-
-
 def _backend(word: str) -> str:
     from ddexport.validate.bench.plan import backend_names
 
@@ -74,8 +67,6 @@ def _backend(word: str) -> str:
 
 
 def _precision(word: str) -> str:
-    from ddexport.validate.bench.plan import PRECISIONS
-
     return _known(word, PRECISIONS)
 
 
@@ -85,18 +76,11 @@ def _known(word: str, names: Sequence[str]) -> str:
     return word
 
 
-def block_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
-    """A callback for a name that can stand in a comment of Markdown."""
-    if value is not None and not re.fullmatch(r"[a-z0-9][a-z0-9-]*", value):
-        raise click.BadParameter(f"{value!r} is no name of small letters, digits and hyphens.", ctx, param)
-    return value or ""
-
-
 @click.command("bench", cls=console.Command, epilog=EPILOG, context_settings={"show_default": True})
-@click.argument("bundles", metavar="BUNDLE...", type=_PATH, nargs=-1, required=True)
+@click.argument("bundles", metavar="BUNDLE...", type=PATH, nargs=-1, required=True)
 @click.option("--backend", "backends", callback=comma_list(_backend), metavar="A,B,...",
-              help="Backends of the runtime, and torch, torch-compile, published. All that are named stay in"
-              " memory at once: name fewer where it is short.  [default: the runtime's]")  # fmt: skip
+              help="Backends of the runtime, and torch-eager, torch-compile, naive. All that are named stay"
+              " in memory at once: name fewer where it is short.  [default: the runtime's]")  # fmt: skip
 @click.option("--device", "--provider", "device", metavar="NAME",
               help="cpu, cuda or cuda:N.  [default: any]")  # fmt: skip
 @click.option("--batch", "batches", callback=comma_list(_number), default="1", metavar="N,N,...")
@@ -105,142 +89,118 @@ def block_name(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.option("--precision", "precisions", callback=comma_list(_precision), metavar="NAME,...",
               help="fp32, fp16, bf16, int8.  [default: all that each backend can run]")  # fmt: skip
 @click.option("--against", callback=comma_list(_backend, single=True), metavar="BACKEND",
-              help="How many times faster than that one each row is; it is timed too if it was not"
-              " named.")  # fmt: skip
+              help="Say how many times faster than that one each row is.")  # fmt: skip
 @click.option("--against-steps", callback=comma_list(_steps, single=True), metavar="N|teacher",
               help="The steps of --against.  [default: those of each row]")  # fmt: skip
 @click.option("--against-precision", callback=comma_list(_precision, single=True), default="fp32",
               metavar="NAME", help="The precision of --against.")  # fmt: skip
 @click.option("--threads", callback=comma_list(_number), metavar="N,...",
               help="Of the CPU.  [default: all cores]")  # fmt: skip
-@click.option("--processes", "--streams", "processes", callback=comma_list(_number), default="1",
-              metavar="N,...", help="Copies side by side that share the threads; images a second are those"
-              " of all.")  # fmt: skip
 @click.option("--warmup", type=click.IntRange(0), default=1, help="Runs that are not counted.")
 @click.option("--duration", type=click.FloatRange(0), default=2.0, metavar="S",
               help="Seconds of rounds for each row; five rounds at least, of a teacher's minutes"
               " one.")  # fmt: skip
-@click.option("--percentile", "percentiles", callback=comma_list(_percentile), default="50,90,99",
-              metavar="P,...")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0,
               help="Of noise and labels, and of the order in the rounds.")  # fmt: skip
-@click.option("--checkpoint", type=_PATH, help="The student's checkpoint that the bundle was made from.")
-@click.option("--vae", type=_PATH, help="The tokenizer's checkpoint that the bundle was made from.")
-@click.option("--teacher", type=_PATH, help="The teacher's checkpoint that the bundle was made from.")
-@click.option("--weights", type=click.Choice(["ema", "model"]), help="Which copy in --checkpoint.")
+@shared("checkpoint", "vae", "teacher", "weights")
 @click.option("--roofline/--no-roofline", default=True, help="Whether to measure the machine's own peak.")
 @click.option("--save", is_flag=True,
               help="Keep in the bundle how fast each CPU backend is in one step and the first precision, for"
               " --backend auto.")  # fmt: skip
-@click.option("--plot", type=_PATH, metavar="FILE.png", help="Plot the times.")
-@click.option("--update", type=_PATH, metavar="FILE.md",
-              help="Replace what is between <!-- bench --> and <!-- /bench --> in a Markdown file by the"
-              " tables.")  # fmt: skip
-@click.option("--block", callback=block_name, metavar="NAME",
-              help="Which block of --update, of a page with several: <!-- bench NAME -->.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the rows as a JSON list.")
+@click.option("--plot", type=PATH, metavar="FILE.png", help="Plot the times.")
+@shared("json")
 @console.debug_option
-@click.pass_context
 def command(
-    ctx: click.Context,
-    /,
-    as_json: bool,
+    save: bool,
     plot: Path | None,
-    update: Path | None,
-    block: str,
+    as_json: bool,
     checkpoint: Path | None,
     vae: Path | None,
     teacher: Path | None,
     **asked: Any,
 ) -> None:
-    """Time BUNDLE in every engine, round after round in turn, and hold what was timed against PyTorch.
+    """Time BUNDLE in every engine, in rounds over all of them, and compare what was timed with PyTorch.
 
     What cannot run here is listed with its reason. Exit code 3 if the outputs of a row miss the bundle's
     limits: a fast wrong row is marked as wrong. docs/benchmark.md explains the columns.
     """
-    from ddexport.runtime.files import check_writable
-    from ddexport.validate.bench import report
+    from ddexport.runtime.files import check_writable, write_image
     from ddexport.validate.bench.plan import Request
     from ddexport.validate.bench.table import remarks
 
     if asked["against"] is None and asked["against_steps"] is not None:
         raise click.UsageError("--against-steps says which steps of --against: give both.")
-    if plot is not None:
-        if plot.suffix.lower() != ".png":
-            raise click.BadParameter(f"{plot} does not end in .png.", ctx, param_hint="--plot")
-        check_writable(plot)
-    if update is not None:
-        report.check_page(update, block)
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise click.BadParameter(f"{plot} does not end in .png.", param_hint="--plot")
     request = Request(files={"student": checkpoint, "tokenizer": vae, "teacher": teacher}, **asked)
-    rows, peaks, skipped = _measure(request)
-    machine, stamp = report.environment()
-    if as_json:
-        console.emit_json([row.to_dict() for row in rows])
-    else:
-        report.show(rows, peaks, machine, request.percentiles)
-    if plot is not None and any(row.timed for row in rows):
-        from ddexport.validate.bench.plot import write_plot
+    for path in [*([plot] if plot else []), *(root / "bench.json" for root in request.bundles if save)]:
+        check_writable(path)
+    rows, peaks = _measure(request, plot is not None)
+    _show(rows, peaks, as_json)
+    if plot is not None and any(row["total_ms"] for row in rows):
+        from ddexport.validate.plots import bench_bars
 
-        write_plot(rows, machine, plot)
+        write_image(plot, bench_bars(rows, _machine()))
         click.echo(f"plot: {plot}", err=True)
-    if update is not None:
-        picture = report.address(plot, update) if plot is not None and plot.exists() else None
-        parts = (command_line(ctx), stamp, request.percentiles, skipped, picture)
-        text = report.block(rows, peaks, *parts)
-        report.update(update, text, block)
-        click.echo(f"updated: {update}", err=True)
     for remark in remarks(rows):
         click.echo(remark, err=True)
-    for root in request.bundles if request.save else ():
-        click.echo(_save(root, [row for row in rows if row.bundle == str(root)]), err=True)
+    for root in request.bundles if save else ():
+        click.echo(_save(root, [row for row in rows if row["bundle"] == str(root)]), err=True)
     _end(rows)
 
 
-def command_line(ctx: click.Context) -> str:
-    """The command as it was given, from what click has read of it."""
-    words = ["ddexport", "bench"]
-    for param in ctx.command.params:
-        name = param.name or ""
-        if ctx.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE:
-            continue
-        value = ctx.params[name]
-        if isinstance(value, bool):
-            words.append((param.opts if value or not param.secondary_opts else param.secondary_opts)[0])
-            continue
-        values = value if isinstance(value, tuple) else (value,)
-        texts = [f"{item:g}" if isinstance(item, float) else str(item) for item in values]
-        words += texts if isinstance(param, click.Argument) else [param.opts[0], ",".join(texts)]
-    return shlex.join(words)
-
-
-def _measure(request: Request) -> tuple[list[Row], Peaks, list[str]]:
-    """The rows of all bundles, the machine's peaks, and what was skipped. Raises DDError."""
-    from ddexport.runtime.backends._saved import FILE
+def _measure(request: Request, plot: bool) -> tuple[list[Row], Peaks]:
+    """The rows of all bundles, and the machine's peaks. Raises DDError, for all that is missing at once."""
     from ddexport.runtime.bundle import read_manifest
-    from ddexport.runtime.files import check_writable
-    from ddexport.validate.bench.plan import make_plan
+    from ddexport.validate.bench.plan import PACKAGES, make_plan
     from ddexport.validate.bench.run import measure_peaks, run_bench
 
-    plans = []
-    for root in request.bundles:
-        with console.stage(f"loading {root}", keep=False):
-            manifest = read_manifest(root)
-        if request.save:
-            check_writable(root / FILE)
-        plans.append((root, manifest, make_plan(root, manifest, request)))
-    skipped = [f"{manifest.name}: {text}" for _, manifest, plan in plans for text in plan.skipped]
+    packages = (*PACKAGES, "matplotlib") if plot else PACKAGES
+    manifests = {root: read_manifest(root) for root in request.bundles}
+    plans = {root: make_plan(root, manifest, request, packages) for root, manifest in manifests.items()}
+    skipped = [f"{manifests[root].name}: {text}" for root, plan in plans.items() for text in plan.skipped]
     for text in skipped:
         click.echo(f"skipped: {text}", err=True)
-    runners = [entry.runner for _, _, plan in plans for entry in plan.entries]
-    if not runners:
+    if missing := list(dict.fromkeys(text for plan in plans.values() for text in plan.missing)):
+        hint = 'give the files; pip install "ddexport[validate]" brings the packages of PyTorch'
+        raise DDError(f"this is missing: {'; '.join(missing)}", hint)
+    entries = [entry for plan in plans.values() for entry in plan.entries]
+    if not entries:
         what = f"nothing that was asked for can be timed here: {'; '.join(skipped)}"
         raise BackendError(what, "ddexport doctor says what is installed.")
-    peaks = measure_peaks(runners) if request.roofline else {}
+    peaks: Peaks = {}
+    if request.roofline:
+        with console.stage("measuring the machine"):
+            peaks = measure_peaks(entries)
     rows: list[Row] = []
-    for root, manifest, plan in plans:
-        if plan.entries:
-            rows += run_bench(root, manifest, plan, request, peaks)
-    return rows, peaks, skipped
+    for root, plan in plans.items():
+        rows += run_bench(root, manifests[root], plan, request, peaks) if plan.entries else []
+    return rows, peaks
+
+
+def _machine() -> str:
+    from ddexport.runtime.machine import cpu
+
+    return f"{cpu().name}, {cpu().cores} core{'s' * (cpu().cores != 1)}"
+
+
+def _show(rows: Sequence[Row], peaks: Peaks, as_json: bool) -> None:
+    """On stdout: {"schema", "machine", "rows"} as JSON, or tables."""
+    from ddexport.validate.bench.table import tables
+    from ddexport.validate.report import versions
+
+    gflops = {f"{precision}, threads {threads}": rate for (threads, precision), rate in sorted(peaks.items())}
+    if as_json:
+        machine = {"cpu": _machine(), "versions": versions(), "peak_gflops": gflops}
+        console.emit_json({"schema": SCHEMA, "machine": machine, "rows": rows})
+        return
+    rates = ", ".join(f"{rate:.0f} GFLOP/s ({name})" for name, rate in gflops.items())
+    click.echo("; ".join(filter(None, (_machine(), rates and f"a matrix product: {rates}"))))
+    for bundle in dict.fromkeys(row["bundle"] for row in rows):
+        own = [row for row in rows if row["bundle"] == bundle]
+        click.echo(f"\n{click.style(own[0]['model'], bold=True)}\n{tables(own)}")
+        if against := " / ".join(dict.fromkeys(row["against"] for row in own if row["speedup"])):
+            click.echo(f"speed-up: against {against}, with its 95 % interval")
 
 
 def _save(root: Path, rows: Sequence[Row]) -> str:
@@ -248,7 +208,7 @@ def _save(root: Path, rows: Sequence[Row]) -> str:
     from ddexport.runtime.backends import choose
     from ddexport.runtime.backends._saved import save
     from ddexport.runtime.bundle import read_manifest
-    from ddexport.validate.bench.rows import times_to_save
+    from ddexport.validate.bench.table import times_to_save
 
     manifest = read_manifest(root, verify=False)
     times, precision = times_to_save(rows, manifest.precisions[0]), manifest.precisions[0]
@@ -261,12 +221,14 @@ def _save(root: Path, rows: Sequence[Row]) -> str:
 
 def _end(rows: Sequence[Row]) -> None:
     """Raises VerificationError for a wrong row, else DDError for one that failed."""
-    wrong = [row for row in rows if row.passed is False]
-    failed = [row for row in rows if row.error is not None]
+    from ddexport.validate.bench.table import name_of
+
+    wrong = [name_of(row) for row in rows if row["passed"] is False]
+    failed = [name_of(row) for row in rows if row["error"] is not None]
     if wrong:
         raise VerificationError(
-            f"{len(wrong)} of {len(rows)} rows miss the bundle's limits: {'; '.join(map(str, wrong))}",
+            f"{len(wrong)} of {len(rows)} rows miss the bundle's limits: {'; '.join(wrong)}",
             "ddexport validate parity BUNDLE says where.",
         )
     if failed:
-        raise DDError(f"{len(failed)} of {len(rows)} rows could not be timed: {'; '.join(map(str, failed))}")
+        raise DDError(f"{len(failed)} of {len(rows)} rows could not be timed: {'; '.join(failed)}")

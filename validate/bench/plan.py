@@ -1,32 +1,26 @@
-"""What will be timed, and what cannot be here, each with its reason. Nothing is opened for it."""
+"""What will be timed, what cannot run here and why, and what is missing. Nothing is opened for it."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 from ddexport.runtime import backends
+from ddexport.runtime.backends import CPU, Configuration
 from ddexport.runtime.bundle import Manifest
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.machine import cpu
 from ddexport.runtime.registry import plugins
-from ddexport.validate.bench.workload import (
-    COMPILED,
-    IN_TORCH,
-    PUBLISHED,
-    TORCH,
-    RunnerConfiguration,
-    Workload,
-)
+from ddexport.validate.reference import FILE_OPTIONS
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-USUAL = ("fp32", "bf16", "int8")  # tried where none is named, beside those of the bundle
-OF_TORCH = {TORCH: ("fp32", "bf16"), COMPILED: ("fp32", "bf16"), PUBLISHED: ("fp32",)}
-EXTRA = 'pip install "ddexport[validate]"'
+EAGER, COMPILED, NAIVE = "torch-eager", "torch-compile", "naive"
+IN_TORCH = {EAGER: ("fp32", "bf16"), COMPILED: ("fp32", "bf16"), NAIVE: ("fp32",)}
+PACKAGES = ("torch", "safetensors", "yaml", "onnx")
+Steps = int | str  # of a schedule, or "teacher": all tokens from the auto-regressive model
 
 
 @dataclass(frozen=True)
@@ -38,38 +32,43 @@ class Request:
     precisions: tuple[str, ...] = ()
     device: str | None = None
     batches: tuple[int, ...] = (1,)
-    steps: tuple[int | str, ...] = (1,)
+    steps: tuple[Steps, ...] = (1,)
     threads: tuple[int, ...] = ()
-    processes: tuple[int, ...] = (1,)
     against: str | None = None
-    against_steps: int | str | None = None
+    against_steps: Steps | None = None
     against_precision: str = "fp32"
     warmup: int = 1
     duration: float = 2.0
-    percentiles: tuple[float, ...] = (50.0, 90.0, 99.0)
     seed: int = 0
     roofline: bool = True
-    save: bool = False
     files: Mapping[str, Path | None] = field(default_factory=dict)
     weights: str | None = None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row to be."""
+    """A row to be: an engine in one configuration, threads of the CPU, images at once, and steps."""
 
-    runner: RunnerConfiguration
-    workload: Workload
+    configuration: Configuration
+    threads: int
+    batch: int
+    steps: Steps
+
+    @property
+    def runner(self) -> tuple[Configuration, int]:
+        """What gets a process of its own."""
+        return self.configuration, self.threads
 
 
 @dataclass(frozen=True)
 class Plan:
-    """entries: in the order of the table. skipped: what cannot run here, and why. baselines: which entry each
-    one is held against."""
+    """entries: in the order of the table. baselines: of each entry, where there is one. skipped: what cannot
+    run here, each with the reason. missing: what has to be there before anything can be measured."""
 
     entries: tuple[Entry, ...]
-    skipped: tuple[str, ...]
     baselines: Mapping[Entry, Entry]
+    skipped: tuple[str, ...]
+    missing: tuple[str, ...]
 
 
 def backend_names() -> list[str]:
@@ -77,115 +76,99 @@ def backend_names() -> list[str]:
     return [*plugins(backends.__name__), *IN_TORCH]
 
 
-def make_plan(root: Path, manifest: Manifest, request: Request) -> Plan:
-    """Raises BackendError for an unknown backend or device: what cannot run is listed."""
-    planner = _Planner(root, manifest, request)
-    usual = dict.fromkeys((*manifest.precisions, *USUAL))
-    wanted = [
-        planner.runner(backend, precision, threads, processes)
+def make_plan(root: Path, manifest: Manifest, request: Request, packages: tuple[str, ...] = PACKAGES) -> Plan:
+    """packages: that are needed. Raises BackendError for an unknown device."""
+    missing = dict.fromkeys(f"the package {name}" for name in packages if find_spec(name) is None)
+    skipped: dict[str, None] = {}
+
+    def entry(backend: str, precision: str, threads: int, batch: int, steps: Steps) -> Entry | None:
+        chosen = configuration_of(root, manifest, backend, precision, request.device)
+        unfit = _unfit(manifest, chosen, steps)
+        if backend in (*request.backends, request.against) and chosen.obstacle.startswith("missing: "):
+            missing[chosen.obstacle.removeprefix("missing: ")] = None
+        elif chosen.obstacle:
+            skipped[f"{backend} {precision}: {chosen.obstacle.removeprefix('missing: ')}"] = None
+        elif unfit:
+            skipped[f"{backend} {precision}, steps {steps}: {unfit}"] = None
+        return None if chosen.obstacle or unfit else Entry(chosen, threads, batch, steps)
+
+    usual = dict.fromkeys((*manifest.precisions, "fp32", "bf16", "int8"))
+    asked = [
+        entry(backend, precision, threads, batch, steps)
+        for batch in sorted(request.batches)
+        for steps in request.steps
         for backend in request.backends or plugins(backends.__name__)
         for threads in request.threads or (cpu().cores,)
-        for processes in request.processes
-        for precision in request.precisions or OF_TORCH.get(backend) or usual
+        for precision in request.precisions or IN_TORCH.get(backend) or usual
     ]
-    workloads = [Workload(batch, steps) for batch in request.batches for steps in request.steps]
-    planned = [planner.entry(runner, workload) for workload in workloads for runner in wanted]
-    entries = dict.fromkeys(entry for entry in planned if entry is not None)
-    baselines: dict[Entry, Entry] = {}
-    for entry in list(entries) if request.against is not None else ():
-        baseline = planner.baseline(entry)
+    entries, baselines = dict.fromkeys(one for one in asked if one), {}
+    for one in list(entries) if request.against else ():
+        steps, precision = request.against_steps or one.steps, request.against_precision
+        baseline = entry(request.against or "", precision, one.threads, one.batch, steps)
         if baseline is not None:
             entries[baseline] = None
-            baselines[entry] = baselines[baseline] = baseline
-    ordered = sorted(entries, key=lambda entry: entry.workload.order)  # stable: runners stay as asked for
-    skipped = tuple(f"{'; '.join(names)}: {reason}" for reason, names in planner.skipped.items())
-    return Plan(tuple(ordered), skipped, baselines)
+            baselines[one] = baselines[baseline] = baseline
+    by_teacher = any(manifest.schedule(one.steps).teacher for one in entries)
+    missing |= dict.fromkeys(missing_files(manifest, request.files, by_teacher))
+    ordered = sorted(entries, key=lambda one: one.batch)  # baselines stand behind the others
+    return Plan(tuple(ordered), baselines, tuple(skipped), tuple(missing))
 
 
-class _Planner:
-    """Decides what can run. skipped: what cannot, by its reason."""
-
-    def __init__(self, root: Path, manifest: Manifest, request: Request) -> None:
-        self.root, self.manifest, self.request = root, manifest, request
-        self.skipped: dict[str, dict[str, None]] = {}
-        # By runner, the precision of the graphs that it reads; None for PyTorch's.
-        self._graphs: dict[RunnerConfiguration, str | None] = {}
-
-    def runner(
-        self, backend: str, precision: str, threads: int, processes: int = 1
-    ) -> RunnerConfiguration | None:
-        """The runner if it can run, else None."""
-        if processes > threads:
-            self._skip(f"{processes} processes", f"they need as many threads, not {threads}")
-            return None
-        runner, graphs = RunnerConfiguration(backend, precision, threads, processes=processes), None
-        if backend in IN_TORCH:
-            obstacle = torch_obstacle(backend, precision, self.request.device)
-        else:
-            chosen, obstacle = self._configuration(backend, precision)
-            if chosen is not None:
-                runner, graphs = replace(runner, device=chosen.device), chosen.graphs
-        if obstacle:
-            self._skip(str(runner), obstacle)
-            return None
-        self._graphs[runner] = graphs
-        return runner
-
-    def entry(self, runner: RunnerConfiguration | None, workload: Workload) -> Entry | None:
-        """The entry if the runner can run the workload, else None."""
-        if runner is None:
-            return None
-        obstacle, graphs = "", self._graphs[runner]
-        try:
-            schedule = self.manifest.schedule(workload.steps)
-            if schedule.teacher is not None and runner.backend in (COMPILED, PUBLISHED):
-                obstacle = "the auto-regressive model in PyTorch is timed by --backend torch"
-            if schedule.known and graphs is not None:
-                self.manifest.graph("student", graphs, schedule.split)
-        except DDError as error:
-            obstacle = f"{error.message}. {error.hint}"
-        if obstacle:
-            self._skip(f"{runner}, steps {workload.steps}", obstacle)
-        return None if obstacle else Entry(runner, workload)
-
-    def baseline(self, entry: Entry) -> Entry | None:
-        """What an entry is held against: of the same batch and threads."""
-        request, workload = self.request, entry.workload
-        assert request.against is not None
-        runner = self.runner(request.against, request.against_precision, entry.runner.threads)
-        return self.entry(runner, replace(workload, steps=request.against_steps or workload.steps))
-
-    def _configuration(self, backend: str, precision: str) -> tuple[backends.Configuration | None, str]:
-        """The configuration that `ddexport.runtime.load` takes, or None and what stands in the way."""
-        device = self.request.device
-        options = backends.configurations(self.root, self.manifest, backend, precision, device)
-        for configuration in options:
-            if not configuration.obstacle:
-                return configuration, ""
-        # Where no GPU is to be used, why there is none is not what stands in the way.
-        near = [configuration for configuration in options if configuration.device == "cpu"] or options
-        obstacles = dict.fromkeys(configuration.obstacle for configuration in near)
-        return None, "; ".join(obstacles) or f"it does not run on {device}"
-
-    def _skip(self, what: str, reason: str) -> None:
-        self.skipped.setdefault(reason, {})[what] = None
+def configuration_of(
+    root: Path, manifest: Manifest, backend: str, precision: str, device: str | None
+) -> Configuration:
+    """The one that `runtime.load` takes; where none can run, with what stands in the way."""
+    if backend in IN_TORCH:
+        graphs = precision if precision in manifest.precisions else manifest.precisions[0]
+        obstacle = _torch_obstacle(backend, precision, device)
+        return Configuration(backend, "cpu", precision, graphs, CPU, obstacle)
+    options = backends.configurations(root, manifest, backend, precision, device)
+    for option in options:
+        if not option.obstacle:
+            return option
+    # Where no GPU is to be used, why there is none is not what stands in the way.
+    near = [option for option in options if option.device == "cpu"] or options
+    obstacle = "; ".join(dict.fromkeys(option.obstacle for option in near)) or f"it does not run on {device}"
+    mark = "missing: " if "is not installed" in obstacle else ""
+    return Configuration(backend, device or "cpu", precision, precision, CPU, mark + obstacle)
 
 
-def torch_obstacle(backend: str, precision: str, device: str | None = None) -> str:
-    """What keeps PyTorch from being timed; "" if nothing."""
-    missing = [name for name in ("torch", "safetensors", "yaml") if find_spec(name) is None]
-    if missing:
-        return f"it needs {', '.join(missing)}: {EXTRA}"
+def _torch_obstacle(backend: str, precision: str, device: str | None) -> str:
     if device not in (None, "cpu"):
         return "PyTorch is timed on the CPU alone"
-    if precision not in OF_TORCH[backend]:
-        return f"{backend} computes in {' or '.join(OF_TORCH[backend])}"
-    if backend == COMPILED and compiler() is None:
-        return "torch.compile needs a C++ compiler: install g++ or clang++, or name one in CXX"
+    if precision not in IN_TORCH[backend]:
+        return f"{backend} computes in {' or '.join(IN_TORCH[backend])}"
+    if backend == COMPILED and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
+        return "missing: a C++ compiler for torch-compile: g++, clang++, or the one that CXX names"
     return ""
 
 
-def compiler() -> str | None:
-    """The C++ compiler that torch.compile finds, if any."""
-    names = (os.environ.get("CXX", ""), "g++", "c++", "clang++")
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+def _unfit(manifest: Manifest, configuration: Configuration, steps: Steps) -> str:
+    """Why a configuration cannot run a schedule; "" if it can."""
+    try:
+        schedule = manifest.schedule(steps)
+        if schedule.known and not configuration.obstacle:
+            manifest.graph("student", configuration.graphs, schedule.split)
+    except DDError as error:
+        return f"{error.message}. {error.hint}"
+    if schedule.teacher is not None and configuration.backend in (COMPILED, NAIVE):
+        return f"the auto-regressive model in PyTorch is timed by --backend {EAGER}"
+    return ""
+
+
+def missing_files(manifest: Manifest, files: Mapping[str, Path | None], by_teacher: bool) -> Iterator[str]:
+    """The published files of a bundle that are not given, not there, or not those that it was made from."""
+    from ddexport.families._weight_file import fingerprint
+    from ddexport.recipe import recipe_of
+
+    for source in manifest.weights.files if manifest.weights.kind == "checkpoint" else ():
+        path, option = files.get(source.role), FILE_OPTIONS[source.role]
+        if source.role == "teacher" and not by_teacher:
+            continue
+        if path is None:
+            if source.file != recipe_of(manifest).files[source.role].embedded:
+                yield f"{option} {source.file}, which {manifest.name} was made from"
+        elif not path.exists():
+            yield f"{option}: there is no file {path}"
+        elif fingerprint(path)[0] != source.sha256:
+            yield f"{option}: {path} is not the {source.file} that {manifest.name} was made from"

@@ -1,150 +1,98 @@
-"""The inside of a worker: one runner in a process of its own.
-
-So its peak memory is its own, no thread pool disturbs another's, and its crash is only a row. It is driven
-through its stdin and stdout: pickled calls of a `Session`, each of which gets one reply. What libraries print
-goes to stderr. The end of stdin, or of the parent, ends the worker.
-"""
+"""A configuration in a process of its own: its peak memory is its own, no thread pool disturbs another's,
+and its crash is only a row with a reason."""
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import os
-import pickle
-import re
-import sys
+import signal
 import threading
-import time
-from dataclasses import replace
-from pathlib import Path
-from typing import IO
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
 
 from ddexport.runtime.backends import said
-from ddexport.runtime.bundle import Schedule, read_manifest
 from ddexport.runtime.errors import DDError
-from ddexport.validate.bench.workload import Inputs, Job, Outputs, Run, Times, Workload, inputs_of
-from ddexport.validate.metrics._base import FloatArray
 
-KEPT = 3  # different outputs of a workload that are kept: an engine whose sums vary gives many
-LOOK_EVERY = 1.0
-PROCESS = Path("/proc/self")
-RESET_PEAK = "5"  # what makes Linux set VmHWM back to the present size: man 5 proc, clear_refs
+# Where libraries read the number of threads that they cannot be told otherwise.
+POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class WorkerError(DDError):
-    """A worker that could not open its runner or run a workload, or that died."""
+    """A worker that could not do what it was asked for, or that died."""
+
+    def __str__(self) -> str:
+        """Message and hint in a line."""
+        return ". ".join(filter(None, (self.message, self.hint)))
 
 
-class Session:
-    """What can be called in a worker."""
+class Worker:
+    """The parent's side of one spawned process; a context manager, which ends it whatever it does."""
 
-    def __init__(self) -> None:
-        self._seen: dict[Workload, set[str]] = {}
+    def __init__(self, threads: int) -> None:
+        with _environment(threads):
+            self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_begin)
+            number = self._pool.submit(os.getpid).result()
+        self.process = next(one for one in multiprocessing.active_children() if one.pid == number)
 
-    def open(self, job: Job) -> tuple[str, str]:
-        """Opens the runner; its version, and what else runs the teacher. Raises DDError."""
-        from ddexport.validate.bench.runners import TimedSampler, open_runner
-
-        self._seed, self._manifest = job.seed, read_manifest(job.bundle, verify=False)
-        runner = open_runner(job, self._manifest)
-        self._sampler = TimedSampler(runner, self._manifest, job.bundle)
-        return runner.version, runner.teacher
-
-    def prepare(self, workload: Workload) -> Times:
-        """Opens what the workload needs, and runs it once. Raises DDError."""
-        schedule, inputs = self._request(workload)
-        self._sampler.runner.open(schedule)
-        return self._sampler.run(schedule, inputs)[0]
-
-    def run(self, workload: Workload, keep: bool = False) -> Run:
-        """Runs it once more. keep: gives the outputs too, unless it gave the same before, or too many others.
-        Raises DDError."""
-        schedule, inputs = self._request(workload)
-        reset_peak()
-        times, outputs, fed = self._sampler.run(schedule, inputs)
-        peak = peak_mib()
-        if not keep or not self._is_new(workload, outputs):
-            return Run(times, peak)
-        return Run(times, peak, replace(outputs, logits=self._sampler.logits(schedule, fed)))
-
-    def decode(self, sequence: FloatArray) -> FloatArray:
-        """The image of a sequence. Raises DDError."""
-        return self._sampler.runner.run("decoder", None, {"sequence": sequence})["image"]  # type: ignore[no-any-return]
-
-    def rate(self, engine: str, precision: str, threads: int) -> float:
-        """GFLOP/s of one engine at its best. Raises whatever it raises."""
-        from ddexport.validate.bench.roofline import rate_of
-
-        return rate_of(engine, precision, threads)
-
-    def _request(self, workload: Workload) -> tuple[Schedule, Inputs]:
-        schedule = self._manifest.schedule(workload.steps)
-        return schedule, inputs_of(self._manifest, workload.batch, self._seed)
-
-    def _is_new(self, workload: Workload, outputs: Outputs) -> bool:
-        digest, seen = outputs.digest(), self._seen.setdefault(workload, set())
-        if digest in seen or len(seen) >= KEPT:
-            return False
-        seen.add(digest)
-        return True
-
-
-def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
-    """Answers until the requests end."""
-    session = Session()
-    while True:
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What a method of `Session` returns. Raises WorkerError, also where the process dies over it."""
         try:
-            method, arguments = pickle.load(requests)
-        except EOFError:
-            return
-        try:
-            reply = getattr(session, method)(*arguments)
-        except DDError as error:
-            reply = WorkerError(error.message, error.hint)
-        except Exception as error:  # whatever an engine raises is this row's end, not the benchmark's
-            reply = WorkerError(f"{type(error).__name__}: {said(error)}")
-        pickle.dump(reply, replies)
-        replies.flush()
+            return self._pool.submit(_call, method, *arguments).result()
+        except BrokenProcessPool as error:
+            self.process.join(10)
+            code = self.process.exitcode or 0
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            memory = ", as a system does that is short of memory" if how == "SIGKILL" else ""
+            raise WorkerError(f"the worker was ended by {how}{memory}") from error
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self._pool.shutdown()
 
 
-def reset_peak(process: Path = PROCESS) -> bool:
-    """Starts counting memory anew. False where the system cannot: `peak_mib` counts from the start then."""
-    try:
-        (process / "clear_refs").write_text(RESET_PEAK)
-    except OSError:
-        return False
-    return True
-
-
-def peak_mib(process: Path = PROCESS) -> float | None:
-    """The most MiB of memory that were in use since the reset; None where the system does not tell."""
-    try:
-        line = re.search(r"^VmHWM:\s*(\d+) kB$", (process / "status").read_text(), re.M)
-    except OSError:
-        line = None
-    if line:
-        return int(line[1]) / 1024
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (1 << 20) if sys.platform == "darwin" else most / 1024  # bytes there, kilobytes elsewhere
+def _begin() -> None:
+    """In the process. An interrupt is for the parent, which kills its workers; stdout is for its results."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(2, 1)
+    logging.disable(logging.WARNING)
+    # Else PyTorch's compiler keeps processes, which outlive a worker that is killed.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A worker that computes for minutes does not look at its stdin."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(LOOK_EVERY)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
-def main() -> None:
-    """The process: stdout is kept for replies, whatever else is printed goes to stderr."""
-    _end_with_parent()
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    serve(sys.stdin.buffer, replies)
+def _call(method: str, *arguments: Any) -> Any:
+    from ddexport.validate.bench.session import SESSION
+
+    try:
+        return getattr(SESSION, method)(*arguments)
+    except DDError as error:
+        raise WorkerError(error.message, error.hint) from None
+    except Exception as error:  # of any engine: not all can be pickled
+        raise WorkerError(f"{type(error).__name__}: {said(error)}") from None
+
+
+@contextmanager
+def _environment(threads: int) -> Iterator[None]:
+    """What a process that is spawned inherits."""
+    before = dict(os.environ)
+    os.environ.update(dict.fromkeys(POOLS, str(threads)))
+    try:
+        yield
+    finally:
+        for name in POOLS:
+            os.environ.pop(name)
+        os.environ.update({name: before[name] for name in POOLS if name in before})

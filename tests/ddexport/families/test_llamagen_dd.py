@@ -14,7 +14,7 @@ from ddexport.families._checkpoint import connect, load_part, published_state
 from ddexport.families._llamagen_blocks import halves_from_pairs, rotary_table, rotation
 from ddexport.families.llamagen_dd import guided
 from ddexport.recipe import load_recipe, recipe_from_dict
-from ddexport.validate.bench.published import llamagen_dd
+from ddexport.validate.bench.naive import llamagen_dd
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "llamagen-dd-small"
 TOLERANCE = 2e-5

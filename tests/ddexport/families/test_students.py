@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddexport.families._checkpoint import connect, load_part
 from ddexport.recipe import Recipe, load_recipe, recipe_from_dict
-from ddexport.validate.bench.published import llamagen_dd, var_dd
+from ddexport.validate.bench.naive import llamagen_dd, var_dd
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 TOLERANCE = 2e-5

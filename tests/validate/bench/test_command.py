@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import onnx
@@ -12,22 +11,17 @@ import pytest
 from click.testing import CliRunner
 from msgspec import structs
 from onnx import numpy_helper
+from PIL import Image
 
 from ddexport.runtime.backends import choose
 from ddexport.runtime.bundle import file_info, read_manifest
-from ddexport.validate.bench import run as running
+from ddexport.validate.bench import plan, rounds
 from ddexport.validate.bench.cli import command
-from ddexport.validate.bench.report import marks_of
+from ddexport.validate.bench.run import FIELDS
+from ddexport.validate.bench.table import ratio, remarks, tables, times_to_save
 from ddexport.validate.bench.worker import WorkerError
+from ddexport.validate.plots import bench_bars
 
-START, END = marks_of()
-
-KEYS = {
-    "model", "backend", "precision", "batch", "steps", "student_ms", "decoder_ms", "total_ms", "images_per_s",
-    "peak_mib", "roofline", "tokens_equal", "image_psnr", "against", "speedup", "speedup_low", "speedup_high",
-    "teacher_ms", "percentiles", "rounds", "embedding_error", "image_max", "passed", "faults", "flops",
-    "threads", "device", "processes", "version", "machine",
-}  # fmt: skip
 QUICK = ("--duration", "0", "--no-roofline", "--threads", "1", "--precision", "fp32")
 
 
@@ -37,14 +31,9 @@ def copied(bundle: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bench(monkeypatch, in_process):
+def bench(in_process):
     """The command, with its workers in this process."""
-    monkeypatch.setattr(running, "run_bench", partial(running.run_bench, start=in_process))
-
-    def run(*words):
-        return CliRunner().invoke(command, list(map(str, words)))
-
-    return run
+    return lambda *words: CliRunner().invoke(command, list(map(str, words)))
 
 
 def damage(bundle: Path, role: str, factor: float) -> None:
@@ -61,53 +50,49 @@ def damage(bundle: Path, role: str, factor: float) -> None:
     (bundle / "bundle.json").write_text(json.dumps(manifest))
 
 
-def test_real_workers_and_pure_json(copied):
-    """In processes of their own: stdout is a JSON list of rows, whatever is said on stderr."""
-    words = [copied, "--backend", "onnxruntime", "--against", "published", "--batch", "2", *QUICK, "--json"]
+def test_real_workers_and_pure_json(bundle):
+    """In processes of their own: stdout is JSON, whatever is said on stderr; nothing is written."""
+    before = sorted(bundle.rglob("*"))
+    words = (bundle, "--backend", "onnxruntime", "--against", "naive", "--batch", "2", *QUICK, "--json")
     done = CliRunner().invoke(command, list(map(str, words)))
     assert done.exit_code == 0, done.stderr
-    rows = json.loads(done.stdout)
-    assert [(one["backend"], one["batch"], one["steps"]) for one in rows] == [
+    data = json.loads(done.stdout)
+    assert set(data) == {"schema", "machine", "rows"} and data["machine"]["versions"]["torch"]
+    assert [(row["backend"], row["batch"], row["steps"]) for row in data["rows"]] == [
         ("onnxruntime", 2, 1),
-        ("published", 2, 1),
+        ("naive", 2, 1),
     ]
-    for one in rows:
-        assert set(one) >= KEYS
-        assert one["passed"] is True and one["rounds"] == 5 and one["peak_mib"] > 10
-        assert one["images_per_s"] > 0 and one["threads"] == 1
-        assert one["speedup_low"] <= one["speedup"] <= one["speedup_high"]
-        assert set(one["percentiles"]["total"]) == {"50", "90", "99"}
-    assert not (copied / "bench.json").exists()
+    for row in data["rows"]:
+        assert set(FIELDS) < set(row) and row["threads"] == 1 and row["device"] == "cpu"
+        assert row["passed"] is True and row["rounds"] == 5 and row["peak_mib"] > 10
+        assert row["total_min_ms"] <= row["total_ms"] <= row["total_max_ms"]
+        assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+    assert sorted(bundle.rglob("*")) == before
 
 
-def test_tables_plot_and_page(bench, copied, tmp_path):
-    page, plot = tmp_path / "page.md", tmp_path / "plot.png"
-    page.write_text(f"top\n{START}\n{END}\nend\n")
-    done = bench(
-        copied, "--backend", "onnxruntime,torch", "--steps", "1,2,9", *QUICK, "--plot", plot, "--update", page
-    )
+def test_tables_plot_and_roofline(bench, bundle, tmp_path, monkeypatch):
+    plot = tmp_path / "plot.png"
+    monkeypatch.setattr("ddexport.validate.bench.roofline.SIZE", 64)
+    words = [word for word in QUICK if word != "--no-roofline"]
+    done = bench(bundle, "--backend", "onnxruntime,torch-eager", "--steps", "1,9", *words, "--plot", plot)
     assert done.exit_code == 0, done.output
-    assert "onnxruntime fp32" in done.stdout and "best" in done.stdout and "GFLOP an image" in done.stdout
-    assert "steps 9: tiny has no schedule of 9 steps" in done.stderr
-    text = page.read_text()
-    assert text.startswith("top\n") and text.endswith("\nend\n")
-    assert "--backend onnxruntime,torch --steps 1,2,9" in text and "--no-roofline" in text
-    assert "](plot.png)" in text and plot.stat().st_size > 0
-    assert "skipped: tiny: onnxruntime fp32, steps 9" in text
+    assert "onnxruntime fp32, batch 1, steps 1" in done.stdout and "of peak" in done.stdout
+    assert "GFLOP/s (fp32, threads 1)" in done.stdout
+    assert "skipped: digits-var: onnxruntime fp32, steps 9: digits-var has no schedule of 9 st" in done.stderr
+    assert Image.open(plot).width == 1000
 
 
 @pytest.mark.parametrize("role", ["student", "decoder"])
 def test_a_fast_wrong_row_is_marked_and_ends_with_3(bench, copied, role):
     """A damaged weight that no checksum tells: everything is printed, then the exit code says it."""
     damage(copied, role, 1.5)
-    done = bench(copied, "--backend", "onnxruntime,torch", *QUICK)
+    done = bench(copied, "--backend", "onnxruntime,torch-eager", *QUICK)
     assert done.exit_code == 3, done.output
-    lines = [line for line in done.stdout.splitlines() if line.startswith("onnxruntime")]
-    assert len(lines) == 2 and all(line.endswith("WRONG") for line in lines)
-    assert next(line for line in done.stdout.splitlines() if line.startswith("torch")).endswith("best")
+    lines = done.stdout.splitlines()
+    assert [line.endswith("WRONG") for line in lines if line.startswith("onnxruntime")] == [True, True]
+    assert [line.endswith("ok") for line in lines if line.startswith("torch-eager")] == [True, True]
     assert "miss the bundle's limits: onnxruntime fp32, batch 1, steps 1" in done.stderr
-    rows = json.loads(bench(copied, "--backend", "onnxruntime", *QUICK, "--json").stdout)
-    assert rows[0]["passed"] is False and rows[0]["faults"]
+    assert "WRONG: onnxruntime fp32, batch 1, steps 1: " in done.stderr
 
 
 def test_auto_follows_what_was_saved(bench, copied):
@@ -115,9 +100,7 @@ def test_auto_follows_what_was_saved(bench, copied):
     pytest.importorskip("openvino")
     done = bench(copied, "--backend", "openvino", *QUICK, "--save")
     assert done.exit_code == 0 and "auto takes openvino, cpu, fp32" in done.stderr
-    manifest = read_manifest(copied)
-    assert choose(copied, manifest).backend == "openvino"
-    assert choose(copied, manifest, precision="fp32").backend == "openvino"
+    assert choose(copied, read_manifest(copied)).backend == "openvino"
     damage(copied, "decoder", 1.5)
     done = bench(copied, "--backend", "onnxruntime", *QUICK, "--save")
     assert done.exit_code == 3 and "nothing to save" in done.stderr
@@ -126,59 +109,110 @@ def test_auto_follows_what_was_saved(bench, copied):
 
 def test_several_bundles_are_one_list(bench, bundle, copied):
     done = bench(bundle, copied, "--backend", "onnxruntime", *QUICK, "--json")
-    assert [Path(one["bundle"]) for one in json.loads(done.stdout)] == [bundle, copied]
+    assert [Path(row["bundle"]) for row in json.loads(done.stdout)["rows"]] == [bundle, copied]
 
 
 def test_nothing_left_ends_with_1(bench, bundle):
-    done = bench(bundle, "--backend", "onnxruntime", "--precision", "int8")
-    assert done.exit_code == 1
-    assert "skipped: tiny: onnxruntime int8: the bundle has no graphs in int8" in done.stderr
-    assert "nothing that was asked for can be timed" in done.stderr and not done.stdout
+    done = bench(bundle, "--backend", "onnxruntime", "--precision", "bf16")
+    assert done.exit_code == 1 and not done.stdout
+    assert (
+        "skipped: digits-var: onnxruntime bf16: " in done.stderr and "nothing that was asked" in done.stderr
+    )
+
+
+def test_what_is_missing_is_one_error_before_the_work(bench, bundle, monkeypatch):
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    monkeypatch.setattr(rounds, "interleave", lambda *_: pytest.fail("it was timed"))
+    done = bench(bundle, "--backend", "onnxruntime", "--plot", bundle.parent / "p.png")
+    assert done.exit_code == 1 and "timing" not in done.stderr
+    assert all(f"the package {name}" in done.stderr for name in ("torch", "safetensors", "matplotlib"))
 
 
 def test_a_row_that_could_not_be_timed_ends_with_1(monkeypatch, bench, bundle, in_process):
-    def send(self, *call):
+    def fail(self, batch, steps):
         raise WorkerError("the worker was ended by SIGSEGV")
 
-    monkeypatch.setattr(in_process, "send", send)
+    monkeypatch.setattr("ddexport.validate.bench.session.Session.run", fail)
     done = bench(bundle, "--backend", "onnxruntime", *QUICK, "--json")
-    assert done.exit_code == 1
-    assert json.loads(done.stdout)[0]["error"] == "the worker was ended by SIGSEGV"
-    assert "could not be timed" in done.stderr
+    assert done.exit_code == 1 and "could not be timed" in done.stderr
+    assert json.loads(done.stdout)["rows"][0]["error"] == "the worker was ended by SIGSEGV"
 
 
-def test_a_device_has_two_names(bench, bundle):
-    for option in ("--device", "--provider"):
-        done = bench(bundle, "--backend", "onnxruntime", option, "gpu")
-        assert done.exit_code == 1 and "no device 'gpu'" in done.stderr
+@pytest.mark.parametrize("option", ["--device", "--provider"])
+def test_a_device_has_two_names(bench, bundle, option):
+    done = bench(bundle, "--backend", "onnxruntime", option, "gpu")
+    assert done.exit_code == 1 and "no device 'gpu'" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (
-            ["--backend", "nonsense"],
-            "there is: onnxruntime, openvino, tensorrt, torch, torch-compile, published",
+            ["--backend", "none"],
+            "onnxruntime, openvino, tensorrt, torch-eager, torch-compile, naive",
         ),
         (["--precision", "fp31"], "there is: fp32, fp16, bf16, int8"),
         (["--against", "nonsense"], "there is: onnxruntime"),
-        (["--against", "torch,published"], "it takes one"),
+        (["--against", "torch-eager,naive"], "it takes one"),
         (["--against-steps", "1"], "give both"),
         (["--backend", ","], "there is: onnxruntime"),
         (["--steps", "one"], "teacher"),
         (["--steps", "0"], "teacher"),
         (["--batch", "1,x"], "list of numbers"),
-        (["--percentile", "101"], "list of percentiles"),
         (["--plot", "plot.pdf"], ".png"),
     ],
 )
 def test_unknown_names_are_usage_errors_with_the_list(bench, bundle, words, said):
     done = bench(bundle, *words)
-    assert done.exit_code == 2
-    assert said in " ".join(done.stderr.split())
+    assert done.exit_code == 2 and said in " ".join(done.stderr.split())
 
 
-def test_a_page_without_marks_is_known_before_the_work(bench, bundle, tmp_path):
-    (tmp_path / "page.md").write_text("nothing")
-    done = bench(bundle, "--update", tmp_path / "page.md")
-    assert done.exit_code == 1 and "timing" not in done.stderr
+def row(backend="openvino", precision="fp32", total=10.0, batch=1, steps=1, **more):
+    made = {
+        "bundle": "b", "model": "var-d16", "backend": backend, "precision": precision, "device": "cpu",
+        "threads": 2, "batch": batch, "steps": steps, **dict.fromkeys(FIELDS), "student_ms": 0.6 * total,
+        "decoder_ms": 0.3 * total, "total_ms": total, "rounds": 7, "roofline": 0.42, "passed": True,
+    }  # fmt: skip
+    return made | more
+
+
+ROWS = [
+    row("openvino", "fp32", 10.0, speedup=2.0, speedup_low=1.9, speedup_high=2.125),
+    row("openvino", "int8", 4.0, passed=False, faults="step 1: tokens differ", speedup=5.0),
+    row("torch-eager", "fp32", 20.0, image_psnr=float("inf")),
+    row("naive", "fp32", 30.0, error="the worker was ended by SIGKILL", passed=None),
+    row("openvino", "bf16", 3.0, batch=4, notes="no limits", passed=None),
+]
+
+
+def test_tables_for_people():
+    """A line a row; what no row has is no column; everything odd is said."""
+    times, parity = (text.splitlines() for text in tables(ROWS).split("\n\n"))
+    assert [line.split()[-1] for line in times[1:]] == ["ok", "WRONG", "ok", "failed", "?"]
+    assert "teacher ms" not in times[0] and "threads" not in times[0] and "p99" not in times[0]
+    assert "2.00x [1.90, 2.12]" in times[1] and ratio(ROWS[1]) == "5.00x" and "42%" in times[1]
+    assert "equal" in parity[3]
+    assert [*remarks(ROWS)] == [
+        "WRONG: openvino int8, batch 1, steps 1: step 1: tokens differ",
+        "failed: naive fp32, batch 1, steps 1: the worker was ended by SIGKILL",
+        "note: openvino bf16, batch 4, steps 1: no limits",
+    ]
+
+
+def test_the_plot_grows_with_the_rows():
+    few, many = bench_bars(ROWS, "a machine"), bench_bars(ROWS[:2] * 6, "a machine")
+    assert few.width == many.width == 1000 and many.height > few.height
+
+
+def test_only_what_is_right_and_comparable_is_saved():
+    """The first precision, one step, the smallest batch, all threads."""
+    rows = [
+        row("onnxruntime", total=20.0, batch=2), row("openvino", total=12.0, batch=2),
+        row("openvino", total=30.0, batch=4), row("openvino", "int8", 1.0, batch=2),
+        row("torch-eager", total=1.0, batch=2), row("openvino", total=1.0, batch=2, steps=2),
+        row(total=1.0, batch=2, threads=1), row(total=1.0, batch=2, device="cuda:0"),
+        row("fast", total=1.0, passed=False), row("fast", total=1.0, passed=None),
+        row("fast", total=1.0, error="died"),
+    ]  # fmt: skip
+    assert times_to_save(rows, "fp32") == {"onnxruntime": 10.0, "openvino": 6.0}
+    assert times_to_save(rows, "fp16") == {}

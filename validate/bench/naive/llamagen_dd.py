@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ddexport.families.llamagen_dd import LlamaGenStudent
     from ddexport.recipe import Recipe
-    from ddexport.validate.bench.published import Step
+    from ddexport.validate.bench.naive import Step
 
 
 def literal_step(
@@ -100,7 +100,7 @@ def turns(side: int, width: int) -> Tensor:
 
 
 def step_of(recipe: Recipe, student: LlamaGenStudent) -> Step:
-    """The step of `ddexport.validate.bench.published` for a student as loaded."""
+    """The step of `ddexport.validate.bench.naive` for a student as loaded."""
     from ddexport.families._checkpoint import published_state
 
     state = published_state(student, recipe, "student")

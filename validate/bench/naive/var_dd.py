@@ -19,7 +19,7 @@ from ddexport.families.var_dd import VarStudent
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
-    from ddexport.validate.bench.published import Step
+    from ddexport.validate.bench.naive import Step
 
 
 def literal_step(
@@ -63,5 +63,5 @@ def literal_step(
 
 
 def step_of(recipe: Recipe, student: VarStudent) -> Step:
-    """The step of `ddexport.validate.bench.published` for a student as loaded."""
+    """The step of `ddexport.validate.bench.naive` for a student as loaded."""
     return partial(literal_step, student)
