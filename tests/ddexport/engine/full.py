@@ -53,4 +53,4 @@ attempt("compatible", lambda: build(version_compatible=True))
 tensorrt_rtx.IBuilderConfig.set_timing_cache = lambda *_, ignore_mismatch: False
 attempt("other GPU", lambda: build(timing_cache=timing))
 attempt("both", lambda: load_tensorrt("tensorrt-rtx"))
-print(json.dumps(result))
+sys.stdout.write(json.dumps(result))

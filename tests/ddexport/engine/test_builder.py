@@ -66,7 +66,7 @@ def test_a_plan_is_written_with_its_hash(
 def test_tf32_and_profiles_are_checked_in_the_configuration(
     toy_bundle: Any, rtx: TensorRT, quick: BuildOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Protects against engines of batch 1, which Polygraphy makes without a word where a profile is missing."""
+    """Protects against engines of batch 1, which Polygraphy makes silently where a profile is missing."""
     configs = []
     original = builder._configure
 

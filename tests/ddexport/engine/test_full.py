@@ -47,8 +47,8 @@ def test_full_tensorrt_gets_what_is_asked_for(
     assert not errors and engines.engines["student", None].hardware == "ampere+"
     for gpu, driver, note in (
         (here, (13, 0), ""),
-        (there, (12, 8), "tuned on NVIDIA Test 9000, and here is NVIDIA H100: it may run slower than it could;"
-         " built with a driver for CUDA 13.0, and this one supports 12.8"),
+        (there, (12, 8), "tuned on NVIDIA Test 9000, and here is NVIDIA H100: it may run slower than it"
+         " could; built with a driver for CUDA 13.0, and this one supports 12.8"),
     ):  # fmt: skip
         monkeypatch.setattr(machine, "cuda", lambda gpu=gpu, driver=driver: machine.Cuda((gpu,), driver, ""))
         assert fit(folder, manifest, engines) == ("there is no decoder engine", note, True)
