@@ -63,30 +63,6 @@ def test_a_plan_is_written_with_its_hash(
     assert "Setting 2 target compute capabilities: [(8, 0), (12, 0)]" in caplog.text
 
 
-def test_tf32_and_profiles_are_checked_in_the_configuration(
-    toy_bundle: Any, rtx: TensorRT, quick: BuildOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Protects against engines of batch 1, which Polygraphy makes silently where a profile is missing."""
-    configs = []
-    original = builder._configure
-
-    def spy(*arguments: Any) -> Any:
-        create = original(*arguments)
-
-        def configure(made: Any, network: Any) -> Any:
-            config = create(made, network)
-            configs.append((config.get_flag(rtx.module.BuilderFlag.TF32), config.num_optimization_profiles))
-            return config
-
-        return configure
-
-    monkeypatch.setattr(builder, "_configure", spy)
-    build(rtx, toy_bundle(), replace(quick, profiles=(Profile(1, 1, 1), Profile(2, 4, 8))))
-    assert configs == [(False, 2)]
-    with pytest.raises(BuildError):
-        build(rtx, toy_bundle("none"), replace(quick, profiles=()))
-
-
 def test_what_cannot_be_built_is_refused(toy_bundle: Any, rtx: TensorRT, quick: BuildOptions) -> None:
     """Protects against an engine named fp16 that is float32, against Myelin's message about node names, and
     against settings that TensorRT rejects in its log only: it would build without them."""
@@ -103,6 +79,7 @@ def test_what_cannot_be_built_is_refused(toy_bundle: Any, rtx: TensorRT, quick: 
         ({"workspace": 1}, "fp32", "workspace", "--workspace"),
         ({"targets": ("sm75",)}, "fp32", "Turing", "leave sm75 out"),
         ({"targets": ("sm75",)}, "bf16", "sm75", "leave sm75 out"),
+        ({"profiles": ()}, "fp32", "", ""),  # Polygraphy would make an engine of batch 1 without a word
         ({"optimization_level": -1}, "fp32", "setBuilderOptimizationLevel", "--debug"),
     )
     for options, precision, message, hint in cases:
