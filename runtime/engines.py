@@ -21,7 +21,7 @@ from ddexport.runtime.bundle import ROLES, Manifest, resolve
 from ddexport.runtime.errors import BundleError
 from ddexport.runtime.records import DAMAGED, Natural, Positive, Record, convert, read_json
 
-SCHEMA = 2
+SCHEMA = 3
 FOLDER = "engines"
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 BACKENDS = tuple(MODULES)
@@ -65,9 +65,8 @@ class Engine(Record, frozen=True, kw_only=True):
 
     file, sha256, bytes: the plan, beside the sidecar. source: `Graph.digest` of the graph it was built from.
     backend, version: the package that built it, in full. targets: compute capabilities as `sm89`, or
-    `default`. hardware: full TensorRT's hardware compatibility level. stripped: the plan has no weights.
-    layers: how many layers compute in each type. options: what else it was built with. key: the digest of all
-    that shapes it.
+    `default`. hardware: full TensorRT's hardware compatibility level. layers: how many
+    layers compute in each type. options: what else it was built with. key: the digest of all that shapes it.
     """
 
     schema: int
@@ -84,7 +83,6 @@ class Engine(Record, frozen=True, kw_only=True):
     targets: Annotated[tuple[str, ...], Meta(min_length=1)]
     hardware: str | None = None
     version_compatible: bool = False
-    stripped: bool = False
     profiles: Annotated[tuple[Profile, ...], Meta(min_length=1)]
     layers: Mapping[str, int]
     options: Mapping[str, Any]
@@ -217,8 +215,6 @@ def _against_bundle(manifest: Manifest, engines: EngineSet) -> list[str]:
         size = plan.stat().st_size if plan.is_file() else 0
         if engine.source != graph.digest:
             obstacles.append(f"{engine.file} was built from another {graph.file}")
-        if engine.stripped:
-            obstacles.append(f"{engine.file} has no weights, and this runtime cannot put them back")
         if size != engine.bytes:
             obstacles.append(f"{engine.file} has {size} bytes, but its sidecar says {engine.bytes}")
     return obstacles

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from ddexport.engine.builder import Plan, Report, Stage, build_plan
-from ddexport.engine.checks import check_options
+from ddexport.engine.builder import Stage, build_plan
 from ddexport.engine.module import TensorRT
-from ddexport.engine.options import BuildOptions
+from ddexport.engine.options import BuildOptions, resolve
 from ddexport.runtime import machine
 from ddexport.runtime.bundle import ROLES, Graph, Manifest, read_manifest, sha256_of
 from ddexport.runtime.engines import SCHEMA, BuiltOn, Engine, engine_folder, read_engine
@@ -23,7 +21,7 @@ from ddexport.runtime.files import atomic_write, make_directory
 from ddexport.runtime.records import to_json
 
 DEFAULT_PRECISION = "fp16"
-REVISION = 2
+REVISION = 3
 """Raised when this builder changes in a way that makes engines of the same inputs different."""
 LOCK = ".lock"
 
@@ -38,12 +36,6 @@ class Built:
     seconds: float
 
 
-@contextmanager
-def silent(name: str) -> Iterator[Report]:
-    """Progress that nobody sees."""
-    yield lambda steps: None
-
-
 def build_engines(
     bundle: Path,
     trt: TensorRT,
@@ -52,7 +44,6 @@ def build_engines(
     roles: tuple[str, ...] = (),
     force: bool = False,
     stage: Stage = lambda name: nullcontext(),
-    progress: Callable[[str], AbstractContextManager[Report]] = silent,
 ) -> list[Built]:
     """Puts engines of the students and decoders of a bundle into it, each with its sidecar.
 
@@ -68,12 +59,11 @@ def build_engines(
         BuildError: TensorRT failed.
         OutputError: the bundle cannot be written.
     """
-    targets = check_options(options, trt)
+    options = resolve(options, trt)
     with stage(f"checking {bundle}"):
         manifest = read_manifest(bundle)  # with all hashes: they go into the key
     graphs = select_graphs(manifest, precisions, roles)
-    job = _Job(bundle, manifest, trt, options, targets, force, stage, progress)
-    return [job.run(graph) for graph in graphs]
+    return [_build(bundle, trt, manifest, graph, options, force, stage) for graph in graphs]
 
 
 def select_graphs(
@@ -100,103 +90,83 @@ def select_graphs(
     ]
 
 
-def engine_key(
-    manifest: Manifest, graph: Graph, trt: TensorRT, options: BuildOptions, targets: tuple[str, ...]
-) -> str:
-    """SHA-256 in hex over all that shapes an engine. Two builds of the same give different bytes."""
-    gpu = None if trt.is_rtx else trt.gpu
-    parts = {
-        "source": graph.digest,
+def facts_of(graph: Graph, trt: TensorRT, options: BuildOptions) -> dict[str, Any]:
+    """What the sidecar of an engine says of how it is made. options: as `resolve` gives them."""
+    return {
+        "role": graph.role,
+        "split": graph.split,
         "precision": graph.precision,
-        "tensors": manifest.tensors(graph),
-        "options": options.canonical(),
-        "version_compatible": options.version_compatible,
-        "hardware": options.hardware,
-        "profiles": [str(profile) for profile in options.profiles],
+        "source": graph.digest,
         "backend": trt.backend,
         "version": trt.version,
-        "targets": targets,
-        "gpu": gpu and [gpu.name, gpu.target],
         "platform": machine.this_platform(),
-        "builder": [metadata.version("ddexport"), REVISION],
+        "targets": options.targets,
+        "hardware": options.hardware,
+        "version_compatible": options.version_compatible,
+        "profiles": options.profiles,
+        "options": {name: getattr(options, name) for name in ("workspace", "optimization_level", "tf32")},
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class _Job:
-    bundle: Path
-    manifest: Manifest
-    trt: TensorRT
-    options: BuildOptions
-    targets: tuple[str, ...]
-    force: bool
-    stage: Stage
-    progress: Callable[[str], AbstractContextManager[Report]]
+def key_of(facts: dict[str, Any], trt: TensorRT) -> str:
+    """SHA-256 in hex over all that shapes an engine. Two builds of the same give different bytes."""
+    gpu = None if trt.is_rtx or trt.gpu is None else (trt.gpu.name, trt.gpu.target)
+    parts = {**facts, "gpu": gpu, "builder": (metadata.version("ddexport"), REVISION)}
+    return hashlib.sha256(to_json(parts).encode()).hexdigest()
 
-    def run(self, graph: Graph) -> Built:
-        """The engine of a graph. Of two builds at once the second waits, and keeps what the first built."""
-        from filelock import FileLock
 
-        start = time.perf_counter()
-        key = engine_key(self.manifest, graph, self.trt, self.options, self.targets)
-        folder = self.bundle / engine_folder(self.trt.backend, self.trt.version, self.targets)
-        split = f"_split{graph.split}" if graph.split else ""
-        plan = folder / f"{graph.role}{split}_{graph.precision}.plan"
-        sidecar = plan.with_suffix(".json")
-        make_directory(folder)
-        with FileLock(folder / LOCK):
-            for leftover in folder.glob(".*.part"):  # under the lock: of a process that was killed
-                leftover.unlink()
-            engine = None if self.force else self._kept(sidecar, key)
-            if engine:
-                return Built(plan, engine, "kept", time.perf_counter() - start)
-            with atomic_write(plan) as stream:
-                built = build_plan(
-                    self.trt, self.bundle, self.manifest, graph, self.options, self.targets, stream,
-                    self.stage, self.progress,
-                )  # fmt: skip
-                sidecar.unlink(missing_ok=True)  # never a sidecar beside another engine's plan
-            engine = self._sidecar(graph, key, plan.name, built)
-            with atomic_write(sidecar) as stream:
-                stream.write(to_json(engine).encode())
-        return Built(plan, engine, "built", time.perf_counter() - start)
+def _build(
+    bundle: Path,
+    trt: TensorRT,
+    manifest: Manifest,
+    graph: Graph,
+    options: BuildOptions,
+    force: bool,
+    stage: Stage,
+) -> Built:
+    """The engine of a graph. Of two builds at once the second waits, and keeps what the first built."""
+    from filelock import FileLock
 
-    def _kept(self, sidecar: Path, key: str) -> Engine | None:
-        """The engine that is in the bundle already, if it is whole and just what would be built."""
-        if not sidecar.exists():
-            return None
-        try:
-            engine = read_engine(self.bundle, sidecar)
-            plan = sidecar.parent / engine.file
-            whole = plan.stat().st_size == engine.bytes and sha256_of(plan) == engine.sha256
-        except (BundleError, OSError):
-            return None  # replaced
-        return engine if whole and engine.key == key else None
+    start = time.perf_counter()
+    facts = facts_of(graph, trt, options)
+    key = key_of(facts, trt)
+    folder = bundle / engine_folder(trt.backend, trt.version, options.targets)
+    split = f"_split{graph.split}" if graph.split else ""
+    path = folder / f"{graph.role}{split}_{graph.precision}.plan"
+    sidecar = path.with_suffix(".json")
+    make_directory(folder)
+    with FileLock(folder / LOCK):
+        for leftover in folder.glob(".*.part"):  # under the lock: of a process that was killed
+            leftover.unlink()
+        engine = None if force else _kept(bundle, sidecar, key)
+        if engine:
+            return Built(path, engine, "kept", time.perf_counter() - start)
+        with atomic_write(path) as stream:
+            plan = build_plan(trt, bundle, manifest, graph, options, stream, stage)
+            sidecar.unlink(missing_ok=True)  # never a sidecar beside another engine's plan
+        seconds = round(time.perf_counter() - start, 3)
+        built = {"file": path.name, **plan._asdict(), "seconds": seconds, "built_on": _built_on(trt)}
+        engine = Engine(schema=SCHEMA, key=key, **facts, **built)
+        with atomic_write(sidecar) as stream:
+            stream.write(to_json(engine).encode())
+    return Built(path, engine, "built", seconds)
 
-    def _sidecar(self, graph: Graph, key: str, name: str, plan: Plan) -> Engine:
-        gpu = None if self.trt.is_rtx else self.trt.gpu  # TensorRT-RTX builds the same on every machine
-        driver = machine.cuda().version
-        return Engine(
-            schema=SCHEMA,
-            role=graph.role,
-            split=graph.split,
-            precision=graph.precision,
-            file=name,
-            sha256=plan.sha256,
-            bytes=plan.bytes,
-            source=graph.digest,
-            backend=self.trt.backend,
-            version=self.trt.version,
-            platform=machine.this_platform(),
-            targets=self.targets,
-            hardware=self.options.hardware,
-            version_compatible=self.options.version_compatible,
-            stripped=self.options.strip_plan,
-            profiles=self.options.profiles,
-            layers=plan.layers,
-            options=self.options.canonical(),
-            key=key,
-            built_on=gpu and BuiltOn(gpu=gpu.name, capability=gpu.target, cuda=driver),
-            seconds=round(plan.seconds, 3),
-        )
+
+def _kept(bundle: Path, sidecar: Path, key: str) -> Engine | None:
+    """The engine that is in the bundle already, if it is whole and just what would be built."""
+    if not sidecar.exists():
+        return None
+    try:
+        engine = read_engine(bundle, sidecar)
+        plan = sidecar.parent / engine.file
+        whole = plan.stat().st_size == engine.bytes and sha256_of(plan) == engine.sha256
+    except (BundleError, OSError):
+        return None  # replaced
+    return engine if whole and engine.key == key else None
+
+
+def _built_on(trt: TensorRT) -> BuiltOn | None:
+    """TensorRT-RTX builds the same on every machine."""
+    if trt.is_rtx or trt.gpu is None:
+        return None
+    return BuiltOn(gpu=trt.gpu.name, capability=trt.gpu.target, cuda=machine.cuda().version)

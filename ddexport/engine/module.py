@@ -1,31 +1,22 @@
-"""The TensorRT packages: which are here, which one to build with, and how to get one."""
+"""The TensorRT package to build with, and Polygraphy set to it: Polygraphy takes one package a process."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from ddexport.runtime import machine
-from ddexport.runtime.engines import BACKENDS, MODULES
+from ddexport.runtime.engines import MODULES
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.machine import Gpu
 
-INSTALL: Mapping[str, str] = {
-    "tensorrt": 'pip install "ddexport[tensorrt]"',
-    "tensorrt-rtx": 'pip install "ddexport[tensorrt-rtx]"',
-}
-LIBRARIES: Mapping[str, str] = {
-    "tensorrt": "its libraries are a package of their own: pip install tensorrt-cu13-libs (or -cu12-libs, as"
-    " the CUDA version is), or put their folder on LD_LIBRARY_PATH",
-    "tensorrt-rtx": "its libraries are a package of their own: pip install --force-reinstall tensorrt-rtx"
-    " (tensorrt-rtx-cu13-libs is the part that is missing)",
-}
+SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"  # read when Polygraphy is imported, and never again
 
 
 class ModuleError(DDError):
-    """A TensorRT package that is not installed, or not completely."""
+    """A package that a build needs and cannot have: not installed, not complete, not in this process."""
 
 
 @dataclass(frozen=True)
@@ -49,43 +40,27 @@ class TensorRT:
 
 
 def load_tensorrt(backend: str = "auto") -> TensorRT:
-    """Imports the package of a backend, or of the first that can build here.
+    """Imports the package of a backend, and Polygraphy set to it.
 
     `auto` is full TensorRT where it is complete and there is a GPU, else TensorRT-RTX.
     Raises `ModuleError`, with the command that installs what is missing.
     """
     gpu = next(iter(machine.cuda().gpus), None)
-    if backend != "auto":
-        return _load(backend, gpu)
-    reasons: list[str] = []
-    for candidate in BACKENDS:
-        if candidate == "tensorrt" and gpu is None:
-            reasons.append("tensorrt builds on the GPU it builds for, and there is none here")
-            continue
-        try:
-            return _load(candidate, gpu)
-        except ModuleError as error:
-            reasons.append(error.message)
-    raise ModuleError(
-        f"no TensorRT package can build here: {'; '.join(reasons)}",
-        f"without a GPU, or for a GeForce or RTX card: {INSTALL['tensorrt-rtx']};"
-        f" for a data-centre GPU: {INSTALL['tensorrt']}",
-    )
-
-
-def _load(backend: str, gpu: Gpu | None) -> TensorRT:
-    name = MODULES[backend]
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name == name:
-            raise ModuleError(f"the package {name} is not installed", INSTALL[backend]) from error
+    if backend == "auto":
+        complete = gpu and not machine.import_fault("tensorrt", "tensorrt")
+        backend = "tensorrt" if complete else "tensorrt-rtx"
+    is_rtx = backend == "tensorrt-rtx"
+    os.environ[SWITCH] = str(int(is_rtx))
+    for name in (MODULES[backend], "polygraphy", "onnx", "filelock"):
+        if fault := machine.import_fault(name, backend):
+            hint = "TensorRT-RTX builds for GeForce and RTX cards, full TensorRT for data-centre GPUs"
+            raise ModuleError(f"{backend} cannot build here: {fault}", hint)
+    if is_rtx != import_module("polygraphy.config").USE_TENSORRT_RTX:
         raise ModuleError(
-            f"the package {name} is not complete: {error}", f"install all of it: {INSTALL[backend]}"
-        ) from error
-    except (ImportError, OSError) as error:  # OSError: Windows looks for the libraries itself
-        raise ModuleError(f"the package {name} lacks its libraries: {error}", LIBRARIES[backend]) from error
-    version = getattr(module, "__version__", None)
-    if not isinstance(version, str) or not hasattr(module, "Builder"):
-        raise ModuleError(f"{name} is no TensorRT: it has no Builder", f"install it: {INSTALL[backend]}")
-    return TensorRT(backend, module, version, gpu)
+            f"this process builds with the other TensorRT package already, and not with {backend} too",
+            "Polygraphy takes one package a process: build with the other one in another process",
+        )
+    module = import_module(MODULES[backend])
+    if not hasattr(module, "Builder"):  # a folder of that name
+        raise ModuleError(f"{MODULES[backend]} is no TensorRT: it has no Builder", f"see {module.__path__}")
+    return TensorRT(backend, module, module.__version__, gpu)

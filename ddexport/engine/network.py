@@ -3,6 +3,8 @@
 TensorRT 11 and TensorRT-RTX compute in the types that the graph states, and TensorRT 10 is told to. So an
 engine has the precision that its graph has, whatever its name says. Hence three readings are compared before
 the build: the precision asked for, the ONNX graph, and the network that TensorRT made of it.
+
+Why not `polygraphy inspect model`: it prints layers, and does not count them by type.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 from ddexport.runtime.bundle import Graph, TensorSpec
 from ddexport.runtime.errors import BundleError, VerificationError
 
-TYPE_OF_PRECISION: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+TYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 LEAST_SHARE = 0.5
 """Of the layers that compute, how many must do so in a half precision. The policy of the exporter keeps a few
 matrix products in float32, among them the heads, and never as many as half."""
@@ -23,26 +25,11 @@ matrix products in float32, among them the heads, and never as many as half."""
 Layers = Mapping[tuple[str, str], int]
 """(kind, type) -> number of layers; a kind is `product` or `convolution`."""
 
-_ONNX_KINDS = {
-    "MatMul": "product",
-    "Gemm": "product",
-    "Einsum": "product",
-    "Conv": "convolution",
-    "ConvTranspose": "convolution",
-}
-_NETWORK_KINDS = {
-    "MATRIX_MULTIPLY": "product",
-    "EINSUM": "product",
-    "CONVOLUTION": "convolution",
-    "DECONVOLUTION": "convolution",
-}
-_NETWORK_TYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT64": "int64",
-    "INT32": "int32",
-}
+_KINDS = {"MatMul": "product", "Gemm": "product", "Einsum": "product", "Conv": "convolution",
+          "ConvTranspose": "convolution"}  # fmt: skip
+_NETWORK_KINDS = {"MATRIX_MULTIPLY": "product", "EINSUM": "product", "CONVOLUTION": "convolution",
+                  "DECONVOLUTION": "convolution"}  # fmt: skip
+_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # TensorRT's names; ONNX has FLOAT too
 _BIG = 1 << 12  # bytes; smaller constants may be shapes, which type inference wants to see
 
 
@@ -67,41 +54,20 @@ def layers_of_onnx(root: Path, graph: Graph) -> Layers:
                     f"{graph.file} takes weights from {entry.value!r}, which the manifest does not list",
                     "export the bundle again",
                 )
-    return layers_of_model(model)
-
-
-def layers_of_model(model: Any) -> Layers:
-    """Counts the nodes of an ONNX model that compute, by the type of what they give. Large constants of the
-    model are lost."""
-    import onnx
-
     for tensor in model.graph.initializer:
         if len(tensor.raw_data) > _BIG:
             tensor.raw_data = b""  # inference copies the model, weights and all
-    model = onnx.shape_inference.infer_shapes(model)
-    graph = model.graph
-    values = (*graph.input, *graph.value_info, *graph.output)
-    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    types |= {value.name: value.type.tensor_type.elem_type for value in values}
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    types = {tensor.name: tensor.data_type for tensor in inferred.initializer}
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        types[value.name] = value.type.tensor_type.elem_type
     counts: Counter[tuple[str, str]] = Counter()
-    for node in graph.node:
-        kind = _ONNX_KINDS.get(node.op_type)
-        if kind and node.domain in ("", "ai.onnx"):
+    for node in inferred.node:
+        if node.op_type in _KINDS and node.domain in ("", "ai.onnx"):
             # These operators give what they take; inference stops where a shape lies in external data.
             dtype = next(filter(None, (types.get(name) for name in (*node.output, *node.input))), 0)
-            name = onnx.TensorProto.DataType.Name(dtype).lower()
-            counts[kind, {"float": "float32"}.get(name, name)] += 1
+            counts[_KINDS[node.op_type], _type_name(onnx.TensorProto.DataType.Name(dtype))] += 1
     return counts
-
-
-def _tensors_of(graph: Any) -> Iterator[Any]:
-    """Every constant of a graph, also those in nodes and in their subgraphs."""
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _tensors_of(inner)
 
 
 def layers_of_network(network: Any) -> Layers:
@@ -110,11 +76,9 @@ def layers_of_network(network: Any) -> Layers:
     A layer whose operand has another type than its result counts under both names, as `float16/float32`.
     """
     counts: Counter[tuple[str, str]] = Counter()
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        kind = _NETWORK_KINDS.get(layer.type.name)
-        if kind:
-            names = (_type_name(layer.get_input(0).dtype), _type_name(layer.get_output(0).dtype))
+    for layer in (network.get_layer(index) for index in range(network.num_layers)):
+        if kind := _NETWORK_KINDS.get(layer.type.name):
+            names = (_type_name(tensor.dtype.name) for tensor in (layer.get_input(0), layer.get_output(0)))
             counts[kind, "/".join(dict.fromkeys(names))] += 1
     return counts
 
@@ -130,8 +94,17 @@ def by_type(layers: Layers) -> dict[str, int]:
 def check_precision(graph: Graph, onnx_layers: Layers, network_layers: Layers) -> None:
     """Raises `VerificationError` unless graph and network compute alike, and in the precision asked for."""
     asked = TYPE_OF_PRECISION[graph.precision]
-    _check_types(graph, f"the graph {graph.file}", onnx_layers, asked)
-    _check_types(graph, f"TensorRT's network of {graph.file}", network_layers, asked)
+    # Whoever kept modules in float32 with --keep-fp32 knows that fewer are in half precision.
+    least = 0.0 if graph.keep_fp32 or asked == "float32" else LEAST_SHARE
+    readings = {f"the graph {graph.file}": onnx_layers, f"TensorRT's network of {graph.file}": network_layers}
+    for where, layers in readings.items():
+        counts = by_type(layers)
+        share = counts.get(asked, 0) / max(sum(counts.values()), 1)
+        if not share or share < least or set(counts) - {asked, "float32"}:
+            raise VerificationError(
+                f"{graph.precision} was asked for, but {where} computes in {_text(layers)}",
+                f"export it again: ddexport onnx --model NAME --precision {graph.precision} --force",
+            )
     if onnx_layers != network_layers:
         raise VerificationError(
             f"TensorRT did not take over the types of {graph.file}: the graph has {_text(onnx_layers)},"
@@ -140,49 +113,36 @@ def check_precision(graph: Graph, onnx_layers: Layers, network_layers: Layers) -
         )
 
 
-def _check_types(graph: Graph, where: str, layers: Layers, asked: str) -> None:
-    counts = by_type(layers)
-    allowed = {asked, "float32"}
-    share = counts.get(asked, 0) / max(sum(counts.values()), 1)
-    if not share or set(counts) - allowed or share < _least_share(graph):
-        raise VerificationError(
-            f"{graph.precision} was asked for, but {where} computes in {_text(layers)}",
-            f"export that precision again: ddexport onnx --model NAME --precision {graph.precision} --force",
-        )
-
-
-def _least_share(graph: Graph) -> float:
-    """Whoever kept modules in float32 with --keep-fp32 knows that there are fewer."""
-    return 0.0 if graph.keep_fp32 or graph.precision == "fp32" else LEAST_SHARE
-
-
 def check_contract(
     graph: Graph, inputs: Iterable[TensorSpec], outputs: Iterable[TensorSpec], network: Any
 ) -> None:
     """Raises `VerificationError` unless names, types and shapes are those of the contract, int64 included."""
-    sides = (
-        ("input", inputs, (network.get_input(i) for i in range(network.num_inputs))),
-        ("output", outputs, (network.get_output(i) for i in range(network.num_outputs))),
-    )
-    for side, want, tensors in sides:
-        have = [(tensor.name, _type_name(tensor.dtype), tuple(tensor.shape)) for tensor in tensors]
-        expected = [(name, dtype, (-1, *shape[1:])) for name, dtype, shape in want]
-        if sorted(have) != sorted(expected):
+    for side, contract, tensors in (
+        ("inputs", inputs, [network.get_input(index) for index in range(network.num_inputs)]),
+        ("outputs", outputs, [network.get_output(index) for index in range(network.num_outputs)]),
+    ):
+        have = sorted(f"{t.name} {_type_name(t.dtype.name)}{list(t.shape)}" for t in tensors)
+        want = sorted(f"{name} {dtype}{[-1, *shape[1:]]}" for name, dtype, shape in contract)
+        if have != want:
             raise VerificationError(
-                f"TensorRT's network of {graph.file} has the {side}s {_tensors(have)},"
-                f" but the contract says {_tensors(expected)}",
+                f"TensorRT's network of {graph.file} has the {side} {', '.join(have)},"
+                f" but the contract says {', '.join(want)}",
                 "the graph is not what the manifest says: export it again",
             )
 
 
-def _type_name(dtype: Any) -> str:
-    return _NETWORK_TYPES.get(dtype.name, str(dtype.name).lower())
+def _tensors_of(graph: Any) -> Iterator[Any]:
+    """Every constant of a graph, also those in nodes and in their subgraphs."""
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors_of(inner)
+
+
+def _type_name(name: str) -> str:
+    return _TYPES.get(name, name.lower())
 
 
 def _text(layers: Layers) -> str:
-    parts = [f"{count} {kind}s in {name}" for (kind, name), count in sorted(layers.items())]
-    return ", ".join(parts) or "nothing"
-
-
-def _tensors(tensors: Iterable[tuple[str, str, tuple[Any, ...]]]) -> str:
-    return ", ".join(f"{name} {dtype}{list(shape)}" for name, dtype, shape in tensors)
+    return ", ".join(f"{n} {kind}s in {name}" for (kind, name), n in sorted(layers.items())) or "nothing"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -18,20 +17,15 @@ import msgspec
 import pytest
 
 from ddexport.engine import build as build_module
-from ddexport.engine.build import build_engines, engine_key, select_graphs
+from ddexport.engine.build import facts_of, key_of, select_graphs
 from ddexport.engine.module import TensorRT
 from ddexport.engine.options import BuildOptions
 from ddexport.runtime import machine
 from ddexport.runtime.bundle import TEACHER, read_manifest, sha256_of
-from ddexport.runtime.engines import Profile, find_engines, fit, read_engine
+from ddexport.runtime.engines import Profile, read_engine
 from ddexport.runtime.errors import BundleError, OutputError, VerificationError
 from ddexport.runtime.machine import Gpu
 from ddexport.runtime.records import to_json
-
-_spec = importlib.util.spec_from_file_location("fake_tensorrt", Path(__file__).with_name("fake_tensorrt.py"))
-assert _spec and _spec.loader
-fake = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake)
 
 
 def files_of(folder: Path) -> set[str]:
@@ -60,35 +54,6 @@ def test_engines_and_sidecars_say_what_they_are(toy_bundle: Any, build: Any, rtx
     assert [(item.origin, item.engine) for item in again] == [("kept", item.engine) for item in built]
     (forced,) = build(folder, roles=("student",), force=True)
     assert forced.origin == "built" and forced.engine.key == built[0].engine.key
-
-
-@pytest.mark.tensorrt
-def test_engines_of_this_machine_fit_it_without_a_word(
-    toy_bundle: Any, build: Any, rtx: TensorRT, quick: BuildOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Through the real writer and reader: a note at each load was about a driver that nobody had written."""
-    here = Gpu(0, "NVIDIA Ada", (8, 9), 1)
-    full = TensorRT("tensorrt", fake.fake_tensorrt("11.4.0.106"), "11.4.0.106", here)
-    monkeypatch.setitem(sys.modules, "tensorrt", full.module)
-
-    def use(gpu: Gpu, driver: tuple[int, int]) -> None:
-        monkeypatch.setattr(machine, "cuda", lambda: machine.Cuda((gpu,), driver, ""))
-
-    use(here, (13, 0))
-    for name, trt in (("full", full), ("rtx", replace(rtx, gpu=here))):
-        folder = toy_bundle(name)
-        build_engines(folder, trt, quick)
-        ((engines,), errors), manifest = find_engines(folder), read_manifest(folder)
-        assert not errors and fit(folder, manifest, engines) == ("", "", True)
-        use(Gpu(0, "NVIDIA L4", (8, 9), 1), (12, 8))
-        told = "tuned on NVIDIA Ada, and here is NVIDIA L4: it may run slower than it could; " + (
-            "built with a driver for CUDA 13.0, and this one supports 12.8"
-        )
-        assert fit(folder, manifest, engines) == ("", told if name == "full" else "", True)
-        use(here, (13, 0))
-    build_engines(toy_bundle("bare"), full, replace(quick, strip_plan=True))
-    ((engines,), _), manifest = find_engines(folder.parent / "bare"), read_manifest(folder.parent / "bare")
-    assert "has no weights" in fit(folder.parent / "bare", manifest, engines)[0]
 
 
 @pytest.mark.tensorrt
@@ -181,8 +146,8 @@ def test_every_part_of_the_key_matters(toy_bundle: Any, a_gpu: Gpu, monkeypatch:
     full = replace(rtx, backend="tensorrt", gpu=a_gpu)
     change = msgspec.structs.replace
 
-    def key(graph: Any = graph, trt: Any = rtx, targets: Any = ("default",), **options: Any) -> str:
-        return engine_key(manifest, graph, trt, BuildOptions(**options), targets)
+    def key(graph: Any = graph, trt: Any = rtx, **options: Any) -> str:
+        return key_of(facts_of(graph, trt, BuildOptions(**options)), trt)
 
     keys = [
         key(),
@@ -196,7 +161,7 @@ def test_every_part_of_the_key_matters(toy_bundle: Any, a_gpu: Gpu, monkeypatch:
         key(profiles=(Profile(1, 4, 16),)),
         key(workspace=1),
         key(tf32=True),
-        key(strip_plan=True),
+        key(optimization_level=1),
         key(version_compatible=True),
         key(hardware="ampere+"),
     ]
@@ -217,8 +182,8 @@ PROGRAM = """
     from ddexport.runtime.engines import Profile
     plain, bundle = build_module.build_plan, Path(sys.argv[1])
     def slowly(*arguments):
-        arguments[6].write(b"half a plan")
-        arguments[6].seek(0)
+        arguments[5].write(b"half a plan")
+        arguments[5].seek(0)
         (bundle / "ready").touch()
         time.sleep(float(sys.argv[2]))
         return plain(*arguments)
