@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo bundles test test-all mutants lint format parity quality distill docs performance clean help
 # The models whose times are in docs/performance.md, with random weights.
 TIMED    := build/var-d16 build/llamagen-l
-BENCH    := $(BIN)/ddexport bench $(TIMED) --update docs/performance.md
+BENCH    := $(BIN)/ddexport bench $(TIMED)
 
 help:
 	@echo "make demo      set up, export the embedded models, draw digits in one step, prove them equal to PyTorch"
@@ -30,7 +30,7 @@ help:
 	@echo "make quality   the same for the quality of the images of digits-var, 2,000 in one and in two steps"
 	@echo "make distill   train the embedded models again, from the digits to the student (over an hour)"
 	@echo "make docs      make the pictures of docs/ again"
-	@echo "make performance   time var-d16 and llamagen-l, and renew docs/performance.md (an hour, 20 GiB, an idle machine)"
+	@echo "make performance   time var-d16 and llamagen-l (an hour, 20 GiB, an idle machine)"
 
 demo: $(VENV)/.export $(BUNDLES)
 	for model in $(MODELS); do \
@@ -81,20 +81,21 @@ quality: $(VENV)/.dev $(PRECISE)
 
 distill: $(VENV)/.dev
 	for model in $(MODELS); do \
-	    $(BIN)/ddexport distill $$model --install && $(BIN)/python -m validate quality $$model || exit; \
+	    $(BIN)/ddexport distill $$model --install && $(BIN)/ddexport validate distilled $$model || exit; \
 	done
 
 docs: $(VENV)/.dev $(BUNDLES)
 	$(BIN)/ddexport sample build/digits-var --steps 1 -n 16 -o docs/images/digits-one-step.png
 	for model in $(MODELS); do \
-	    $(BIN)/python -m validate quality $$model --grid docs/images/$$model-grid.png || exit; \
+	    $(BIN)/ddexport validate distilled $$model --samples 500 --seeds 0 --draws 2000 \
+	        --grid docs/images/$$model-grid.png --plot docs/images/$$model-quality.png || exit; \
 	done
 
 performance: $(VENV)/.dev $(TIMED:%=%/bundle.json)
-	env -u OMP_NUM_THREADS $(BENCH) --block cpu --plot docs/images/performance.png --steps 1,2 --against published \
-	    --backend onnxruntime,openvino,torch,torch-compile,published --duration 10
-	env -u OMP_NUM_THREADS $(BENCH) --block teacher --backend torch --precision fp32 --steps 1,2,teacher \
-	    --against torch --against-steps teacher --warmup 0 --duration 1
+	env -u OMP_NUM_THREADS $(BENCH) --plot docs/images/performance.png --steps 1,2 --against naive \
+	    --backend onnxruntime,openvino,torch-eager,torch-compile,naive --duration 10
+	env -u OMP_NUM_THREADS $(BENCH) --backend torch-eager --precision fp32 --steps 1,2,teacher \
+	    --against torch-eager --against-steps teacher --warmup 0 --duration 1
 
 $(TIMED:%=%/bundle.json): build/%/bundle.json: $(VENV)/.export
 	env -u OMP_NUM_THREADS $(BIN)/ddexport onnx --model $* --random-weights 0 --teacher random --precision fp32,int8 -o build/$*

@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 settings.register_profile("ddexport", deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("ddexport")
+
+# Under nohup, and in a shell's background, Ctrl-C is ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "var-dd-small"
