@@ -98,14 +98,19 @@ def command(
             " give one or the other"
         )
     _require_export_extra()
-    from ddexport.card import accuracy_lines, read_accuracy
-    from ddexport.export import WeightRequest, export_bundle
     from ddexport.recipe import load_recipe
+    from ddexport.runtime.bundle import FILE_NAME
+    from ddexport.staging import check_target
 
     recipe = load_recipe(model)
+    target = output or Path("build") / recipe.name
+    check_target(target, force, FILE_NAME)  # before torch is imported
+    from ddexport.card import accuracy_lines, read_accuracy
+    from ddexport.export import WeightRequest, export_bundle
+
     exported = export_bundle(
         recipe,
-        output or Path("build") / recipe.name,
+        target,
         WeightRequest(files, weights, random_weights, None if teacher is None else teacher != "none"),
         precisions=precisions,
         keep_fp32=keep_fp32,

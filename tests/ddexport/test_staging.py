@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,3 +103,40 @@ def test_two_exports_to_one_place(target: Path, caplog: pytest.LogCaptureFixture
         assert first.is_dir()
         (first / MARKER).write_text("late")
     assert content(target.parent / "new") == {MARKER: "new", "sub": ""}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts: needs root")
+def test_a_mount_point_is_filled_and_replaced(tmp_path: Path) -> None:
+    """A container's volume cannot be renamed; an error leaves in it what was there."""
+    script = f"""
+import sys
+from pathlib import Path
+from ddexport.staging import staged_directory
+target = Path("out")
+for number in (1, 2, 3):
+    try:
+        with staged_directory(target, replace=number > 1, marker={MARKER!r}) as folder:
+            (folder / {MARKER!r}).write_text(str(number))
+            (folder / f"only-{{number}}").touch()
+            assert folder.parent == target.resolve()
+            if number == 3:
+                raise ValueError
+    except ValueError:
+        pass
+print(*sorted(path.name for path in target.iterdir()), (target / {MARKER!r}).read_text())
+"""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "vol" / "lost+found").mkdir(parents=True)
+    words = ["unshare", "-m", "sh", "-c", 'mount --bind vol out && exec "$0" -c "$1"', sys.executable, script]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        words,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("this container may not mount")
+    assert done.stdout.split() == [MARKER, "lost+found", "only-2", "2"], done.stderr
