@@ -131,8 +131,8 @@ def _teacher(manifest: Manifest) -> list[str]:
 
 
 def _published(recipe: Recipe, manifest: Manifest) -> list[str]:
-    """The figures of those steps that the bundle can draw in."""
-    if "fid" not in recipe.published:
+    """The figures of those steps that the bundle can draw in; of random weights none is true."""
+    if "fid" not in recipe.published or manifest.weights.kind == "random":
         return []
     figures = recipe.published["fid"].items()
     return [
@@ -140,7 +140,7 @@ def _published(recipe: Recipe, manifest: Manifest) -> list[str]:
         "",
         *_table(["steps", "FID"], [[n, fid] for n, fid in figures if int(n) in manifest.schedules]),
         "",
-        "As published by the authors for their checkpoints; `validate parity` shows that this export agrees.",
+        "As published by the authors for their checkpoints; measure this bundle's with `ddexport validate fid`.",
         "",
     ]
 

@@ -29,6 +29,7 @@ from ddexport.precision.policy import FLOAT32, HALVES, INT8, PRECISIONS
 from ddexport.quantize.graphs import check_int8, int8_graphs
 from ddexport.quantize.policy import IMAGES
 from ddexport.recipe import Recipe, class_names, manifest_recipe
+from ddexport.runtime import __version__
 from ddexport.runtime.bundle import (
     FILE_NAME,
     SCHEMA,
@@ -140,8 +141,8 @@ def check_precisions(precisions: Sequence[str], recipe: Recipe) -> None:
 
 def tool_versions() -> dict[str, str]:
     """The version of each package that shapes a bundle, by its name."""
-    versions: dict[str, str] = {}
-    for name in ("ddexport", "torch", "onnx", "onnxscript", "onnxruntime", "numpy"):
+    versions = {"ddexport": __version__}
+    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy"):
         with suppress(metadata.PackageNotFoundError):  # onnxruntime-gpu brings onnxruntime under another name
             versions[name] = metadata.version(name)
     return {**versions, "python": platform.python_version()}

@@ -2,8 +2,8 @@
 
 A bundle may take minutes and gigabytes to write. It is written to a hidden sibling and renamed into place at
 the end, so that nobody ever sees half of one; into a mount point, as a container's volume is, from a hidden
-directory in it. An error or Ctrl-C removes what was written. What a killed process leaves is named in a warning
-of the next one and never removed: another machine may still be writing it.
+directory in it. An error or Ctrl-C removes what was written. What a killed process leaves is named in a
+warning of the next one and never removed: another machine may still be writing it.
 """
 
 from __future__ import annotations

@@ -6,14 +6,13 @@ import hashlib
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ddexport.engine.builder import Stage, build_plan
 from ddexport.engine.module import TensorRT
 from ddexport.engine.options import BuildOptions, resolve
-from ddexport.runtime import machine
+from ddexport.runtime import __version__, machine
 from ddexport.runtime.bundle import ROLES, Graph, Manifest, read_manifest, sha256_of
 from ddexport.runtime.engines import SCHEMA, BuiltOn, Engine, engine_folder, read_engine
 from ddexport.runtime.errors import BundleError
@@ -111,7 +110,7 @@ def facts_of(graph: Graph, trt: TensorRT, options: BuildOptions) -> dict[str, An
 def key_of(facts: dict[str, Any], trt: TensorRT) -> str:
     """SHA-256 in hex over all that shapes an engine. Two builds of the same give different bytes."""
     gpu = None if trt.is_rtx or trt.gpu is None else (trt.gpu.name, trt.gpu.target)
-    parts = {**facts, "gpu": gpu, "builder": (metadata.version("ddexport"), REVISION)}
+    parts = {**facts, "gpu": gpu, "builder": (__version__, REVISION)}
     return hashlib.sha256(to_json(parts).encode()).hexdigest()
 
 

@@ -135,7 +135,7 @@ print(*sorted(path.name for path in target.iterdir()), (target / {MARKER!r}).rea
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": root},
+        env=environment,
     )
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip("this container may not mount")
