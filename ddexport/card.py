@@ -140,7 +140,7 @@ def _published(recipe: Recipe, manifest: Manifest) -> list[str]:
         "",
         *_table(["steps", "FID"], [[n, fid] for n, fid in figures if int(n) in manifest.schedules]),
         "",
-        "As published by the authors for their checkpoints; measure this bundle's with `ddexport validate fid`.",
+        "As published by the authors for their checkpoints; `ddexport validate fid` measures this bundle's.",
         "",
     ]
 
