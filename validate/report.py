@@ -207,7 +207,9 @@ def versions(*backends: str) -> dict[str, str]:
     """Of the packages that a measurement depends on. backends: what ran the bundle."""
     from importlib.metadata import PackageNotFoundError, version
 
-    engines = [name for name in ENGINES if any(backend.startswith(name.partition("-")[0]) for backend in backends)]
+    engines = [
+        name for name in ENGINES if any(backend.startswith(name.partition("-")[0]) for backend in backends)
+    ]
     known = {}
     for name in ("ddexport", "torch", "numpy", *engines):
         with suppress(PackageNotFoundError):  # a build of the engine under another name, or a source tree

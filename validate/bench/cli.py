@@ -191,7 +191,11 @@ def _show(rows: Sequence[Row], peaks: Peaks, as_json: bool) -> None:
 
     gflops = {f"{precision}, threads {threads}": rate for (threads, precision), rate in sorted(peaks.items())}
     if as_json:
-        machine = {"cpu": _machine(), "versions": versions(*{row["backend"] for row in rows}), "peak_gflops": gflops}
+        machine = {
+            "cpu": _machine(),
+            "versions": versions(*{row["backend"] for row in rows}),
+            "peak_gflops": gflops,
+        }
         console.emit_json({"schema": SCHEMA, "machine": machine, "rows": rows})
         return
     rates = ", ".join(f"{rate:.0f} GFLOP/s ({name})" for name, rate in gflops.items())
