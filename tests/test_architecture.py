@@ -168,10 +168,24 @@ class TestBaseInstall:
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "out.png").stat().st_size > 0
 
-    @pytest.mark.parametrize("words", [["onnx", "--model", "digits-var"], ["models"]], ids=" ".join)
-    def test_what_needs_the_extra_names_it(self, words: list[str]) -> None:
-        done = python(WITHOUT, *words)
+    @pytest.mark.parametrize(
+        ("words", "extra"),
+        [
+            ("onnx --model digits-var", "export"),
+            ("models", "export"),
+            ("distill digits-var", "distill"),
+            ("bench BUNDLE", "validate"),
+            ("validate parity BUNDLE", "validate"),
+            ("validate fid BUNDLE", "validate"),
+            ("validate limits BUNDLE", "validate"),
+            ("validate distilled digits-var", "distill"),
+            ("validate report BUNDLE", "validate"),
+        ],
+    )
+    def test_what_needs_an_extra_names_it(self, words: str, extra: str, golden_bundle: Path) -> None:
+        done = python(WITHOUT, *words.replace("BUNDLE", str(golden_bundle)).split())
         assert done.returncode == 1
         assert "needs" in done.stderr.splitlines()[-2]
-        assert 'pip install "ddexport[export]"' in done.stderr.splitlines()[-1]
+        extras = (extra, "export")  # one of several is missing first
+        assert any(f'pip install "ddexport[{name}]"' in done.stderr.splitlines()[-1] for name in extras)
         assert "Traceback" not in done.stderr

@@ -245,6 +245,12 @@ def _converted(
     state: Mapping[str, Tensor], module: nn.Module, layout: Layout, path: Path
 ) -> dict[str, Tensor]:
     """The file's tensors under our names, float32."""
+    converted = {}
+    for key, parameter in module.state_dict().items():
+        parts = [_float32(state[name], f"{path}: {name}") for name in layout.published(key)]
+        value = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(parameter.shape)
+        rows = layout.rows(key)
+        converted[key] = value if rows is None else value[rows]
     for key in state:
         for pattern, check in layout.recomputable.items():
             if re.fullmatch(pattern, key) and not _holds(check, state[key]):
@@ -252,12 +258,6 @@ def _converted(
                     f"{path}: {key} is not what this family computes it to be",
                     "the file was made by different code",
                 )
-    converted = {}
-    for key, parameter in module.state_dict().items():
-        parts = [_float32(state[name], f"{path}: {name}") for name in layout.published(key)]
-        value = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(parameter.shape)
-        rows = layout.rows(key)
-        converted[key] = value if rows is None else value[rows]
     return converted
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from ddexport.cli import main
@@ -271,3 +272,30 @@ class TestKilled:
         assert "Traceback" not in text
         assert ("interrupted" in text) == (number == signal.SIGINT)
         assert len(list(tmp_path.glob("*b*"))) == (number == signal.SIGKILL)  # the next export names it
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 5\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda state: {k: (v * 20).round().int() for k, v in state.items()}, "int32"),
+        (lambda state: {k: v > 0 for k, v in state.items()}, "bool"),
+        (lambda state: {k: v.double() * 1e300 for k, v in state.items()}, "finite"),
+        (lambda state: {k: v for k, v in state.items() if "blocks.1." not in k}, "blocks"),
+        (lambda state: {"a": state, "b": {k: v + 1 for k, v in state.items()}}, "a, b"),
+        (lambda state: LFS, "LFS"),
+        (lambda state: b"<!DOCTYPE html><html></html>", "web page"),
+    ],
+    ids=["integers", "booleans", "float64", "a block less", "two copies", "LFS pointer", "web page"],
+)
+def test_a_checkpoint_that_cannot_be_used_is_refused_by_name(damage, words, golden_dir, tmp_path):
+    """Before anything is traced; with exit code 0 a bundle of rubbish was written."""
+    state = torch.load(golden_dir / "student.pth", weights_only=True)["trainer"]["ema_parameters"]
+    damaged, path = damage(state), tmp_path / "x.pth"
+    path.write_bytes(damaged) if isinstance(damaged, bytes) else torch.save(damaged, path)
+    options = ("--vae", golden_dir / "vae.pth", "-o", tmp_path / "out")
+    result = invoke("onnx", "--model", golden_dir / "recipe.yaml", "--checkpoint", path, *options)
+    assert words in failure(result)
+    assert not (tmp_path / "out").exists()
