@@ -20,13 +20,13 @@ from ddexport.runtime.bundle import Graph, Manifest, Source
 from ddexport.runtime.errors import DDError
 from ddexport.validate.devices import torch_device
 from ddexport.validate.metrics._base import Drawn, FloatArray, IntArray
+from ddexport.validate.options import FILE_OPTIONS
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
     from ddexport.validate.sampling import Pass, Plan, Sampler
 
 ROLES = ("student", "tokenizer")
-FILE_OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", "teacher": "--teacher"}
 SHOWN_DIGITS = 12
 
 

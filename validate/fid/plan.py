@@ -88,7 +88,7 @@ def _schedules(manifest: Manifest, steps: tuple[int, ...]) -> Schedules:
                 f"the schedule of {count} steps involves the teacher: its draws have no pairs",
                 f"--steps takes {', '.join(map(str, sorted(alone)))}; `validate distilled` measures them all",
             )
-    return {count: alone[count] for count in steps or sorted(alone)}
+    return {count: alone[count] for count in sorted(steps or alone)}
 
 
 def _limits(manifest: Manifest, entry: Mapping[str, Any], precision: str, own: bool) -> Limits:
