@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -278,6 +279,7 @@ class LlamaGenFamily(Family):
         geometry = self.geometry(recipe)
         order = halves_from_pairs(geometry.width, geometry.heads)
         table = torch.from_numpy(rotary_table(geometry.side, geometry.head_width))
+        near = partial(torch.allclose, other=table, rtol=0, atol=1e-2)
         return Layout(
             published=_published_transformer_keys,
             # Teachers of older training code keep their rotary table, perhaps in half precision.
