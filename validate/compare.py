@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ddexport.recipe import Limits
 from ddexport.runtime.backends import Arrays
 from ddexport.runtime.bundle import Graph, Span
 from ddexport.runtime.errors import BackendError, BundleError, ScheduleError, VerificationError
@@ -28,7 +29,6 @@ from ddexport.validate.metrics._base import (
     FloatArray,
     ImagePair,
     IntArray,
-    Limits,
     StepOutput,
     StepPair,
 )

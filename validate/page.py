@@ -272,7 +272,7 @@ def _file(bundle: Path, name: str) -> Path:
 def _with_limits(report: Report, manifest: Manifest) -> Report:
     """The report with the manifest's limits. Raises DDError where the manifest does not state them."""
     if report.kind == "parity":
-        limits = vars(limits_of(manifest, report.precision))
+        limits = asdict(limits_of(manifest, report.precision))
         rules = [row.rule for row in report.rows]
     else:
         gate = _fid_gate(manifest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
 
     Raises DDError where one of the two cannot be run.
     """
+    from msgspec.structs import asdict
+
     from ddexport.validate.compare import compare, measure
     from ddexport.validate.contents import check_contents, open_manifest
     from ddexport.validate.limits import limits_of

@@ -80,7 +80,8 @@ class Inputs:
     def by_chunks(self, work: Callable[[Inputs], Tensor]) -> Tensor:
         """The results of `work` on `CHUNK` images at a time, concatenated."""
         splits = [tensor.split(CHUNK) for tensor in (self.labels, self.noise, self.uniforms)]
-        return torch.cat([work(Inputs(*part, self.generator)) for part in zip(*splits, strict=True)])
+        parts = zip(*splits, strict=True)
+        return torch.cat([work(Inputs(a, b, c, self.generator)) for a, b, c in parts])
 
 
 @dataclass(frozen=True)

@@ -142,11 +142,12 @@ def load_judge(path: Path) -> DigitJudge:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    judge = DigitJudge().eval()
+    judge = DigitJudge()
     try:
         judge.load_state_dict({k: v.float() for k, v in load_file(path).items()}, strict=False)
     except (FileNotFoundError, SafetensorError, RuntimeError) as error:
         raise DDError(f"{path} does not hold the digit classifier", TRAIN_IT) from error
+    judge.eval()
     return judge
 
 
