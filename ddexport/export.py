@@ -73,13 +73,9 @@ def export_bundle(
     """Writes the bundle of `recipe` to the directory `target`, whole and verified, or not at all.
 
     Args:
-        recipe: the model.
-        target: the directory to make.
-        request: where its weights come from.
         precisions: of "fp32", "fp16", "bf16" and "int8", each once; the bundle has them in this order.
         keep_fp32: patterns of module paths that stay float32 in the half graphs.
         opset: of the graphs; by default 20, and 22 in bf16.
-        force: replace an existing bundle.
         stage: a context manager that shows what is going on.
         calibration: how many images the ranges of the int8 graphs are taken from.
 

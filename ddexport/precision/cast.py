@@ -37,7 +37,7 @@ def in_precision(
         module: a student, tokenizer or teacher, float32. It is not changed; its float32 tensors are shared.
         precision: "fp32" (`module` itself is returned), "fp16" or "bf16".
         keep_fp32: patterns of module paths that stay float32, with everything in them.
-        part: what to call the module in an error.
+        part: its name, for an error.
 
     Raises:
         PrecisionError: a weight is not finite in that precision.

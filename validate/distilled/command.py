@@ -80,6 +80,7 @@ def train_classifier(data: DataSet) -> None:
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
+_seed = partial(number, least=0)
 
 
 @click.command("distilled", cls=console.Command, epilog=EPILOG)
@@ -88,13 +89,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option(
     "--samples", type=click.IntRange(100), default=2000, show_default=True, help="Images of a seed."
 )
-@click.option(
-    "--seeds",
-    default="0,1,2",
-    show_default=True,
-    callback=comma_list(partial(number, least=0)),
-    help="Of noise and draws.",
-)
+@click.option("--seeds", default="0,1,2", show_default=True, callback=comma_list(_seed), help="Of noise.")
 @click.option(
     "--draws", type=click.IntRange(100), default=20_000, show_default=True, help="Tokens a test of the map."
 )

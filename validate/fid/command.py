@@ -104,12 +104,7 @@ def run_fid(options: Options, state: Path | None = None) -> Report:
     help="Resamples for the intervals, 0 for none.  [default: 200, 40 for wide features]",
 )
 @click.option("--save-images", type=PATH, metavar="DIR", help="Also write every image as a PNG.")
-@click.option(
-    "--state",
-    type=PATH,
-    metavar="DIR",
-    help="Where a stopped run goes on from.  [default: beside the report]",
-)
+@click.option("--state", type=PATH, metavar="DIR", help="Of a stopped run.  [default: beside the report]")
 @shared("report", "json")
 @console.debug_option
 def command(report: Path | None, as_json: bool, **options: Any) -> None:
