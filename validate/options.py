@@ -38,6 +38,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "report": {"type": PATH, "metavar": "DIR", "help": "Where to write it.  [default: BUNDLE/parity]"},
     "json": {"is_flag": True, "help": "Print the result as JSON."},
 }
+KINDS = {"parity": "parity", "fid": "image quality"}  # of reports
 FILE_OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", "teacher": "--teacher"}  # by role
 DECLARED = {"emulate": ("--emulate/--no-emulate",), "json": ("--json", "as_json")}
 

@@ -25,11 +25,11 @@ from ddexport.runtime.bundle import FILE_NAME, TEACHER, Manifest, read_manifest,
 from ddexport.runtime.errors import DDError, VerificationError
 from ddexport.runtime.records import convert, read_json
 from ddexport.validate.limits import limits_of
-from ddexport.validate.options import FILE_OPTIONS, PATH, shared
-from ddexport.validate.report import KINDS, Measurement, Report, read, write
+from ddexport.validate.options import FILE_OPTIONS, KINDS, PATH, shared
 
 if TYPE_CHECKING:
     from ddexport.runtime.backends._saved import Time
+    from ddexport.validate.report import Measurement, Report
 
 FOLDER, NAME = "parity", "index.html"
 TEMPLATE = "page.html.j2"
@@ -241,6 +241,8 @@ def _remarking(facts: Facts, name: str) -> Iterator[None]:
 
 def _add_report(facts: Facts, name: str) -> None:
     """Raises DDError for a report that says nothing of this bundle."""
+    from ddexport.validate.report import read
+
     report = read(_file(facts.bundle, name))
     if name != f"{report.kind}-{report.precision}.json":
         raise PageError(f"it is a report of {report.kind} in {report.precision}")
@@ -352,6 +354,7 @@ def _make_parity(facts: Facts, options: Mapping[str, Any]) -> None:
     from ddexport.runtime.labels import read_labels
     from ddexport.validate import plots
     from ddexport.validate.parity import Options, run_parity
+    from ddexport.validate.report import write
 
     with console.stage("parity"):
         report, comparison, _ = run_parity(Options(bundle=facts.bundle, **options))
@@ -362,6 +365,7 @@ def _make_parity(facts: Facts, options: Mapping[str, Any]) -> None:
 def _make_fid(facts: Facts, options: Mapping[str, Any]) -> None:
     from ddexport.validate import plots
     from ddexport.validate.fid import Options, run_fid
+    from ddexport.validate.report import write
 
     gate = _fid_gate(facts.manifest)
     images = gate.images if gate and gate.images <= AT_ONCE else FEWER

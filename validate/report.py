@@ -20,10 +20,10 @@ from ddexport.runtime.errors import DDError
 from ddexport.runtime.files import atomic_write, make_directory, write_image
 from ddexport.runtime.machine import version_of
 from ddexport.runtime.records import Record, convert, read_json
+from ddexport.validate.options import KINDS
 
 SCHEMA = 2
 Direction = Literal["at most", "at least"]
-KINDS = {"parity": "parity", "fid": "image quality"}
 NAME_WIDTH = 44
 ENGINES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt_rtx")
 
