@@ -14,6 +14,7 @@ from ddexport.validate.options import comma_list, number, shared
 
 if TYPE_CHECKING:
     from ddexport.distill.data import DataSet
+    from ddexport.recipe import Recipe
 
 EPILOG = """
 \b
@@ -68,14 +69,16 @@ def as_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def train_classifier(data: DataSet) -> None:
-    """Trains the digit classifier on the real digits, and installs it."""
+def train_classifier(recipe: Recipe, data: DataSet) -> None:
+    """Trains the digit classifier on the real digits, and installs it with the statistics of its features."""
     from ddexport.validate.features import digits
+    from ddexport.validate.fid.references import write_shipped_statistics
 
     with console.stage("training the digit classifier"), console.progress(digits.EPOCHS, "epochs") as bar:
         classifier = digits.train_judge(data, on_epoch=lambda epoch, accuracy: bar.advance())
     digits.save_judge(classifier, digits.judge_path(), digits.feature_scale(classifier, data))
     click.echo(f"written to {digits.judge_path()}", err=True)
+    click.echo(f"set STATISTICS_SHA256 to {write_shipped_statistics(recipe)}", err=True)
 
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
@@ -140,7 +143,7 @@ def command(
     models = load_models(recipe, weights)
     data = load_data(distill_settings(recipe).data)
     if train_judge:
-        train_classifier(data)
+        train_classifier(recipe, data)
     classifier = load_judge(judge_path())
     if grid is not None:
         write_image(grid, sheet_of_samples(models, seeds[0]))

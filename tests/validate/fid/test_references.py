@@ -15,8 +15,8 @@ from PIL import Image
 
 from ddexport.recipe import load_recipe
 from ddexport.runtime.errors import DDError
-from ddexport.validate.features._base import Extractor, FeatureError, Readings
-from ddexport.validate.fid.references import ReferenceSetError, folder_images, load
+from ddexport.validate.features._base import Extractor, FeatureError, Readings, load_extractor
+from ddexport.validate.fid.references import ReferenceSetError, folder_images, load, read_statistics
 
 WIDTH = 6
 
@@ -267,3 +267,48 @@ def test_images_that_the_features_cannot_read_are_an_error(tmp_path):
     Image.fromarray(pictures(1, 16)[0]).save(tmp_path / "a.png")
     with pytest.raises(FeatureError, match="16 x 16"):
         load(str(tmp_path), load_extractor("digits"))
+
+
+def test_every_image_of_a_folder_is_read_or_named(tmp_path, capsys):
+    """16 bits are scaled; hidden files are no images; other formats are reported, frames refused."""
+    grey = (np.arange(64).reshape(8, 8) * 4).astype(np.uint8)
+    picture = Image.fromarray(grey)
+    for suffix in ("png", "bmp", "tif", "gif", "ppm", "pgm"):
+        picture.save(tmp_path / f"a.{suffix}")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "b.png")
+    (tmp_path / "._a.png").write_bytes(b"\0\5\26\7")
+    (tmp_path / ".thumbs").mkdir()
+    picture.save(tmp_path / ".thumbs" / "a.png")
+    picture.save(tmp_path / "c.jp2")
+    images = np.concatenate(list(folder_images(tmp_path)))
+    assert images.shape == (7, 8, 8, 3) and (images == grey[..., None]).all()
+    assert "1 files in other formats are left out: c.jp2" in capsys.readouterr().err
+    picture.save(tmp_path / "d.gif", save_all=True, append_images=[Image.fromarray(255 - grey)])
+    with pytest.raises(ReferenceSetError, match=r"d\.gif has several frames"):
+        list(folder_images(tmp_path))
+
+
+def test_statistics_of_other_tools(tmp_path):
+    """torch-fidelity's names, tensors that require gradients, a mean of one row."""
+    mean, covariance = np.arange(64.0), np.diag(np.arange(1.0, 65.0))
+    tensors = [torch.from_numpy(array).requires_grad_() for array in (mean, covariance)]
+    torch.save(dict(zip(("mu", "sigma"), tensors, strict=True)), tmp_path / "fidelity.pt")
+    np.savez(tmp_path / "row.npz", mu=mean[None], sigma=covariance)
+    for name in ("fidelity.pt", "row.npz"):
+        fit = read_statistics(tmp_path / name, 64)
+        np.testing.assert_array_equal(fit.mean, mean)
+        np.testing.assert_array_equal(fit.covariance, covariance)
+
+
+def test_the_digits_statistics_ship(monkeypatch):
+    """Without the package of the data; they are those of the data, and another file is refused."""
+    extractor, recipe = load_extractor("digits"), load_recipe("digits-var")
+    whole = load("data", extractor, recipe)
+    monkeypatch.setattr("ddexport.validate.fid.references.find_spec", lambda name: None)
+    shipped = load("data", extractor, recipe)
+    np.testing.assert_allclose(shipped.fit.mean, whole.fit.mean, atol=1e-5)
+    np.testing.assert_allclose(shipped.fit.covariance, whole.fit.covariance, atol=1e-5)
+    assert shipped.fit.count == whole.fit.count == 4000
+    monkeypatch.setattr("ddexport.validate.fid.references.STATISTICS_SHA256", "0" * 64)
+    with pytest.raises(ReferenceSetError, match="not the file that ships"):
+        load("data", extractor, recipe)
