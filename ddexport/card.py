@@ -84,10 +84,8 @@ def _weights(manifest: Manifest) -> list[str]:
     weights = manifest.weights
     if weights.kind == "random":
         return [f"**Random weights, seed {weights.seed}: the images mean nothing.** For tests alone."]
-    return [
-        f"- {file.role}: `{file.file}`, {file.bytes:,} bytes, SHA-256 `{file.sha256}`"
-        for file in weights.files
-    ]
+    line = "- {0.role}: `{0.file}`, {0.bytes:,} bytes, SHA-256 `{0.sha256}`"
+    return [line.format(file) for file in weights.files]
 
 
 def _accuracy(manifest: Manifest, accuracy: Mapping[str, Any]) -> list[str]:

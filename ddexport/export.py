@@ -7,9 +7,8 @@ import gc
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import msgspec
@@ -42,6 +41,7 @@ from ddexport.runtime.bundle import (
     file_info,
     read_manifest,
 )
+from ddexport.runtime.machine import version_of
 from ddexport.runtime.records import to_json
 from ddexport.sources import WeightRequest, load_parts, provenance, roles_of, sources_of
 from ddexport.staging import staged_directory
@@ -73,13 +73,9 @@ def export_bundle(
     """Writes the bundle of `recipe` to the directory `target`, whole and verified, or not at all.
 
     Args:
-        recipe: the model.
-        target: the directory to make.
-        request: where its weights come from.
         precisions: of "fp32", "fp16", "bf16" and "int8", each once; the bundle has them in this order.
         keep_fp32: patterns of module paths that stay float32 in the half graphs.
         opset: of the graphs; by default 20, and 22 in bf16.
-        force: replace an existing bundle.
         stage: a context manager that shows what is going on.
         calibration: how many images the ranges of the int8 graphs are taken from.
 
@@ -141,11 +137,10 @@ def check_precisions(precisions: Sequence[str], recipe: Recipe) -> None:
 
 def tool_versions() -> dict[str, str]:
     """The version of each package that shapes a bundle, by its name."""
-    versions = {"ddexport": __version__}
-    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy"):
-        with suppress(metadata.PackageNotFoundError):  # onnxruntime-gpu brings onnxruntime under another name
-            versions[name] = metadata.version(name)
-    return {**versions, "python": platform.python_version()}
+    # onnxruntime-gpu brings onnxruntime under another name.
+    found = {name: version_of(name) for name in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")}
+    installed = {name: version for name, version in found.items() if version}
+    return {"ddexport": __version__, **installed, "python": platform.python_version()}
 
 
 @dataclass(frozen=True)

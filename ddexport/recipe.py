@@ -65,7 +65,14 @@ class Source(Record):
 
 
 class Limits(Record):
-    """What `validate parity` allows in one precision (docs/parity.md). provisional: guessed, not measured."""
+    """What `validate parity` allows in one precision; docs/parity.md says what each holds.
+
+    token_margin: a difference of one logit. logits_rms: of all. tokens_differing: share of the tokens
+    decided. histogram_bias: total variation of the mean probabilities of the tokens. embedding_error: rms
+    error / rms. image_psnr: dB, of the decoder's images in [0, 1]; pixel_psnr: of the 8-bit images that users
+    get. image_max: largest difference of an 8-bit value. images_left_out: share of the images whose tokens
+    differ. provisional: guessed, not measured. None: shown, without a limit; `validate parity` wants all.
+    """
 
     token_margin: Limit
     embedding_error: Limit

@@ -22,7 +22,6 @@ from pathlib import Path
 from ddexport.runtime.errors import OutputError
 
 PARTIAL, REPLACED = ".part", ".old"
-FSCK = "lost+found"  # in the root of a file system
 LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.(part|old)")  # in a mount point
 LEFT = {PARTIAL: "what an export had written", REPLACED: "what was there before an export"}
 
@@ -96,9 +95,8 @@ def check_target(target: Path, replace: bool, marker: str | None) -> None:
 
 def _content(target: Path) -> list[Path]:
     """What lies in a directory, but for what a file system or a killed process left there."""
-    return [
-        path for path in target.iterdir() if path.name != "lost+found" and not LEFTOVER.fullmatch(path.name)
-    ]
+    named = [path for path in target.iterdir() if path.name != "lost+found"]
+    return [path for path in named if not LEFTOVER.fullmatch(path.name)]
 
 
 def _can_be_renamed(target: Path) -> bool:

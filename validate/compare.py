@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ddexport.recipe import Limits
 from ddexport.runtime.backends import Arrays
 from ddexport.runtime.bundle import Graph, Span
 from ddexport.runtime.errors import BackendError, BundleError, ScheduleError, VerificationError
@@ -28,7 +29,6 @@ from ddexport.validate.metrics._base import (
     FloatArray,
     ImagePair,
     IntArray,
-    Limits,
     StepOutput,
     StepPair,
 )
@@ -38,6 +38,8 @@ from ddexport.validate.runners import in_batches
 if TYPE_CHECKING:
     from ddexport.validate.reference import ReferenceRun, Request
     from ddexport.validate.sampling import Pass
+
+PACKAGE = "ddexport.validate.metrics"
 
 
 def compare(
@@ -75,12 +77,10 @@ def compare(
 def measure(comparison: Comparison, limits: Limits) -> list[Measurement]:
     """What every parity metric says, gathered by scope in the order in which the scopes were run."""
     scopes = comparison.scopes()
-    modules = (
-        load_plugin("ddexport.validate.metrics", name) for name in plugins("ddexport.validate.metrics")
-    )
+    modules = [load_plugin(PACKAGE, name) for name in plugins(PACKAGE)]
     # The other files there serve other commands.
-    functions = [module.compare for module in modules if hasattr(module, "compare")]
-    rows = [row for function in functions for row in function(comparison, limits)]
+    metrics = [module for module in modules if hasattr(module, "compare")]
+    rows = [row for metric in metrics for row in metric.compare(comparison, limits)]
     return sorted(rows, key=lambda row: scopes.index(row.scope))
 
 

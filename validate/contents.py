@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec import structs
 
-from ddexport.runtime.bundle import DAMAGED, Manifest, Teacher, read_manifest, resolve
+from ddexport.runtime.bundle import DAMAGED, FILE_NAME, Manifest, Teacher, read_manifest, resolve, sha256_of
 from ddexport.runtime.errors import BundleError, VerificationError
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 from ddexport.runtime.records import DAMAGED as UNREADABLE
@@ -31,24 +31,24 @@ NOISE_VECTOR = (0.28189227, -1.47097623, 0.532521009, -1.00337565, 0.252837837, 
 UNIFORM_VECTOR = (0.0371752161, 0.2498824926, 0.5859116724, 0.0283897178, 0.0909183837, 0.0905515937)
 
 
-def open_manifest(root: Path) -> Manifest:
-    """The manifest of a bundle, its hashes checked. Raises VerificationError where it is damaged."""
+def open_manifest(root: Path) -> tuple[Manifest, str]:
+    """The manifest of a bundle, its hashes checked, and its SHA-256.
+
+    Raises VerificationError where it is damaged, or its recipe is not the one of that name that ships.
+    """
+    from ddexport.recipe import load_recipe, recipe_names, whole_recipe
+
     try:
-        return read_manifest(root)
+        manifest = read_manifest(root)
     except BundleError as error:
         if error.hint not in (DAMAGED, UNREADABLE):
             raise
         raise VerificationError(f"the bundle {root} is damaged: {error.message}", error.hint) from error
-
-
-def check_recipe(manifest: Manifest) -> None:
-    """Raises VerificationError where the recipe is not the one of that name that ships."""
-    from ddexport.recipe import load_recipe, recipe_names, whole_recipe
-
     if manifest.name in recipe_names():
         shipped = load_recipe(manifest.name).to_dict()
         other = f"the {manifest.name} that ships has"
         _refuse(manifest, list(_differences(whole_recipe(manifest), shipped, "recipe", other)))
+    return manifest, sha256_of(root / FILE_NAME)
 
 
 def check_contents(root: Path, manifest: Manifest, reference: TorchReference) -> None:

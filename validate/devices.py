@@ -19,9 +19,8 @@ def torch_device(name: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise DDError(
-            f"--device {name}: no device to measure on", "give cpu, cuda, or one of several as cuda:1"
-        )
+        hint = "give cpu, cuda, or one of several as cuda:1"
+        raise DDError(f"--device {name}: no device to measure on", hint)
     seen = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= seen:
         devices = {0: "no CUDA device", 1: "1 CUDA device"}.get(seen, f"{seen} CUDA devices")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,8 @@ from ddexport.runtime.errors import VerificationError
 from ddexport.validate.options import POSITIVE, shared
 
 if TYPE_CHECKING:
+    from ddexport.recipe import Limits
     from ddexport.runtime.bundle import Manifest
-    from ddexport.validate.metrics._base import Limits
     from ddexport.validate.report import Measurement
 
 LOOSENESS = 2.0  # a limit is at most so many times the largest value of an unbroken bundle
@@ -42,12 +42,14 @@ Examples:
 
 def limits_of(manifest: Manifest, precision: str, complete: bool = True) -> Limits:
     """The limits of a precision, from the manifest. Raises VerificationError where one is missing."""
-    from ddexport.validate.metrics._base import Limits
+    from msgspec.structs import fields
+
+    from ddexport.recipe import Limits
 
     stated = manifest.parity.get(precision)
     numbers: dict[str, Any] = stated if isinstance(stated, dict) else {}
     stating = [field for field in fields(Limits) if field.name != "provisional"]
-    needed = [field.name for field in stating if complete or field.default is MISSING]
+    needed = [field.name for field in stating if complete or field.required]
     if manifest.teacher is None and complete:
         needed.remove("drawn_left_out")
     missing = [name for name in needed if not isinstance(numbers.get(name), (int, float))]

@@ -38,6 +38,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "report": {"type": PATH, "metavar": "DIR", "help": "Where to write it.  [default: BUNDLE/parity]"},
     "json": {"is_flag": True, "help": "Print the result as JSON."},
 }
+KINDS = {"parity": "parity", "fid": "image quality"}  # of reports
+FILE_OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", "teacher": "--teacher"}  # by role
 DECLARED = {"emulate": ("--emulate/--no-emulate",), "json": ("--json", "as_json")}
 
 
@@ -58,6 +60,32 @@ def shared(*names: str, **changes: Any) -> Callable[[F], F]:
         return function
 
     return add
+
+
+def comma_list(read: Callable[[str], Any], single: bool = False) -> Callable[..., Any]:
+    """A callback for words between commas: a tuple of each once, or with `single` one or None.
+
+    read: a word as what it means; its ValueError says what there is.
+    """
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        words = [] if value is None else [word.strip() for word in value.split(",")]
+        try:
+            values = tuple(dict.fromkeys(read(word) for word in words))
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r}: {error}.", ctx, param) from error
+        if single and len(values) > 1:
+            raise click.BadParameter(f"it takes one, not {value!r}.", ctx, param)
+        return (values[0] if values else None) if single else values
+
+    return callback
+
+
+def number(word: str, least: int = 1) -> int:
+    """A word of a `comma_list` as a number."""
+    if not word.isdecimal() or int(word) < least:
+        raise ValueError(f"it is not a list of whole numbers from {least} on, like 1,2")
+    return int(word)
 
 
 def require_validate_extra() -> None:

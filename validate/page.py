@@ -25,6 +25,7 @@ from ddexport.runtime.bundle import FILE_NAME, TEACHER, Manifest, read_manifest,
 from ddexport.runtime.errors import DDError, VerificationError
 from ddexport.runtime.records import convert, read_json
 from ddexport.validate.limits import limits_of
+from ddexport.validate.options import FILE_OPTIONS, KINDS, PATH, shared
 
 if TYPE_CHECKING:
     from ddexport.runtime.backends._saved import Time
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 FOLDER, NAME = "parity", "index.html"
 TEMPLATE = "page.html.j2"
-FILE_OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", TEACHER: "--teacher"}
 FID_LIMITS = {  # the field of the manifest's limits by the name of a row
     "FID, difference": "difference",
     "feature distance, paired": "distance",
@@ -113,8 +113,6 @@ class Facts:
     @property
     def missing(self) -> list[tuple[str, str]]:
         """What was not measured, and the command that measures it."""
-        from ddexport.validate.report import KINDS
-
         have = {(report.kind, report.precision) for report in self.reports}
         missing = [
             (_title(kind, precision), _command(self.bundle, self.manifest, kind, precision))
@@ -122,18 +120,15 @@ class Facts:
             for kind in KINDS
             if (kind, precision) not in have
         ]
-        times = (
-            [] if self.times else [("times", shlex.join(["ddexport", "bench", str(self.bundle), "--save"]))]
-        )
-        return missing + times
+        if not self.times:
+            missing.append(("times", shlex.join(["ddexport", "bench", str(self.bundle), "--save"])))
+        return missing
 
 
 def collect(bundle: Path) -> Facts:
     """Reads a bundle, its reports and its times. Raises BundleError, also where a file has another SHA-256
     than the manifest states.
     """
-    from ddexport.validate.report import KINDS
-
     facts = Facts(bundle, read_manifest(bundle), sha256_of(bundle / FILE_NAME))
     for path in sorted((bundle / FOLDER).glob("*-*.json")):
         if path.name.partition("-")[0] in KINDS:
@@ -151,15 +146,12 @@ def render(facts: Facts) -> str:
     from datetime import datetime, timezone
     from importlib import resources
 
-    from ddexport.validate.report import KINDS
-
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
         raise DDError("the page needs jinja2", 'pip install "ddexport[validate]"') from error
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    trimmed = {"trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(autoescape=True, undefined=StrictUndefined, **trimmed)
     environment.filters |= {
         "way": way,
         "sign": lambda text: text.replace("<=", "≤").replace(">=", "≥"),
@@ -167,10 +159,8 @@ def render(facts: Facts) -> str:
     }
     template = (resources.files("ddexport.validate") / TEMPLATE).read_text(encoding="utf-8")
     created = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    page: str = environment.from_string(template).render(
-        facts=facts, manifest=facts.manifest, kinds=KINDS, created=created
-    )
-    return page
+    values = {"facts": facts, "manifest": facts.manifest, "kinds": KINDS, "created": created}
+    return str(environment.from_string(template).render(values))
 
 
 def write_page(bundle: Path, target: Path | None = None, facts: Facts | None = None) -> Path:
@@ -284,7 +274,7 @@ def _file(bundle: Path, name: str) -> Path:
 def _with_limits(report: Report, manifest: Manifest) -> Report:
     """The report with the manifest's limits. Raises DDError where the manifest does not state them."""
     if report.kind == "parity":
-        limits = vars(limits_of(manifest, report.precision))
+        limits = asdict(limits_of(manifest, report.precision))
         rules = [row.rule for row in report.rows]
     else:
         gate = _fid_gate(manifest)
@@ -342,8 +332,6 @@ def _data_url(path: Path) -> str:
 
 
 def _title(kind: str, precision: str) -> str:
-    from ddexport.validate.report import KINDS
-
     return f"{KINDS[kind]} in {precision}"
 
 
@@ -387,25 +375,16 @@ def _make_fid(facts: Facts, options: Mapping[str, Any]) -> None:
     write(report, resolve(facts.bundle, FOLDER), plots.of_fid(report))
 
 
-_PATH = click.Path(path_type=Path)
-_POSITIVE = click.IntRange(min=1)
-
-
 @click.command("report", cls=console.Command, epilog=EPILOG)
-@click.argument("bundle", type=_PATH)
+@shared("bundle")
 @click.option(
-    "-o", "--output", type=_PATH, metavar="FILE", help="The page.  [default: BUNDLE/parity/index.html]"
+    "-o", "--output", type=PATH, metavar="FILE", help="The page.  [default: BUNDLE/parity/index.html]"
 )
-@click.option("--run", is_flag=True, help="First make the reports that are missing, of modest size.")
-@click.option(
-    "--images", type=_POSITIVE, metavar="N", help="With --run: for parity.  [default: the recipe's, or 8]"
-)
-@click.option("--precision", metavar="NAME", help="With --run: which graphs.  [default: the bundle's first]")
-@click.option("--checkpoint", type=_PATH, help="With --run: the student's checkpoint of the bundle.")
-@click.option("--vae", type=_PATH, help="With --run: the tokenizer's checkpoint of the bundle.")
-@click.option("--teacher", type=_PATH, help="With --run: the teacher's checkpoint of the bundle.")
+@click.option("--run", is_flag=True, help="First make the reports that are missing, by the options below.")
+@shared("images", help="With --run: for parity.  [default: the recipe's, or 8]")
+@shared("precision", "checkpoint", "vae", "teacher")
 @click.option("--open", "opened", is_flag=True, help="Show the page in the browser.")
-@click.option("--json", "as_json", is_flag=True, help="Print what is on the page as JSON.")
+@shared("json")
 @console.debug_option
 def command(
     bundle: Path, output: Path | None, run: bool, opened: bool, as_json: bool, **options: Any

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +53,10 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
 
     Raises DDError where one of the two cannot be run.
     """
-    from ddexport.runtime.bundle import FILE_NAME, sha256_of
+    from msgspec.structs import asdict
+
     from ddexport.validate.compare import compare, measure
-    from ddexport.validate.contents import check_contents, check_recipe, open_manifest
+    from ddexport.validate.contents import check_contents, open_manifest
     from ddexport.validate.limits import limits_of
     from ddexport.validate.reference import build_reference, describe_weights, request_of
     from ddexport.validate.report import SCHEMA, Report, versions
@@ -64,9 +65,7 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
 
     start = time.perf_counter()
     with console.stage(f"loading {options.bundle}", keep=False):
-        manifest = open_manifest(options.bundle)
-        digest = sha256_of(options.bundle / FILE_NAME)
-        check_recipe(manifest)
+        manifest, digest = open_manifest(options.bundle)
     with console.stage("building the reference", keep=False):
         files = {"student": options.checkpoint, "tokenizer": options.vae, "teacher": options.teacher}
         reference = build_reference(

@@ -45,17 +45,12 @@ def of_parity(report: Report, comparison: Comparison, names: Sequence[str]) -> d
     labels = report.settings["labels"]
     chosen = np.linspace(0, len(labels) - 1, min(SHOWN_SAMPLES, len(labels))).round().astype(int)
     captions = [names[labels[i]] for i in chosen]
-    pictures = {
-        f"Samples, {pair.scope.partition(',')[0]}": samples(
-            [_to_uint8(pair.got[i]) for i in chosen], captions
-        )
-        for pair in comparison.pictures()
-        if pair.pixels
-    }
-    limit = report.settings["limits"]["token_margin"]
-    pictures["Logit margin between the first and the second choice of a token"] = token_margins(
-        comparison, limit
-    )
+    pictures = {}
+    for pair in (pair for pair in comparison.pictures() if pair.pixels):
+        title = f"Samples, {pair.scope.partition(',')[0]}"
+        pictures[title] = samples([_to_uint8(pair.got[i]) for i in chosen], captions)
+    margins_picture = token_margins(comparison, report.settings["limits"]["token_margin"])
+    pictures["Logit margin between the first and the second choice of a token"] = margins_picture
     pictures["The images that differ most, and the difference amplified"] = worst_images(comparison)
     return pictures
 
@@ -199,9 +194,8 @@ def bench_bars(rows: Sequence[Mapping[str, Any]], title: str) -> Image.Image:
     for panel, (name, group) in zip(panels, groups, strict=True):
         _bench_panel(panel, group)
         panel.set_title(name, loc="left", fontsize=10)
-    shown = {
-        name: bars for panel in panels for bars, name in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
+    legends = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels]
+    shown = {name: bars for legend in legends for bars, name in legend}
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, frameon=False)
     return _drawn(figure)
 

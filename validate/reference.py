@@ -20,13 +20,13 @@ from ddexport.runtime.bundle import Graph, Manifest, Source
 from ddexport.runtime.errors import DDError
 from ddexport.validate.devices import torch_device
 from ddexport.validate.metrics._base import Drawn, FloatArray, IntArray
+from ddexport.validate.options import FILE_OPTIONS
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
     from ddexport.validate.sampling import Pass, Plan, Sampler
 
 ROLES = ("student", "tokenizer")
-FILE_OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", "teacher": "--teacher"}
 SHOWN_DIGITS = 12
 
 
@@ -111,8 +111,7 @@ class TorchReference:
     @property
     def codebook(self) -> FloatArray:
         """The tokenizer's table (V, Cv)."""
-        table: FloatArray = self._tokenizer.codebook.detach().cpu().numpy()
-        return table
+        return np.asarray(self._tokenizer.codebook.detach().cpu().numpy())
 
     @property
     def teacher(self) -> Any:
@@ -183,17 +182,11 @@ def build_reference(
 ) -> TorchReference:
     """Rebuilds what the bundle was exported from, by the recipe in its manifest.
 
-    Args:
-        manifest: of the bundle; its `weights` say where they came from.
-        files: the published files of a bundle of kind `checkpoint`, by role: student, tokenizer, teacher.
-        weights: the name of a state dict in the files; by default the one that the bundle was made from.
-        threads: of torch, for the whole process; by default torch's own choice.
-        teacher: whether the bundle's teacher, if it has one, is wanted too.
-        device: torch's name of where it computes.
-
-    Raises:
-        ReferenceFilesError: a file is missing, not wanted, or has another SHA-256 than the manifest's.
-        DDError: the recipe or a file is not readable.
+    files: the published files of a bundle of kind `checkpoint`, by role. weights:
+    the name of a state dict in them; by default the one that the bundle was made from. threads: of torch, for
+    the whole process. teacher: whether the bundle's, if it has one, is wanted too. Raises ReferenceFilesError
+    for a file that is missing, not wanted, or has another SHA-256 than the manifest's, and DDError for a
+    recipe or a file that cannot be read.
     """
     import torch
 
@@ -209,9 +202,8 @@ def build_reference(
     if origin.kind == "random":
         _refuse_files(manifest, recipe, files)
         if origin.seed is None:
-            raise ReferenceFilesError(
-                f"bundle {manifest.name} does not say the seed of its weights", "export it again"
-            )
+            text = f"bundle {manifest.name} does not say the seed of its weights"
+            raise ReferenceFilesError(text, "export it again")
         parts = {role: random_part(recipe, role, origin.seed) for role in roles}
     else:
         sources = {source.role: source for source in origin.files}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +18,12 @@ from PIL import Image
 
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.files import atomic_write, make_directory, write_image
+from ddexport.runtime.machine import version_of
 from ddexport.runtime.records import Record, convert, read_json
+from ddexport.validate.options import KINDS
 
 SCHEMA = 2
 Direction = Literal["at most", "at least"]
-KINDS = {"parity": "parity", "fid": "image quality"}
 NAME_WIDTH = 44
 ENGINES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt_rtx")
 
@@ -205,16 +205,9 @@ def read(path: Path) -> Report:
 
 def versions(*backends: str) -> dict[str, str]:
     """Of the packages that a measurement depends on. backends: what ran the bundle."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    engines = [
-        name for name in ENGINES if any(backend.startswith(name.partition("-")[0]) for backend in backends)
-    ]
-    known = {}
-    for name in ("ddexport", "torch", "numpy", *engines):
-        with suppress(PackageNotFoundError):  # a build of the engine under another name, or a source tree
-            known[name] = version(name)
-    return known
+    engines = [name for name in ENGINES if any(one.startswith(name.partition("-")[0]) for one in backends)]
+    known = {name: version_of(name) for name in ("ddexport", "torch", "numpy", *engines)}
+    return {name: version for name, version in known.items() if version}
 
 
 def _finite(value: Any) -> Any:

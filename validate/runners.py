@@ -55,16 +55,15 @@ def opened(
     precision: str | None = None,
     emulate: bool | None = None,
     threads: int | None = None,
-    device: str | None = None,
 ) -> Iterator[Pipeline]:
     """The bundle on the engine that is asked for, or emulated where that engine would not round.
 
     The hashes of its files are not checked again. Raises DDError where it cannot be run.
     """
-    half = emulated_precision(root, manifest, backend, precision, emulate, device)
+    half = emulated_precision(root, manifest, backend, precision, emulate)
     try:
         if half is None:
-            loaded = load(root, backend, threads, precision, verify=False, device=device)
+            loaded = load(root, backend, threads, precision, verify=False)
         else:
             labels = read_labels(resolve(root, manifest.labels.file), manifest.classes)
             engine = Emulated(root, manifest, Configuration("onnxruntime", "cpu", half, half, CPU), threads)
@@ -78,12 +77,7 @@ def opened(
 
 
 def emulated_precision(
-    root: Path,
-    manifest: Manifest,
-    backend: str,
-    precision: str | None,
-    emulate: bool | None,
-    device: str | None = None,
+    root: Path, manifest: Manifest, backend: str, precision: str | None, emulate: bool | None
 ) -> str | None:
     """The half precision to emulate, or None where an engine's own arithmetic is to be compared.
 
@@ -96,5 +90,5 @@ def emulated_precision(
     manifest.graph("student", wanted)
     if emulate:
         return wanted if wanted in HALVES else None
-    able = [c for c in configurations(root, manifest, backend, precision, device) if not c.obstacle]
+    able = [c for c in configurations(root, manifest, backend, precision) if not c.obstacle]
     return wanted if wanted in HALVES and (not able or able[0].device == "cpu") else None

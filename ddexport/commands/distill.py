@@ -52,7 +52,14 @@ def command(
     folder = out or Path("runs") / (f"{recipe.name}-quick" if quick else recipe.name)
     reports = run(model, folder, seed, stages, quick, threads, compile, student_seed)
     if install:
-        _install(model, folder)
+        from importlib import resources
+
+        from ddexport.distill.train import install as install_weights
+
+        for path in install_weights(
+            recipe, folder, Path(str(resources.files("ddexport.recipes") / "weights"))
+        ):
+            click.echo(f"installed {path}", err=True)
     if as_json:
         console.emit_json({"model": recipe.name, "folder": folder, "seed": seed, "stages": reports})
         return
@@ -85,34 +92,14 @@ def run(
     chosen = tuple(name.strip() for name in stages.split(",")) if stages else STAGES
     unknown = [name for name in chosen if name not in STAGES]
     if unknown:
-        raise click.BadParameter(
-            f"unknown stage {unknown[0]!r}; stages: {', '.join(STAGES)}", param_hint="--stages"
-        )
+        text = f"unknown stage {unknown[0]!r}; stages: {', '.join(STAGES)}"
+        raise click.BadParameter(text, param_hint="--stages")
     recipe = load_recipe(model)
     settings = distill_settings(recipe)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return train(
-            recipe,
-            quickened(settings) if quick else settings,
-            folder,
-            seed,
-            chosen,
-            compile and not quick,
-            student_seed,
-        )
+        settings = quickened(settings) if quick else settings
+        return train(recipe, settings, folder, seed, chosen, compile and not quick, student_seed)
     finally:
         torch.set_num_threads(before)
-
-
-def _install(model: str, folder: Path) -> None:
-    from importlib import resources
-
-    from ddexport.distill.train import install
-    from ddexport.recipe import load_recipe
-
-    for path in install(
-        load_recipe(model), folder, Path(str(resources.files("ddexport.recipes") / "weights"))
-    ):
-        click.echo(f"installed {path}", err=True)

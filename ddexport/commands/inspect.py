@@ -69,9 +69,8 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
         click.echo(f"  {line}")
     for steps, fid in manifest.published.get("fid", {}).items():
         click.echo(f"  published  FID {fid} in {steps} step{'s' if steps != '1' else ''}")
-    click.echo(
-        f"  made       {manifest.created} by " + ", ".join(f"{k} {v}" for k, v in manifest.tools.items())
-    )
+    tools = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
+    click.echo(f"  made       {manifest.created} by {tools}")
     click.echo("  hashes     not checked" if no_verify else "  hashes     all match")
 
 

@@ -89,14 +89,9 @@ def command(
     if calibration is not None and INT8 not in precisions:
         raise click.UsageError("--calibration is of int8 graphs: ask for them with --precision")
     if keep_fp32 and not set(precisions) & set(HALVES):
-        raise click.UsageError(
-            "--keep-fp32 keeps modules of fp16 and bf16 graphs: ask for one with --precision"
-        )
+        raise click.UsageError("--keep-fp32 is of fp16 and bf16 graphs: ask for one with --precision")
     if files and random_weights is not None:
-        raise click.UsageError(
-            "--random-weights takes the place of --checkpoint, --vae and a --teacher file:"
-            " give one or the other"
-        )
+        raise click.UsageError("--random-weights takes the place of all files: give one or the other")
     _require_export_extra()
     from ddexport.recipe import load_recipe
     from ddexport.runtime.bundle import FILE_NAME
@@ -150,6 +145,4 @@ def _require_export_extra() -> None:
     if missing:
         raise DDError(f"exporting needs {', '.join(missing)}", 'pip install "ddexport[export]"')
     if find_spec("onnxruntime") is None:
-        raise DDError(
-            "exporting needs onnxruntime, which proves the graphs", 'pip install "ddexport[cpu]", or [gpu]'
-        )
+        raise DDError("exporting needs onnxruntime", 'pip install "ddexport[cpu]", or [gpu]')

@@ -143,8 +143,10 @@ def _build(
         with atomic_write(path) as stream:
             plan = build_plan(trt, bundle, manifest, graph, options, stream, stage)
             sidecar.unlink(missing_ok=True)  # never a sidecar beside another engine's plan
-        seconds = round(time.perf_counter() - start, 3)
-        built = {"file": path.name, **plan._asdict(), "seconds": seconds, "built_on": _built_on(trt)}
+        seconds, gpu = round(time.perf_counter() - start, 3), None if trt.is_rtx else trt.gpu
+        # TensorRT-RTX builds the same on every machine.
+        built_on = gpu and BuiltOn(gpu=gpu.name, capability=gpu.target, cuda=machine.cuda().version)
+        built = {"file": path.name, **plan._asdict(), "seconds": seconds, "built_on": built_on}
         engine = Engine(schema=SCHEMA, key=key, **facts, **built)
         with atomic_write(sidecar) as stream:
             stream.write(to_json(engine).encode())
@@ -162,10 +164,3 @@ def _kept(bundle: Path, sidecar: Path, key: str) -> Engine | None:
     except (BundleError, OSError):
         return None  # replaced
     return engine if whole and engine.key == key else None
-
-
-def _built_on(trt: TensorRT) -> BuiltOn | None:
-    """TensorRT-RTX builds the same on every machine."""
-    if trt.is_rtx or trt.gpu is None:
-        return None
-    return BuiltOn(gpu=trt.gpu.name, capability=trt.gpu.target, cuda=machine.cuda().version)

@@ -155,11 +155,8 @@ class Conditioning(nn.Module):
         embedding = self.embedding(label)
         active = F.silu(embedding)
         C = embedding.shape[-1]
-        return (
-            embedding,
-            [linear(active).view(-1, 6, C) for linear in self.blocks],
-            self.head(active).view(-1, 2, C),
-        )
+        blocks = [linear(active).view(-1, 6, C) for linear in self.blocks]
+        return embedding, blocks, self.head(active).view(-1, 2, C)
 
 
 class ConditioningTable(nn.Module):
@@ -170,13 +167,12 @@ class ConditioningTable(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding.from_pretrained(source.embedding.weight.detach())
         active = F.silu(self.embedding.weight)
-        C = active.shape[1]
         self.blocks = nn.ModuleList()
         while len(source.blocks):
             self.blocks.append(nn.Embedding.from_pretrained(_product(source.blocks[0], active)))
             del source.blocks[0]
         self.head = nn.Embedding.from_pretrained(_product(source.head, active))
-        self.width = C
+        self.width = active.shape[1]
 
     def forward(self, label: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         blocks = [table(label).view(-1, 6, self.width) for table in self.blocks]
@@ -211,5 +207,4 @@ class NoiseDataTable(nn.Module):
 
 @torch.no_grad()
 def _product(linear: nn.Module, rows: Tensor) -> Tensor:
-    result: Tensor = linear(rows)
-    return result
+    return linear(rows)

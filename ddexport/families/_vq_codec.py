@@ -6,9 +6,8 @@ downsampling of 16.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 import torch
@@ -150,7 +149,7 @@ class TransposedUpsample(nn.Module):
         C = source.conv.in_channels
         summed = weight.new_zeros((*weight.shape[:2], 4, 4))
         # Output 2i + e reads doubled pixel 2i + e + k - 1 with tap k: it adds to tap 2 - k + e of the other.
-        for row, column, down, right in itertools.product(range(3), range(3), range(2), range(2)):
+        for row, column, down, right in product(range(3), range(3), range(2), range(2)):
             summed[:, :, 2 - row + down, 2 - column + right] += weight[:, :, row, column]
         with torch.device("meta"):
             self.conv = nn.ConvTranspose2d(C, C, 4, stride=2, padding=1)

@@ -36,7 +36,7 @@ from ddexport.families._llamagen_blocks import (
     rotation,
 )
 from ddexport.families._llamagen_tokenizer import RasterTokenizer
-from ddexport.families._vq_codec import CodecGeometry, codec_of_recipe
+from ddexport.families._vq_codec import codec_of_recipe
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
@@ -140,9 +140,6 @@ class LlamaGenStudent(Student):
         normal = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6)
         return self.embedding_head(normal * (1 + scale) + shift)
 
-    def tabulate(self) -> None:
-        """Nothing to do: the label acts through one row of a table, noise-or-data through one of two rows."""
-
 
 class TokensBefore(nn.Module):
     """What the LlamaGen teacher reads at a position: the token before it. Position 0 gets one to ignore."""
@@ -210,9 +207,6 @@ class LlamaGenTeacher(Teacher):
             x = block(x, turn, mask, layer)
         return self.logits_head(self.norm(x))
 
-    def tabulate(self) -> None:
-        """Nothing to do: the label acts through one row of a table."""
-
     def new_cache(self) -> list[LayerCache]:
         return [LayerCache(self.geometry.length) for _ in self.blocks]
 
@@ -266,19 +260,14 @@ class LlamaGenFamily(Family):
         check_steps(recipe, geometry.starts)
         return geometry
 
-    def codec(self, recipe: Recipe) -> CodecGeometry:
-        """Raises `GeometryError` if the keys are wrong or the decoder does not end at the image size."""
-        return codec_of_recipe(recipe, self.geometry(recipe).side)
-
     def build(self, recipe: Recipe, role: str) -> nn.Module:
         geometry = self.geometry(recipe)
         if role == "student":
             return LlamaGenStudent(geometry).eval()
         if role == "teacher":
             return LlamaGenTeacher(geometry).eval()
-        return RasterTokenizer(
-            self.codec(recipe), geometry.codebook, geometry.code_width, geometry.side
-        ).eval()
+        codec = codec_of_recipe(recipe, geometry.side)
+        return RasterTokenizer(codec, geometry.codebook, geometry.code_width, geometry.side).eval()
 
     def layout(self, recipe: Recipe, role: str) -> Layout:
         if role == "tokenizer":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -133,11 +133,8 @@ class VarStudent(Student):
         # The class position is one more known position in front.
         is_data = (torch.arange(tokens.shape[1] + 1, device=tokens.device) <= known[:, None])[:, :, None]
         x = torch.cat([embedding[:, None] + self.start, self.token_embedding(tokens)], dim=1)
-        x = (
-            x
-            + (self.level_embedding(self.levels) + self.positions)
-            + torch.where(is_data, rows[0][1], rows[0][0])
-        )
+        x = x + (self.level_embedding(self.levels) + self.positions)
+        x = x + torch.where(is_data, rows[0][1], rows[0][0])
         for block, modulation, row in zip(self.blocks, modulations, rows[1:-1], strict=True):
             x = block(x, modulation, self.mask, torch.where(is_data, row[1], row[0]))
         x = x + torch.where(is_data, rows[-1][1], rows[-1][0])
@@ -286,10 +283,7 @@ class VarFamily(Family):
             )
         scales = tuple(scales)
         geometry = VarGeometry(
-            depth=recipe.model["depth"],
-            width=recipe.model["width"],
-            heads=recipe.model["heads"],
-            scales=scales,
+            **{**recipe.model, "scales": scales},
             classes=recipe.classes,
             codebook=sequence.codebook,
             code_width=sequence.width,
@@ -331,16 +325,16 @@ class VarFamily(Family):
                 published=lambda key: (_published_tokenizer_key(key, coarsest),),
                 recomputable={r"quantize\.ema_vocab_hit_SV": lambda _: True},  # a training statistic
             )
+        with torch.device("meta"):  # but for its levels [N] and its mask [N, N]
+            module: Any = self.build(recipe, role)
         return Layout(
             published=lambda key: (renamed(key, TRANSFORMER_KEYS),),
-            recomputable=_recomputable(self.build_masks(recipe, role)),
+            recomputable={
+                r"lvl_1L": lambda t: torch.equal(t.view(-1), module.levels.float()),
+                r"attn_bias_for_masking": lambda t: torch.equal(t.view(module.mask.shape), module.mask),
+                r"blocks\.\d+\.attn\.zero_k_bias": lambda t: not t.any(),
+            },
         )
-
-    def build_masks(self, recipe: Recipe, role: str) -> tuple[Tensor, Tensor]:
-        """Level of each position [N] and additive mask [N, N] of `role`, as its module holds them."""
-        with torch.device("meta"):
-            module = self.build(recipe, role)
-        return module.levels, module.mask  # type: ignore[return-value]
 
 
 FAMILY = VarFamily
@@ -387,12 +381,3 @@ def _published_tokenizer_key(key: str, coarsest: int) -> str:
         lambda m: f"decoder.up.{coarsest - int(m[1])}.",
         renamed(key, TOKENIZER_KEYS),
     )
-
-
-def _recomputable(masks: tuple[Tensor, Tensor]) -> dict:  # type: ignore[type-arg]
-    levels, mask = masks
-    return {
-        r"lvl_1L": lambda t: torch.equal(t.view(-1), levels.float()),
-        r"attn_bias_for_masking": lambda t: torch.equal(t.view(mask.shape), mask),
-        r"blocks\.\d+\.attn\.zero_k_bias": lambda t: not t.any(),
-    }

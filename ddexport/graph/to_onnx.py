@@ -55,8 +55,7 @@ def onnx_from_module(
             dynamic_shapes=_dynamic_shapes(module, spec),
             verbose=False,
         )
-    if program is None:
-        raise RuntimeError("torch.onnx.export returned no program")
+    assert program is not None
     strip_trace(program.model)
     program.model.metadata_props.update(metadata or {})
     return save_graph(program.model, path, weights)

@@ -95,9 +95,7 @@ def verify(
 ) -> dict[str, Accuracy]:
     """Runs every graph of a bundle on random inputs at all `BATCHES`; returns its accuracy, by its file.
 
-    Args:
-        folder: where the graphs are.
-        parts: the modules, float32, as they were loaded.
+    parts: the modules, float32, as they were loaded.
 
     Raises:
         VerificationError: an output is not finite or constant, tokens are not those of the logits, a float32
@@ -147,7 +145,6 @@ def compare(
     """The errors of a graph on the inputs of a trial, at all `BATCHES`.
 
     Args:
-        run: runs the graph.
         inputs, wanted: of `trial`.
         file, precision: of the graph, for an error.
         limits: of a reduced precision; None for float32, which must agree to `spec.tolerance`.

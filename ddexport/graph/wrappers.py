@@ -17,11 +17,7 @@ from ddexport.precision.cast import in_precision, shared_copy
 class TeacherGraph(nn.Module):
     """One pass of an auto-regressive model with guidance inside and its cache outside: `teacher.onnx`.
 
-    The weights are shared with the teacher and the tokenizer.
-
-    Args:
-        teacher: of either family.
-        tokenizer: the one that it was trained with.
+    The weights are shared with the teacher and the tokenizer that it was trained with.
     """
 
     def __init__(self, teacher: Teacher, tokenizer: nn.Module) -> None:
@@ -70,8 +66,7 @@ def graph_part(
 
     Args:
         part: a student, tokenizer or teacher, float32, as it was loaded.
-        precision: "fp32", "fp16" or "bf16".
-        keep_fp32, role: as `part` of `precision.cast.in_precision`.
+        precision, keep_fp32, role: as those of `precision.cast.in_precision`, where `role` is `part`.
 
     Raises:
         PrecisionError: a weight is not finite in that precision.

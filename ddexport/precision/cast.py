@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def in_precision(
         module: a student, tokenizer or teacher, float32. It is not changed; its float32 tensors are shared.
         precision: "fp32" (`module` itself is returned), "fp16" or "bf16".
         keep_fp32: patterns of module paths that stay float32, with everything in them.
-        part: what to call the module in an error.
+        part: its name, for an error.
 
     Raises:
         PrecisionError: a weight is not finite in that precision.
@@ -89,15 +89,11 @@ def check_patterns(modules: Iterable[nn.Module], keep_fp32: Iterable[str]) -> No
         if not any(matches(name, [pattern]) for name in names):
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
             guess = f"did you mean {', '.join(near)}? " if near else ""
+            example = next((name for name in names if "." in name), "blocks.0")
             raise PrecisionError(
                 f"--keep-fp32 {pattern} matches no module that would be half",
-                f"{guess}names are module paths such as {next(iter(_leaves(names)), 'blocks.0')};"
-                " * matches any part",
+                f"{guess}names are module paths such as {example}; * matches any part",
             )
-
-
-def _leaves(names: Mapping[str, None]) -> Iterator[str]:
-    return (name for name in names if "." in name)
 
 
 def _half_tensors(module: nn.Module, keep: tuple[str, ...]) -> list[tuple[str, str, nn.Module, Tensor]]:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from msgspec import structs
 
+from ddexport.recipe import Limits
 from ddexport.runtime.bundle import file_info
-from ddexport.validate.metrics._base import Limits
 from tests.validate.toys import CLASSES, LENGTH, WIDTH, Rows, ToyModel
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "var-dd-small"

@@ -13,12 +13,12 @@ import pytest
 from click.testing import CliRunner
 from msgspec import structs
 
+from ddexport.recipe import Limits
 from ddexport.runtime.backends.onnxruntime import OnnxRuntime
 from ddexport.runtime.bundle import Graph, read_manifest, sha256_of
 from ddexport.runtime.bundle import Source as SourceFile
 from ddexport.runtime.pipeline import Pipeline, load
 from ddexport.validate.compare import compare, measure
-from ddexport.validate.metrics._base import Limits
 from ddexport.validate.parity import command
 from ddexport.validate.reference import ReferenceFilesError, TorchReference, build_reference, request_of
 from ddexport.validate.report import Measurement

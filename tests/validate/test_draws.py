@@ -6,8 +6,9 @@ import dataclasses
 
 import numpy as np
 
+from ddexport.recipe import Limits
 from ddexport.runtime.teacher import Sampling, choose
-from ddexport.validate.metrics._base import Comparison, Limits, StepOutput, StepPair
+from ddexport.validate.metrics._base import Comparison, StepOutput, StepPair
 from ddexport.validate.metrics._draws import chi_square, deviations, excused_draws
 from ddexport.validate.metrics.tokens import compare
 

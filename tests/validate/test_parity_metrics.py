@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ddexport.recipe import Limits
 from ddexport.validate.metrics import embeddings, images, tokens
 from ddexport.validate.metrics._base import (
     Drawn,
     DrawnPair,
     ImagePair,
-    Limits,
     StepOutput,
     StepPair,
     relative_error,

@@ -4,11 +4,12 @@ modules give on the same input: the measures and limits of `validate parity`."""
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
+from ddexport.recipe import Limits
 from ddexport.runtime.bundle import TEACHER, Manifest
 from ddexport.runtime.errors import VerificationError
 from ddexport.runtime.teacher import choose, sampling_of
@@ -16,7 +17,7 @@ from ddexport.validate.bench.plan import Entry
 from ddexport.validate.bench.session import Inputs, Outputs
 from ddexport.validate.compare import measure
 from ddexport.validate.limits import limits_of
-from ddexport.validate.metrics._base import Comparison, Drawn, ImagePair, Limits, StepPair
+from ddexport.validate.metrics._base import Comparison, Drawn, ImagePair, StepPair
 
 NO_LIMITS = Limits(math.inf, math.inf, -math.inf, 1 << 30)
 

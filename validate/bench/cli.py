@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import click
 
 from ddexport.runtime import console
 from ddexport.runtime.errors import BackendError, DDError, VerificationError
-from ddexport.validate.options import PATH, shared
+from ddexport.validate.options import PATH, comma_list, number, shared
 
 if TYPE_CHECKING:
     from ddexport.validate.bench.plan import Request
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 TEACHER = "teacher"
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 EPILOG = """
 \b
 Examples:
@@ -27,31 +27,6 @@ Examples:
   ddexport bench build/var-d16 --steps 1,2,teacher --against torch-eager --against-steps teacher
   ddexport bench build/digits-var build/digits-llamagen --batch 1,8 --plot bench.png --json
 """
-
-
-def comma_list(read: Callable[[str], Any], single: bool = False) -> Callable[..., Any]:
-    """A callback for words between commas: a tuple of each once, or with `single` one or None.
-
-    read: a word as what it means; its ValueError says what there is.
-    """
-
-    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
-        words = [] if value is None else [word.strip() for word in value.split(",")]
-        try:
-            values = tuple(dict.fromkeys(read(word) for word in words))
-        except ValueError as error:
-            raise click.BadParameter(f"{value!r}: {error}.", ctx, param) from error
-        if single and len(values) > 1:
-            raise click.BadParameter(f"it takes one, not {value!r}.", ctx, param)
-        return (values[0] if values else None) if single else values
-
-    return callback
-
-
-def _number(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise ValueError("it must be a list of numbers above 0, like 1,4,8")
-    return int(word)
 
 
 def _steps(word: str) -> int | str:
@@ -66,14 +41,13 @@ def _backend(word: str) -> str:
     return _known(word, backend_names())
 
 
-def _precision(word: str) -> str:
-    return _known(word, PRECISIONS)
-
-
 def _known(word: str, names: Sequence[str]) -> str:
     if word not in names:
         raise ValueError(f"there is: {', '.join(names)}")
     return word
+
+
+_precision = partial(_known, names=("fp32", "fp16", "bf16", "int8"))
 
 
 @click.command("bench", cls=console.Command, epilog=EPILOG, context_settings={"show_default": True})
@@ -83,7 +57,7 @@ def _known(word: str, names: Sequence[str]) -> str:
               " in memory at once: name fewer where it is short.  [default: the runtime's]")  # fmt: skip
 @click.option("--device", "--provider", "device", metavar="NAME",
               help="cpu, cuda or cuda:N.  [default: any]")  # fmt: skip
-@click.option("--batch", "batches", callback=comma_list(_number), default="1", metavar="N,N,...")
+@click.option("--batch", "batches", callback=comma_list(number), default="1", metavar="N,N,...")
 @click.option("--steps", callback=comma_list(_steps), default="1", metavar="N,...,teacher",
               help="Schedules of the bundle; teacher is the whole auto-regressive model.")  # fmt: skip
 @click.option("--precision", "precisions", callback=comma_list(_precision), metavar="NAME,...",
@@ -94,14 +68,13 @@ def _known(word: str, names: Sequence[str]) -> str:
               help="The steps of --against.  [default: those of each row]")  # fmt: skip
 @click.option("--against-precision", callback=comma_list(_precision, single=True), default="fp32",
               metavar="NAME", help="The precision of --against.")  # fmt: skip
-@click.option("--threads", callback=comma_list(_number), metavar="N,...",
+@click.option("--threads", callback=comma_list(number), metavar="N,...",
               help="Of the CPU.  [default: all cores]")  # fmt: skip
 @click.option("--warmup", type=click.IntRange(0), default=1, help="Runs that are not counted.")
 @click.option("--duration", type=click.FloatRange(0), default=2.0, metavar="S",
               help="Seconds of rounds for each row; five rounds at least, of a teacher's minutes"
               " one.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0,
-              help="Of noise and labels, and of the order in the rounds.")  # fmt: skip
+@shared("seed", help="Of noise and labels, and of the order in the rounds.")
 @shared("checkpoint", "vae", "teacher", "weights")
 @click.option("--roofline/--no-roofline", default=True, help="Whether to measure the machine's own peak.")
 @click.option("--save", is_flag=True,

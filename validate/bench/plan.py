@@ -15,7 +15,7 @@ from ddexport.runtime.bundle import Manifest
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.machine import cpu
 from ddexport.runtime.registry import plugins
-from ddexport.validate.reference import FILE_OPTIONS
+from ddexport.validate.options import FILE_OPTIONS
 
 EAGER, COMPILED, NAIVE = "torch-eager", "torch-compile", "naive"
 IN_TORCH = {EAGER: ("fp32", "bf16"), COMPILED: ("fp32", "bf16"), NAIVE: ("fp32",)}

@@ -45,11 +45,8 @@ def _openvino(precision: str, size: int, threads: int) -> Callable[[], Any]:
     core, hint = openvino.Core(), {"fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}[precision]
     if precision != "fp32" and precision.upper() not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise ValueError(f"this CPU has no {precision}")
-    settings = {
-        "INFERENCE_PRECISION_HINT": hint,
-        "INFERENCE_NUM_THREADS": threads,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
+    settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads}
+    settings["PERFORMANCE_HINT"] = "LATENCY"
     model, x = _model(precision, size)
     request = core.compile_model(core.read_model(model, b""), "CPU", settings).create_infer_request()
     return lambda: request.infer({"x": x}, share_inputs=True)

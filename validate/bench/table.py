@@ -35,24 +35,17 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
         name = {"": name_of(row), "threads": str(row["threads"])}
         figures = {title: _number(row[key]) for title, key in TIMES.items()}
         share = "" if row["roofline"] is None else f"{row['roofline']:.0%}"
-        end = {
-            "of peak": share,
-            "speed-up": ratio(row),
-            "rounds": str(row["rounds"]),
+        end = {"of peak": share, "speed-up": ratio(row), "rounds": str(row["rounds"])}
+        times.append(name | figures | end | {"verdict": verdict(row)})
+        error, psnr = row["embedding_error"], row["image_psnr"]
+        measured = {
+            "tokens equal": "" if row["tokens_equal"] is None else f"{row['tokens_equal']:.2%}",
+            "embeddings, rel. error": "" if error is None else f"{error:.1e}",
+            "image PSNR, dB": "equal" if psnr == math.inf else _number(psnr),
+            "8-bit difference": _number(row["image_max"]),
             "verdict": verdict(row),
         }
-        times.append(name | figures | end)
-        error, psnr = row["embedding_error"], row["image_psnr"]
-        parity.append(
-            name
-            | {
-                "tokens equal": "" if row["tokens_equal"] is None else f"{row['tokens_equal']:.2%}",
-                "embeddings, rel. error": "" if error is None else f"{error:.1e}",
-                "image PSNR, dB": "equal" if psnr == math.inf else _number(psnr),
-                "8-bit difference": _number(row["image_max"]),
-                "verdict": verdict(row),
-            }
-        )
+        parity.append(name | measured)
     return "\n\n".join(wide_table(_filled(cells)) for cells in (times, parity))
 
 
@@ -85,11 +78,8 @@ def times_to_save(rows: Sequence[dict[str, Any]], precision: str) -> dict[str, f
         and not row["error"]
     ]
     usual = min(((row["batch"], -row["threads"]) for row in right), default=None)
-    return {
-        row["backend"]: row["total_ms"] / row["batch"]
-        for row in right
-        if (row["batch"], -row["threads"]) == usual
-    }
+    chosen = [row for row in right if (row["batch"], -row["threads"]) == usual]
+    return {row["backend"]: row["total_ms"] / row["batch"] for row in chosen}
 
 
 def _filled(cells: list[dict[str, str]]) -> list[Mapping[str, str]]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ddexport.runtime import console
+from ddexport.validate.options import comma_list, number, shared
 
 if TYPE_CHECKING:
     from ddexport.distill.data import DataSet
@@ -79,14 +81,9 @@ def train_classifier(recipe: Recipe, data: DataSet) -> None:
     click.echo(f"set STATISTICS_SHA256 to {write_shipped_statistics(recipe)}", err=True)
 
 
-def _seeds(context: click.Context, parameter: click.Parameter, value: str) -> list[int]:
-    if not all(part.strip().isdecimal() for part in value.split(",")):
-        raise click.BadParameter(f"{value!r} is not a list of whole numbers like 0,1,2")
-    return [int(part) for part in value.split(",")]
-
-
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _FOLDER = click.Path(path_type=Path, file_okay=False)
+_seed = partial(number, least=0)
 
 
 @click.command("distilled", cls=console.Command, epilog=EPILOG)
@@ -95,7 +92,7 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option(
     "--samples", type=click.IntRange(100), default=2000, show_default=True, help="Images of a seed."
 )
-@click.option("--seeds", default="0,1,2", show_default=True, callback=_seeds, help="Of noise and draws.")
+@click.option("--seeds", default="0,1,2", show_default=True, callback=comma_list(_seed), help="Of noise.")
 @click.option(
     "--draws", type=click.IntRange(100), default=20_000, show_default=True, help="Tokens a test of the map."
 )
@@ -103,13 +100,13 @@ _FOLDER = click.Path(path_type=Path, file_okay=False)
 @click.option("--grid", type=_FILE, help="Also write a sheet of samples, side by side.")
 @click.option("--train-judge", is_flag=True, help="First train the digit classifier again, and install it.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of torch.")
-@click.option("--json", "as_json", is_flag=True, help="Print all figures as JSON.")
+@shared("json")
 @console.debug_option
 def command(
     model: str,
     weights: Path | None,
     samples: int,
-    seeds: list[int],
+    seeds: tuple[int, ...],
     draws: int,
     plot: Path | None,
     grid: Path | None,
@@ -159,7 +156,7 @@ def command(
     report = {
         "model": recipe.name,
         "samples": samples,
-        "seeds": seeds,
+        "seeds": list(seeds),
         "threads": threads,
         "rounds": ROUNDS,
         "classifier_accuracy": held_out_accuracy(classifier, data),

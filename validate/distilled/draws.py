@@ -80,11 +80,8 @@ class Inputs:
     def by_chunks(self, work: Callable[[Inputs], Tensor]) -> Tensor:
         """The results of `work` on `CHUNK` images at a time, concatenated."""
         splits = [tensor.split(CHUNK) for tensor in (self.labels, self.noise, self.uniforms)]
-        parts = (
-            Inputs(labels, noise, uniforms, self.generator)
-            for labels, noise, uniforms in zip(*splits, strict=True)
-        )
-        return torch.cat([work(part) for part in parts])
+        parts = zip(*splits, strict=True)
+        return torch.cat([work(Inputs(a, b, c, self.generator)) for a, b, c in parts])
 
 
 @dataclass(frozen=True)
@@ -139,9 +136,8 @@ def methods(models: Models) -> list[Method]:
         passes = len(plan.known) + by_teacher
         name = f"{passes} step{'s' * (passes > 1)}"
         if plan.known and by_teacher:
-            students.append(
-                Method(f"{name}, {by_teacher} by the teacher", "student and teacher", passes, plan)
-            )
+            name = f"{name}, {by_teacher} by the teacher"
+            students.append(Method(name, "student and teacher", passes, plan))
         elif plan.known:
             students.append(Method(name, "student", passes, plan))
             if plan.split < length:
@@ -164,8 +160,7 @@ def draw(models: Models, rows: Sequence[Method], inputs: Inputs) -> Iterator[tup
         elif method.kind == "teacher":
             sequences = models.tokenizer.embed(of_teacher)
         else:
-            mixed = independent_marginals(of_teacher, labels, inputs.generator)
-            sequences = models.tokenizer.embed(mixed)
+            sequences = models.tokenizer.embed(independent_marginals(of_teacher, labels, inputs.generator))
         yield method, images_of_sequences(models.tokenizer, sequences)
 
 

@@ -33,8 +33,8 @@ def measured_rows(
             inputs, target = Inputs.of(models.recipe, seed, samples), None
             for method, images in draw(models, rows, inputs):
                 target = images if method.kind == "map" else target
-                figure = gauge.measure(images, inputs.labels, target if method.paired else None)
-                figures[method.name].append(figure)
+                pair = target if method.paired else None
+                figures[method.name].append(gauge.measure(images, inputs.labels, pair))
                 bar.advance()
     of_methods = [
         {"name": method.name, "kind": method.kind, "passes": method.passes}

@@ -45,7 +45,7 @@ class Reading(NamedTuple):
 class DigitJudge(nn.Module):
     """Six 3x3 convolutions with batch norm, mean over the image, a linear layer."""
 
-    def __init__(self, classes: int = 10) -> None:
+    def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         width = 1
@@ -53,17 +53,15 @@ class DigitJudge(nn.Module):
             layers += [nn.Conv2d(width, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
             width = out
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(width, classes)
+        self.head = nn.Linear(width, CLASSES)
 
     def features(self, images: Tensor) -> Tensor:
         """images: (N, 1, 32, 32) in [-1, 1] -> (N, 64)."""
-        out: Tensor = self.body(images).mean((2, 3))
-        return out
+        return self.body(images).mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (N, 1, 32, 32) in [-1, 1] -> class logits (N, 10)."""
-        out: Tensor = self.head(self.features(images))
-        return out
+        return self.head(self.features(images))
 
     def read(self, images: Tensor, batch: int = 500) -> Reading:
         """images: (N, 1 or 3, 32, 32) in [-1, 1]; the mean over the colours is read."""
@@ -146,8 +144,7 @@ def load_judge(path: Path) -> DigitJudge:
 
     judge = DigitJudge()
     try:
-        state = load_file(path)
-        judge.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
+        judge.load_state_dict({k: v.float() for k, v in load_file(path).items()}, strict=False)
     except (FileNotFoundError, SafetensorError, RuntimeError) as error:
         raise DDError(f"{path} does not hold the digit classifier", TRAIN_IT) from error
     judge.eval()

@@ -16,13 +16,7 @@ import torch
 from torch import Tensor
 
 from ddexport.runtime.bundle import sha256_of
-from ddexport.validate.features._base import (
-    ByteImages,
-    Extractor,
-    FeatureError,
-    Readings,
-    digest_of_arrays,
-)
+from ddexport.validate.features._base import ByteImages, Extractor, FeatureError, Readings, digest_of_arrays
 from ddexport.validate.features._inception_network import CLASSES, WIDTH, FidInception, prepare
 
 PUBLISHED = "6726825d"  # the published file's name ends in the first digits of its SHA-256
@@ -52,11 +46,8 @@ class InceptionFeatures(Extractor):
         self.identity, self._device = f"{self.name}:{digest}", "cpu"
         with torch.device("meta"):
             self.network = FidInception()
-        counters = {
-            key: torch.zeros((), dtype=torch.int64)
-            for key in self.network.state_dict()
-            if key.endswith(COUNTER)
-        }
+        names = [key for key in self.network.state_dict() if key.endswith(COUNTER)]
+        counters = {key: torch.zeros((), dtype=torch.int64) for key in names}
         self.network.load_state_dict({**kept, **counters}, strict=True, assign=True)
         self.network.eval().requires_grad_(False)
 

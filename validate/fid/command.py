@@ -13,7 +13,9 @@ from ddexport.runtime.errors import DDError
 from ddexport.validate.options import (
     PATH,
     POSITIVE,
+    comma_list,
     conclude,
+    number,
     report_directory,
     require_validate_extra,
     shared,
@@ -73,22 +75,12 @@ def run_fid(options: Options, state: Path | None = None) -> Report:
     return run(options, state)
 
 
-def _steps(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
-    """`1,2` -> (1, 2), each once and ascending; () for all that the bundle has."""
-    try:
-        numbers = [int(part) for part in value.split(",")] if value else []
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a list of whole numbers like 1,2") from error
-    return tuple(sorted(set(numbers)))
-
-
 @click.command("fid", cls=console.Command, epilog=EPILOG)
-@shared("bundle")
-@shared("images")
+@shared("bundle", "images")
 @click.option(
     "--per-class", type=POSITIVE, metavar="N", help="Images of each class.  [default: labels at random]"
 )
-@click.option("--steps", metavar="1,2", callback=_steps, help="Which schedules.  [default: all]")
+@click.option("--steps", metavar="1,2", callback=comma_list(number), help="Which schedules.  [default: all]")
 @shared("seed", help="Of noise and labels.")
 @click.option("--features", metavar="NAME", help="The extractor: digits, inception.  [default: the recipe's]")
 @click.option("--features-weights", metavar="FILE|random:SEED", help="Its weights, where none ship with it.")
@@ -112,12 +104,7 @@ def _steps(context: click.Context, parameter: click.Parameter, value: str | None
     help="Resamples for the intervals, 0 for none.  [default: 200, 40 for wide features]",
 )
 @click.option("--save-images", type=PATH, metavar="DIR", help="Also write every image as a PNG.")
-@click.option(
-    "--state",
-    type=PATH,
-    metavar="DIR",
-    help="Where a stopped run goes on from.  [default: beside the report]",
-)
+@click.option("--state", type=PATH, metavar="DIR", help="Of a stopped run.  [default: beside the report]")
 @shared("report", "json")
 @console.debug_option
 def command(report: Path | None, as_json: bool, **options: Any) -> None:

@@ -173,20 +173,14 @@ def _figure(scope: str, name: str, values: list[float], resampled: Float64Array)
 
 
 def _between(
-    scope: str,
-    sides: Sequence[Readings],
-    fits: list[Gaussian],
-    apart: npt.NDArray[np.uint8],
-    limits: Limits,
+    scope: str, sides: Sequence[Readings], fits: list[Gaussian], apart: npt.NDArray[np.uint8], limits: Limits
 ) -> list[Measurement]:
     """The two sets, image by image and as sets."""
     images, changed, identical = len(apart), int((apart > VISIBLE).sum()), int((apart == 0).sum())
     worst = int(apart.argmax())
     # Mean squared distance of a pair over that of two independent images, which is twice the variance.
-    squared, spread = (
-        _mean_squared(*(side.features for side in sides)),
-        2 * float(np.trace(fits[1].covariance)),
-    )
+    squared = _mean_squared(*(side.features for side in sides))
+    spread = 2 * float(np.trace(fits[1].covariance))
     relative = 0.0 if squared == 0.0 else squared / spread if spread else float("inf")
     between = FrechetTo(fits[1]).distance(fits[0])
     return [

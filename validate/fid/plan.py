@@ -53,9 +53,8 @@ def plan_of(manifest: Manifest, precision: str, options: Options) -> Plan:
             "name them with --features, or state parity.fid in the recipe and export again",
         )
     if not images:
-        raise FidSettingError(
-            f"bundle {manifest.name} does not say how many images are measured", "say it with --images"
-        )
+        text = f"bundle {manifest.name} does not say how many images are measured"
+        raise FidSettingError(text, "say it with --images")
     if not compared:
         raise FidSettingError(
             f"bundle {manifest.name} has no data set of its own to measure its images against",
@@ -88,7 +87,7 @@ def _schedules(manifest: Manifest, steps: tuple[int, ...]) -> Schedules:
                 f"the schedule of {count} steps involves the teacher: its draws have no pairs",
                 f"--steps takes {', '.join(map(str, sorted(alone)))}; `validate distilled` measures them all",
             )
-    return {count: alone[count] for count in steps or sorted(alone)}
+    return {count: alone[count] for count in sorted(steps or alone)}
 
 
 def _limits(manifest: Manifest, entry: Mapping[str, Any], precision: str, own: bool) -> Limits:

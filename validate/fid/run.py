@@ -14,10 +14,10 @@ import click
 
 from ddexport.recipe import recipe_of
 from ddexport.runtime import console
-from ddexport.runtime.bundle import FILE_NAME, Manifest, sha256_of
+from ddexport.runtime.bundle import Manifest
 from ddexport.runtime.files import make_directory, write_image
 from ddexport.runtime.images import to_pil
-from ddexport.validate.contents import check_contents, check_recipe, open_manifest
+from ddexport.validate.contents import check_contents, open_manifest
 from ddexport.validate.devices import torch_device
 from ddexport.validate.fid.command import Options
 from ddexport.validate.fid.draws import ByteImages, Draw, Order, by_pipeline, by_reference
@@ -43,9 +43,7 @@ def run(options: Options, state: Path | None) -> Report:
     start = time.perf_counter()
     torch_device(options.device)  # said before the work
     with console.stage(f"loading {options.bundle}", keep=False):
-        manifest = open_manifest(options.bundle)
-        digest = sha256_of(options.bundle / FILE_NAME)
-        check_recipe(manifest)
+        manifest, digest = open_manifest(options.bundle)
     how = (options.backend, options.precision, options.emulate, options.threads)
     with opened(options.bundle, manifest, *how) as pipe, ExitStack() as closing:
         plan = plan_of(manifest, pipe.precision, options)

@@ -25,32 +25,6 @@ BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What is allowed in one precision: the manifest's `parity[precision]`; docs/parity.md says what each
-    holds.
-
-    token_margin: a difference of one logit. logits_rms: of all. tokens_differing: share of the tokens
-    decided. histogram_bias: total variation of the mean probabilities of the tokens. embedding_error: rms
-    error / rms. image_psnr: dB, of the decoder's images in [0, 1]; pixel_psnr: of the 8-bit images that users
-    get. image_max: largest difference of an 8-bit value. images_left_out: share of the images whose tokens
-    differ. provisional: the limits are guesses, since nobody has measured the model. None: shown, without a
-    limit; `validate parity` wants all.
-    """
-
-    token_margin: float
-    embedding_error: float
-    image_psnr: float
-    image_max: int
-    logits_rms: float | None = None
-    tokens_differing: float | None = None
-    histogram_bias: float | None = None
-    pixel_psnr: float | None = None
-    images_left_out: float | None = None
-    drawn_left_out: float | None = None
-    provisional: bool = False
-
-
-@dataclass(frozen=True)
 class StepOutput:
     """What a step gave for N rows: logits (N, P, V) and, of a student, sequence (N, L, Cv), float32."""
 

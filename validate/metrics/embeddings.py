@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from ddexport.recipe import Limits
 from ddexport.validate.metrics._base import (
     BoolArray,
     Comparison,
     DrawnPair,
     FloatArray,
     IntArray,
-    Limits,
     StepPair,
     largest_difference,
     relative_error,

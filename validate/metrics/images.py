@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from ddexport.validate.metrics._base import Comparison, DrawnPair, FloatArray, ImagePair, Limits
+from ddexport.recipe import Limits
+from ddexport.validate.metrics._base import Comparison, DrawnPair, FloatArray, ImagePair
 from ddexport.validate.report import Measurement
 
 

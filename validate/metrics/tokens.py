@@ -10,13 +10,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from ddexport.recipe import Limits
 from ddexport.validate.metrics import _draws
 from ddexport.validate.metrics._base import (
     BoolArray,
     Comparison,
     DrawnPair,
     FloatArray,
-    Limits,
     StepPair,
     largest_difference,
 )

@@ -161,7 +161,7 @@ def test_a_device_has_two_names(bench, bundle, option):
         (["--backend", ","], "there is: onnxruntime"),
         (["--steps", "one"], "teacher"),
         (["--steps", "0"], "teacher"),
-        (["--batch", "1,x"], "list of numbers"),
+        (["--batch", "1,x"], "whole numbers"),
         (["--plot", "plot.pdf"], ".png"),
     ],
 )

@@ -397,7 +397,7 @@ class TestBadInput:
             ("--images 100 --per-class 10", 2, ("give one of --images and --per-class",)),
             ("--steps 1,9", 1, ("no schedule of 9 steps", "1, 2")),
             ("--steps 1,3", 1, ("3 steps involves the teacher", "1, 2")),
-            ("--steps one", 2, ("'one' is not a list of whole numbers",)),
+            ("--steps one", 2, ("'one'", "not a list of whole numbers")),
             ("--features digitz", 1, ("digitz", "digits")),
             ("--features inception --allow-few", 1, ("pt_inception-2015-12-05",)),
             ("--reference no.npz", 1, ("no.npz",)),

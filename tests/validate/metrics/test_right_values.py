@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 
+from ddexport.recipe import Limits
 from ddexport.runtime.teacher import Sampling
 from ddexport.validate.metrics import images
-from ddexport.validate.metrics._base import ImagePair, Limits, StepOutput, StepPair
+from ddexport.validate.metrics._base import ImagePair, StepOutput, StepPair
 from ddexport.validate.metrics._draws import excused_draws
 
 LIMIT = 0.1  # of a logit's error
