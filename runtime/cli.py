@@ -265,9 +265,9 @@ def _write(result: Result, picture: Path | None, dump: Path | None, columns: int
 
     if picture is not None:
         images = to_pil(result.images)  # type: ignore[arg-type]
-        write_image(picture, grid(images, columns))
+        write_image(picture, grid(images, columns), follow=True)
     if dump:
-        write_arrays(dump, dump_arrays(result))
+        write_arrays(dump, dump_arrays(result), follow=True)
 
 
 def _count(number: int, what: str) -> str:

@@ -30,24 +30,26 @@ NOISE_ARRAYS = {"noise": ("float32", 3), "labels": ("integers", 1), "uniforms": 
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, follow: bool = False) -> Iterator[IO[bytes]]:
     """A binary file that appears at `path` when it is complete, else not at all. Raises OutputError.
 
-    A link is followed. What cannot be replaced is written into, once the content is complete: a device, a
-    FIFO, a file mounted into a container, a file in a directory that is read-only.
+    follow: a link is followed, for outputs that a user names; else it is replaced, for a bundle's links lead
+    into the Hub's cache, or wherever its maker wants. What cannot be replaced is written into, once the
+    content is complete: a device, a FIFO, a mounted file, a file in a directory that is read-only.
     """
     with _explained(path):
-        path = Path(os.path.realpath(path))
-        if _in_place(path):
+        if (follow or not path.is_symlink()) and _in_place(path):
             with tempfile.TemporaryFile() as content:
                 yield content
                 _copy(content, path)
             return
+        if follow:
+            path = Path(os.path.realpath(path))
         partial = path.with_name(f".ddexport-{uuid.uuid4().hex}.part")
         try:
             with partial.open("wb") as stream:
                 yield stream
-            if path.exists():
+            if path.is_file() and not path.is_symlink():
                 shutil.copymode(path, partial)
             try:
                 partial.replace(path)
@@ -75,16 +77,20 @@ def _copy(content: IO[bytes], path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises OutputError if no file can be made at `path`: better known before the work than after it."""
+    """Raises OutputError if no file can be made at `path`: better known before the work than after it.
+
+    For outputs that a user names: a link is followed.
+    """
     with _explained(path):
+        if _in_place(path):
+            return
         path = Path(os.path.realpath(path))
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a directory")
         with suppress(FileNotFoundError):
             path.lstat()  # a name that is too long
-        if not _in_place(path):
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 def check_image_suffix(path: Path) -> None:
@@ -104,15 +110,15 @@ def make_directory(path: Path) -> None:
             pass
 
 
-def write_image(path: Path, image: Image.Image) -> None:
-    """Writes an image in the format of its suffix. Raises OutputError."""
-    with atomic_write(path) as stream:
+def write_image(path: Path, image: Image.Image, follow: bool = False) -> None:
+    """Writes an image in the format of its suffix; follow: as in `atomic_write`. Raises OutputError."""
+    with atomic_write(path, follow) as stream:
         image.save(stream, format={".png": "png", ".webp": "webp"}.get(path.suffix.lower(), "jpeg"))
 
 
-def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Writes an npz. Raises OutputError."""
-    with atomic_write(path) as stream:
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], follow: bool = False) -> None:
+    """Writes an npz; follow: as in `atomic_write`. Raises OutputError."""
+    with atomic_write(path, follow) as stream:
         np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 

@@ -172,10 +172,10 @@ def write_page(bundle: Path, target: Path | None = None, facts: Facts | None = N
     from ddexport.runtime.files import atomic_write, make_directory
 
     facts = facts or collect(bundle)
-    path = target or resolve(bundle, f"{FOLDER}/{NAME}")
+    path = target or _inside(bundle, FOLDER) / NAME
     page = render(facts).encode()
     make_directory(path.parent)
-    with atomic_write(path) as stream:
+    with atomic_write(path, follow=target is not None) as stream:
         stream.write(page)
     for remark in facts.remarks:
         click.echo(f"warning: {_printable(remark)}", err=True)
@@ -265,9 +265,17 @@ def _file(bundle: Path, name: str) -> Path:
     """A file in BUNDLE/parity. Raises DDError where it, or what it links to, lies elsewhere."""
     if Path(name).name != name:
         raise PageError(f"{name!r} is not the name of a file")
-    path = resolve(bundle, f"{FOLDER}/{name}")
+    path = _inside(bundle, f"{FOLDER}/{name}")
     if not path.is_file():
         raise PageError("there is no such file")
+    return path
+
+
+def _inside(bundle: Path, name: str) -> Path:
+    """BUNDLE/name. Raises PageError where it is a link, or in one, that leads out of the bundle."""
+    path = bundle / name
+    if not path.resolve().is_relative_to(bundle.resolve()):
+        raise PageError(f"{name} lies outside the bundle")
     return path
 
 
@@ -301,7 +309,7 @@ def _times(facts: Facts) -> list[Time]:
     """What `ddexport bench --save` measured of the graphs that lie there."""
     from ddexport.runtime.backends import _saved
 
-    path = resolve(facts.bundle, _saved.FILE)
+    path = _inside(facts.bundle, _saved.FILE)
     if not path.is_file():
         return []
     graphs = _saved._digest(facts.manifest)
@@ -359,7 +367,7 @@ def _make_parity(facts: Facts, options: Mapping[str, Any]) -> None:
     with console.stage("parity"):
         report, comparison, _ = run_parity(Options(bundle=facts.bundle, **options))
     labels = read_labels(resolve(facts.bundle, facts.manifest.labels.file), facts.manifest.classes)
-    write(report, resolve(facts.bundle, FOLDER), plots.of_parity(report, comparison, labels.names))
+    write(report, _inside(facts.bundle, FOLDER), plots.of_parity(report, comparison, labels.names))
 
 
 def _make_fid(facts: Facts, options: Mapping[str, Any]) -> None:
@@ -372,7 +380,7 @@ def _make_fid(facts: Facts, options: Mapping[str, Any]) -> None:
     own = {name: options[name] for name in ("precision", "checkpoint", "vae")}
     with console.stage("image quality"):
         report = run_fid(Options(bundle=facts.bundle, images=images, **own), None)
-    write(report, resolve(facts.bundle, FOLDER), plots.of_fid(report))
+    write(report, _inside(facts.bundle, FOLDER), plots.of_fid(report))
 
 
 @click.command("report", cls=console.Command, epilog=EPILOG)

@@ -113,7 +113,7 @@ def command(
     if plot is not None and any(row["total_ms"] for row in rows):
         from ddexport.validate.plots import bench_bars
 
-        write_image(plot, bench_bars(rows, _machine()))
+        write_image(plot, bench_bars(rows, _machine()), follow=True)
         click.echo(f"plot: {plot}", err=True)
     for remark in remarks(rows):
         click.echo(remark, err=True)

@@ -146,10 +146,10 @@ def command(
         train_classifier(recipe, data)
     classifier = load_judge(judge_path())
     if grid is not None:
-        write_image(grid, sheet_of_samples(models, seeds[0]))
+        write_image(grid, sheet_of_samples(models, seeds[0]), follow=True)
     rows = measured_rows(models, Gauge(classifier, data), data, seeds, samples)
     if plot is not None:
-        write_image(plot, frechet_against_time(rows, recipe.title, list(ROUNDS)))
+        write_image(plot, frechet_against_time(rows, recipe.title, list(ROUNDS)), follow=True)
     with console.stage("chi-square of the map"):
         tests = check_map(models, draws)
 
