@@ -179,7 +179,6 @@ class TestBaseInstall:
             ("validate fid BUNDLE", "validate"),
             ("validate limits BUNDLE", "validate"),
             ("validate distilled digits-var", "distill"),
-            ("validate report BUNDLE", "validate"),
         ],
     )
     def test_what_needs_an_extra_names_it(self, words: str, extra: str, golden_bundle: Path) -> None:

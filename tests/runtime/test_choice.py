@@ -122,8 +122,8 @@ def test_the_first_precision_unless_another_is_named(bundle: Path, toy: Any) -> 
             assert pipe.precision == precision
 
 
-def test_a_damaged_benchmark_is_left_aside(bundle: Path, tmp_path: Path, caplog: Any) -> None:
-    """With a word; a pipe or a link in its place is not read."""
+def test_a_damaged_benchmark_is_left_aside(bundle: Path, caplog: Any) -> None:
+    """With a word; a pipe in its place is not read."""
     for content in (b"{", b"[]x", b'[{"cpu": 1}]', b'{"times": []}', b"\xff", b"[" * 10**5):
         caplog.clear()
         (bundle / _saved.FILE).write_bytes(content)
@@ -132,9 +132,6 @@ def test_a_damaged_benchmark_is_left_aside(bundle: Path, tmp_path: Path, caplog:
         assert "bench.json is left aside" in caplog.text
     save(bundle, openvino=1.0)  # and written anew
     assert taken(bundle).backend == "openvino"
-    (bundle / _saved.FILE).rename(tmp_path / "outside.json")
-    (bundle / _saved.FILE).symlink_to(tmp_path / "outside.json")
-    assert taken(bundle).backend == "onnxruntime"
     if hasattr(os, "mkfifo"):
         (bundle / _saved.FILE).unlink()
         os.mkfifo(bundle / _saved.FILE)

@@ -178,10 +178,11 @@ def test_the_exported_tokens_are_the_published_ones(family: Family, bundles: Map
 
 
 def test_llamagens_weights_are_named_with_the_copy_taken(bundles: Mapping[str, Exported]) -> None:
-    """The student's file holds two copies, the others' one."""
+    """The student's file holds two copies, the others' one, called model."""
     files = bundles[LLAMAGEN.golden].manifest.weights.files
     assert {file.role: (file.file, file.weights) for file in files} == {
-        "student": ("student.pth", "ema"), "tokenizer": ("vq.pth", None), "teacher": ("teacher.pth", None)
+        "student": ("student.pth", "ema"), "tokenizer": ("vq.pth", "model"),
+        "teacher": ("teacher.pth", "model"),
     }  # fmt: skip
 
 

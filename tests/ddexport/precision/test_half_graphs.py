@@ -252,12 +252,12 @@ class TestCommand:
         assert result.exit_code == 2
         assert words in " ".join(result.output.split())
 
-    def test_the_table(self, half_export: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_table(self, half_export: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """What was measured of each graph, for people and as JSON; `inspect` shows it again."""
         from ddexport.commands import inspect, onnx
 
         monkeypatch.setattr("ddexport.export.export_bundle", lambda *_, **__: half_export)
-        arguments = ["--model", "digits-var", "--precision", "fp32,fp16,bf16"]
+        arguments = ["--model", "digits-var", "--precision", "fp32,fp16,bf16", "-o", str(tmp_path / "out")]
         text = CliRunner().invoke(onnx.command, arguments).stdout
         shown = CliRunner().invoke(inspect.command, [str(half_export.path)]).stdout
         for output in (text, shown):
