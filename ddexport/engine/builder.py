@@ -207,7 +207,7 @@ def _logged_errors(graph: Graph) -> Iterator[None]:
         logger.removeHandler(handler)
     if errors:
         reason = next((text for text in errors if "and operator" in text), errors[0])
-        short = re.sub(r"\s*In \w+ at \S*/_src/[^)]*", "", " ".join(reason.split()))  # NVIDIA's sources
+        short = re.sub(r"\s*In \w+ at \S*/_src/[^\s)]*", "", " ".join(reason.split()))  # NVIDIA's sources
         hints = [hint for word, hint in _HINTS.items() if word in reason]
         raise BuildError(
             f"TensorRT cannot build {graph.file}: {short[:400]}",

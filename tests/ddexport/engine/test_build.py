@@ -22,7 +22,7 @@ from ddexport.engine.module import TensorRT
 from ddexport.engine.options import BuildOptions
 from ddexport.runtime import machine
 from ddexport.runtime.bundle import TEACHER, read_manifest, sha256_of
-from ddexport.runtime.engines import Profile, read_engine
+from ddexport.runtime.engines import Profile, find_engines, fit, read_engine
 from ddexport.runtime.errors import BundleError, OutputError, VerificationError
 from ddexport.runtime.machine import Gpu
 from ddexport.runtime.records import to_json
@@ -33,8 +33,11 @@ def files_of(folder: Path) -> set[str]:
 
 
 @pytest.mark.tensorrt
-def test_engines_and_sidecars_say_what_they_are(toy_bundle: Any, build: Any, rtx: TensorRT) -> None:
-    """Protects the runtime, which knows of an engine what its sidecar says; a second build keeps them."""
+def test_engines_and_sidecars_say_what_they_are(
+    toy_bundle: Any, build: Any, rtx: TensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects the runtime, which knows of an engine what its sidecar says; a second build keeps them. On a
+    GPU they are for, no load says a word."""
     folder = toy_bundle()
     built = build(folder, precisions=("fp16", "bf16", "fp32"))
     manifest = read_manifest(folder)
@@ -54,6 +57,9 @@ def test_engines_and_sidecars_say_what_they_are(toy_bundle: Any, build: Any, rtx
     assert [(item.origin, item.engine) for item in again] == [("kept", item.engine) for item in built]
     (forced,) = build(folder, roles=("student",), force=True)
     assert forced.origin == "built" and forced.engine.key == built[0].engine.key
+    ada = Gpu(0, "NVIDIA Ada", (8, 9), 1)
+    monkeypatch.setattr(machine, "cuda", lambda: machine.Cuda((ada,), (12, 8), ""))
+    assert [fit(folder, manifest, engines) for engines in find_engines(folder)[0]] == [("", "", True)] * 3
 
 
 @pytest.mark.tensorrt

@@ -63,6 +63,20 @@ def test_a_plan_is_written_with_its_hash(
     assert "Setting 2 target compute capabilities: [(8, 0), (12, 0)]" in caplog.text
 
 
+def test_the_network_is_strongly_typed(
+    toy_bundle: Any, rtx: TensorRT, quick: BuildOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects TensorRT 10, which would choose the types itself; TensorRT-RTX never does."""
+    import polygraphy.backend.trt as polygraphy
+
+    asked = []
+    original = polygraphy.NetworkFromOnnxPath
+    spy = lambda path, **options: asked.append(options) or original(path, **options)  # noqa: E731
+    monkeypatch.setattr(polygraphy, "NetworkFromOnnxPath", spy)
+    build(rtx, toy_bundle(), quick)
+    assert asked == [{"strongly_typed": True}]
+
+
 def test_what_cannot_be_built_is_refused(toy_bundle: Any, rtx: TensorRT, quick: BuildOptions) -> None:
     """Protects against an engine named fp16 that is float32, against Myelin's message about node names, and
     against settings that TensorRT rejects in its log only: it would build without them."""
