@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ class OnnxRuntime(Backend):
             number = str(self.configuration.gpu)
             providers.insert(0, (PROVIDERS["cuda"], {"device_id": number, "use_tf32": "0"}))
         try:
-            session = onnxruntime.InferenceSession(self.root / graph.file, options, providers=providers)
+            with _named_in_utf8(self.root) as root:
+                session = onnxruntime.InferenceSession(root / graph.file, options, providers=providers)
         except Exception as error:  # the engine's own exception types share no base class
             raise BackendError(
                 f"onnxruntime cannot load {graph.file}: {said(error)}",
@@ -181,6 +183,19 @@ def run_bound(session: Any, feeds: Arrays, names: Sequence[str], kind: str, devi
     session.run_with_iobinding(binding)
     values = dict(zip(names, binding.get_outputs(), strict=True))
     return {name: value.numpy() if name == "logits" else value for name, value in values.items()}
+
+
+@contextmanager
+def _named_in_utf8(root: Path) -> Iterator[Path]:
+    """A directory under a name that ONNX Runtime takes: Linux has names that are not UTF-8."""
+    if str(root).encode(errors="ignore").decode() == str(root):
+        yield root
+        return
+    number = os.open(root, os.O_RDONLY)
+    try:
+        yield Path(f"/proc/self/fd/{number}")
+    finally:
+        os.close(number)
 
 
 def _cuda_fault(device: str) -> str:

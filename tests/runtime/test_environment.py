@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -87,6 +88,16 @@ def test_a_name_may_be_long_and_not_utf8(shared_bundle: Path, tmp_path: Path) ->
     assert os.fsencode(json.loads(done.stdout)["output"]) == output
     assert Path(os.fsdecode(output)).is_file()
     assert "too long" in in_two_lines(sample(shared_bundle, "-o", tmp_path / ("a" * 300 + ".png")))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_bundle_may_lie_in_a_directory_that_is_not_utf8(
+    shared_bundle: Path, tmp_path: Path, backend: str
+) -> None:
+    bundle = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    shutil.copytree(shared_bundle, bundle)
+    done = sample(bundle, "--backend", backend, "-o", tmp_path / "x.png")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("shell", "code"), [("> /dev/full", 1), (">&-", 0), ("<&- >&- 2>&-", 0)])
