@@ -35,14 +35,14 @@ class RecipeError(DDError):
     """A recipe that does not exist, has a wrong key, or contradicts itself."""
 
 
-class Image(Record):
+class Image(Record, frozen=True):
     """The images a model generates: `size` is the side in pixels."""
 
     size: Positive
     channels: Positive = 3
 
 
-class Sampling(Record):
+class Sampling(Record, frozen=True):
     """How the teacher chooses tokens unless a request says otherwise: guidance, and which are possible."""
 
     cfg: Limit
@@ -51,7 +51,7 @@ class Sampling(Record):
     temperature: Annotated[float, msgspec.Meta(gt=0, le=1e9)] = 1.0
 
 
-class Source(Record):
+class Source(Record, frozen=True):
     """Where the weights of one part come from: a published file, or one that ships with the project.
 
     `option` is the command-line option that takes the file; `repo`, `path` its place on the Hugging Face Hub.
@@ -64,7 +64,7 @@ class Source(Record):
     embedded: str = ""
 
 
-class Limits(Record):
+class Limits(Record, frozen=True):
     """What `validate parity` allows in one precision; docs/parity.md says what each holds.
 
     token_margin: a difference of one logit. logits_rms: of all. tokens_differing: share of the tokens
@@ -87,7 +87,7 @@ class Limits(Record):
     provisional: bool = False
 
 
-class FidLimits(Record):
+class FidLimits(Record, frozen=True):
     """What `validate fid` allows in one precision (docs/image-quality.md).
 
     `difference`: of the two Frechet distances to the reference set. `distance`: paired feature distance over
@@ -100,7 +100,7 @@ class FidLimits(Record):
     provisional: bool = False
 
 
-class FidGate(Record):
+class FidGate(Record, frozen=True):
     """How `validate fid` measures a model unless told otherwise.
 
     `reference` is `data`, the model's own data set, or empty where the user has to name one. The limits hold
@@ -113,7 +113,7 @@ class FidGate(Record):
     reference: str = ""
 
 
-class Parity(Record):
+class Parity(Record, frozen=True):
     """The limits of each precision, how many `images` are compared, and the gate of image quality."""
 
     images: Positive | None = None
@@ -128,7 +128,7 @@ class Parity(Record):
         return {"fp32": self.fp32, "fp16": self.fp16, "bf16": self.bf16, "int8": self.int8}.get(precision)
 
 
-class Recipe(Record):
+class Recipe(Record, frozen=True):
     """One model. `model`, `tokenizer` and `distill` belong to the family and the trainer, who check them.
 
     `parameters` counts the learned numbers of each part, for lists that must not import torch.

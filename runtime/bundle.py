@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -16,7 +16,7 @@ from ddexport.runtime.records import Natural, Positive, Record, convert, read_js
 
 SCHEMA = 2
 FILE_NAME = "bundle.json"
-TEACHER = "teacher"
+TEACHER: Final = "teacher"
 ROLES = ("student", "decoder")  # what every precision of a bundle has
 DAMAGED = "The bundle is damaged or incomplete: copy it again, or export it again."
 SHOWN_STARTS = 20

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from msgspec.structs import asdict, replace
 
-from ddexport.recipe import FidGate
+from ddexport.recipe import FidGate, FidLimits
 from ddexport.runtime import console
 from ddexport.runtime.bundle import FILE_NAME, TEACHER, Manifest, read_manifest, resolve, sha256_of
 from ddexport.runtime.errors import DDError, VerificationError
@@ -286,7 +286,8 @@ def _with_limits(report: Report, manifest: Manifest) -> Report:
         rules = [row.rule for row in report.rows]
     else:
         gate = _fid_gate(manifest)
-        stated = gate.limits.get(report.precision) if gate else None
+        by_precision: Mapping[Any, FidLimits] = gate.limits if gate else {}
+        stated = by_precision.get(report.precision)
         limits = asdict(stated) if stated else {}
         # In other features than the manifest's, FID has another unit: such a row has no limit.
         rules = [FID_LIMITS.get(row.name, "") if row.gated else "" for row in report.rows]

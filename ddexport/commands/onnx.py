@@ -101,7 +101,8 @@ def command(
     target = output or Path("build") / recipe.name
     check_target(target, force, FILE_NAME)  # before torch is imported
     from ddexport.card import accuracy_lines, read_accuracy
-    from ddexport.export import WeightRequest, export_bundle
+    from ddexport.export import export_bundle
+    from ddexport.sources import WeightRequest
 
     exported = export_bundle(
         recipe,

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +44,8 @@ def compiled(function: Callable[..., Any], wanted: bool) -> Callable[..., Any]:
     if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         log.warning("no C++ compiler found: training without torch.compile, about twice as slow")
         return function
-    return torch.compile(function, dynamic=False)
+    faster: Callable[..., Any] = torch.compile(function, dynamic=False)
+    return faster
 
 
 @contextmanager
@@ -67,6 +68,6 @@ def private_compile_cache() -> Iterator[None]:
                 os.environ[name] = before
 
 
-def bfloat16() -> AbstractContextManager[Any]:
+def bfloat16() -> torch.autocast:
     """bfloat16 products where torch deems them safe; weights, norms and losses stay float32."""
     return torch.autocast("cpu", torch.bfloat16)

@@ -18,7 +18,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 Decay = Annotated[float, Meta(ge=0, lt=1)]
 
 
-class Augmentation(Record):
+class Augmentation(Record, frozen=True):
     """A random turn of up to `degrees`, shift of up to `shift` pixels, scaling by 1 +- `scale`, an image."""
 
     degrees: Weight
@@ -26,7 +26,7 @@ class Augmentation(Record):
     scale: Share
 
 
-class Loop(Record):
+class Loop(Record, frozen=True):
     """One optimisation: AdamW, warm-up, cosine to zero, gradients clipped at norm 1.
 
     `ema` is the decay of the averaged weights, which are the result; 0 takes the last weights.
@@ -41,7 +41,7 @@ class Loop(Record):
     ema: Decay = 0.0
 
 
-class TokenizerSettings(Loop):
+class TokenizerSettings(Loop, frozen=True):
     """Encoder, codebook and decoder together.
 
     The first `continuous` iterations do without the quantiser: codes that start among latents which say
@@ -58,14 +58,14 @@ class TokenizerSettings(Loop):
     reseed: Positive = 50
 
 
-class TeacherSettings(Loop):
+class TeacherSettings(Loop, frozen=True):
     """`copies` augmented copies of the data are tokenised; the share `drop_label` of labels becomes null."""
 
     copies: Positive = 15
     drop_label: Share = 0.1
 
 
-class PairSettings(Record):
+class PairSettings(Record, frozen=True):
     """`count` noise -> token pairs; guidance, which each family counts for itself
     (`ddexport/distill/trainers/`), and top-k (0: all) act on the probabilities before the map.
     """
@@ -76,14 +76,14 @@ class PairSettings(Record):
     steps: Positive = 32
 
 
-class StudentSettings(Loop):
+class StudentSettings(Loop, frozen=True):
     """`timesteps`: the numbers of known AR steps to train from; `regression` weighs the embeddings' loss."""
 
     timesteps: Annotated[tuple[Natural, ...], Meta(min_length=1)] = (0,)
     regression: Weight = 1.0
 
 
-class DistillSettings(Record):
+class DistillSettings(Record, frozen=True):
     """All stages of one run."""
 
     data: str

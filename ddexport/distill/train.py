@@ -57,7 +57,7 @@ STAGES_FILE = "stages.json"
 VERSION = 1  # raise it when a stage's code changes what it computes
 
 
-class Finished(Record):
+class Finished(Record, frozen=True):
     """A finished stage: what it depends on, and how long it took."""
 
     key: str
@@ -205,7 +205,8 @@ class Training:
         save_part(module, self.recipe, role, self.path(stage))
 
     def _need_stages_before(self, stage: str) -> None:
-        finished, needed = self._finished(), []
+        finished = self._finished()
+        needed: list[str] = []
         while stage in FOLLOWS:
             needed.insert(0, stage := FOLLOWS[stage])
         for before in needed:

@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,9 @@ class Teacher(nn.Module):
     """
 
     family: str  # its name: how it is trained and sampled is found by it
-    guidance: str  # how its guidance goes with the AR steps, in the manifest's words (runtime/bundle.py)
+    guidance: Literal[
+        "rising", "constant"
+    ]  # how its guidance goes with the AR steps, in the manifest's words (runtime/bundle.py)
     geometry: Any  # the family's, with `starts`, `depth`, `heads`, `head_width` and `classes`
 
     def forward(self, inputs: Tensor, label: Tensor) -> Tensor:

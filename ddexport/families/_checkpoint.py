@@ -193,7 +193,8 @@ def _copies(data: object, expected: Shapes, free: Collection[str]) -> Iterator[_
 
 def _dictionaries(data: object) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
     """The keys that lead to each nested dictionary with tensors in it, and these tensors."""
-    queue, opened = [((), data)], set()  # type: ignore[var-annotated]
+    queue: list[tuple[tuple[str, ...], object]] = [((), data)]
+    opened: set[int] = set()
     for path, node in queue:
         if not isinstance(node, Mapping):
             continue

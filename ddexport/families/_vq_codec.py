@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,10 @@ class CodecGeometry:
     @property
     def downsampling(self) -> int:
         """Image side over latent side."""
-        return 2 ** (len(self.multipliers) - 1)
+        return 1 << (len(self.multipliers) - 1)
 
 
-def codec_of_recipe(recipe: Recipe, latent_side: int, **sizes: int) -> CodecGeometry:
+def codec_of_recipe(recipe: Recipe, latent_side: int, **sizes: Any) -> CodecGeometry:
     """The geometry that the recipe's `tokenizer` section gives, `sizes` being those its family knows from
     elsewhere.
 
@@ -46,7 +46,9 @@ def codec_of_recipe(recipe: Recipe, latent_side: int, **sizes: int) -> CodecGeom
         GeometryError: a key is unknown, missing or given twice, or the decoder does not end at the image
             size.
     """
-    options = {key: tuple(v) if isinstance(v, list) else v for key, v in recipe.tokenizer.items()}
+    options: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in recipe.tokenizer.items()
+    }
     try:
         options.setdefault("encoder_multipliers", options["multipliers"])
         codec = CodecGeometry(image_channels=recipe.image.channels, **sizes, **options)

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -244,13 +244,14 @@ class LlamaGenFamily(Family):
                 f"recipe {recipe.name}: sequence.length {sequence.length} is not a square",
                 "the token map is square, and the length the square of its side",
             )
+        sizes: dict[str, Any] = dict(recipe.model)
         geometry = LlamaGenGeometry(
             side=side,
             classes=recipe.classes,
             codebook=sequence.codebook,
             code_width=sequence.width,
             split=sequence.split,
-            **recipe.model,
+            **sizes,
         )
         if geometry.width % (4 * geometry.heads):
             raise GeometryError(

@@ -281,9 +281,9 @@ class VarFamily(Family):
                 f"recipe {recipe.name}: model.scales is {scales!r}, not a list of two side lengths or more",
                 "such as scales: [1, 2, 3, 4]",
             )
-        scales = tuple(scales)
+        sizes: dict[str, Any] = {**recipe.model, "scales": tuple(scales)}
         geometry = VarGeometry(
-            **{**recipe.model, "scales": scales},
+            **sizes,
             classes=recipe.classes,
             codebook=sequence.codebook,
             code_width=sequence.width,
@@ -320,7 +320,9 @@ class VarFamily(Family):
 
     def layout(self, recipe: Recipe, role: str) -> Layout:
         if role == "tokenizer":
-            coarsest = len(recipe.tokenizer["multipliers"]) - 1
+            multipliers = recipe.tokenizer["multipliers"]
+            assert isinstance(multipliers, list)  # `build` has seen to it
+            coarsest = len(multipliers) - 1
             return Layout(
                 published=lambda key: (_published_tokenizer_key(key, coarsest),),
                 recomputable={r"quantize\.ema_vocab_hit_SV": lambda _: True},  # a training statistic

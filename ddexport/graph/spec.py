@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class GraphSpec:
     trials; the first ones are traced with.
     """
 
-    role: str
+    role: Literal["student", "decoder", "teacher"]
     part: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -97,7 +98,7 @@ def sample_inputs(
     for tensor in spec.inputs:
         shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
         if tensor.name == "guidance":
-            value = rng.uniform(0, 2, shape)
+            value: np.ndarray = rng.uniform(0, 2, shape)
         elif tensor.dtype == "float32":
             value = rng.standard_normal(shape)
             if "capacity" in tensor.shape:  # keys as long as they are: VAR's have unit length

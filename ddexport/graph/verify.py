@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -187,7 +188,8 @@ def output_errors(
         if value.dtype == np.int64:
             continue  # tokens are the largest logits, which `_check_values` has seen to
         difference = np.abs(got[name].astype(np.float64) - value)
-        counted, scale, more = np.ones(value.shape[:2], dtype=bool), float(np.abs(value).max()), {}
+        counted, scale = np.ones(value.shape[:2], dtype=bool), float(np.abs(value).max())
+        more: dict[str, Any] = {}
         if name == "sequence" and known is not None:
             same = got["logits"].argmax(-1) == wanted["logits"].argmax(-1)
             counted, copied = _positions(value.shape[1], known, same)
