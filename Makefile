@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.10 to 3.13, git and make; everything else is installed into .venv.
+# `make demo` and `make test` need Python 3.10 to 3.14, git and make; everything else is installed into .venv.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -10,37 +10,43 @@ PRECISE := $(MODELS:%=build/precisions/%/bundle.json)
 # OpenVINO computes bf16 only where the CPU does; elsewhere every rounding of a bf16 engine is emulated.
 BF16    := $(if $(shell grep -Ewm1 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),openvino,onnxruntime)
 ENGINES := fp32:onnxruntime fp16:onnxruntime bf16:$(BF16) int8:onnxruntime int8:openvino
-# Small models run fastest on one thread a process; real ones choose for themselves.
+# Runs a command and prints its last line, or all that it printed if it fails.
+LAST    := sh -c 'out=$$("$$@" 2>&1) && echo "$$out" | tail -n 1 || { echo "$$out" >&2; exit 1; }' run
+# Small models run fastest on one thread per process; real ones choose for themselves.
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo bundles test test-all mutants lint format parity quality distill docs performance clean help
-# The models whose times are in docs/performance.md, with random weights.
+# Pages with generated help texts and tables.
+PAGES    := README.md $(wildcard docs/*.md)
+COG      := $(BIN)/cog -I docs
+# The models whose times are in docs/results.md, with random weights.
 TIMED    := build/var-d16 build/llamagen-l
 BENCH    := $(BIN)/ddexport bench $(TIMED)
 
 help:
-	@echo "make demo      set up, export the embedded models, draw digits in one step, prove them equal to PyTorch"
+	@echo "make demo      set up, export the embedded models, draw digits in one step, compare them with PyTorch"
 	@echo "make test      set up and run the tests"
 	@echo "make test-all  the slow ones too: training, every opset, real sizes (an hour, 20 GiB)"
 	@echo "make mutants   mutation testing of the sampler, the noise and the teacher's draws (half an hour)"
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make format    apply ruff's formatting and fixes"
 	@echo "make bundles   export the embedded models in every precision, for the tests and for parity"
-	@echo "make parity    hold the embedded models' bundles against PyTorch, in every precision"
-	@echo "make quality   the same for the quality of the images of digits-var, 2,000 in one and in two steps"
+	@echo "make parity    compare the embedded models' bundles with PyTorch, in every precision and engine"
+	@echo "make quality   compare the FID of digits-var's bundle with PyTorch's, 2,000 images in one and in two steps"
 	@echo "make distill   train the embedded models again, from the digits to the student (over an hour)"
-	@echo "make docs      make the pictures of docs/ again"
+	@echo "make docs      make the pictures, measured tables and help texts of docs/ again (ten minutes)"
 	@echo "make performance   time var-d16 and llamagen-l (an hour, 20 GiB, an idle machine)"
 
 demo: $(VENV)/.export $(BUNDLES)
-	for model in $(MODELS); do \
-	    $(BIN)/ddexport sample build/$$model --steps 1 -n 8 -o build/$$model-one-step.png && \
-	    $(BIN)/ddexport sample build/$$model --steps 2 -n 8 -o build/$$model-two-steps.png && \
-	    $(BIN)/ddexport validate parity build/$$model || exit; \
+	@for model in $(MODELS); do \
+	    echo && echo "== $$model" && \
+	    $(LAST) $(BIN)/ddexport sample build/$$model --steps 1 -n 8 -o build/$$model-one-step.png && \
+	    $(LAST) $(BIN)/ddexport sample build/$$model --steps 2 -n 8 -o build/$$model-two-steps.png && \
+	    $(LAST) $(BIN)/ddexport validate parity build/$$model || exit; \
 	done
 	@echo
-	@echo "Look at build/digits-*-one-step.png: each digit drawn in one step, by a student of VAR and by one of LlamaGen."
-	@echo "The same noise in two steps: build/digits-*-two-steps.png"
+	@echo "Look at build/digits-*-one-step.png: each digit was drawn in one network step, by a VAR and by a LlamaGen student."
+	@echo "build/digits-*-two-steps.png: the same noise in two steps. build/digits-*/parity/index.html: the comparison."
 
 bundles: $(PRECISE)
 
@@ -48,6 +54,7 @@ test: $(VENV)/.dev $(PRECISE)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-all: $(VENV)/.dev $(PRECISE)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,notebook]"
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
 
 mutants: $(VENV)/.dev
@@ -59,6 +66,7 @@ mutants: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(COG) --check $(PAGES)
 	rm -rf build/lint && mkdir -p build/lint/ddexport
 	ln -s $(CURDIR)/ddexport/* $(CURDIR)/runtime $(CURDIR)/validate $(CURDIR)/recipes build/lint/ddexport
 	cd build/lint && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
@@ -68,11 +76,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Two at once; what a command printed is shown where it fails, else its last line.
+# Two at once.
 parity: $(VENV)/.dev $(PRECISE)
 	for model in $(MODELS); do for engine in $(ENGINES); do echo $$model $$engine; done; done | xargs -P 2 -L 1 sh -c \
 	    'out=$$($(BIN)/python -m validate parity build/precisions/$$0 --precision $${1%:*} --backend $${1#*:} 2>&1) \
-	    && echo "$$0 $$1: $$(echo "$$out" | grep "^parity")" || { echo "$$0 $$1"; echo "$$out"; exit 1; }'
+	    && echo "$$0 $$1: $$(echo "$$out" | tail -n 1)" || { echo "$$0 $$1"; echo "$$out"; exit 1; }'
 	for model in $(MODELS); do $(BIN)/ddexport doctor build/precisions/$$model --check || exit; done
 
 quality: $(VENV)/.dev $(PRECISE)
@@ -104,7 +112,8 @@ clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis mutants
 
 $(BUNDLES): build/%/bundle.json: runtime/bundle.py $(VENV)/.export $(wildcard recipes/digits-* recipes/weights/digits-*)
-	$(BIN)/ddexport onnx --model $* -o build/$* --force
+	@echo "exporting $*, a minute or two ..."
+	@$(LAST) $(BIN)/ddexport onnx --model $* -o build/$* --force >/dev/null
 
 # runtime/bundle.py has the schema: bundles of an older one are made again.
 # The tools are there first, but a later install of them is no reason to export again.
