@@ -14,7 +14,7 @@ ENGINES := fp32:onnxruntime fp16:onnxruntime bf16:$(BF16) int8:onnxruntime int8:
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo bundles test test-all mutants lint format parity quality distill docs performance clean help
-# The models whose times are in docs/performance.md, with random weights.
+# The models whose times are in docs/results.md, with random weights.
 TIMED    := build/var-d16 build/llamagen-l
 BENCH    := $(BIN)/ddexport bench $(TIMED)
 
