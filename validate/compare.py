@@ -184,7 +184,7 @@ class _Bundle:
             same &= first.uniforms is not None and np.array_equal(first.uniforms, request.uniforms[:1])
         if not same:
             raise VerificationError(
-                f"the noise of seed {request.seeds[0]} is not what docs/bundle.md says",
+                f"the noise of seed {request.seeds[0]} is not what docs/noise.md says",
                 "runtime/noise.py is at fault",
             )
 
