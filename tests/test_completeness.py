@@ -1,4 +1,4 @@
-"""Whatever registers itself by its name has a test that names it and a row in docs/architecture.md."""
+"""Whatever registers itself by its name has a test that names it and a row in docs/plugins.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ddexport.runtime.registry import plugins
 from ddexport.validate import metrics
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "architecture.md"
+PAGE = ROOT / "docs" / "plugins.md"
 PACKAGES = (
     "ddexport.families",
     "ddexport.runtime.backends",
@@ -33,7 +33,7 @@ def section(package: str) -> str:
     folder = folder if (ROOT / folder).is_dir() else folder.removeprefix("ddexport/")
     parts = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.M)
     named = [part for part in parts if f"`{folder}/" in part.splitlines()[0]]
-    assert len(named) == 1, f"docs/architecture.md needs one heading that names {folder}/"
+    assert len(named) == 1, f"docs/plugins.md needs one heading that names {folder}/"
     return named[0]
 
 
@@ -64,7 +64,7 @@ def test_has_a_test(package: str, name: str) -> None:
 
 @pytest.mark.parametrize(("package", "name"), CASES)
 def test_has_a_row(package: str, name: str) -> None:
-    assert name in rows(package), f"docs/architecture.md has no row `{name}`"
+    assert name in rows(package), f"docs/plugins.md has no row `{name}`"
 
 
 @pytest.mark.parametrize("package", [*PACKAGES, "recipes"])

@@ -169,9 +169,9 @@ def test_published_recipes_carry_the_note_on_sensitive_classes(recipe: str) -> N
 
 
 def test_the_page_names_the_sensitive_classes_as_the_list_does() -> None:
-    """docs/bundle.md repeats 17 names; it must not drift from the list."""
+    """docs/labels.md repeats 17 names; it must not drift from the list."""
     names = load("imagenet")["names"]
-    page = (ROOT / "docs" / "bundle.md").read_text(encoding="utf-8")
-    section = page.split("## Classes to look at twice")[1].split("##")[0]
-    listed = {int(index): name for index, name in re.findall(r"\b(\d+) ([a-z ]+?)[,.]", section)}
-    assert listed == {index: names[index] for index in SENSITIVE}
+    page = (ROOT / "docs" / "labels.md").read_text(encoding="utf-8")
+    table = page.split("## Classes to look at twice")[1].split("##")[0]
+    cells = {int(index): name for index, name in re.findall(r"(?<=\| )(\d+) \| ([a-z ]+?) \|", table)}
+    assert cells == {index: names[index] for index in SENSITIVE}

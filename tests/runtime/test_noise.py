@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ddexport.runtime.errors import NoiseError
 from ddexport.runtime.noise import _box_muller, gaussian_noise, philox4x32, uniform_numbers
 
-PAGE = (Path(__file__).parents[2] / "docs" / "bundle.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "noise.md").read_text()
 
 # Known answers published with Random123 (kat_vectors): counter, key, output.
 PHILOX = [
@@ -51,7 +51,7 @@ def bits(text: str) -> np.ndarray:
 
 
 def page_code() -> dict[str, Any]:
-    """The functions that docs/bundle.md prints."""
+    """The functions that docs/noise.md prints."""
     names: dict[str, Any] = {}
     code = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert code
