@@ -123,5 +123,5 @@ def test_tokens_are_chosen_as_by_hand(choice: TokenChoice) -> None:
 
 def test_every_seed_gives_the_noise_of_its_first_image() -> None:
     seeds = np.array([0, 2**64 - 1], np.uint64)
-    assert noise_of(seeds, 1, 6)[0, 0, 0] == np.float32(0.991137683)  # docs/noise.md
+    assert noise_of(seeds, 1, 6)[0, 0, 0] == np.float32(0.991137683)  # docs/bundle.md
     assert uniforms_of(seeds, 6)[0, 0] == pytest.approx(0.3476322190, abs=1e-10)
