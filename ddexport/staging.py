@@ -61,7 +61,7 @@ def staged_directory(
             raise OutputError(
                 f"{staging.parent} has {free / 2**30:.1f} GiB of room,"
                 f" about {needed_bytes / 2**30:.1f} GiB are needed",
-                "make room, or choose another place with -o",
+                "free some space, or choose another place with -o",
             )
         yield staging
         check_target(target, replace, marker)  # somebody may have made it in the meantime
@@ -71,7 +71,9 @@ def staged_directory(
             _swap(target, staging)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"no space left while writing {target}", "make room, or use -o") from error
+            raise OutputError(
+                f"no space left while writing {target}", "free some space, or choose another place with -o"
+            ) from error
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
