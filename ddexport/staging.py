@@ -84,14 +84,16 @@ def check_target(target: Path, replace: bool, marker: str | None) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise OutputError(f"{target} is a file, not a directory", "use -o for another place")
+        raise OutputError(f"{target} is a file, not a directory", "choose another place with -o")
     if not _content(target):
         return
     if not replace:
-        raise OutputError(f"{target} exists already", "use --force to replace it, or -o for another place")
+        raise OutputError(
+            f"{target} exists already", "use --force to replace it, or choose another place with -o"
+        )
     if marker and not (target / marker).exists():
         raise OutputError(
-            f"{target} holds other files and no {marker}: it is not replaced", "use -o for another place"
+            f"{target} holds other files and no {marker}: it is not replaced", "choose another place with -o"
         )
 
 

@@ -165,7 +165,7 @@ class Group(_ErrorHandling, click.Group):
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             guess = did_you_mean(name, self.list_commands(ctx))
             hint = f"{guess}`{ctx.command_path} --help` lists the commands."
-            raise UsageError(f"there is no command {ctx.command_path} {name}", hint)
+            raise UsageError(f"there is no command {name!r}", hint)
         return super().resolve_command(ctx, args)
 
     command_class = Command

@@ -166,7 +166,7 @@ def command(
     what is checked. Exit code 3 if a difference exceeds a limit.
     """
     if checked:
-        _check(bundle or the_only_bundle(click.get_current_context()), backend or "auto", precision, as_json)
+        _check(bundle or the_only_bundle(), backend or "auto", precision, as_json)
         return
     if backend or precision:
         raise click.UsageError("--backend and --precision can only be given with --check.")

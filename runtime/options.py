@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,17 +55,14 @@ def bundles() -> list[Path]:
     return sorted(path for path in found if not path.name.startswith("."))
 
 
-def the_only_bundle(ctx: click.Context) -> Path:
-    """What stands for a BUNDLE that was left out; it is named on stderr. Raises UsageError without one."""
+def the_only_bundle() -> Path:
+    """What stands for a BUNDLE that was left out; it is named on stderr. Raises UsageError for several."""
     found = bundles()
     if len(found) != 1:
-        what = f"and there are {len(found)}" if found else "and there is none"
-        hint = (
-            f"{_what_there_is(found)} Type, for example: {ctx.command_path} {found[0].name}"
-            if found
-            else MAKE
-        )
-        raise UsageError(f"without BUNDLE the only bundle under {BUILD}/ is taken, {what}", hint)
+        names = ", ".join(path.name for path in found)
+        hint = f"Add one of these names to the command: {names}." if found else MAKE
+        how_many = f"{len(found)} bundles" if found else "no bundle"
+        raise UsageError(f"BUNDLE is missing, and there is no default: {BUILD}/ has {how_many}", hint)
     click.echo(f"bundle: {found[0]}", err=True)
     return found[0]
 
@@ -91,7 +88,7 @@ def _what_there_is(found: list[Path]) -> str:
 def _or_the_only(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     if value or ctx.resilient_parsing:
         return value
-    return (the_only_bundle(ctx),) if param.nargs == -1 else the_only_bundle(ctx)
+    return (the_only_bundle(),) if param.nargs == -1 else the_only_bundle()
 
 
 MAKE = "Make one with `ddexport onnx MODEL`; `ddexport models` lists the models."
@@ -137,6 +134,39 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no-verify": {"is_flag": True, "help": "Do not check the SHA-256 of the bundle's files."},
     "json": {"names": ("--json", "as_json"), "is_flag": True, "help": "Print the result as JSON."},
 }
+
+
+def comma_list(read: Callable[[str], Any], single: bool = False) -> Callable[..., Any]:
+    """A callback for words between commas: a tuple of each once, or with `single` one or None.
+
+    read: a word as what it means; its ValueError says what is wrong with the word.
+    """
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        words = [] if value is None else [word.strip() for word in value.split(",")]
+        try:
+            values = tuple(dict.fromkeys(read(word) for word in words))
+        except ValueError as error:
+            raise click.BadParameter(f"{error}.", ctx, param) from error
+        if single and len(values) > 1:
+            raise click.BadParameter(f"{value!r} is more than one.", ctx, param)
+        return (values[0] if values else None) if single else values
+
+    return callback
+
+
+def number(word: str, least: int = 1) -> int:
+    """A word of a `comma_list` as a number."""
+    if not word.isdecimal() or int(word) < least:
+        raise ValueError(f"{word!r} is not a whole number of at least {least}")
+    return int(word)
+
+
+def known(word: str, names: Iterable[str]) -> str:
+    """A word of a `comma_list` that is one of these names."""
+    if word not in names:
+        raise ValueError(f"{word!r} is not one of {', '.join(names)}")
+    return word
 
 
 def shared(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,32 +62,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 KINDS = {"parity": "parity", "fid": "image quality"}  # of reports
 FILE_OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", "teacher": "--teacher"}  # by role
 shared = partial(options.shared, options=OPTIONS)
-
-
-def comma_list(read: Callable[[str], Any], single: bool = False) -> Callable[..., Any]:
-    """A callback for words between commas: a tuple of each once, or with `single` one or None.
-
-    read: a word as what it means; its ValueError says what there is.
-    """
-
-    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
-        words = [] if value is None else [word.strip() for word in value.split(",")]
-        try:
-            values = tuple(dict.fromkeys(read(word) for word in words))
-        except ValueError as error:
-            raise click.BadParameter(f"{value!r}: {error}.", ctx, param) from error
-        if single and len(values) > 1:
-            raise click.BadParameter(f"{value!r} is more than one.", ctx, param)
-        return (values[0] if values else None) if single else values
-
-    return callback
-
-
-def number(word: str, least: int = 1) -> int:
-    """A word of a `comma_list` as a number."""
-    if not word.isdecimal() or int(word) < least:
-        raise ValueError(f"not a list of whole numbers of at least {least}, such as 1,2")
-    return int(word)
 
 
 def require_validate_extra() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ import click
 from ddexport.precision.policy import FLOAT32, HALVES, INT8, PRECISIONS
 from ddexport.quantize.policy import IMAGES
 from ddexport.runtime import console
-from ddexport.runtime.options import PATH, option, shared
+from ddexport.runtime.options import PATH, comma_list, known, option, shared
 
 EPILOG = """
 \b
@@ -25,16 +26,6 @@ Examples:
 """
 
 EMBEDDED = "the weights that ship with ddexport, if any"
-
-
-def _named_precisions(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in value.split(","))
-    for name in names:
-        if name not in PRECISIONS:
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(PRECISIONS)}.")
-        if names.count(name) > 1:
-            raise click.BadParameter(f"{name} is named twice.")
-    return names
 
 
 @click.command("onnx", cls=console.Command, epilog=EPILOG)
@@ -55,7 +46,8 @@ def _named_precisions(context: click.Context, parameter: click.Parameter, value:
         help="Export random weights with this seed, instead of checkpoints.")  # fmt: skip
 @option("-o", "--output", type=PATH, metavar="DIR", show_default="build/MODEL",
         help="Directory of the new bundle.")  # fmt: skip
-@option("--precision", "precisions", default=FLOAT32, metavar="NAME,...", callback=_named_precisions,
+@option("--precision", "precisions", default=FLOAT32, metavar="NAME,...",
+        callback=comma_list(partial(known, names=PRECISIONS)),
         help=f"Precisions of the graphs, separated by commas: {', '.join(PRECISIONS)}.")  # fmt: skip
 @option("--keep-fp32", multiple=True, metavar="PATTERN",
         help="Keep the modules with these paths, such as 'blocks.3.*', in float32 in fp16 and bf16 graphs."

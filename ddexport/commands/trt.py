@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ddexport.runtime import console
-from ddexport.runtime.options import option, shared
+from ddexport.runtime.options import comma_list, known, option, shared
 
 if TYPE_CHECKING:
     from ddexport.engine.build import Built
@@ -44,19 +45,13 @@ def _read_by(reader: str) -> Callable[[click.Context, click.Parameter, Any], Any
     return read
 
 
-def _precisions(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...]:
-    names = () if text is None else tuple(name.strip() for name in text.split(","))
-    if not set(names) <= set(PRECISIONS) or len(set(names)) < len(names):
-        raise click.BadParameter(f"{text!r} is not a list of {', '.join(PRECISIONS)}")
-    return names
-
-
 @click.command("trt", cls=console.Command, epilog=EPILOG)
 @shared("bundle")
 @option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto",
         metavar="NAME", help="Package that builds the engines: tensorrt or tensorrt-rtx. auto: tensorrt, if"
         " it is installed and there is a GPU, else tensorrt-rtx.")  # fmt: skip
-@option("--precision", "precisions", metavar="NAME,...", callback=_precisions, show_default="fp16",
+@option("--precision", "precisions", metavar="NAME,...", show_default="fp16",
+        callback=comma_list(partial(known, names=PRECISIONS)),
         help="Precisions of the engines, separated by commas: fp32, fp16, bf16.")  # fmt: skip
 @option("--role", "roles", multiple=True, type=click.Choice(["student", "decoder"]), metavar="ROLE",
         show_default="both", help="Graphs to build: student or decoder. Can be repeated.")  # fmt: skip

@@ -11,8 +11,8 @@ import click
 
 from ddexport.runtime import console
 from ddexport.runtime.errors import BackendError, DDError, VerificationError
-from ddexport.runtime.options import PATH, option
-from ddexport.validate.options import comma_list, number, shared
+from ddexport.runtime.options import PATH, comma_list, known, number, option
+from ddexport.validate.options import shared
 
 if TYPE_CHECKING:
     from ddexport.validate.bench.plan import Request
@@ -31,24 +31,16 @@ Examples:
 
 
 def _steps(word: str) -> int | str:
-    if word != TEACHER and (not word.isdecimal() or int(word) < 1):
-        raise ValueError(f"steps are numbers from 1 on, and {TEACHER}")
-    return word if word == TEACHER else int(word)
+    return word if word == TEACHER else number(word)
 
 
 def _backend(word: str) -> str:
     from ddexport.validate.bench.plan import backend_names
 
-    return _known(word, backend_names())
+    return known(word, backend_names())
 
 
-def _known(word: str, names: Sequence[str]) -> str:
-    if word not in names:
-        raise ValueError(f"there is: {', '.join(names)}")
-    return word
-
-
-_precision = partial(_known, names=("fp32", "fp16", "bf16", "int8"))
+_precision = partial(known, names=("fp32", "fp16", "bf16", "int8"))
 
 
 @click.command("bench", cls=console.Command, epilog=EPILOG)

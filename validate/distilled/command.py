@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ddexport.runtime import console
-from ddexport.runtime.options import option
-from ddexport.validate.options import comma_list, number, shared
+from ddexport.runtime.options import comma_list, number, option
+from ddexport.validate.options import shared
 
 if TYPE_CHECKING:
     from ddexport.distill.data import DataSet

@@ -10,11 +10,9 @@ import click
 
 from ddexport.runtime import console
 from ddexport.runtime.errors import DDError
-from ddexport.runtime.options import PATH, POSITIVE, option
+from ddexport.runtime.options import PATH, POSITIVE, comma_list, number, option
 from ddexport.validate.options import (
-    comma_list,
     conclude,
-    number,
     report_directory,
     require_validate_extra,
     shared,
