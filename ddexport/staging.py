@@ -59,7 +59,7 @@ def staged_directory(
         free = shutil.disk_usage(staging).free
         if free < needed_bytes:
             raise OutputError(
-                f"{staging.parent} has {free / 2**30:.1f} GiB of room,"
+                f"{staging.parent} has {free / 2**30:.1f} GiB of free space,"
                 f" about {needed_bytes / 2**30:.1f} GiB are needed",
                 "free some space, or choose another place with -o",
             )

@@ -250,12 +250,9 @@ class TestMistakes:
         text = failure(onnx(student=path))
         assert "damaged or not a checkpoint (50,000 bytes)" in text and "download it again" in text
 
-    def test_a_place_that_cannot_be_written(self, onnx: Run, tmp_path: Path) -> None:
+    def test_a_place_that_is_taken(self, onnx: Run, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         assert "cannot write" in failure(onnx("-o", tmp_path / "file" / "b"))
-
-    def test_a_place_with_other_files(self, onnx: Run, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
         assert "holds other files" in failure(onnx("-o", tmp_path, "--force"))
         assert (tmp_path / "file").exists()
 
