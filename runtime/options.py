@@ -93,47 +93,30 @@ def _or_the_only(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 
 MAKE = "Make one with `ddexport onnx MODEL`; `ddexport models` lists the models."
 BUNDLE = f"A bundle directory, or the name of one under {BUILD}/."
+# fmt: off
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "bundle": {
-        "type": _Bundle(path_type=Path),
-        "required": False,
-        "callback": _or_the_only,
-        "help": f"{BUNDLE}  [default: the only one there]",
-    },
+    "bundle": {"type": _Bundle(path_type=Path), "required": False, "callback": _or_the_only,
+               "help": f"{BUNDLE}  [default: the only one there]"},
     "model": {"help": "A recipe: its name in `ddexport models`, or a recipe file (YAML)."},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
-    "backend": {
-        "metavar": "NAME",
-        "default": "auto",
-        "help": "Inference engine: onnxruntime, openvino or tensorrt. auto: the best one that runs here.",
-    },
-    "device": {
-        "names": ("--device", "--provider", "device"),
-        "metavar": "NAME",
-        "show_default": "the engine's choice",
-        "help": "Device of the inference engine: cpu, cuda or cuda:N.",
-    },
-    "precision": {
-        "metavar": "NAME",
-        "show_default": "that of the TensorRT engines if they run, else the bundle's first",
-        "help": "Precision to compute in: fp32, fp16, bf16 or int8.",
-    },
-    "threads": {
-        "type": POSITIVE,
-        "metavar": "N",
-        "show_default": "the engine's choice",
-        "help": "Number of CPU threads.",
-    },
-    "seed": {
-        "type": click.IntRange(0, 2**64 - 1),
-        "metavar": "N",
-        "default": 0,
-        "help": "Seed of the random noise.",
-    },
+    "backend": {"metavar": "NAME", "default": "auto",
+                "help": "Inference engine: onnxruntime, openvino or tensorrt. auto: the best one that runs"
+                " here."},
+    "device": {"names": ("--device", "--provider", "device"), "metavar": "NAME",
+               "show_default": "the engine's choice",
+               "help": "Device of the inference engine: cpu, cuda or cuda:N."},
+    "precision": {"metavar": "NAME",
+                  "show_default": "that of the TensorRT engines if they run, else the bundle's first",
+                  "help": "Precision to compute in: fp32, fp16, bf16 or int8."},
+    "threads": {"type": POSITIVE, "metavar": "N", "show_default": "the engine's choice",
+                "help": "Number of CPU threads."},
+    "seed": {"type": click.IntRange(0, 2**64 - 1), "metavar": "N", "default": 0,
+             "help": "Seed of the random noise."},
     "no-verify": {"is_flag": True, "help": "Do not check the SHA-256 of the bundle's files."},
     "json": {"names": ("--json", "as_json"), "is_flag": True, "help": "Print the result as JSON."},
 }
+# fmt: on
 
 
 def comma_list(read: Callable[[str], Any], single: bool = False) -> Callable[..., Any]:

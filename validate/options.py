@@ -17,48 +17,27 @@ if TYPE_CHECKING:
     from ddexport.validate.report import Report
 
 MADE_FROM = "Needed if the bundle was exported from such a file."
+# fmt: off
 OPTIONS: dict[str, dict[str, Any]] = {
     **options.OPTIONS,
-    "images": {
-        "type": POSITIVE,
-        "metavar": "N",
-        "show_default": "the recipe's, or 8",
-        "help": "Number of images.",
-    },
-    "batch": {
-        "type": click.IntRange(min=2),
-        "metavar": "N",
-        "default": 8,
-        "help": "Largest number of images per batch.",
-    },
-    "emulate": {
-        "names": ("--emulate/--no-emulate",),
-        "default": None,
-        "show_default": "--emulate on the CPU",
-        "help": "Emulate fp16 and bf16: round the result of every operator, as engines for half precision do."
-        " --no-emulate runs the graphs in the engine itself.",
-    },
+    "images": {"type": POSITIVE, "metavar": "N", "show_default": "the recipe's, or 8",
+               "help": "Number of images."},
+    "batch": {"type": click.IntRange(min=2), "metavar": "N", "default": 8,
+              "help": "Largest number of images per batch."},
+    "emulate": {"names": ("--emulate/--no-emulate",), "default": None, "show_default": "--emulate on the CPU",
+                "help": "Emulate fp16 and bf16: round the result of every operator, as engines for half"
+                " precision do. --no-emulate runs the graphs in the engine itself."},
     "checkpoint": {"type": PATH, "metavar": "PATH", "help": f"Weights of the student. {MADE_FROM}"},
     "vae": {"type": PATH, "metavar": "PATH", "help": f"Weights of the tokenizer. {MADE_FROM}"},
     "teacher": {"type": PATH, "metavar": "PATH", "help": f"Weights of the teacher. {MADE_FROM}"},
-    "weights": {
-        "metavar": "NAME",
-        "show_default": "the one that was exported",
-        "help": "State dict to load from a checkpoint that has several.",
-    },
-    "torch-device": {
-        "names": ("--device",),
-        "metavar": "NAME",
-        "default": "cpu",
-        "help": "Device of the PyTorch model: cpu, cuda or cuda:N.",
-    },
-    "report": {
-        "type": PATH,
-        "metavar": "DIR",
-        "show_default": "BUNDLE/parity",
-        "help": "Directory to write the report to.",
-    },
+    "weights": {"metavar": "NAME", "show_default": "the one that was exported",
+                "help": "State dict to load from a checkpoint that has several."},
+    "torch-device": {"names": ("--device",), "metavar": "NAME", "default": "cpu",
+                     "help": "Device of the PyTorch model: cpu, cuda or cuda:N."},
+    "report": {"type": PATH, "metavar": "DIR", "show_default": "BUNDLE/parity",
+               "help": "Directory to write the report to."},
 }
+# fmt: on
 KINDS = {"parity": "parity", "fid": "image quality"}  # of reports
 FILE_OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", "teacher": "--teacher"}  # by role
 shared = partial(options.shared, options=OPTIONS)
