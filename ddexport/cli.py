@@ -32,14 +32,18 @@ def _commands() -> dict[str, EntryPoint]:
 EPILOG = """
 \b
 Examples:
-  ddexport onnx --model digits-var
-  ddexport sample build/digits-var -n 4 -o digits.png
-  ddexport validate parity build/digits-var
-  ddexport onnx --model var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
+  ddexport onnx digits-var
+  ddexport sample digits-var -n 4 -o digits.png
+  ddexport validate parity digits-var
+  ddexport onnx var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
 """
 
 
 @click.group(cls=EntryPointGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="ddexport")
 def main() -> None:
-    """Deploy Distilled Decoding models: images from auto-regressive models in one or two steps."""
+    """Export and run Distilled Decoding models: auto-regressive image models that need one or two steps.
+
+    MODEL is a recipe, by its name in `ddexport models` or by its file. BUNDLE is a directory that `ddexport
+    onnx` wrote, with the ONNX graphs of a model, or its name under build/.
+    """

@@ -124,12 +124,11 @@ def check_precisions(precisions: Sequence[str], recipe: Recipe) -> None:
         if precision not in PRECISIONS:
             raise PrecisionError(f"there is no precision {precision!r}", f"there is: {known}")
         if list(precisions).count(precision) > 1:
-            raise PrecisionError(f"the precision {precision} is named twice", "name each once")
+            raise PrecisionError(f"the precision {precision} is named twice", "name each precision once")
         if precision != FLOAT32 and recipe.parity.limits(precision) is None:
-            page = INT8 if precision == INT8 else "precision"
             raise PrecisionError(
                 f"recipe {recipe.name} states no parity limits for {precision}",
-                f"state them under parity.{precision}; docs/{page}.md shows how they are found",
+                f"state them under parity.{precision}; docs/export.md explains how to find them",
             )
     if not precisions:
         raise PrecisionError("no precision is named", f"there is: {known}")

@@ -6,7 +6,6 @@ error that names the key, so that a typing mistake never becomes a silently diff
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import msgspec
 
 from ddexport.runtime.bundle import Schedule, SequenceSize, schedule_fault
-from ddexport.runtime.errors import DDError
+from ddexport.runtime.errors import DDError, did_you_mean
 from ddexport.runtime.records import Natural, Positive, Record, convert
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class Source(Record, frozen=True):
 
 
 class Limits(Record, frozen=True):
-    """What `validate parity` allows in one precision; docs/parity.md says what each holds.
+    """What `validate parity` allows in one precision; docs/validation.md says what each holds.
 
     token_margin: a difference of one logit. logits_rms: of all. tokens_differing: share of the tokens
     decided. histogram_bias: total variation of the mean probabilities of the tokens. embedding_error: rms
@@ -88,7 +87,7 @@ class Limits(Record, frozen=True):
 
 
 class FidLimits(Record, frozen=True):
-    """What `validate fid` allows in one precision (docs/image-quality.md).
+    """What `validate fid` allows in one precision (docs/validation.md).
 
     `difference`: of the two Frechet distances to the reference set. `distance`: paired feature distance over
     that of unrelated images. `changed`: share of images that differ visibly. None: shown, but not held.
@@ -164,13 +163,13 @@ class Recipe(Record, frozen=True):
         starts = () if self.teacher is None or "teacher" not in self.files else None
         for steps, schedule in self.schedules.items():
             if not re.fullmatch("[1-9][0-9]{0,8}", steps):
-                raise ValueError(f"schedules.{steps} is no number of steps")
+                raise ValueError(f"schedules.{steps} is not a number of steps")
             if fault := schedule_fault(int(steps), schedule, length, starts):
                 raise ValueError(f"schedules.{steps}{fault}")
         for role in (*ROLES[:2], *self.files):
             source = self.files.get(role)
             if role not in ROLES:
-                raise ValueError(f"files.{role} is none of {', '.join(ROLES)}")
+                raise ValueError(f"files.{role} is not one of {', '.join(ROLES)}")
             if source is None or not (source.embedded or (source.option and source.file)):
                 raise ValueError(f"files.{role} must say where its weights are: option and file, or embedded")
 
@@ -192,7 +191,7 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe called `name`, or the one in the YAML file at that path. Raises `RecipeError`."""
+    """The recipe called `name`, in any case, or the one in that YAML file. Raises `RecipeError`."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
@@ -200,12 +199,11 @@ def load_recipe(name: str) -> Recipe:
                 f"no recipe file at {name}", "give a path to a YAML file, or a name of `ddexport models`"
             )
         return _parse(path.read_bytes(), name)
-    names = recipe_names()
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        guess = f"did you mean {near[0]}? " if near else ""
-        raise RecipeError(f"there is no model called {name}", f"{guess}models: {', '.join(names)}")
-    return _parse((resources.files("ddexport.recipes") / f"{name}.yaml").read_bytes(), f"{name}.yaml")
+    names, wanted = recipe_names(), name.lower()
+    if wanted not in names:
+        hint = f"{did_you_mean(name, names)}There is: {', '.join(names)}; or give a recipe file (YAML)."
+        raise RecipeError(f"there is no model called {name}", hint)
+    return _parse((resources.files("ddexport.recipes") / f"{wanted}.yaml").read_bytes(), f"{wanted}.yaml")
 
 
 def class_names(recipe: Recipe) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def roles_of(recipe: Recipe, request: WeightRequest) -> tuple[str, ...]:
         return ALWAYS
     if source is None or recipe.teacher is None:
         raise RecipeError(
-            f"recipe {recipe.name} does not say how its teacher draws",
+            f"recipe {recipe.name} has no sampling settings for its teacher",
             "state files.teacher and teacher: {cfg, top_k, top_p, temperature}",
         )
     return (*ALWAYS, TEACHER)
@@ -82,7 +82,7 @@ def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, Path]:
         raise MissingWeightsError(
             f"{recipe.name} needs " + " and ".join(f"{s.file}{_published_at(s)}" for s in missing),
             f"download and give {' '.join(f'{s.option} {s.file}' for s in missing)};"
-            " or try the pipeline without them: --random-weights 0",
+            " or try the export without them: --random-weights 0",
         )
     return paths
 

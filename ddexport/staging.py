@@ -59,9 +59,9 @@ def staged_directory(
         free = shutil.disk_usage(staging).free
         if free < needed_bytes:
             raise OutputError(
-                f"{staging.parent} has {free / 2**30:.1f} GiB of room,"
+                f"{staging.parent} has {free / 2**30:.1f} GiB of free space,"
                 f" about {needed_bytes / 2**30:.1f} GiB are needed",
-                "make room, or choose another place with -o",
+                "free some space, or choose another place with -o",
             )
         yield staging
         check_target(target, replace, marker)  # somebody may have made it in the meantime
@@ -71,7 +71,9 @@ def staged_directory(
             _swap(target, staging)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"no space left while writing {target}", "make room, or use -o") from error
+            raise OutputError(
+                f"no space left while writing {target}", "free some space, or choose another place with -o"
+            ) from error
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -82,14 +84,16 @@ def check_target(target: Path, replace: bool, marker: str | None) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise OutputError(f"{target} is a file, not a directory", "use -o for another place")
+        raise OutputError(f"{target} is a file, not a directory", "choose another place with -o")
     if not _content(target):
         return
     if not replace:
-        raise OutputError(f"{target} exists already", "use --force to replace it, or -o for another place")
+        raise OutputError(
+            f"{target} exists already", "use --force to replace it, or choose another place with -o"
+        )
     if marker and not (target / marker).exists():
         raise OutputError(
-            f"{target} holds other files and no {marker}: it is not replaced", "use -o for another place"
+            f"{target} holds other files and no {marker}: it is not replaced", "choose another place with -o"
         )
 
 

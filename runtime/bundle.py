@@ -74,9 +74,7 @@ class Schedule(Record, frozen=True, kw_only=True):
     def with_teacher_start(self, teacher: Teacher | None, start: int) -> Schedule:
         """The schedule with a teacher that starts at another position. Raises ScheduleError if it cannot."""
         if self.teacher is None or teacher is None:
-            raise ScheduleError(
-                "teacher_start is for schedules that involve the teacher", "Choose other steps."
-            )
+            raise ScheduleError("teacher_start needs a schedule that uses the teacher", "Choose other steps.")
         starts = [number for number in teacher.starts if number < self.teacher.end]
         if start not in starts:
             have = ", ".join(map(str, starts)) if len(starts) <= SHOWN_STARTS else f"0 to {starts[-1]}"
@@ -256,7 +254,9 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
             return Schedule(known=(), teacher=Span(start=0, end=self.sequence.length))
         if isinstance(steps, (bool, str)) or steps not in self.schedules:
             have = ", ".join([str(n) for n in sorted(self.schedules)] + ([TEACHER] if self.teacher else []))
-            raise ScheduleError(f"{self.name} has no schedule of {steps} steps", f"It can draw in: {have}.")
+            raise ScheduleError(
+                f"{self.name} has no schedule of {steps} steps", f"It has schedules of: {have}."
+            )
         return self.schedules[steps]
 
     def number_of_steps(self, schedule: Schedule) -> int:
@@ -349,14 +349,17 @@ def read_manifest(directory: str | Path, verify: bool = True) -> Manifest:
     root = Path(directory)
     path = root / FILE_NAME
     if not path.is_file():
-        what = "has no bundle.json" if root.is_dir() else "is no directory" if root.exists() else "not found"
+        what = (
+            "has no bundle.json" if root.is_dir() else "is not a directory" if root.exists() else "not found"
+        )
         raise BundleError(
-            f"not a bundle: {root} {what}", "Make one with: ddexport onnx --model NAME -o DIRECTORY"
+            f"not a bundle: {root} {what}",
+            "Make one with `ddexport onnx MODEL`; `ddexport models` lists the models.",
         )
     content = read_json(path)
     schema = content.get("schema") if isinstance(content, dict) else None
     if isinstance(schema, int) and schema != SCHEMA:
-        again = f"Export it again: ddexport onnx --model NAME -o {root} --force"
+        again = f"Export it again: ddexport onnx MODEL -o {root} --force"
         remedy = "Upgrade: pip install --upgrade ddexport" if schema > SCHEMA else again
         raise BundleError(f"the bundle has schema {schema}, and this runtime reads {SCHEMA}", remedy)
     manifest = convert(Manifest, content, FILE_NAME, hint=DAMAGED)

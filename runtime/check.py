@@ -19,7 +19,7 @@ from ddexport.runtime.errors import BundleError, VerificationError
 from ddexport.runtime.pipeline import Pipeline
 
 FILE = "parity/golden.npz"
-MAKE = "Make it where the bundle was exported: ddexport validate parity BUNDLE"
+MAKE = "Make it on the machine where the bundle was exported: ddexport validate parity BUNDLE"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _check(pipe: Pipeline, golden: Golden, steps: str, limits: dict[str, float])
     tokens = np.concatenate([result.steps[-1].tokens for result in results])
     images = np.concatenate([np.asarray(result.images) for result in results])
     if tokens.shape != wanted.shape or images.shape != pictures.shape:
-        raise VerificationError(f"in {steps} steps the bundle draws other shapes than {FILE}", MAKE)
+        raise VerificationError(f"in {steps} steps the shapes are not those of {FILE}", MAKE)
     same = (tokens == wanted).all(axis=1)
     share, left_out = float((tokens != wanted).mean()), int((~same).sum())
     errors = (images[same].astype(np.float64) - pictures[same]) / 255
@@ -110,7 +110,7 @@ def _check(pipe: Pipeline, golden: Golden, steps: str, limits: dict[str, float])
     # Of eight images one may always be left out: that is rounding's share, not a fault's.
     most = max(1, int(limits["images_left_out"] * len(same)))
     rules = (
-        (left_out <= most, f"tokens of {left_out} images differ, at most {most} may"),
+        (left_out <= most, f"tokens differ in {left_out} images, limit {most}"),
         (left_out < len(same), "no image could be compared"),
         (psnr >= limits["pixel_psnr"], f"PSNR {psnr:.1f} dB, limit {limits['pixel_psnr']:g}"),
         (largest <= limits["image_max"], f"8-bit difference {largest}, limit {limits['image_max']:g}"),

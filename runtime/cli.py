@@ -13,6 +13,7 @@ import click
 
 from ddexport.runtime import console
 from ddexport.runtime.errors import LabelError
+from ddexport.runtime.options import PATH, POSITIVE, option, shared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,64 +24,62 @@ if TYPE_CHECKING:
 
 FEW_CLASSES = 10
 SHOWN_CLASSES = 8
-_PATH = click.Path(path_type=Path)
-_POSITIVE = click.IntRange(min=1)
 
 EPILOG = """
 \b
 Examples:
-  ddexport sample build/var-d16 --label 207 --label "ice bear" --steps 2 -n 4
-  ddexport sample build/digits-var --steps 3 --guidance-scale 1.5 --top-p 0.9
-  ddexport sample build/digits-var --steps teacher --top-k 1 --dump teacher.npz
+  ddexport sample digits-var
+  ddexport sample digits-var --label seven --steps 2 -n 16 -o seven.png
+  ddexport sample digits-var --steps 3 --guidance-scale 1.5 --top-p 0.9 -o three-steps.png
+  ddexport sample digits-var --steps teacher --top-k 1 -o teacher.png --dump teacher.npz
+  ddexport sample build/var-d16 --label 207 --label "ice bear" -n 4 -o dogs-and-bears/
 """
 
 
 def _steps(ctx: click.Context, param: click.Parameter, value: Any) -> int | str | None:
     """A number of steps, or "teacher"."""
-    return value if value in (None, "teacher") else int(_POSITIVE.convert(value, param, ctx))
+    return value if value in (None, "teacher") else int(POSITIVE.convert(value, param, ctx))
 
 
 @click.command(name="sample", cls=console.Command, epilog=EPILOG)
-@click.argument("bundle", type=_PATH)
-@click.option(
-    "--label", "labels", multiple=True, metavar="CLASS", help="A class by number or name; repeatable."
-)
-@click.option("--steps", callback=_steps, metavar="N|teacher",
-              help="One of the bundle's schedules, or the whole teacher.  [default: the fewest]")  # fmt: skip
-@click.option("--teacher-start", type=click.IntRange(min=0), metavar="P",
-              help="The position at which the teacher starts.  [default: the schedule's]")  # fmt: skip
-@click.option("--guidance-scale", "--cfg", "guidance_scale", type=float, metavar="X",
-              help="The teacher's guidance.  [default: the bundle's]")  # fmt: skip
-@click.option(
-    "--top-k", type=_POSITIVE, metavar="N", help="Tokens it can draw; 1 is greedy.  [default: the bundle's]"
-)
-@click.option("--top-p", type=float, metavar="P", help="Their mass.  [default: the bundle's]")
-@click.option("--temperature", type=float, metavar="T", help="Of its logits.  [default: the bundle's]")
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), metavar="N", default=0,
-              help="The seed of the noise.  [default: 0]")  # fmt: skip
-@click.option(
-    "-n", "--num-images", type=_POSITIVE, metavar="N", default=1, help="Images a label.  [default: 1]"
-)
-@click.option("--backend", metavar="NAME", default="auto", help="The engine.  [default: the best that fits]")
-@click.option("--device", "--provider", "device", metavar="NAME",
-              help="cpu, cuda or cuda:N.  [default: any]")  # fmt: skip
-@click.option("--threads", type=_POSITIVE, metavar="N", help="Of the CPU.  [default: the engine's choice]")
-@click.option("--precision", metavar="NAME",
-              help="Of the arithmetic.  [default: the engine's, else the bundle's first]")  # fmt: skip
-@click.option("--batch-size", type=_POSITIVE, metavar="N", help="Images at once.  [default: by their size]")
-@click.option(
-    "--noise", type=_PATH, metavar="NPZ", help="Replay `noise`, and `labels` and `uniforms` if it has them."
-)
-@click.option("--dump", type=_PATH, metavar="NPZ", help="Write labels, noise, tokens, sequences and images.")
-@click.option("-o", "--output", default="out.png", show_default=True, metavar="PATH",
-              help="A picture of all images, or a directory for one file an image.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("--list-labels", is_flag=True, help="Print the classes of the bundle and stop.")
-@click.option("--no-verify", is_flag=True, help="Do not compare the files' SHA-256 with the manifest's.")
+@shared("bundle")
+@option("--label", "labels", multiple=True, metavar="CLASS",
+        show_default=f"all classes if there are at most {FEW_CLASSES}, else {SHOWN_CLASSES} of them",
+        help="Class to generate, by number or by name. Can be repeated.")  # fmt: skip
+@option("--steps", callback=_steps, metavar="N|teacher", show_default="the fewest",
+        help="Number of steps; `ddexport inspect` lists those that the bundle has. teacher: all steps of the"
+        " auto-regressive model.")  # fmt: skip
+@option("--teacher-start", type=click.IntRange(min=0), metavar="POSITION", show_default="as in the schedule",
+        help="First token position that the teacher draws.")  # fmt: skip
+@option("--guidance-scale", "--cfg", "guidance_scale", type=float, metavar="X", show_default="the bundle's",
+        help="Scale of the teacher's classifier-free guidance.")  # fmt: skip
+@option("--top-k", type=POSITIVE, metavar="K", show_default="the bundle's",
+        help="The teacher draws from the K most probable tokens. 1: it always takes the most probable"
+        " one.")  # fmt: skip
+@option("--top-p", type=float, metavar="P", show_default="the bundle's",
+        help="Nucleus sampling: the teacher draws from the fewest tokens whose probabilities add up to"
+        " P.")  # fmt: skip
+@option("--temperature", type=float, metavar="T", show_default="the bundle's",
+        help="Divides the teacher's logits.")  # fmt: skip
+@shared("seed")
+@option("-n", "--num-images", type=POSITIVE, metavar="N", default=1, help="Number of images per label.")
+@shared("backend", "device", "threads", "precision")
+@option("--batch-size", type=POSITIVE, metavar="N", show_default="chosen by the image size",
+        help="Number of images per batch.")  # fmt: skip
+@option("--noise", type=PATH, metavar="FILE.npz",
+        help="Use the noise in this file instead of a seed, and its labels and uniform numbers if it has"
+        " any. --dump writes such a file.")  # fmt: skip
+@option("--dump", type=PATH, metavar="FILE.npz",
+        help="Also write labels, noise, tokens, sequences and images to this file.")  # fmt: skip
+@option("-o", "--output", default="out.png", metavar="PATH",
+        help="File for one picture of all images, or directory for one file per image.")  # fmt: skip
+@shared("json")
+@option("--list-labels", is_flag=True, help="Print the classes of the bundle and exit.")
+@shared("no-verify")
 @console.debug_option
 @click.pass_context
 def command(ctx: click.Context, /, as_json: bool, list_labels: bool, **options: Any) -> None:
-    """Draw images from BUNDLE, a directory made by `ddexport onnx`."""
+    """Generate images with BUNDLE."""
     if list_labels:
         print_labels(options["bundle"], as_json)
         return
@@ -124,8 +123,8 @@ def sample(
     replay = read_noise(noise) if noise else Replay(None, None, None)
     if replay.labels is not None and (labels or num_images != 1):
         raise LabelError(
-            f"{noise} brings its own labels, so neither --label nor -n can be given with it",
-            "Leave them out, or take `labels` out of the file.",
+            f"{noise} has labels of its own, so --label and -n cannot be used with it",
+            "Leave them out, or remove `labels` from the file.",
         )
     began = time.perf_counter()
     with console.stage(f"loading {bundle}", keep=False):
@@ -139,10 +138,10 @@ def sample(
             sampling["uniforms"] = replay.uniforms
         seeded = noise is None or (schedule.teacher is not None and replay.uniforms is None)
         if seed is not None and not seeded:
-            raise click.UsageError("--noise brings all that a seed would give: leave out --seed.")
+            raise click.UsageError("--noise takes the place of --seed: give one of them.")
         image = pipe.manifest.image
         columns = 0 if into_directory else grid_columns(len(numbers), num_images, image.width, image.height)
-        with console.progress(len(numbers) * num_images * passes, "drawing, in passes") as bar:
+        with console.progress(len(numbers) * num_images * passes, "generating, model calls") as bar:
             batches = pipe.stream(
                 numbers,
                 steps,
@@ -181,7 +180,7 @@ def report_line(report: dict[str, Any]) -> str:
     image = console.duration(sum(parts.values()) / report["images"])
     return (
         f"{report['output']}: {_count(report['images'], 'image')} in {_count(report['steps'], 'step')}; "
-        f"{times}, {image} an image; {engine}"
+        f"{times}, {image} per image; {engine}"
     )
 
 

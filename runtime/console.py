@@ -20,7 +20,8 @@ from typing import Any, Generic, TypeVar, overload
 
 import click
 
-from ddexport.runtime.errors import DDError
+from ddexport.runtime.errors import DDError, UsageError, did_you_mean
+from ddexport.runtime.options import Argument
 
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader left, as in `ddexport models | head -1`
@@ -33,6 +34,7 @@ EXTRAS = {  # the extra of the project that brings a package
     "openvino": "openvino",
     "mlxtend": "distill",
 }
+NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())  # click before 8.2 shows the help itself
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -54,7 +56,7 @@ def debug_option(function: F) -> F:
         expose_value=False,
         is_eager=True,
         callback=switch_on,
-        help="Show the traceback of an error, and more logs.",
+        help="Show the traceback of an error, and more log messages.",
     )
     return option(function)
 
@@ -82,6 +84,17 @@ class _ErrorHandling(click.Command):
         with _logging_to_stderr():
             sys.exit(_exit_code(run))
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The arguments with their help texts, then the options."""
+        rows = [(p.human_readable_name, p.help or "") for p in self.params if isinstance(p, Argument)]
+        if rows:
+            with formatter.section("Arguments"):
+                formatter.write_dl(rows)
+        super().format_options(ctx, formatter)
+
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Nothing more: click from 8.5 on would show them a second time."""
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -99,8 +112,13 @@ def _exit_code(run: Callable[[], Any]) -> int:
     except click.exceptions.Abort:
         click.echo("interrupted", err=True)
         return INTERRUPTED
-    except click.ClickException as error:
-        error.show()
+    except click.UsageError as error:
+        if error.ctx is None or isinstance(error, NO_ARGUMENTS):
+            error.show()
+        else:
+            show_error(
+                DDError(error.format_message(), f"`{error.ctx.command_path} --help` shows the options.")
+            )
         return error.exit_code
     except BrokenPipeError:
         _close_stdout()
@@ -138,6 +156,17 @@ class Command(_ErrorHandling):
 
 class Group(_ErrorHandling, click.Group):
     """A click group with the project's errors and exit codes: `@click.group(cls=console.Group)`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, with a suggestion for a command that there is not."""
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            guess = did_you_mean(name, self.list_commands(ctx))
+            hint = f"{guess}`{ctx.command_path} --help` lists the commands."
+            raise UsageError(f"there is no command {name!r}", hint)
+        return super().resolve_command(ctx, args)
 
     command_class = Command
 

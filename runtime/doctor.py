@@ -11,6 +11,7 @@ import click
 
 from ddexport.runtime import console, machine
 from ddexport.runtime.errors import BundleError, VerificationError
+from ddexport.runtime.options import BUNDLE, option, shared, the_only_bundle
 
 WIDTH = 16
 PACKAGES = {  # distribution -> the module that must import, and the extra that brings it
@@ -121,7 +122,9 @@ def _bundle_lines(bundle: dict[str, Any]) -> Iterator[str]:
         reason = f": {configuration['reason']}" if configuration["reason"] else ""
         yield f"    {mark}  {configuration['name']}{reason}"
     if bundle["by_name"]:
-        yield _row("by name", "; ".join(bundle["by_name"]) + "  (with --backend and --precision)")
+        yield _row(
+            "also possible", "; ".join(bundle["by_name"]) + "  (choose with --backend and --precision)"
+        )
 
 
 def _heading(text: str) -> Iterator[str]:
@@ -137,35 +140,36 @@ EPILOG = """
 \b
 Examples:
   ddexport doctor
-  ddexport doctor build/var-d16 --json
-  ddexport doctor build/var-d16 --check --backend openvino --precision int8
+  ddexport doctor digits-var
+  ddexport doctor digits-var --check --backend openvino --precision int8
 """
 
 
 @click.command(name="doctor", cls=console.Command, epilog=EPILOG)
-@click.argument("bundle", required=False, type=click.Path(path_type=Path))
-@click.option(
-    "--check", "checked", is_flag=True, help="Draw what PyTorch drew (parity/golden.npz), and compare."
-)
-@click.option("--backend", metavar="NAME", help="The engine to check.  [default: auto]")
-@click.option("--precision", metavar="NAME", help="The precision to check.  [default: the engine's]")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@shared("bundle", callback=None, help=f"{BUNDLE}  [default: none; with --check the only one there]")
+@option("--check", "checked", is_flag=True,
+        help="Generate the images in parity/golden.npz of the bundle, and compare them with those of the"
+        " PyTorch model.")  # fmt: skip
+@shared("backend", default=None, show_default="auto")
+@shared("precision", "json")
 @console.debug_option
 def command(
     bundle: Path | None, checked: bool, backend: str | None, precision: str | None, as_json: bool
 ) -> None:
-    """Say what this machine has to run bundles with, and what BUNDLE would run on and why.
+    """Show which inference engines work on this machine.
 
-    Ends with 1 if the bundle is bad, else with 0, whatever is missing. With --check the bundle draws instead
-    what PyTorch drew when its parity was proven, without PyTorch: exit code 3 if a limit is passed.
+    With BUNDLE it also lists the engines and precisions that can run the bundle, and why others cannot. A
+    damaged bundle ends with exit code 1, a missing package does not.
+
+    With --check it generates images with the bundle instead, and compares them with those that `ddexport
+    validate parity` stored from the PyTorch model. PyTorch is not needed. --backend and --precision choose
+    what is checked. Exit code 3 if a difference exceeds a limit.
     """
     if checked:
-        if bundle is None:
-            raise click.UsageError("--check needs a BUNDLE.")
-        _check(bundle, backend or "auto", precision, as_json)
+        _check(bundle or the_only_bundle(), backend or "auto", precision, as_json)
         return
     if backend or precision:
-        raise click.UsageError("--backend and --precision belong to --check.")
+        raise click.UsageError("--backend and --precision can only be given with --check.")
     diagnosis = diagnose(bundle)
     if as_json:
         console.emit_json(diagnosis)
@@ -184,7 +188,7 @@ def _check(bundle: Path, backend: str, precision: str | None, as_json: bool) -> 
 
     golden = read_golden(bundle)
     with load(bundle, backend, precision=precision) as pipe:
-        what = f"drawing {len(golden.seeds)} images in {len(golden.steps)} schedules"
+        what = f"generating {len(golden.seeds)} images in {len(golden.steps)} schedules"
         with console.stage(what, keep=False):
             checks = check(pipe, golden)
         name = f"{pipe.backend.name} in {pipe.precision}"
@@ -195,8 +199,8 @@ def _check(bundle: Path, backend: str, precision: str | None, as_json: bool) -> 
     failed = [row.steps for row in checks if row.faults]
     if failed:
         raise VerificationError(
-            f"{name} does not draw what PyTorch drew, in steps: {', '.join(failed)}",
-            "Try another --backend or --precision; `validate parity` says more, where PyTorch is.",
+            f"{name} does not generate the images of PyTorch, in steps: {', '.join(failed)}",
+            "Try another --backend or --precision. `ddexport validate parity` shows more, but needs PyTorch.",
         )
     if not as_json:
-        click.echo(f"{name} draws what PyTorch drew")
+        click.echo(f"{name} generates the images of PyTorch, within the limits")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class DDError(Exception):
     """A user or environment error. The command line prints `message` and `hint` in two lines.
@@ -15,6 +18,12 @@ class DDError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+class UsageError(DDError):
+    """A command line that names no command, or leaves out what cannot be guessed."""
+
+    exit_code = 2
 
 
 class BundleError(DDError):
@@ -45,3 +54,10 @@ class VerificationError(DDError):
     """Outputs that differ from the reference by more than the stated limit."""
 
     exit_code = 3
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The start of a hint, `Did you mean var-d16? `, or nothing if no name is similar."""
+    known = {known.lower(): known for known in names}
+    near = difflib.get_close_matches(name.lower(), known, 1)
+    return f"Did you mean {known[near[0]]}? " if near else ""

@@ -156,7 +156,7 @@ def read_noise(path: Path) -> Replay:
     except Exception as error:  # the bytes are untrusted: a damaged zip can make its reader raise anything
         raise NoiseError(f"{path} cannot be read as an npz: {error}", WHAT_NOISE_IS) from error
     if labels is not None and len(labels) != len(noise):
-        raise NoiseError(f"{path} has {len(noise)} noises but {len(labels)} labels", WHAT_NOISE_IS)
+        raise NoiseError(f"{path} has {len(noise)} rows of noise but {len(labels)} labels", WHAT_NOISE_IS)
     return Replay(noise, labels, uniforms)
 
 

@@ -59,5 +59,5 @@ def grid_columns(labels: int, num_images: int, width: int, height: int) -> int:
             return columns
     raise OutputError(
         f"{count:,} images of {width} x {height} are too many for one picture",
-        "Give a directory to -o: it gets one file an image.",
+        "Give a directory to -o, for one file per image.",
     )

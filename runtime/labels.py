@@ -107,7 +107,7 @@ def read_labels(path: Path, classes: int) -> Labels:
     if len(data.names) != classes:
         raise BundleError(f"{path.name} has {len(data.names)} names for {classes} classes", DAMAGED)
     if any(number >= classes for number in data.aliases):
-        raise BundleError(f"{path.name} has aliases of a class past {classes - 1}", DAMAGED)
+        raise BundleError(f"{path.name} has aliases of a class above {classes - 1}", DAMAGED)
     return Labels(data.names, data.aliases)
 
 

@@ -2,7 +2,7 @@
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns the number of an
 image and a position in it into random bits. Box-Muller turns these into the normal numbers of the noise; a
-teacher draws its tokens by uniform numbers from another domain of the counter. docs/noise.md has the
+teacher draws its tokens by uniform numbers from another domain of the counter. docs/bundle.md has the
 pseudo-code and test vectors for other languages.
 """
 

@@ -217,7 +217,7 @@ class Pipeline:
         if schedule.teacher is not None:
             if self.teacher_backend is None:
                 raise BackendError(
-                    "the teacher runs in ONNX Runtime, which cannot run it here",
+                    "the teacher needs ONNX Runtime, which cannot run here",
                     'pip install "ddexport[cpu]"',
                 )
             engine = self.teacher_backend

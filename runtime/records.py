@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 import msgspec
 
-from ddexport.runtime.errors import BundleError, DDError
+from ddexport.runtime.errors import BundleError, DDError, did_you_mean
 
 MAX_BYTES = 8 << 20  # the largest honest file, a manifest with a recipe of a thousand labels, has some 100 kB
 DAMAGED = "The file is damaged or incomplete: copy it again, or make it again."
@@ -55,8 +54,8 @@ def convert(
     except (msgspec.ValidationError, RecursionError) as failure:
         text = _named(kind, data, str(failure))
         unknown = re.search(r"unknown field `(.*?)`", text)
-        near = difflib.get_close_matches(unknown[1], _keys(kind, set()), 1) if unknown else []
-        hint = f"Did you mean {near[0]}?" if near else hint
+        guess = did_you_mean(unknown[1], _keys(kind, set())) if unknown else ""
+        hint = guess.strip() or hint
         raise error(f"{file}: {text.replace('`$.', '`')}", hint) from failure
     except ValueError as failure:  # half a character ("\ud800"), which msgspec lets pass; or a loop
         raise error(f"{file} holds what JSON cannot: {failure}", hint) from failure

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import pkgutil
 from importlib import import_module
 from types import ModuleType
 
-from ddexport.runtime.errors import DDError
+from ddexport.runtime.errors import DDError, did_you_mean
 
 
 def plugins(package: str) -> list[str]:
@@ -25,7 +24,6 @@ def load_plugin(
     """
     names = plugins(package)
     if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        guess = f"Did you mean {near[0]}? " if near else ""
-        raise error(f"there is no {kind} called {name!r}", f"{guess}There is: {', '.join(names) or 'none'}.")
+        there_is = f"There is: {', '.join(names) or 'none'}."
+        raise error(f"there is no {kind} called {name!r}", f"{did_you_mean(name, names)}{there_is}")
     return import_module(f"{package}.{name}")

@@ -67,7 +67,7 @@ def sampling_of(schedule: Schedule, teacher: Teacher | None, arguments: Mapping[
     if teacher is None or schedule.teacher is None:
         if arguments:
             raise ScheduleError(
-                f"{', '.join(arguments)} can only be given for steps that involve a teacher",
+                f"{', '.join(arguments)} can only be given for steps that use the teacher",
                 "Choose such steps, or leave it out.",
             )
         return None

@@ -28,6 +28,17 @@ class _LazyGroup(console.Group):
         return None if module is None else import_module(module).command
 
 
-@click.group("validate", cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+EPILOG = """
+\b
+Examples:
+  ddexport validate parity digits-var
+  ddexport validate fid digits-var --images 500 --save-images images/
+  ddexport validate report digits-var --open
+"""
+
+
+@click.group(
+    "validate", cls=_LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
 def command() -> None:
-    """Compare a bundle with the model it was made from."""
+    """Compare a bundle with the PyTorch model it was exported from."""

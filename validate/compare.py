@@ -164,14 +164,14 @@ class _Bundle:
         latents = np.stack([step.inputs[row] for step, row in picks])
         batch, alone = (self._student(latents, labels[rows], known, split, n) for n in (size, 1))
         places = [f"{self.request.places[row]}, known {step.known}" for step, row in picks]
-        scope = f"student, split {split}: a batch of {size} and its rows alone"
+        scope = f"student, split {split}: batch of {size} against single images"
         return StepPair(scope, batch, alone, known, places, itself=True)
 
     def decoded_alone(self, run: ReferenceRun, decoded: ImagePair) -> ImagePair:
         """The first batch of images, and each of them alone."""
         first = slice(self.request.batch)
         alone = self._decode(run.drawn.sequence[first], 1)
-        scope = f"decoder: a batch of {len(alone)} and its rows alone"
+        scope = f"decoder: batch of {len(alone)} against single images"
         places = self.request.places[first]
         return ImagePair(scope, decoded.got[first], alone, decoded.comparable[first], places, itself=True)
 
@@ -184,8 +184,8 @@ class _Bundle:
             same &= first.uniforms is not None and np.array_equal(first.uniforms, request.uniforms[:1])
         if not same:
             raise VerificationError(
-                f"the noise of seed {request.seeds[0]} is not what docs/noise.md says",
-                "runtime/noise.py is at fault",
+                f"the noise of seed {request.seeds[0]} is not that of docs/bundle.md",
+                "runtime/noise.py is wrong: please report it",
             )
 
     def _student(
@@ -196,7 +196,7 @@ class _Bundle:
         # Whichever of equal ones.
         if not np.array_equal(np.take_along_axis(logits, tokens[..., None], -1)[..., 0], logits.max(-1)):
             raise VerificationError(
-                "the student's tokens are not the largest of its logits",
+                "the student's tokens are not those of its largest logits",
                 "the graph is damaged: export it again",
             )
         return StepOutput(logits, outputs["sequence"])

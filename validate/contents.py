@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ddexport.validate.reference import TorchReference
 
 SHOWN = 5
-# Of docs/noise.md: the first numbers of image 4294967301 of seed 2**64 - 1.
+# Of docs/bundle.md: the first numbers of image 4294967301 of seed 2**64 - 1.
 VECTOR_SEED, VECTOR_IMAGE = 2**64 - 1, 4294967301
 NOISE_VECTOR = (0.28189227, -1.47097623, 0.532521009, -1.00337565, 0.252837837, 0.514755428)
 UNIFORM_VECTOR = (0.0371752161, 0.2498824926, 0.5859116724, 0.0283897178, 0.0909183837, 0.0905515937)
@@ -64,8 +64,8 @@ def _refuse(manifest: Manifest, faults: list[str]) -> None:
     if faults:
         more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         raise VerificationError(
-            f"bundle {manifest.name} is not what it should be: {'; '.join(faults[:SHOWN])}{more}",
-            "export it again; a model of your own needs a recipe with a name of its own",
+            f"bundle {manifest.name} does not match its recipe: {'; '.join(faults[:SHOWN])}{more}",
+            "export it again; give the recipe another name if it is a model of your own",
         )
 
 
@@ -120,7 +120,7 @@ def _noise_faults() -> Iterator[str]:
     sides = (("noise", noise, NOISE_VECTOR), ("uniform numbers", uniforms, UNIFORM_VECTOR))
     for name, got, wanted in sides:
         if not np.allclose(got, wanted, rtol=0, atol=1e-6):
-            yield f"the {name} of the runtime are not those of docs/noise.md"
+            yield f"the {name} of the runtime are not those of docs/bundle.md"
 
 
 def _differences(got: Any, wanted: Any, where: str, other: str) -> Iterator[str]:

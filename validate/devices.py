@@ -19,14 +19,14 @@ def torch_device(name: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        hint = "give cpu, cuda, or one of several as cuda:1"
-        raise DDError(f"--device {name}: no device to measure on", hint)
+        hint = "give cpu, cuda, or cuda:1 and so on"
+        raise DDError(f"--device {name}: not a device", hint)
     seen = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= seen:
         devices = {0: "no CUDA device", 1: "1 CUDA device"}.get(seen, f"{seen} CUDA devices")
         raise DDError(
             f"--device {name}: this PyTorch sees {devices}",
-            "install a PyTorch with CUDA that fits the driver, or measure with --device cpu",
+            "install a PyTorch with CUDA that fits the driver, or use --device cpu",
         )
     # TF32 rounds the factors of products to 10 bits, as fp16 does: that is no float32 reference. PyTorch
     # allows it in convolutions unless it is told not to.

@@ -1,6 +1,6 @@
 """`parity/golden.npz`: what the PyTorch side drew, for checks where neither PyTorch nor the checkpoint is.
 
-docs/parity.md has the format; `ddexport.runtime.check` reads it.
+docs/validation.md has the format; `ddexport.runtime.check` reads it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ import click
 
 from ddexport.runtime import console
 from ddexport.runtime.errors import VerificationError
-from ddexport.validate.options import POSITIVE, shared
+from ddexport.runtime.options import POSITIVE, option
+from ddexport.validate.options import shared
 
 if TYPE_CHECKING:
     from ddexport.recipe import Limits
@@ -34,9 +35,9 @@ FIXED = {
 EPILOG = """
 \b
 Examples:
-  ddexport validate limits build/digits-var
-  ddexport validate limits build/digits-var --precision int8 --backend onnxruntime,openvino --seeds 10
-  ddexport validate limits build/digits-var --precision fp16 --fid-images 2000 --json
+  ddexport validate limits digits-var
+  ddexport validate limits digits-var --precision int8 --backend onnxruntime,openvino --seeds 10
+  ddexport validate limits digits-var --precision fp16 --fid-images 2000 --json
 """
 
 
@@ -57,7 +58,7 @@ def limits_of(manifest: Manifest, precision: str, complete: bool = True) -> Limi
         raise VerificationError(
             f"bundle {manifest.name} states no parity limits for {precision}: {', '.join(missing)} missing",
             f"state them in the recipe under parity.{precision}, and export again;"
-            " `ddexport validate limits BUNDLE` measures what they can be",
+            " `ddexport validate limits BUNDLE` measures suitable values",
         )
     values: dict[str, Any] = {field.name: numbers.get(field.name) for field in stating}
     return Limits(**values, provisional=numbers.get("provisional", False))
@@ -129,25 +130,23 @@ def _text(value: str | float | None) -> str:
 
 @click.command("limits", cls=console.Command, epilog=EPILOG)
 @shared("bundle")
-@click.option("--seeds", type=POSITIVE, default=5, show_default=True, help="How many seeds, from 0 on.")
-@shared("images", help="Images for each seed.  [default: the recipe's, or 8]")
-@click.option(
-    "--fid-images",
-    type=click.IntRange(min=2),
-    metavar="N",
-    help="Measure the limits of `validate fid` too, with N images for each seed.",
-)
+@option("--seeds", type=POSITIVE, metavar="N", default=5, help="Number of seeds, from 0 on.")
+@shared("images", help="Number of images per seed.")
+@option("--fid-images", type=click.IntRange(min=2), metavar="N",
+        help="Also measure the limits of `validate fid`, with N images per seed.")  # fmt: skip
 @shared("precision")
-@shared("backend", metavar="NAMES", help="Engines, separated by commas; auto: the best installed.")
+@shared("backend", metavar="NAME,...",
+        help="Inference engines, separated by commas. auto: the best one that runs here.")  # fmt: skip
 @shared("threads", "checkpoint", "vae", "teacher", "json")
 @console.debug_option
 def command(
     seeds: int, fid_images: int | None, backend: str, as_json: bool, teacher: Path | None, **options: Any
 ) -> None:
-    """Measure an unbroken BUNDLE over several seeds: the values that its recipe's limits are chosen from.
+    """Measure how much a correct BUNDLE deviates from PyTorch.
 
-    A limit is at most twice the largest value, of all engines named. Exit code 3 where one is looser, or too
-    tight for a seed.
+    The result helps to choose the limits in a recipe. The command runs `validate parity` with several seeds,
+    and prints the largest deviation beside each limit. A good limit is one to two times that deviation. Exit
+    code 3 if a limit is tighter or looser.
     """
     from ddexport.validate.parity import Options, run_parity
     from ddexport.validate.report import wide_table
@@ -172,5 +171,6 @@ def command(
     wrong = [row.limit_name for row in rows if row.verdict != "ok"]
     if wrong:
         raise VerificationError(
-            f"limits to correct: {', '.join(wrong)}", "docs/parity.md says how they are chosen"
+            f"limits that are too tight or too loose: {', '.join(wrong)}",
+            "docs/validation.md explains how limits are chosen",
         )

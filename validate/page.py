@@ -23,9 +23,10 @@ from ddexport.recipe import FidGate, FidLimits
 from ddexport.runtime import console
 from ddexport.runtime.bundle import FILE_NAME, TEACHER, Manifest, read_manifest, resolve, sha256_of
 from ddexport.runtime.errors import DDError, VerificationError
+from ddexport.runtime.options import PATH, option
 from ddexport.runtime.records import convert, read_json
 from ddexport.validate.limits import limits_of
-from ddexport.validate.options import FILE_OPTIONS, KINDS, PATH, shared
+from ddexport.validate.options import FILE_OPTIONS, KINDS, shared
 
 if TYPE_CHECKING:
     from ddexport.runtime.backends._saved import Time
@@ -52,9 +53,9 @@ AT_ONCE, FEWER = 5000, 500  # of --run: the recipe's images for FID up to so man
 EPILOG = """
 \b
 Examples:
-  ddexport validate report build/digits-var --run --open
-  ddexport validate report build/var-d16 -o d16.html
-  ddexport validate report build/digits-var --json
+  ddexport validate report digits-var --run --open
+  ddexport validate report digits-var -o digits.html
+  ddexport validate report digits-var --json
 """
 
 
@@ -386,22 +387,22 @@ def _make_fid(facts: Facts, options: Mapping[str, Any]) -> None:
 
 @click.command("report", cls=console.Command, epilog=EPILOG)
 @shared("bundle")
-@click.option(
-    "-o", "--output", type=PATH, metavar="FILE", help="The page.  [default: BUNDLE/parity/index.html]"
-)
-@click.option("--run", is_flag=True, help="First make the reports that are missing, by the options below.")
-@shared("images", help="With --run: for parity.  [default: the recipe's, or 8]")
+@option("-o", "--output", type=PATH, metavar="FILE", show_default="BUNDLE/parity/index.html",
+        help="File to write the page to.")  # fmt: skip
+@option("--run", is_flag=True, help="First make the reports that are missing, with the options below.")
+@shared("images", help="Number of images for parity.")
 @shared("precision", "checkpoint", "vae", "teacher")
-@click.option("--open", "opened", is_flag=True, help="Show the page in the browser.")
+@option("--open", "opened", is_flag=True, help="Open the page in a browser.")
 @shared("json")
 @console.debug_option
 def command(
     bundle: Path, output: Path | None, run: bool, opened: bool, as_json: bool, **options: Any
 ) -> None:
-    """One self-contained HTML page about BUNDLE: what it is, and what was measured of it.
+    """Write an HTML page with all measurements of BUNDLE.
 
-    Reads the reports in BUNDLE/parity; what is missing is named with the command that makes it. Exit code 3
-    if a measurement is past its limit, 1 if no report compares the bundle with its limits.
+    The page is one file. It shows the reports that `validate parity` and `validate fid` wrote to
+    BUNDLE/parity; the command lists the missing ones, and how to make them. Exit code 3 if a measurement
+    exceeds its limit, 1 if no report has compared the bundle with its limits.
     """
     facts = collect(bundle)
     if run:

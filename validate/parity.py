@@ -1,4 +1,4 @@
-"""`validate parity`: is the bundle the model it was exported from? docs/parity.md explains every row."""
+"""`validate parity`: is the bundle the model it was exported from? docs/validation.md explains every row."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ IMAGES = 8  # unless the recipe says how many
 EPILOG = """
 \b
 Examples:
-  ddexport validate parity build/digits-var
+  ddexport validate parity digits-var
+  ddexport validate parity digits-var --precision fp16
+  ddexport validate parity digits-var --images 32 --report parity-32 --json
   ddexport validate parity build/var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
-  ddexport validate parity build/digits-var --precision fp16
-  ddexport validate parity build/digits-var --images 32 --report parity-32 --json
 """
 
 
@@ -66,7 +66,7 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
     start = time.perf_counter()
     with console.stage(f"loading {options.bundle}", keep=False):
         manifest, digest = open_manifest(options.bundle)
-    with console.stage("building the reference", keep=False):
+    with console.stage("loading the PyTorch model", keep=False):
         files = {"student": options.checkpoint, "tokenizer": options.vae, "teacher": options.teacher}
         reference = build_reference(
             manifest, files, options.weights, options.threads, teacher=True, device=options.device
@@ -76,7 +76,7 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
     images = options.images or stated
     if images < stated:
         click.echo(
-            f"warning: the limits are for {stated} images: of {images}, a share may pass one by chance",
+            f"warning: the limits are for {stated} images; with {images}, a correct bundle can exceed one",
             err=True,
         )
     request = request_of(manifest, images, options.seed, options.batch)
@@ -116,16 +116,17 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
 
 
 @click.command("parity", cls=console.Command, epilog=EPILOG)
-@shared("bundle")
-@shared("images", help="How many to compare.  [default: the recipe's, or 8]")
-@shared("seed", "batch", "precision", "backend", "emulate", "checkpoint", "vae", "teacher", "weights")
-@shared("threads", "device", "report", "json")
+@shared("bundle", "images", "seed", "batch", "precision", "backend", "emulate")
+@shared("checkpoint", "vae", "teacher", "weights", "threads", "torch-device", "report", "json")
 @console.debug_option
 def command(report: Path | None, as_json: bool, **options: Any) -> None:
-    """Compare BUNDLE with the PyTorch model it was made from, in every schedule, on the same noise.
+    """Compare outputs of BUNDLE with those of the PyTorch model.
 
-    Exit code 3 if a limit of the manifest is passed. What passed also leaves parity/golden.npz in the bundle,
-    by which `ddexport doctor BUNDLE --check` checks it where it is deployed.
+    Both get the same labels and noise, in every schedule of the bundle. The tokens, logits, embeddings and
+    images are compared. Exit code 3 if a difference exceeds its limit in the manifest.
+
+    The report is written to BUNDLE/parity. If all limits are met, golden.npz is written there too: the images
+    of the PyTorch model, with which `ddexport doctor BUNDLE --check` tests another machine.
     """
     from ddexport.runtime.bundle import read_manifest, resolve
     from ddexport.runtime.labels import read_labels
@@ -146,5 +147,5 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
             write_golden(directory / "golden.npz", result, runs)
         if report is None:
             write_page(request.bundle)
-    hint = f"see {directory}" if directory else "name a directory for the pictures with --report"
+    hint = f"see {directory}" if directory else "choose a directory for report and pictures with --report"
     conclude(result, directory, as_json, hint)

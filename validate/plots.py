@@ -156,7 +156,7 @@ def frechet_against_time(
     figure.suptitle(f"{title}: quality against time", fontsize=12)
     panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
     for panel, batch in zip(panels, batches, strict=True):
-        panel.set(xscale="log", yscale="log", xlabel=f"ms an image, batch {batch}")
+        panel.set(xscale="log", yscale="log", xlabel=f"ms per image, batch {batch}")
         for kind, colour in KINDS.items():
             own = [row for row in rows if row["kind"] == kind]
             if not own:
@@ -312,7 +312,7 @@ def _bench_panel(panel: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     panel.set_yticks(range(len(rows)), names, fontsize=9)
     panel.invert_yaxis()
     panel.set_xlim(0, max(left) * 1.35)
-    panel.set_xlabel("milliseconds a batch, median of the rounds", fontsize=9)
+    panel.set_xlabel("milliseconds per batch, median", fontsize=9)
     panel.grid(axis="x", alpha=0.3)
     _without_frame(panel)
 

@@ -140,7 +140,7 @@ class Report(Record, frozen=True):
         gated, failed = sum(row.gated for row in self.rows), len(self.failures)
         left = [row for row in self.rows if row.rule.endswith("left_out") and row.value]
         left_out = ", ".join(f"{row.note} in {row.scope.partition(',')[0]}" for row in left)
-        provisional = " (provisional: nobody has measured this model)" if self.provisional else ""
+        provisional = " (provisional limits: this model was never measured)" if self.provisional else ""
         tail = provisional + (f"; images left out because a token differs: {left_out}" if left else "")
         if not failed:
             return f"{KINDS[self.kind]} holds: {gated} of {gated} measurements within their limits{tail}"

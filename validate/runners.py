@@ -1,7 +1,7 @@
 """What runs the graphs of a bundle: the engine that users have, or a half engine emulated on the CPU.
 
 ONNX Runtime's CPU provider keeps fp16 graphs in float32 between operators, so that a comparison with it would
-show a fraction of the error, and it cannot run bf16 graphs at all (docs/precision.md). Each runner has
+show a fraction of the error, and it cannot run bf16 graphs at all (docs/export.md). Each runner has
 `run(graph, feeds)`, from named arrays to named arrays; so has `reference.TorchReference`.
 """
 

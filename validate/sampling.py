@@ -2,7 +2,8 @@
 
 What the runtime computes in numpy is computed here a second time, in torch and from the papers, so that a
 fault of the runtime's sampler shows as a difference. Nothing but the noise and the errors may come from
-`runtime` (an import contract in pyproject.toml); `contents` checks the noise by the vectors of docs/noise.md.
+`runtime` (an import contract in pyproject.toml); `contents` checks the noise by
+the vectors of docs/bundle.md.
 
 Shapes: N images, L positions, Cv width of a code, S split, V codebook. Source: arXiv 2412.17153, algorithm 2.
 """

@@ -43,7 +43,7 @@ def compare_weights(
         traced_together, note = _names(model) <= set(wanted), ""
         if not traced_together:
             wanted = reference.weights(role)
-            note = "those that PyTorch has by name: there is no float32 graph of the same trace"
+            note = "only weights that PyTorch has by name: there is no float32 graph of the same trace"
         wrong = dict(_wrong(model, wanted, traced_together))
         worst = max(wrong, key=lambda weight: wrong[weight], default="")
         scope, count = f"{path.name}, against float32", float(sum(wrong.values()))

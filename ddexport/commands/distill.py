@@ -8,24 +8,37 @@ from typing import TYPE_CHECKING
 import click
 
 from ddexport.runtime import console
+from ddexport.runtime.options import option, shared
 
 if TYPE_CHECKING:
     from ddexport.distill.train import StageReport
 
 
-@click.command(cls=console.Command)
-@click.argument("model")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run. [default: runs/MODEL]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of all random numbers.")
-@click.option("--student-seed", type=int, help="Seed of the student alone. [default: the same]")
-@click.option("--stages", help="Only these, as a list with commas: tokenizer,decoder,teacher,pairs,student.")
-@click.option("--quick", is_flag=True, help="A few iterations of everything: shows that it runs.")
-@click.option(
-    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads torch may use."
+EPILOG = """
+\b
+Examples:
+  ddexport distill digits-var --quick
+  ddexport distill digits-llamagen --stages tokenizer,teacher --threads 2
+  ddexport distill digits-var --seed 1 --out runs/digits-var-seed-1 --json
+"""
+
+
+@click.command("distill", cls=console.Command, epilog=EPILOG)
+@shared("model")
+@option("--out", type=click.Path(path_type=Path), metavar="DIR", show_default="runs/MODEL",
+        help="Directory of the run.")  # fmt: skip
+@shared("seed", type=int, help="Seed of all random numbers.")
+@option(
+    "--student-seed", type=int, metavar="N", show_default="--seed", help="Seed of the student's training."
 )
-@click.option("--compile/--no-compile", default=True, show_default=True, help="Train through torch.compile.")
-@click.option("--install", is_flag=True, help="Afterwards copy the weights to recipes/weights.")
-@click.option("--json", "as_json", is_flag=True, help="Print the stages as JSON.")
+@option("--stages", metavar="STAGE,...", show_default="all",
+        help="Stages to run, separated by commas: tokenizer, decoder, teacher, pairs, student.")  # fmt: skip
+@option("--quick", is_flag=True, help="Train each stage for a few iterations only, to test the setup.")
+@shared("threads", default=1, show_default=None)
+@option("--compile/--no-compile", default=True, help="Train with torch.compile.")
+@option("--install", is_flag=True,
+        help="Afterwards copy the weights to recipes/weights, from where MODEL is exported.")  # fmt: skip
+@shared("json")
 @console.debug_option
 def command(
     model: str,
@@ -39,15 +52,15 @@ def command(
     install: bool,
     as_json: bool,
 ) -> None:
-    """Train MODEL, a recipe's name or file, from its data set.
+    """Train the tokenizer, teacher and student of MODEL.
 
-    Stages whose settings, seed and inputs did not change are skipped, and a run that was stopped goes on
-    where it was: repeat the same command.
+    The recipe needs a section `distill`, which names the data set. To continue a run that was interrupted,
+    repeat the same command. Stages whose settings, seed and inputs have not changed are not run again.
     """
     from ddexport.recipe import load_recipe
 
     if quick and install:
-        raise click.UsageError("--quick trains nothing worth installing")
+        raise click.UsageError("--install cannot be used with --quick, which does not train to the end.")
     recipe = load_recipe(model)
     folder = out or Path("runs") / (f"{recipe.name}-quick" if quick else recipe.name)
     reports = run(model, folder, seed, stages, quick, threads, compile, student_seed)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ddexport.runtime import console
+from ddexport.runtime.options import shared
 
 if TYPE_CHECKING:
     from ddexport.runtime.bundle import Schedule, TensorSpec
@@ -17,18 +18,19 @@ if TYPE_CHECKING:
 EPILOG = """
 \b
 Examples:
-  ddexport inspect build/digits-var
-  ddexport inspect build/digits-var --json
+  ddexport inspect digits-var
+  ddexport inspect digits-var --json
 """
 
 
 @click.command("inspect", cls=console.Command, epilog=EPILOG)
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--no-verify", is_flag=True, help="Do not compare the files' SHA-256.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@shared("bundle", "no-verify", "json")
 @console.debug_option
 def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
-    """Show a bundle: model, weights, graphs, schedules. All hashes are checked."""
+    """Show the model, weights, graphs and schedules of BUNDLE.
+
+    The SHA-256 of every file is compared with the manifest. --json prints the manifest itself.
+    """
     from ddexport.card import accuracy_lines, read_accuracy
     from ddexport.runtime.bundle import read_manifest
 
@@ -40,10 +42,10 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
     click.echo(f"{manifest.name}: {manifest.title}")
     click.echo(f"  images     {manifest.image.width}x{manifest.image.height}, {manifest.classes} classes")
     click.echo(
-        f"  sequence   {s.length} positions of width {s.width}; split {s.split}: those before it are from a"
-        f" codebook of {s.codebook}, the others regressed"
+        f"  sequence   {s.length} positions of width {s.width}; split {s.split}: positions before it are"
+        f" entries of a codebook of {s.codebook}, the others are regressed"
     )
-    click.echo("  schedules  known: how many leading positions each student step is given and keeps")
+    click.echo("  schedules  known: number of leading positions that each student call gets as input")
     for steps, schedule in sorted(manifest.schedules.items()):
         click.echo(f"  {f'{steps} step' + ('s' if steps > 1 else ''):10} {_schedule(schedule)}")
     if manifest.teacher is not None:

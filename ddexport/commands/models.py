@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ddexport.runtime import console
+from ddexport.runtime.options import shared
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
@@ -20,10 +21,14 @@ Examples:
 
 
 @click.command("models", cls=console.Command, epilog=EPILOG)
-@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+@shared("json")
 @console.debug_option
 def command(as_json: bool) -> None:
-    """List the models: family, size, steps, published FID, and where the files come from."""
+    """List the models that can be exported.
+
+    The list shows family, number of parameters, image size, numbers of steps, the FID that the authors
+    published for each number of steps, and where the weights come from.
+    """
     from ddexport.recipe import load_recipe, recipe_names
 
     rows = [_row(load_recipe(name)) for name in recipe_names()]

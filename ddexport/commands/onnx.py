@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -9,62 +10,58 @@ import click
 from ddexport.precision.policy import FLOAT32, HALVES, INT8, PRECISIONS
 from ddexport.quantize.policy import IMAGES
 from ddexport.runtime import console
+from ddexport.runtime.options import PATH, comma_list, known, option, shared
 
 EPILOG = """
 \b
 Examples:
-  ddexport onnx --model digits-var
-  ddexport onnx --model var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
-  ddexport onnx --model var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth --teacher var_d16.pth
-  ddexport onnx --model var-d16 --random-weights 0 --teacher random -o build/var-d16-random
-  ddexport onnx --model digits-var --precision fp32,fp16,bf16
-  ddexport onnx --model digits-var --precision fp32,int8 --calibration 256
-  ddexport onnx --model digits-var --precision fp16 --keep-fp32 'blocks.3.*' -o build/mixed
+  ddexport onnx digits-var
+  ddexport onnx digits-var --precision fp32,fp16,bf16 -o build/digits-half
+  ddexport onnx digits-var --precision fp32,int8 --calibration 256 -o build/digits-int8
+  ddexport onnx digits-var --precision fp16 --keep-fp32 'blocks.3.*' -o build/digits-mixed
+  ddexport onnx var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
+  ddexport onnx var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth \\
+      --teacher var_d16.pth -o build/var-d16-teacher
+  ddexport onnx var-d16 --random-weights 0 --teacher random -o build/var-d16-random
 """
 
-existing = click.Path(path_type=Path)
-
-
-def _named_precisions(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in value.split(","))
-    for name in names:
-        if name not in PRECISIONS:
-            raise click.BadParameter(f"{name!r} is not one of {', '.join(PRECISIONS)}.")
-        if names.count(name) > 1:
-            raise click.BadParameter(f"{name} is named twice.")
-    return names
+EMBEDDED = "the weights that ship with ddexport, if any"
 
 
 @click.command("onnx", cls=console.Command, epilog=EPILOG)
-@click.option(
-    "--model", required=True, metavar="NAME|YAML", help="A name of `ddexport models`, or a recipe file."
-)
-@click.option("--checkpoint", type=existing,
-              help="The student's weights, torch or safetensors; shards by index or directory.")  # fmt: skip
-@click.option("--vae", type=existing, help="The tokenizer's weights, likewise.")
-@click.option("--teacher", metavar="FILE|random|none",
-              help="The teacher's weights, for steps that involve it; random beside --random-weights."
-              " [default: those that ship with the project, if any]")  # fmt: skip
-@click.option("--weights", metavar="NAME",
-              help="Which state dict of a file with several, as trainer.ema_parameters, or its last part."
-              " [default: ema, if there is one]")  # fmt: skip
-@click.option("--random-weights", type=int, metavar="SEED", help="Random weights in place of the files.")
-@click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="The bundle directory. [default: build/NAME]"
-)
-@click.option("--precision", "precisions", default=FLOAT32, show_default=True, metavar="NAME,...",
-              callback=_named_precisions, help=f"One or several of {', '.join(PRECISIONS)}.")  # fmt: skip
-@click.option("--keep-fp32", multiple=True, metavar="PATTERN",
-              help="Modules that stay float32 in half graphs, as 'blocks.3.*'. Repeatable.")  # fmt: skip
-@click.option("--calibration", type=click.IntRange(min=1), metavar="N",
-              help="How many images of noise the ranges of int8 graphs are taken from; no data is needed."
-              f" [default: {IMAGES}]")  # fmt: skip
-@click.option("--opset", type=int, help="ONNX opset. [default: 20; bf16: 22]")
-@click.option("--force", is_flag=True, help="Replace an existing bundle, once the new one is complete.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@shared("model", required=False)
+@option("--model", "named", metavar="MODEL", help="The same as the argument MODEL.")
+@option("--checkpoint", type=PATH, metavar="PATH", show_default=EMBEDDED,
+        help="Weights of the student: a torch or safetensors file, or the index file or the directory of a"
+        " sharded checkpoint.")  # fmt: skip
+@option("--vae", type=PATH, metavar="PATH", show_default=EMBEDDED,
+        help="Weights of the tokenizer, in the same formats.")  # fmt: skip
+@option("--teacher", metavar="PATH|random|none", show_default=EMBEDDED,
+        help="Weights of the teacher, the auto-regressive model that some schedules need. random: random"
+        " weights, with --random-weights. none: no teacher.")  # fmt: skip
+@option("--weights", metavar="NAME", show_default="the EMA weights, if there are any",
+        help="State dict to load from a checkpoint that has several, such as trainer.ema_parameters. The last"
+        " part of the name is enough.")  # fmt: skip
+@option("--random-weights", type=int, metavar="SEED",
+        help="Export random weights with this seed, instead of checkpoints.")  # fmt: skip
+@option("-o", "--output", type=PATH, metavar="DIR", show_default="build/MODEL",
+        help="Directory of the new bundle.")  # fmt: skip
+@option("--precision", "precisions", default=FLOAT32, metavar="NAME,...",
+        callback=comma_list(partial(known, names=PRECISIONS)),
+        help=f"Precisions of the graphs, separated by commas: {', '.join(PRECISIONS)}.")  # fmt: skip
+@option("--keep-fp32", multiple=True, metavar="PATTERN",
+        help="Keep the modules with these paths, such as 'blocks.3.*', in float32 in fp16 and bf16 graphs."
+        " Can be repeated.")  # fmt: skip
+@option("--calibration", type=click.IntRange(min=1), metavar="N", show_default=str(IMAGES),
+        help="Number of images from which the value ranges of int8 graphs are measured. They are generated"
+        " from noise; no data set is needed.")  # fmt: skip
+@option("--opset", type=int, metavar="N", show_default="20; 22 with bf16", help="ONNX opset version.")
+@option("--force", is_flag=True, help="Replace an existing bundle, after the new one is complete.")
+@shared("json")
 @console.debug_option
 def command(
-    model: str,
+    model: str | None,
+    named: str | None,
     checkpoint: Path | None,
     vae: Path | None,
     teacher: str | None,
@@ -78,20 +75,30 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Export a model to a bundle: student.onnx, decoder.onnx and all that the runtime needs.
+    """Export MODEL to ONNX, as a bundle for the runtime.
 
-    The graphs are checked against PyTorch before the bundle appears; a mismatch ends with exit code 3 and no
-    bundle. Half graphs (fp16, bf16) run with every rounding of a half engine, int8 graphs in ONNX Runtime,
-    and both are held to the recipe's limits. int8 is of student and decoder: a teacher needs fp32 beside it.
+    A bundle is a directory with the graphs student.onnx and decoder.onnx, the labels and a manifest.
+
+    Before it is written, the graphs are run and compared with the PyTorch modules: fp32 and int8 graphs in
+    ONNX Runtime, fp16 and bf16 graphs with every rounding emulated. If an error exceeds the limit in the
+    recipe, the command ends with exit code 3 and writes nothing.
+
+    The teacher has no int8 graph. With --precision int8 also name fp32, or give --teacher none.
     """
-    named = (("student", checkpoint), ("tokenizer", vae), ("teacher", _teacher_file(teacher, random_weights)))
-    files = {role: path for role, path in named if path is not None}
+    if model and named and model != named:
+        raise click.UsageError(f"the argument is {model}, but --model is {named}: give one of them.")
+    if not (model := model or named):
+        raise click.UsageError("MODEL is missing: `ddexport models` lists the models.")
+    given = (("student", checkpoint), ("tokenizer", vae), ("teacher", _teacher_file(teacher, random_weights)))
+    files = {role: path for role, path in given if path is not None}
     if calibration is not None and INT8 not in precisions:
-        raise click.UsageError("--calibration is of int8 graphs: ask for them with --precision")
+        raise click.UsageError("--calibration needs int8 in --precision.")
     if keep_fp32 and not set(precisions) & set(HALVES):
-        raise click.UsageError("--keep-fp32 is of fp16 and bf16 graphs: ask for one with --precision")
+        raise click.UsageError("--keep-fp32 needs fp16 or bf16 in --precision.")
     if files and random_weights is not None:
-        raise click.UsageError("--random-weights takes the place of all files: give one or the other")
+        raise click.UsageError(
+            "--random-weights cannot be used with files of weights: give one or the other."
+        )
     _require_export_extra()
     from ddexport.recipe import load_recipe
     from ddexport.runtime.bundle import FILE_NAME
@@ -132,7 +139,7 @@ def command(
 
 def _teacher_file(teacher: str | None, random_weights: int | None) -> Path | None:
     if teacher == "random" and random_weights is None:
-        raise click.UsageError("--teacher random goes with --random-weights SEED")
+        raise click.UsageError("--teacher random needs --random-weights SEED.")
     return None if teacher in (None, "random", "none") else Path(str(teacher))
 
 

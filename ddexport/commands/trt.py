@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ddexport.runtime import console
+from ddexport.runtime.options import comma_list, known, option, shared
 
 if TYPE_CHECKING:
     from ddexport.engine.build import Built
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 EPILOG = """
 \b
 Examples:
-  ddexport trt build/digits-var
+  ddexport trt digits-var
   ddexport trt build/var-d16 --precision fp16,fp32 --batch 1,4,8 --batch 16,32,64
   ddexport trt build/var-d16 --backend tensorrt-rtx --compute-capability sm86,sm89
   ddexport trt build/var-d16 --backend tensorrt --hardware-compatibility-level ampere+
@@ -43,41 +45,40 @@ def _read_by(reader: str) -> Callable[[click.Context, click.Parameter, Any], Any
     return read
 
 
-def _precisions(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...]:
-    names = () if text is None else tuple(name.strip() for name in text.split(","))
-    if not set(names) <= set(PRECISIONS) or len(set(names)) < len(names):
-        raise click.BadParameter(f"{text!r} is no list of {', '.join(PRECISIONS)}")
-    return names
-
-
 @click.command("trt", cls=console.Command, epilog=EPILOG)
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto",
-              show_default=True, help="The package. auto: tensorrt where there is a GPU.")  # fmt: skip
-@click.option("--precision", "precisions", metavar="P[,P]", callback=_precisions,
-              help="fp16, bf16, fp32: which graphs. [default: fp16]")  # fmt: skip
-@click.option("--role", "roles", multiple=True, type=click.Choice(["student", "decoder"]),
-              help="Which graphs; repeatable. [default: both]")  # fmt: skip
-@click.option("--batch", "profiles", multiple=True, metavar="MIN,OPT,MAX", default=["1,4,8"],
-              show_default=True, callback=_read_by("profile_from_text"),
-              help="Batch sizes; repeatable, one optimization profile each.")  # fmt: skip
-@click.option("--compute-capability", "targets", metavar="SM[,SM]", default="default",
-              callback=_read_by("targets_from_text"),
-              help="GPUs to build for, as in sm80,sm89, or `current`. TensorRT-RTX alone. [default: 8.0,"
-              " 8.6, 8.9, 12.0 and later]")  # fmt: skip
-@click.option("--workspace", metavar="SIZE", callback=_read_by("bytes_from_text"),
-              help="Limit on scratch memory, as in 4GB. [default: all]")  # fmt: skip
-@click.option("--builder-optimization-level", "optimization_level", type=click.IntRange(0, 5),
-              help="0 builds fastest.")  # fmt: skip
-@click.option("--timing-cache", type=click.Path(path_type=Path, dir_okay=False),
-              help="File of measured kernel times, read and written. Full TensorRT alone.")  # fmt: skip
-@click.option("--version-compatible", is_flag=True, help="Runs with later TensorRT. Full TensorRT alone.")
-@click.option("--hardware-compatibility-level", "hardware",
-              type=click.Choice(["ampere+", "same-compute-capability"]),
-              help="Runs on other GPUs too. Full TensorRT alone.")  # fmt: skip
-@click.option("--tf32/--no-tf32", default=False, show_default=True, help="float32 products on TF32 units.")
-@click.option("--force", is_flag=True, help="Build even what is in the bundle already.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@shared("bundle")
+@option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto",
+        metavar="NAME", help="Package that builds the engines: tensorrt or tensorrt-rtx. auto: tensorrt, if"
+        " it is installed and there is a GPU, else tensorrt-rtx.")  # fmt: skip
+@option("--precision", "precisions", metavar="NAME,...", show_default="fp16",
+        callback=comma_list(partial(known, names=PRECISIONS)),
+        help="Precisions of the engines, separated by commas: fp32, fp16, bf16.")  # fmt: skip
+@option("--role", "roles", multiple=True, type=click.Choice(["student", "decoder"]), metavar="ROLE",
+        show_default="both", help="Graphs to build: student or decoder. Can be repeated.")  # fmt: skip
+@option("--batch", "profiles", multiple=True, metavar="MIN,OPT,MAX", default=["1,4,8"],
+        callback=_read_by("profile_from_text"),
+        help="Batch sizes of an optimization profile: the smallest, the one to optimize for, the largest."
+        " Can be repeated, for several profiles.")  # fmt: skip
+@option("--compute-capability", "targets", metavar="SM,...", default="default",
+        callback=_read_by("targets_from_text"), show_default="8.0, 8.6, 8.9, 12.0 and later",
+        help="GPU architectures to build for, such as sm80,sm89; or current, the GPU of this machine. Only"
+        " for tensorrt-rtx.")  # fmt: skip
+@option("--workspace", metavar="SIZE", callback=_read_by("bytes_from_text"), show_default="no limit",
+        help="Limit of the builder's scratch memory, such as 4GB.")  # fmt: skip
+@option("--builder-optimization-level", "optimization_level", type=click.IntRange(0, 5), metavar="LEVEL",
+        show_default="TensorRT's",
+        help="0 to 5. A higher level builds longer, for engines that may be faster.")  # fmt: skip
+@option("--timing-cache", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="File that keeps measured kernel times from build to build. Only for tensorrt.")  # fmt: skip
+@option("--version-compatible", is_flag=True,
+        help="Build engines that later versions of TensorRT can run. Only for tensorrt.")  # fmt: skip
+@option("--hardware-compatibility-level", "hardware", metavar="LEVEL",
+        type=click.Choice(["ampere+", "same-compute-capability"]), show_default="this GPU alone",
+        help="Build engines that other GPUs can run: ampere+ or same-compute-capability. Only for"
+        " tensorrt.")  # fmt: skip
+@option("--tf32/--no-tf32", default=False, help="Compute float32 matrix products in TF32.")
+@option("--force", is_flag=True, help="Also build engines that the bundle already has.")
+@shared("json")
 @console.debug_option
 def command(
     bundle: Path,
@@ -88,10 +89,11 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Build TensorRT engines of a bundle's students and decoders, into the bundle.
+    """Build TensorRT engines from the graphs of BUNDLE.
 
-    An engine has the precision of its graph: export that first, with `ddexport onnx --precision fp16`. One
-    that does not compute in the precision asked for is refused, with exit code 3.
+    The engines are written into the bundle. An engine computes in the precision of its graph, so export the
+    graph first, for example with `ddexport onnx MODEL --precision fp16`. If an engine would compute in
+    another precision, the command ends with exit code 3.
     """
     from ddexport.engine.build import build_engines
     from ddexport.engine.module import load_tensorrt

@@ -99,7 +99,8 @@ def distill_settings(recipe: Recipe) -> DistillSettings:
     """The settings of `recipe`. Raises RecipeError for none, or a wrong key."""
     where = f"{recipe.name}: distill"
     if not recipe.distill:
-        raise RecipeError(f"the recipe {recipe.name} has no distill section: it cannot be trained here", HINT)
+        hint = "give a recipe with such a section; recipes/digits-var.yaml is an example"
+        raise RecipeError(f"the recipe {recipe.name} has no section `distill`: it cannot be trained", hint)
     settings = convert(DistillSettings, recipe.distill, where, RecipeError, HINT)
     steps = len(family(recipe.family).geometry(recipe).starts) - 1
     if max(settings.student.timesteps) >= steps:

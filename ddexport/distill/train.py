@@ -214,7 +214,7 @@ class Training:
                 raise DDError(
                     f"the stage {stage} needs the result of {before}, which {self.run.folder} does not hold"
                     " for these settings and this seed",
-                    f"run it too: --stages {before},{stage}, or leave --stages out",
+                    f"run that stage too: --stages {before},{stage}; or leave --stages out",
                 )
 
     def _finished(self) -> dict[str, Finished]:

@@ -79,7 +79,7 @@ def select_graphs(
         available = ", ".join(manifest.precisions)
         raise BundleError(
             f"bundle {manifest.name} has no graphs in {', '.join(missing)}; it has {available}",
-            f"export them: ddexport onnx --model {manifest.name} --precision {needed} ...",
+            f"export them: ddexport onnx {manifest.name} --precision {needed} ...",
         )
     return [
         graph

@@ -57,10 +57,10 @@ def load_tensorrt(backend: str = "auto") -> TensorRT:
             raise ModuleError(f"{backend} cannot build here: {fault}", hint)
     if is_rtx != import_module("polygraphy.config").USE_TENSORRT_RTX:
         raise ModuleError(
-            f"this process builds with the other TensorRT package already, and not with {backend} too",
-            "Polygraphy takes one package a process: build with the other one in another process",
+            f"this process already uses the other TensorRT package, so it cannot use {backend}",
+            "Polygraphy supports one of them per process: use another process for the other",
         )
     module = import_module(MODULES[backend])
     if not hasattr(module, "Builder"):  # a folder of that name
-        raise ModuleError(f"{MODULES[backend]} is no TensorRT: it has no Builder", f"see {module.__path__}")
+        raise ModuleError(f"{MODULES[backend]} is not TensorRT: it has no Builder", f"see {module.__path__}")
     return TensorRT(backend, module, module.__version__, gpu)

@@ -36,8 +36,8 @@ _BIG = 1 << 12  # bytes; smaller constants may be shapes, which type inference w
 def layers_of_onnx(root: Path, graph: Graph) -> Layers:
     """Counts the nodes of a graph of the bundle `root` that compute, by type. Reads no external data.
 
-    Raises BundleError for what is no ONNX graph, and for external data that the manifest does not list: its
-    hash would be in no key.
+    Raises BundleError for what is not an ONNX graph, and for external data that the manifest does not list:
+    its hash would be in no key.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -45,7 +45,7 @@ def layers_of_onnx(root: Path, graph: Graph) -> Layers:
     try:
         model = onnx.load(str(root / graph.file), load_external_data=False)
     except DecodeError as error:
-        raise BundleError(f"{graph.file} is no ONNX graph", "export the bundle again") from error
+        raise BundleError(f"{graph.file} is not an ONNX graph", "export the bundle again") from error
     listed = {info.file for info in graph.files}
     for tensor in _tensors_of(model.graph):
         for entry in tensor.external_data:
@@ -103,7 +103,7 @@ def check_precision(graph: Graph, onnx_layers: Layers, network_layers: Layers) -
         if not share or share < least or set(counts) - {asked, "float32"}:
             raise VerificationError(
                 f"{graph.precision} was asked for, but {where} computes in {_text(layers)}",
-                f"export it again: ddexport onnx --model NAME --precision {graph.precision} --force",
+                f"export it again: ddexport onnx MODEL --precision {graph.precision} --force",
             )
     if onnx_layers != network_layers:
         raise VerificationError(
@@ -126,8 +126,8 @@ def check_contract(
         if have != want:
             raise VerificationError(
                 f"TensorRT's network of {graph.file} has the {side} {', '.join(have)},"
-                f" but the contract says {', '.join(want)}",
-                "the graph is not what the manifest says: export it again",
+                f" but the manifest says {', '.join(want)}",
+                "the graph does not match the manifest: export the bundle again",
             )
 
 

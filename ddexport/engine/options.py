@@ -52,7 +52,8 @@ def profile_from_text(text: str) -> Profile:
     low, best, high = sizes * 3 if len(sizes) == 1 else sizes if len(sizes) == 3 else (0, 0, 0)
     if not 1 <= low <= best <= high <= LARGEST_BATCH:
         raise OptionError(
-            f"{text!r} is no range of batch sizes", f"MIN,OPT,MAX rise from 1 to {LARGEST_BATCH}, as in 1,4,8"
+            f"{text!r} is not a range of batch sizes",
+            f"give MIN,OPT,MAX, rising, from 1 to {LARGEST_BATCH}, such as 1,4,8",
         )
     return Profile(low, best, high)
 
@@ -64,8 +65,8 @@ def targets_from_text(text: str) -> tuple[str, ...]:
         return () if names == [DEFAULT_TARGET] else (CURRENT_TARGET,)
     matches = [re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", name) for name in names]
     if not all(matches):
-        hint = f"a list such as sm80,sm89, or `{CURRENT_TARGET}` alone"
-        raise OptionError(f"{text!r} is no list of compute capabilities", hint)
+        hint = f"give a list such as sm80,sm89, or `{CURRENT_TARGET}` alone"
+        raise OptionError(f"{text!r} is not a list of compute capabilities", hint)
     return tuple(f"sm{number}" for number in sorted({int(match[1] + match[2]) for match in matches if match}))
 
 
@@ -74,7 +75,7 @@ def bytes_from_text(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     size = int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " ")) if match else 0
     if not size:
-        raise OptionError(f"{text!r} is no size", "a number and a unit, as in 4GB or 512MiB")
+        raise OptionError(f"{text!r} is not a size", "give a number and a unit, such as 4GB or 512MiB")
     return size
 
 
@@ -93,7 +94,7 @@ def resolve(options: BuildOptions, trt: TensorRT) -> BuildOptions:
          "leave it out, or use --backend tensorrt"),
         (rtx and options.hardware,
          "TensorRT-RTX has no --hardware-compatibility-level: it would ignore it",
-         "name the GPUs instead, as in --compute-capability sm80,sm89"),
+         "name the GPUs instead, such as --compute-capability sm80,sm89"),
         (rtx and options.timing_cache,
          "TensorRT-RTX has no timing cache: it would ignore it", "leave --timing-cache out"),
         (options.timing_cache and not options.timing_cache.parent.is_dir(),

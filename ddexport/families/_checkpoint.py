@@ -256,7 +256,7 @@ def _converted(
         for pattern, check in layout.recomputable.items():
             if re.fullmatch(pattern, key) and not _holds(check, state[key]):
                 raise CheckpointError(
-                    f"{path}: {key} is not what this family computes it to be",
+                    f"{path}: {key} is not the value that this family computes",
                     "the file was made by different code",
                 )
     return converted

@@ -2,7 +2,7 @@
 
 float32 and int8 graphs run in ONNX Runtime, as the runtime runs them; half graphs are emulated, for that
 engine does not round them (`emulate`). A float32 graph must agree to rounding. How far the others are is
-measured, and must stay within the recipe's limits. The figures are `parity/graphs.json` (docs/precision.md).
+measured, and must stay within the recipe's limits. The figures are `parity/graphs.json` (docs/export.md).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 TYPES = {ir.DataType.FLOAT: FLOAT32, ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 LARGEST_PSNR = 200.0  # of equal images, which JSON has no number for
 WRITTEN = "nothing was written; "
-KEEP = f"{WRITTEN}docs/debugging.md shows how to find the layer: give it to --keep-fp32, or take bf16"
+KEEP = f"{WRITTEN}docs/export.md shows how to find the layer: give it to --keep-fp32, or take bf16"
 HINTS = {
     FLOAT32: f"{WRITTEN}please report this with the versions that `ddexport --version` prints",
     INT8: f"{WRITTEN}calibrate on more images, --calibration N, or take fp16 or bf16",
@@ -166,7 +166,7 @@ def compare(
         faults += [fault for error in errors for fault in faults_of(error, limits, spec.tolerance)]
         measured += [error for error in errors if not error.output.startswith("new_")]  # the teacher's cache
     if faults:
-        what = "differs from the PyTorch module" if limits is None else "is too far from float32"
+        what = "differs from the PyTorch module" if limits is None else "differs too much from float32"
         raise VerificationError(f"{file} {what}: {'; '.join(faults[:3])}", hint)
     return measured
 

@@ -61,8 +61,8 @@ def graph_part(
 ) -> nn.Module:
     """A copy of a part in the form that graphs of a precision are traced from; it shares what it can.
 
-    It computes what `part` computes, stated so that engines are faster at it (docs/graph.md), and in half
-    where the policy says so (docs/precision.md).
+    It computes what `part` computes, stated so that engines are faster at it (docs/export.md), and in half
+    where the policy says so (docs/export.md).
 
     Args:
         part: a student, tokenizer or teacher, float32, as it was loaded.

@@ -1,1 +1,1 @@
-"""Half precision: what stays float32 (`policy`), and how a module is cast (`cast`). docs/precision.md."""
+"""Half precision: what stays float32 (`policy`), and how a module is cast (`cast`). docs/export.md."""

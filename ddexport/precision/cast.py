@@ -92,7 +92,7 @@ def check_patterns(modules: Iterable[nn.Module], keep_fp32: Iterable[str]) -> No
             example = next((name for name in names if "." in name), "blocks.0")
             raise PrecisionError(
                 f"--keep-fp32 {pattern} matches no module that would be half",
-                f"{guess}names are module paths such as {example}; * matches any part",
+                f"{guess}give module paths such as {example}; * matches any part",
             )
 
 

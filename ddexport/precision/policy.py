@@ -4,7 +4,7 @@ A *region* is a module that computes in half: its input is cast on the way in, i
 the way out, its weights are half. Everything outside a region is float32: the residual streams of student
 and decoder, norms, modulation, heads, argmax, codebook, embeddings and tables, the quantizer (resize and
 phi), the attention products of the decoder, the last convolution and the clamp. Inside the regions
-the blocks state their own islands (unit length of queries and keys, rotation). docs/precision.md gives the
+the blocks state their own islands (unit length of queries and keys, rotation). docs/export.md gives the
 reasons and the figures.
 """
 

@@ -29,10 +29,10 @@ the data of all that follows."""
 def check_int8(roles: Sequence[str], images: int, keep_float: bool) -> None:
     """Raises `PrecisionError` if a bundle of these roles cannot be had in int8."""
     if images < 1:
-        raise PrecisionError(f"int8 cannot be calibrated on {images} images", "take one at least")
+        raise PrecisionError(f"int8 cannot be calibrated on {images} images", "use one or more")
     if TEACHER in roles and not keep_float:
         raise PrecisionError(
-            "a teacher has no int8 graph: it runs in float32 beside the int8 student",
+            "a teacher has no int8 graph: it needs the fp32 graphs",
             "name both precisions, --precision fp32,int8, or leave the teacher out, --teacher none",
         )
 

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 IMAGES = 16
 """How many images ranges are taken from unless told otherwise: with fewer, the worst logit loses; with more,
-nothing is gained and the mean error grows (docs/int8.md)."""
+nothing is gained and the mean error grows (docs/export.md)."""
 
 QUANTISED = ("MatMul", "Gemm", "Conv")
 """Operators that compute in int8 when their second input is a weight. Products of two activations, those of
 attention, stay float. So do transposed convolutions: what they read is the decoder's stream itself, and its
-rounding costs seven decibels for six percent of the time (docs/int8.md)."""
+rounding costs seven decibels for six percent of the time (docs/export.md)."""
 
 PRODUCTS = (*QUANTISED, "ConvTranspose")
 """What counts as a product where ends are looked for."""

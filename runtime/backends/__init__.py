@@ -169,7 +169,7 @@ def configurations(
     saved = fastest(root, manifest)
     if saved and precision in (None, manifest.precisions[0]):
         name, milliseconds = saved
-        note = f"the fastest on this CPU: {milliseconds:.3g} ms an image (ddexport bench --save)"
+        note = f"the fastest on this CPU: {milliseconds:.3g} ms per image (ddexport bench --save)"
         listed = [
             replace(c, rank=SAVED, note=note) if (c.backend, c.device) == (name, "cpu") else c for c in listed
         ]
@@ -205,7 +205,7 @@ def checked_device(device: str | None) -> str | None:
     """ "cpu", "cuda:N", or None; "cuda" is "cuda:0". Raises BackendError for anything else."""
     name, _, number = (device or "cpu").partition(":")
     if name not in ("cpu", "cuda") or (number and (name == "cpu" or not number.isdecimal())):
-        raise BackendError(f"there is no device {device!r}", "There is: cpu, cuda, cuda:1 and so on.")
+        raise BackendError(f"there is no device {device!r}", "Give cpu, cuda, or cuda:1 and so on.")
     return device and (f"cuda:{int(number or 0)}" if name == "cuda" else "cpu")
 
 
@@ -252,7 +252,7 @@ def check_signature(
     if len(have) != len(promised) or not all(map(same, promised)):
         listed = ", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in have.values())
         raise BackendError(
-            f"the {side} of {file} are not those of the contract: {listed}",
+            f"the {side} of {file} are not those that the manifest promises: {listed}",
             "The bundle is damaged: export it again.",
         )
 

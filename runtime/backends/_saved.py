@@ -64,7 +64,7 @@ def _read(root: Path) -> list[Time]:
     try:
         return convert(list[Time], read_json(resolve(root, FILE)), FILE)
     except DDError as error:
-        logger.warning("%s is left aside: %s", root / FILE, error)
+        logger.warning("%s is not used: %s", root / FILE, error)
         return []
 
 

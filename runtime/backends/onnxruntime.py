@@ -232,7 +232,7 @@ def _check_on_gpu(session: Any, graph: Graph) -> None:
         used = ", ".join(session.get_providers())
         raise BackendError(
             f"onnxruntime could not load {PROVIDERS['cuda']} and fell back to {used}",
-            "CUDA and cuDNN of the versions this onnxruntime-gpu wants must be found: pip install"
+            "Install the CUDA and cuDNN versions that this onnxruntime-gpu needs: pip install"
             " 'onnxruntime-gpu[cuda,cudnn]'. Or ask for the CPU: --device cpu.",
         )
     if not hasattr(session, "get_provider_graph_assignment_info"):
@@ -249,7 +249,7 @@ def _check_on_gpu(session: Any, graph: Graph) -> None:
         listed = ", ".join(f"{count} {name}" for name, count in fallen.most_common(8))
         raise BackendError(
             f"{PROVIDERS['cuda']} leaves nodes of {graph.file} to the CPU: {listed}",
-            "This onnxruntime-gpu lacks these operators in this precision: take another precision, a newer"
+            "This onnxruntime-gpu lacks these operators in this precision: use another precision, a newer"
             " onnxruntime-gpu, a TensorRT engine (ddexport trt), or --device cpu.",
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,13 +12,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from ddexport.cli import main
-from ddexport.recipe import recipe_names
+from ddexport.recipe import Recipe, recipe_names
 from ddexport.runtime.bundle import read_manifest
+from ddexport.runtime.errors import BundleError, DDError
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., Result]
@@ -45,41 +48,100 @@ def onnx(golden_dir: Path, tmp_path: Path) -> Run:
 
     def run(*arguments: object, student: Path | None = None) -> Result:
         files = ("--checkpoint", student or golden_dir / "student.pth", "--vae", golden_dir / "vae.pth")
-        return invoke(
-            "onnx", "--model", golden_dir / "recipe.yaml", *files, "-o", tmp_path / "out" / "b", *arguments
-        )
+        return invoke("onnx", golden_dir / "recipe.yaml", *files, "-o", tmp_path / "out" / "b", *arguments)
 
     return run
 
 
-class TestGroup:
-    def test_every_command_is_listed_and_has_help(self) -> None:
-        """In the order in which a user meets them, each with one line."""
-        result = invoke("--help")
-        assert result.exit_code == 0
-        names = [line.split()[0] for line in result.stdout.split("Commands:")[1].splitlines() if line.strip()]
-        names = names[: names.index("Examples:")] if "Examples:" in names else names
-        assert names[:5] == ["models", "onnx", "trt", "inspect", "sample"]
-        assert {"validate", "distill", "doctor"} <= set(names)
-        for name in names:
-            assert invoke(name, "--help").exit_code == 0, name
+def commands(group: click.Group = main, words: str = "") -> dict[str, click.Command]:
+    """Every command by its words, `validate parity`; groups too, `ddexport` itself as an empty text."""
+    context, found = click.Context(group), {words: group}
+    for name in group.list_commands(context):
+        command, path = group.get_command(context, name), f"{words} {name}".strip()
+        found |= commands(command, path) if isinstance(command, click.Group) else {path: command}
+    return found
 
-    def test_version(self) -> None:
-        result = invoke("--version")
-        assert result.exit_code == 0
-        assert result.stdout.startswith("ddexport, version ")
 
-    def test_an_unknown_command(self) -> None:
-        result = invoke("onxn")
-        assert result.exit_code == 2
-        assert "No such command" in result.stderr
+COMMANDS = commands()
+
+
+class TestHelp:
+    @pytest.mark.parametrize("words", COMMANDS)
+    def test_every_command_has_a_whole_help(self, words: str) -> None:
+        """Nothing is cut, no type shows its Python side, every option and argument is explained, and examples
+        that follow each other do not write to the same place."""
+        text = invoke(*words.split(), "--help").stdout
+        assert not re.search(r"\w[ ,]?\.\.\.$|INTEGER|FLOAT|TEXT|RANGE|DIRECTORY|x[<>]=", text, re.M)
+        assert all(getattr(parameter, "help", None) for parameter in COMMANDS[words].params)
+        examples = text.partition("Examples:\n")[2].replace("\\\n", "").splitlines()
+        lines = [shlex.split(example) for example in examples]
+        default = {"onnx": lambda line: f"build/{line[2]}", "sample": lambda line: "out.png"}.get(words)
+        places = [line[line.index("-o") + 1] if "-o" in line else default(line) for line in lines if default]
+        assert lines and len(set(places)) == len(places)
+
+    def test_version_and_order(self) -> None:
+        """Commands are listed in the order in which a user meets them."""
+        assert invoke("--version").stdout.startswith("ddexport, version ")
+        names = ["models", "onnx", "trt", "inspect", "sample", "doctor", "validate", "distill", "bench"]
+        assert main.list_commands(click.Context(main)) == names
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A working directory with one bundle, what an export has not finished, and other directories."""
+    monkeypatch.chdir(tmp_path)
+    for place in ("build/one", "build/.two.part", "build/empty", "here", "build/here"):
+        Path(place).mkdir(parents=True)
+    for place in ("build/one", "build/.two.part"):
+        Path(place, "bundle.json").touch()
+
+
+class TestNames:
+    """The words of a command line as a user would type them; `tests/test_wording.py` has the mistakes."""
+
+    @pytest.mark.parametrize("words", ["digits-var", "--model digits-var", "DIGITS-VAR --model DIGITS-VAR"])
+    def test_a_model(self, words: str, monkeypatch: pytest.MonkeyPatch, build: None) -> None:
+        """As an argument or an option, in any case."""
+        asked = []
+
+        def export_bundle(recipe: Recipe, target: Path, *_: object, **__: object) -> None:
+            asked.append((recipe.name, target))
+            raise DDError("this is enough", "for a test")
+
+        monkeypatch.setattr("ddexport.export.export_bundle", export_bundle)
+        assert "this is enough" in failure(invoke("onnx", *words.split()))
+        assert asked == [("digits-var", Path("build/digits-var"))]
+
+    @pytest.mark.parametrize("words", [w for w, c in COMMANDS.items() if "bundle" in str(c.params[:1])])
+    def test_a_bundle(self, words: str, build: None, capsys: pytest.CaptureFixture[str]) -> None:
+        """Left out it is the only one under build/, which is named on stderr; doctor alone needs none. A name
+        is found there, and a path that exists is taken first."""
+
+        def bundle(*given: str) -> object:
+            parameters = COMMANDS[words].make_context(words, list(given)).params
+            return parameters["bundle"] if "bundle" in parameters else parameters["bundles"][0]
+
+        assert bundle() == (None if words == "doctor" else Path("build/one"))
+        assert capsys.readouterr().err == ("" if words == "doctor" else "bundle: build/one\n")
+        for given, found in (("one", "build/one"), ("build/one",) * 2, ("here",) * 2, ("a/b",) * 2):
+            assert bundle(given) == Path(found)
+        for absent in ("two", "build/two"):
+            with pytest.raises(BundleError):
+                bundle(absent)
+        assert capsys.readouterr().err == ""
+
+    def test_doctor_checks_the_only_bundle(self, build: None) -> None:
+        assert "build/one has no parity/golden.npz" in failure(invoke("doctor", "--check"))
 
 
 class TestModels:
+    def test_torch_is_not_imported(self) -> None:
+        code = "import sys; from ddexport.cli import main; main(['models'], standalone_mode=False)"
+        subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)
+
     def test_table(self) -> None:
         """Family, parameters, image size, steps, published FID, and where the files come from."""
         result = invoke("models")
-        assert result.exit_code == 0
         for name in recipe_names():
             assert f"\n{name} " in result.stdout
         row = next(line for line in result.stdout.splitlines() if line.startswith("var-d16 "))
@@ -104,7 +166,7 @@ class TestInspect:
         for text in (
             "var-dd-small: Golden VAR-DD checkpoint",
             "64x64, 10 classes",
-            "30 positions of width 8; split 5: those before it are from a codebook of 64",
+            "30 positions of width 8; split 5: positions before it are entries of a codebook of 64",
             "2 steps    known 0, 5",
             "student: student.pth (checkpoint, ema)",
             "student.onnx",
@@ -130,9 +192,6 @@ class TestInspect:
         (tmp_path / "student.onnx").write_bytes(data)
         assert "SHA-256 of student.onnx" in failure(invoke("inspect", tmp_path))
         assert "hashes     not checked" in invoke("inspect", tmp_path, "--no-verify").stdout
-
-    def test_no_bundle(self, tmp_path: Path) -> None:
-        assert "not a bundle" in failure(invoke("inspect", tmp_path))
 
 
 class TestOnnx:
@@ -162,9 +221,7 @@ class TestOnnx:
         assert "differs from the PyTorch module" in failure(onnx("--weights", "model"), code=3)
         assert list((tmp_path / "out").iterdir()) == []
 
-    def test_random_weights_are_announced(
-        self, tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_random_weights_are_announced(self, tiny, monkeypatch, tmp_path: Path) -> None:
         def replay(module, spec, recipe, path, opset, metadata, weights=None):  # type: ignore[no-untyped-def]
             path.write_bytes((tiny.bundle / path.name).read_bytes())
             return [path]
@@ -186,46 +243,16 @@ class TestMistakes:
         assert not (tmp_path / "out" / "b").exists()
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
-    def test_missing_weights(self, tmp_path: Path) -> None:
-        text = failure(invoke("onnx", "--model", "var-d16", "-o", tmp_path / "out" / "b"))
-        for part in ("var-d16.pth", "microsoft/distilled_decoding", "--checkpoint", "--vae"):
-            assert part in text
-
-    def test_unknown_model(self) -> None:
-        assert "did you mean var-d16?" in failure(invoke("onnx", "--model", "var-d61"))
-
-    def test_unknown_key_in_a_recipe(self, golden_dir: Path, tmp_path: Path) -> None:
-        path = tmp_path / "my.yaml"
-        path.write_text((golden_dir / "recipe.yaml").read_text().replace("classes:", "clases:"))
-        assert "unknown field `clases`" in failure(invoke("onnx", "--model", path, "--random-weights", 0))
-
-    def test_both_files_and_random_weights(self, onnx: Run) -> None:
-        result = onnx("--random-weights", 0)
-        assert result.exit_code == 2
-        assert "give one or the other" in result.stderr
-
-    @pytest.mark.parametrize("opset", [0, 17, 24])
-    def test_opset(self, onnx: Run, opset: int) -> None:
-        assert "use 18 to 23" in failure(onnx("--opset", opset))
-
     def test_damaged_checkpoints(self, onnx: Run, golden_dir: Path, tmp_path: Path) -> None:
         """`families/test_checkpoint.py` has every way in which a file can be wrong."""
-        assert "there is no file" in failure(onnx(student=tmp_path / "absent.pth"))
         path = tmp_path / "cut.pth"
         path.write_bytes((golden_dir / "student.pth").read_bytes()[:50_000])
         text = failure(onnx(student=path))
         assert "damaged or not a checkpoint (50,000 bytes)" in text and "download it again" in text
 
-    def test_another_part(self, onnx: Run, golden_dir: Path) -> None:
-        text = failure(onnx(student=golden_dir / "teacher.pth"))
-        assert "this looks like the teacher of var-dd-small" in text
-
-    def test_a_place_that_cannot_be_written(self, onnx: Run, tmp_path: Path) -> None:
+    def test_a_place_that_is_taken(self, onnx: Run, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         assert "cannot write" in failure(onnx("-o", tmp_path / "file" / "b"))
-
-    def test_a_place_with_other_files(self, onnx: Run, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
         assert "holds other files" in failure(onnx("-o", tmp_path, "--force"))
         assert (tmp_path / "file").exists()
 
@@ -272,30 +299,3 @@ class TestKilled:
         assert "Traceback" not in text
         assert ("interrupted" in text) == (number == signal.SIGINT)
         assert len(list(tmp_path.glob("*b*"))) == (number == signal.SIGKILL)  # the next export names it
-
-
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 5\n"
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda state: {k: (v * 20).round().int() for k, v in state.items()}, "int32"),
-        (lambda state: {k: v > 0 for k, v in state.items()}, "bool"),
-        (lambda state: {k: v.double() * 1e300 for k, v in state.items()}, "finite"),
-        (lambda state: {k: v for k, v in state.items() if "blocks.1." not in k}, "blocks"),
-        (lambda state: {"a": state, "b": {k: v + 1 for k, v in state.items()}}, "a, b"),
-        (lambda state: LFS, "LFS"),
-        (lambda state: b"<!DOCTYPE html><html></html>", "web page"),
-    ],
-    ids=["integers", "booleans", "float64", "a block less", "two copies", "LFS pointer", "web page"],
-)
-def test_a_checkpoint_that_cannot_be_used_is_refused_by_name(damage, words, golden_dir, tmp_path):
-    """Before anything is traced; with exit code 0 a bundle of rubbish was written."""
-    state = torch.load(golden_dir / "student.pth", weights_only=True)["trainer"]["ema_parameters"]
-    damaged, path = damage(state), tmp_path / "x.pth"
-    path.write_bytes(damaged) if isinstance(damaged, bytes) else torch.save(damaged, path)
-    options = ("--vae", golden_dir / "vae.pth", "-o", tmp_path / "out")
-    result = invoke("onnx", "--model", golden_dir / "recipe.yaml", "--checkpoint", path, *options)
-    assert words in failure(result)
-    assert not (tmp_path / "out").exists()

@@ -39,7 +39,7 @@ def doctor(bundle: Path, *options: object) -> Result:
 @both_models
 def test_fid_sees_what_users_draw(planted: Planted, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """Without re-noising the second step's images differ; the graphs are right. (`make quality` shows that an
-    unbroken bundle passes: so few images do not determine a difference.)
+    unbroken bundle passes: so few images are too few a difference.)
     """
     bundle = planted(model)
     assert "images that differ" not in fid(bundle, "--steps", 2).stderr
@@ -64,7 +64,7 @@ def test_fid_fails_on_a_fault_of_the_bundle(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--reference", "none"), "no FID compares the two sides"),
+        (("--reference", "none"), "there is no FID without a reference set"),
         (("--allow-few",), "--allow-few"),
         (("--features", "inception", "--features-weights", "random:0", *FEW), "random feature weights"),
         (("--bootstrap", 0), "interval"),
@@ -133,7 +133,7 @@ class TestDoctor:
         without_noise(monkeypatch)
         result = doctor(proven(model))
         assert result.exit_code == 3, result.output
-        assert "does not draw what PyTorch drew, in steps: 2" in result.stderr
+        assert "does not generate the images of PyTorch, in steps: 2" in result.stderr
 
     def test_without_the_file_it_says_how_to_make_it(self, planted: Planted) -> None:
         result = doctor(planted("digits-var"))

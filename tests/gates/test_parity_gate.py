@@ -76,7 +76,7 @@ def test_a_fault_of_the_float32_graph_fails(
 def test_tokens_that_are_not_those_of_the_logits_fail(planted: Planted, parity: Parity, model: str) -> None:
     result = parity(planted(model, "fp32", faults.in_graph(faults.next_token)))
     assert result.exit_code == 3, result.output
-    assert "tokens are not the largest of its logits" in result.stderr
+    assert "tokens are not those of its largest logits" in result.stderr
 
 
 @both_models

@@ -151,7 +151,10 @@ def test_a_graph_that_is_not_the_one_of_the_contract(
 ) -> None:
     """Its hash is right; a line says what is wrong with it."""
     (bundle.parent / "outside.data").write_bytes(bytes(80))
-    broken, contract = "cannot load student.onnx", "of student.onnx are not those of the contract: "
+    broken, contract = (
+        "cannot load student.onnx",
+        "of student.onnx are not those that the manifest promises: ",
+    )
     for content, message in (
         (b"no graph", broken),
         (weights_outside(toy).SerializeToString(), broken),

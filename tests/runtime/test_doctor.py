@@ -84,7 +84,7 @@ def test_what_a_bundle_runs_on_and_why(bundle: Path, toy: Any) -> None:
     assert (chosen["auto"], chosen["precisions"]) == ("openvino, cpu, fp32", ["fp32", "int8"])
     runs = {row["name"]: (row["runs"], row["reason"]) for row in chosen["configurations"]}
     assert runs["onnxruntime, cpu, fp32"] == (True, "")
-    assert runs["openvino, cpu, fp32"][1].startswith("the fastest on this CPU: 1.5 ms an image")
+    assert runs["openvino, cpu, fp32"][1].startswith("the fastest on this CPU: 1.5 ms per image")
 
 
 def test_a_machine_with_a_gpu_and_broken_packages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +205,7 @@ def test_a_bundle_that_draws_what_pytorch_drew(bundle: Path, golden: Callable[..
     result = doctor(bundle, "--check", "--backend", "onnxruntime", "--precision", "fp32")
     assert result.exit_code == 0
     assert "1 step    8 of 8 images with equal tokens, PSNR inf dB, 8-bit difference 0  ok" in result.stdout
-    assert "onnxruntime in fp32 draws what PyTorch drew" in result.stdout
+    assert "onnxruntime in fp32 generates the images of PyTorch" in result.stdout
     checks = json.loads(doctor(bundle, "--check", "--json").stdout)["checks"]
     assert [(row["steps"], row["left_out"], row["faults"]) for row in checks] == [("1", 0, []), ("2", 1, [])]
     toy.change(bundle, lambda content: content["parity"]["fp32"].pop("image_max"))
@@ -216,11 +216,11 @@ def test_a_bundle_that_draws_what_pytorch_drew(bundle: Path, golden: Callable[..
 
 def test_a_bundle_that_draws_something_else(bundle: Path, golden: Callable[..., None]) -> None:
     rows: list[tuple[str, Any, int, str]] = [
-        ("tokens_2", lambda a: a + (np.arange(8)[:, None] < 2), 3, "tokens of 2 images differ"),
+        ("tokens_2", lambda a: a + (np.arange(8)[:, None] < 2), 3, "tokens differ in 2 images"),
         ("tokens_2", lambda a: a + 1, 3, "no image could be compared"),
         ("images_1", lambda a: a ^ 8, 3, "8-bit difference 8, limit 2"),
         ("images_1", lambda a: a ^ 1, 3, "PSNR 48.1 dB, limit 50"),
-        ("images_1", lambda a: a[:, :4], 3, "other shapes"),
+        ("images_1", lambda a: a[:, :4], 3, "the shapes are not those"),
         ("labels", lambda a: a[:5], 1, "do not fit each other"),
         ("tokens_1", lambda a: None, 1, "golden.npz is damaged"),
         ("manifest", lambda a: np.array("0" * 64), 3, "another bundle.json"),

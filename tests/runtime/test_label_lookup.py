@@ -62,7 +62,7 @@ def test_one_label_or_several() -> None:
         (b'{"nmaes": ["a", "b", "c"]}', "`nmaes`"),
         (b'{"names": ["a", "b", "c"], "alias": {}}', "`alias`"),
         (b'{"names": ["a", "b", 3]}', "at `names[2]`"),
-        (b'{"names": ["a", "b", "c"], "aliases": {"3": ["d"]}}', "aliases of a class past 2"),
+        (b'{"names": ["a", "b", "c"], "aliases": {"3": ["d"]}}', "aliases of a class above 2"),
         (b'{"names": ["a", "b", "c"], "aliases": {"x": ["d"]}}', "`key` in `aliases`"),
         (b'{"names": ["a", "b", "c"], "aliases": {"-1": ["d"]}}', "`key` in `aliases`"),
         (b"[]", "Expected `object`"),

@@ -73,7 +73,7 @@ def test_what_is_no_manifest(bundle: Path, tmp_path: Path) -> None:
         (bundle / FILE_NAME).write_bytes(text)
         refused(bundle, "bundle.json")
     (tmp_path / "file").touch()
-    for name, what in (("", "no bundle.json"), ("nowhere", "not found"), ("file", "is no directory")):
+    for name, what in (("", "no bundle.json"), ("nowhere", "not found"), ("file", "is a file")):
         refused(tmp_path / name, "not a bundle", str(tmp_path / name), what)
 
 
@@ -221,10 +221,10 @@ def test_which_schedules_and_graphs_there_are(shared_bundle: Path, shared_teache
     for steps in (4, 0, True, "teacher"):
         with pytest.raises(ScheduleError, match=f"no schedule of {steps} steps") as missing:
             plain.schedule(steps)
-        assert missing.value.hint == "It can draw in: 1, 2, 3."
+        assert missing.value.hint == "It has: 1, 2, 3."
     with pytest.raises(ScheduleError) as missing:
         taught.schedule("student")
-    assert missing.value.hint == "It can draw in: 1, 2, 3, 4, teacher."
+    assert missing.value.hint == "It has: 1, 2, 3, 4, teacher."
     for split in (None, 4):
         with pytest.raises(BundleError, match=r"student.* in precision int8") as absent:
             taught.graph("student", "int8", split)

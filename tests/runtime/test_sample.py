@@ -199,7 +199,7 @@ BAD_NOISE: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: save(path, noise=zeros(4, 6, 4)), "shape (3, 6, 4), but is float32 (4, 6, 4)"),
     (lambda path: save(path, noise=zeros(3, 6, 4) + np.inf), "not finite: inf at (0, 0, 0)"),
     (lambda path: save(path, noise=zeros(3, 6, 4), labels=zeros(3)), "`labels` must be integers of 1 dim"),
-    (lambda path: save(path, noise=zeros(3, 6, 4), labels=[1, 2]), "3 noises but 2 labels"),
+    (lambda path: save(path, noise=zeros(3, 6, 4), labels=[1, 2]), "3 rows of noise but 2 labels"),
     (lambda path: save(path, noise=zeros(1, 6, 4), labels=[3]), "label 3 is out of range"),
     (lambda path: save(path, noise=zeros(3, 6, 4), uniforms=zeros(3, 6)), "`uniforms` must be float64 of 2"),
 ]
@@ -218,12 +218,12 @@ def test_bad_noise_is_explained(make: Any, message: str, shared_bundle: Path, fo
 BAD_OPTIONS: list[tuple[tuple[object, ...], str, str]] = [
     (("--label", 3), "label 3 is out of range", "--list-labels"),
     (("--label", "tow"), "'tow'", "Did you mean 'two' (class 2)?"),
-    (("--steps", 4), "4 steps", "It can draw in: 1, 2, 3."),
+    (("--steps", 4), "4 steps", "It has: 1, 2, 3."),
     (("--steps", 2, "--guidance-scale", 1), "guidance_scale can only be given", "leave it out"),
     (("--steps", 2, "--cfg", 1), "guidance_scale can only be given", "leave it out"),
     (("--backend", "onnx"), "'onnx'", "There is: onnxruntime"),
     (("--precision", "int8"), "no graphs in int8", "graphs in: fp32."),
-    (("--device", "rocm"), "'rocm'", "cpu, cuda, cuda:1"),
+    (("--device", "rocm"), "'rocm'", "cpu, cuda, or cuda:1"),
     (("-o", "out.tga"), "out.tga has no suffix of an image format", ".png"),
     (("-o", "missing/out.png"), "missing/out.png cannot be written: No such file", "Check the directory"),
     (("-o", "old.png/x/"), "cannot be written: Not a directory", "Check the directory"),
@@ -250,7 +250,7 @@ def test_what_is_wrong_with_the_rest(bundle: Path, monkeypatch: pytest.MonkeyPat
     save(Path("noise.npz"), noise=zeros(3, 6, 4), labels=[0, 1, 2])
     for options in (("--label", 1), ("-n", 2)):
         message = failed(sample(bundle, "--noise", "noise.npz", *options))
-        assert "brings its own labels, so neither --label nor -n" in message
+        assert "has labels of its own, so --label and -n" in message
     assert sample(bundle, "--noise", "noise.npz", "--seed", 0).exit_code == 2
     for option in ("--steps", "-n", "--threads", "--batch-size", "--top-k", "--steps=all", "--seed=-1"):
         assert sample(bundle, option, 0).exit_code == 2

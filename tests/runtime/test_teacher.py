@@ -288,7 +288,7 @@ def test_what_a_request_may_ask_for(teacher: Any) -> None:
         assert sampling_of(schedule, one, {"top_k": None}) is None
         with pytest.raises(ScheduleError) as caught:
             sampling_of(schedule, one, {"guidance_scale": 1.0, "uniforms": np.zeros(3)})
-        for_steps = "can only be given for steps that involve a teacher"
+        for_steps = "can only be given for steps that use the teacher"
         assert caught.value.message == f"guidance_scale, uniforms {for_steps}"
         assert caught.value.hint == "Choose such steps, or leave it out."
 

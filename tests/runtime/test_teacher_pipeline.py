@@ -139,7 +139,7 @@ WRONG: list[tuple[dict[str, Any], type[DDError], str]] = [
     ({"noise": np.zeros((3, 6, 4), np.float32)}, NoiseError, "but is float32 (3, 6, 4)"),
     ({"noise": NOT_FINITE}, NoiseError, "not finite: nan at (1, 3, 2)"),
     ({"guidance_scale": 2.0}, ScheduleError, "guidance_scale can only be given for"),
-    ({"teacher_start": 0}, ScheduleError, "teacher_start is for schedules that involve"),
+    ({"teacher_start": 0}, ScheduleError, "teacher_start needs a schedule that uses"),
     ({"uniforms": np.zeros((2, 6))}, ScheduleError, "uniforms can only be given"),
     ({"steps": 3, "teacher_start": 3}, ScheduleError, "position 3"),
     ({"steps": 3, "top_p": 0}, ScheduleError, "top_p must be above 0"),
@@ -264,6 +264,6 @@ def test_without_onnxruntime_the_teacher_says_what_to_install(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with runtime.load(shared_teacher_bundle, "openvino") as pipe:
         assert len(pipe([0, 1], 2)) == 2
-        with pytest.raises(BackendError, match="the teacher runs in ONNX Runtime") as caught:
+        with pytest.raises(BackendError, match="the teacher needs ONNX Runtime") as caught:
             pipe(0, 3)
     assert caught.value.hint == 'pip install "ddexport[cpu]"'

@@ -107,7 +107,7 @@ def test_a_bundle_agrees_with_its_reference(pipe: Pipeline, reference: TorchRefe
     assert scopes >= {"step 1 (known 0)", "3 steps, student (known 5)", "3 steps, teacher (positions 0 to 4)"}
     for title in ("1 step", "3 steps", "teacher alone"):
         assert scopes >= {f"{title}, {part}" for part in ("decoder on the same sequence", "end to end")}
-    assert scopes >= {f"{part}: a batch of 5 and its rows alone"
+    assert scopes >= {f"{part}: batch of 5 against single images"
                       for part in ("student, split 1", "student, split 5", "decoder")}  # fmt: skip
     assert scopes >= {f"{title}, teacher, one image alone" for title in ("3 steps", "teacher alone")}
     assert {row.name for row in rows if row.scope == "teacher alone, teacher (positions 0 to 13)"} == {
@@ -188,7 +188,7 @@ def test_a_row_that_depends_on_its_batch_fails_against_itself(
     reference = build_reference(read_manifest(golden_bundle), golden_files, threads=1)
     with load(golden_bundle, "onnxruntime", threads=1) as pipe:
         rows = measured(pipe, reference, Faulty(pipe, "student", "sequence", 0.1, where))
-    assert "student, split 5: a batch of 5 and its rows alone" in {
+    assert "student, split 5: batch of 5 against single images" in {
         row.scope for row in rows if not row.passed
     }
 
@@ -197,7 +197,7 @@ def test_a_row_that_depends_on_its_batch_fails_against_itself(
     ("role", "output", "scope"),
     [
         ("teacher", "logits", "teacher alone, teacher, one image alone"),
-        ("decoder", "image", "decoder: a batch of 5 and its rows alone"),
+        ("decoder", "image", "decoder: batch of 5 against single images"),
     ],
 )
 def test_so_do_teacher_and_decoder(

@@ -392,8 +392,8 @@ def test_the_command_measures_times_tests_and_draws(tmp_path, monkeypatch, as_js
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["digits-var", "--seeds", "a,b"], 2, "whole numbers"),
-        (["digits-var", "--seeds", ""], 2, "whole numbers"),
+        (["digits-var", "--seeds", "a,b"], 2, "whole number"),
+        (["digits-var", "--seeds", ""], 2, "whole number"),
         (["var-d16"], 1, "distill"),
         (["digits-var", "--plot", "plot.txt"], 1, "suffix"),
         (["digits-var", "--weights", "no-such-folder"], 1, "no-such-folder"),

@@ -11,7 +11,8 @@ import click
 
 from ddexport.runtime import console
 from ddexport.runtime.errors import BackendError, DDError, VerificationError
-from ddexport.validate.options import PATH, comma_list, number, shared
+from ddexport.runtime.options import PATH, comma_list, known, number, option
+from ddexport.validate.options import shared
 
 if TYPE_CHECKING:
     from ddexport.validate.bench.plan import Request
@@ -22,65 +23,59 @@ TEACHER = "teacher"
 EPILOG = """
 \b
 Examples:
-  ddexport bench build/digits-var --save
-  ddexport bench build/digits-var --backend openvino,torch-eager,naive --against naive
-  ddexport bench build/var-d16 --steps 1,2,teacher --against torch-eager --against-steps teacher
-  ddexport bench build/digits-var build/digits-llamagen --batch 1,8 --plot bench.png --json
+  ddexport bench digits-var --save
+  ddexport bench digits-var --backend openvino,torch-eager,naive --against naive
+  ddexport bench digits-var --steps 1,2,teacher --against torch-eager --against-steps teacher
+  ddexport bench digits-var digits-llamagen --batch 1,8 --plot bench.png --json
 """
 
 
 def _steps(word: str) -> int | str:
-    if word != TEACHER and (not word.isdecimal() or int(word) < 1):
-        raise ValueError(f"there is: numbers above 0 that the bundle has schedules for, and {TEACHER}")
-    return word if word == TEACHER else int(word)
+    return word if word == TEACHER else number(word)
 
 
 def _backend(word: str) -> str:
     from ddexport.validate.bench.plan import backend_names
 
-    return _known(word, backend_names())
+    return known(word, backend_names())
 
 
-def _known(word: str, names: Sequence[str]) -> str:
-    if word not in names:
-        raise ValueError(f"there is: {', '.join(names)}")
-    return word
+_precision = partial(known, names=("fp32", "fp16", "bf16", "int8"))
 
 
-_precision = partial(_known, names=("fp32", "fp16", "bf16", "int8"))
-
-
-@click.command("bench", cls=console.Command, epilog=EPILOG, context_settings={"show_default": True})
-@click.argument("bundles", metavar="BUNDLE...", type=PATH, nargs=-1, required=True)
-@click.option("--backend", "backends", callback=comma_list(_backend), metavar="A,B,...",
-              help="Backends of the runtime, and torch-eager, torch-compile, naive. All that are named stay"
-              " in memory at once: name fewer where it is short.  [default: the runtime's]")  # fmt: skip
-@click.option("--device", "--provider", "device", metavar="NAME",
-              help="cpu, cuda or cuda:N.  [default: any]")  # fmt: skip
-@click.option("--batch", "batches", callback=comma_list(number), default="1", metavar="N,N,...")
-@click.option("--steps", callback=comma_list(_steps), default="1", metavar="N,...,teacher",
-              help="Schedules of the bundle; teacher is the whole auto-regressive model.")  # fmt: skip
-@click.option("--precision", "precisions", callback=comma_list(_precision), metavar="NAME,...",
-              help="fp32, fp16, bf16, int8.  [default: all that each backend can run]")  # fmt: skip
-@click.option("--against", callback=comma_list(_backend, single=True), metavar="BACKEND",
-              help="Say how many times faster than that one each row is.")  # fmt: skip
-@click.option("--against-steps", callback=comma_list(_steps, single=True), metavar="N|teacher",
-              help="The steps of --against.  [default: those of each row]")  # fmt: skip
-@click.option("--against-precision", callback=comma_list(_precision, single=True), default="fp32",
-              metavar="NAME", help="The precision of --against.")  # fmt: skip
-@click.option("--threads", callback=comma_list(number), metavar="N,...",
-              help="Of the CPU.  [default: all cores]")  # fmt: skip
-@click.option("--warmup", type=click.IntRange(0), default=1, help="Runs that are not counted.")
-@click.option("--duration", type=click.FloatRange(0), default=2.0, metavar="S",
-              help="Seconds of rounds for each row; five rounds at least, of a teacher's minutes"
-              " one.")  # fmt: skip
-@shared("seed", help="Of noise and labels, and of the order in the rounds.")
+@click.command("bench", cls=console.Command, epilog=EPILOG)
+@shared("bundle", name="bundles", metavar="[BUNDLE]...", nargs=-1)
+@option("--backend", "backends", callback=comma_list(_backend), metavar="NAME,...",
+        show_default="all inference engines",
+        help="Inference engines, and torch-eager, torch-compile or naive for PyTorch, separated by commas."
+        " All of them are held in memory at the same time.")  # fmt: skip
+@shared("device")
+@option("--batch", "batches", callback=comma_list(number), default="1", metavar="N,...",
+        help="Numbers of images per batch, separated by commas.")  # fmt: skip
+@option("--steps", callback=comma_list(_steps), default="1", metavar="N,...,teacher",
+        help="Numbers of steps, separated by commas. teacher: all steps of the auto-regressive"
+        " model.")  # fmt: skip
+@option("--precision", "precisions", callback=comma_list(_precision), metavar="NAME,...",
+        show_default="all that an engine can run",
+        help="Precisions to compute in, separated by commas: fp32, fp16, bf16, int8.")  # fmt: skip
+@option("--against", callback=comma_list(_backend, single=True), metavar="NAME",
+        help="Also show how many times faster each row is than this backend.")  # fmt: skip
+@option("--against-steps", callback=comma_list(_steps, single=True), metavar="N|teacher",
+        show_default="those of each row", help="Number of steps for --against.")  # fmt: skip
+@option("--against-precision", callback=comma_list(_precision, single=True), default="fp32",
+        metavar="NAME", help="Precision for --against.")  # fmt: skip
+@option("--threads", callback=comma_list(number), metavar="N,...", show_default="all cores",
+        help="Numbers of CPU threads, separated by commas.")  # fmt: skip
+@option("--warmup", type=click.IntRange(0), metavar="N", default=1, help="Number of runs before timing.")
+@option("--duration", type=click.FloatRange(0), default=2.0, metavar="SECONDS",
+        help="Time for each row. A row is run at least five times, or once if a run takes"
+        " minutes.")  # fmt: skip
+@shared("seed", help="Seed of the noise, the labels and the order of the runs.")
 @shared("checkpoint", "vae", "teacher", "weights")
-@click.option("--roofline/--no-roofline", default=True, help="Whether to measure the machine's own peak.")
-@click.option("--save", is_flag=True,
-              help="Keep in the bundle how fast each CPU backend is in one step and the first precision, for"
-              " --backend auto.")  # fmt: skip
-@click.option("--plot", type=PATH, metavar="FILE.png", help="Plot the times.")
+@option("--roofline/--no-roofline", default=True, help="Also measure the peak speed of this machine.")
+@option("--save", is_flag=True,
+        help="Store in the bundle which engine is the fastest on this CPU, for --backend auto.")  # fmt: skip
+@option("--plot", type=PATH, metavar="FILE.png", help="Write a plot of the times.")
 @shared("json")
 @console.debug_option
 def command(
@@ -92,17 +87,20 @@ def command(
     teacher: Path | None,
     **asked: Any,
 ) -> None:
-    """Time BUNDLE in every engine, in rounds over all of them, and compare what was timed with PyTorch.
+    """Measure the speed of BUNDLE in every inference engine.
 
-    What cannot run here is listed with its reason. Exit code 3 if the outputs of a row miss the bundle's
-    limits: a fast wrong row is marked as wrong. docs/benchmark.md explains the columns.
+    There is one row for each engine, precision, batch size and number of steps; docs/validation.md explains
+    the columns. The rows are timed in turns, so that other work on the machine slows all of them.
+
+    The outputs are compared with those of the PyTorch model. Exit code 3 if a row exceeds the limits of the
+    bundle.
     """
     from ddexport.runtime.files import check_writable, write_image
     from ddexport.validate.bench.plan import Request
     from ddexport.validate.bench.table import remarks
 
     if asked["against"] is None and asked["against_steps"] is not None:
-        raise click.UsageError("--against-steps says which steps of --against: give both.")
+        raise click.UsageError("--against-steps needs --against.")
     if plot is not None and plot.suffix.lower() != ".png":
         raise click.BadParameter(f"{plot} does not end in .png.", param_hint="--plot")
     request = Request(files={"student": checkpoint, "tokenizer": vae, "teacher": teacher}, **asked)
@@ -136,11 +134,11 @@ def _measure(request: Request, plot: bool) -> tuple[list[Row], Peaks]:
         click.echo(f"skipped: {text}", err=True)
     if missing := list(dict.fromkeys(text for plan in plans.values() for text in plan.missing)):
         hint = 'give the files; pip install "ddexport[validate]" brings the packages of PyTorch'
-        raise DDError(f"this is missing: {'; '.join(missing)}", hint)
+        raise DDError(f"missing: {'; '.join(missing)}", hint)
     entries = [entry for plan in plans.values() for entry in plan.entries]
     if not entries:
-        what = f"nothing that was asked for can be timed here: {'; '.join(skipped)}"
-        raise BackendError(what, "ddexport doctor says what is installed.")
+        what = f"nothing can be timed here: {'; '.join(skipped)}"
+        raise BackendError(what, "`ddexport doctor` shows what is installed.")
     peaks: Peaks = {}
     if request.roofline:
         with console.stage("measuring the machine"):
@@ -190,10 +188,10 @@ def _save(root: Path, rows: Sequence[Row]) -> str:
     manifest = read_manifest(root, verify=False)
     times, precision = times_to_save(rows, manifest.precisions[0]), manifest.precisions[0]
     if not times:
-        return f"nothing to save in {root}: no CPU backend was timed and right in {precision} and one step"
+        return f"nothing to save in {root}: no CPU backend met the limits in {precision} and one step"
     texts = [f"{name} {milliseconds:.3g} ms" for name, milliseconds in times.items()]
     path = save(root, manifest, times)
-    return f"saved in {path}: {', '.join(texts)} an image; auto takes {choose(root, manifest)}"
+    return f"saved in {path}: {', '.join(texts)} per image; auto takes {choose(root, manifest)}"
 
 
 def _end(rows: Sequence[Row]) -> None:
@@ -204,8 +202,8 @@ def _end(rows: Sequence[Row]) -> None:
     failed = [name_of(row) for row in rows if row["error"] is not None]
     if wrong:
         raise VerificationError(
-            f"{len(wrong)} of {len(rows)} rows miss the bundle's limits: {'; '.join(wrong)}",
-            "ddexport validate parity BUNDLE says where.",
+            f"{len(wrong)} of {len(rows)} rows exceed the limits of the bundle: {'; '.join(wrong)}",
+            "`ddexport validate parity BUNDLE` shows where.",
         )
     if failed:
         raise DDError(f"{len(failed)} of {len(rows)} rows could not be timed: {'; '.join(failed)}")

@@ -46,7 +46,7 @@ class Worker:
             self.process.join(10)
             code = self.process.exitcode or 0
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            memory = ", as a system does that is short of memory" if how == "SIGKILL" else ""
+            memory = ", probably because memory is short" if how == "SIGKILL" else ""
             raise WorkerError(f"the worker was ended by {how}{memory}") from error
 
     def __enter__(self) -> Worker:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ddexport.runtime import console
-from ddexport.validate.options import comma_list, number, shared
+from ddexport.runtime.options import comma_list, number, option
+from ddexport.validate.options import shared
 
 if TYPE_CHECKING:
     from ddexport.distill.data import DataSet
@@ -21,6 +22,7 @@ EPILOG = """
 Examples:
   ddexport validate distilled digits-var --plot plot.png --grid samples.png
   ddexport validate distilled digits-llamagen --samples 500 --seeds 0 --json
+  ddexport validate distilled digits-var --weights runs/digits-var --threads 2
 """
 FIGURES = {  # heading, factor, decimal places
     "accuracy": ("acc %", 100.0, 1),
@@ -54,11 +56,11 @@ def as_text(report: Mapping[str, Any]) -> str:
     """The whole report for people."""
     accuracy = report["classifier_accuracy"]
     lines = [
-        f"{report['model']}: {report['samples']} images of each of the seeds {report['seeds']};",
-        f"the digit classifier reads {accuracy:.1%} of the held-out digits right\n",
+        f"{report['model']}: {report['samples']} images for each of the seeds {report['seeds']};",
+        f"the digit classifier recognizes {accuracy:.1%} of the held-out digits\n",
         table(report["rows"], list(report["rounds"])),
-        f"\nms an image: PyTorch, threads: {report['threads']}, medians of interleaved rounds",
-        "\nchi-square of the map on the trained teacher",
+        f"\nms per image: PyTorch, threads: {report['threads']}, medians of runs in turns",
+        "\nchi-square test of the mapping from noise to tokens, on the trained teacher",
     ]
     for test in report["map"]:
         verdict = "accepted" if test["accepted"] else "REJECTED"
@@ -87,19 +89,20 @@ _seed = partial(number, least=0)
 
 
 @click.command("distilled", cls=console.Command, epilog=EPILOG)
-@click.argument("model")
-@click.option("--weights", type=_FOLDER, help="A run's folder.  [default: the embedded weights]")
-@click.option(
-    "--samples", type=click.IntRange(100), default=2000, show_default=True, help="Images of a seed."
-)
-@click.option("--seeds", default="0,1,2", show_default=True, callback=comma_list(_seed), help="Of noise.")
-@click.option(
-    "--draws", type=click.IntRange(100), default=20_000, show_default=True, help="Tokens a test of the map."
-)
-@click.option("--plot", type=_FILE, help="Also draw Frechet distance against time.")
-@click.option("--grid", type=_FILE, help="Also write a sheet of samples, side by side.")
-@click.option("--train-judge", is_flag=True, help="First train the digit classifier again, and install it.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of torch.")
+@shared("model")
+@option("--weights", type=_FOLDER, metavar="DIR", show_default="the weights that ship with ddexport",
+        help="Directory of a run of `ddexport distill`.")  # fmt: skip
+@option("--samples", type=click.IntRange(100), default=2000, metavar="N", help="Number of images per seed.")
+@option("--seeds", default="0,1,2", metavar="N,...", callback=comma_list(_seed),
+        help="Seeds of the random noise, separated by commas.")  # fmt: skip
+@option("--draws", type=click.IntRange(100), default=20_000, metavar="N",
+        help="Number of tokens per chi-square test, which compares the mapping from noise to tokens with the"
+        " teacher's probabilities.")  # fmt: skip
+@option("--plot", type=_FILE, metavar="FILE", help="Write a plot of Frechet distance against time.")
+@option("--grid", type=_FILE, metavar="FILE", help="Write a picture with samples of every method.")
+@option("--train-judge", is_flag=True,
+        help="First train the digit classifier again, and copy it to recipes/weights.")  # fmt: skip
+@shared("threads", default=1, show_default=None)
 @shared("json")
 @console.debug_option
 def command(
@@ -114,9 +117,11 @@ def command(
     threads: int,
     as_json: bool,
 ) -> None:
-    """Measure and time the images of MODEL: teacher, student and baseline.
+    """Measure quality and speed of a model trained by `distill`.
 
-    MODEL is a recipe that was trained with `ddexport distill`.
+    Teacher, student and a baseline generate images in PyTorch. The table shows the accuracy of a digit
+    classifier on them, Frechet distance (FD), precision, recall and time per image. MODEL needs a recipe that
+    `ddexport distill` can train.
     """
     from ddexport.recipe import load_recipe
     from ddexport.runtime.files import check_image_suffix, check_writable, write_image
@@ -150,7 +155,7 @@ def command(
     rows = measured_rows(models, Gauge(classifier, data), data, seeds, samples)
     if plot is not None:
         write_image(plot, frechet_against_time(rows, recipe.title, list(ROUNDS)), follow=True)
-    with console.stage("chi-square of the map"):
+    with console.stage("chi-square test of the mapping"):
         tests = check_map(models, draws)
 
     report = {

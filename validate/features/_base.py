@@ -110,7 +110,7 @@ def load_extractor(name: str, weights: str | Path | None = None, device: str = "
     if str(weights).startswith(RANDOM):
         seed = str(weights)[len(RANDOM) :]
         if not seed.isdecimal():
-            raise FeatureError(f"{weights!s} names no seed", "Write random:0, or give the path of a file.")
+            raise FeatureError(f"{weights!s} is not random:SEED", "Give random:0, or the path of a file.")
         extractor = kind.random(int(seed))
         extractor.random_weights = True
     else:

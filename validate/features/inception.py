@@ -23,8 +23,8 @@ PUBLISHED = "6726825d"  # the published file's name ends in the first digits of 
 WHERE = (
     "Its weights are the file pt_inception-2015-12-05-6726825d.pth among the releases of the GitHub project"
     " mseitzer/pytorch-fid (tag fid_weights); toshas/torch-fidelity (tag v0.2.0) has the same as"
-    " weights-inception-2015-12-05-6726825d.pth. Give it with --features-weights FILE, or try the tools with"
-    " --features-weights random:0."
+    " weights-inception-2015-12-05-6726825d.pth. Give it with --features-weights FILE, or try the command"
+    " with --features-weights random:0."
 )
 COUNTER = "num_batches_tracked"  # of training: it may be missing, and is not used
 
@@ -107,7 +107,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             f"{path} does not hold the FID Inception network: {'; '.join(map(str, faults[:3]))}", WHERE
         )
     if not sha256_of(path).startswith(PUBLISHED):
-        logger.warning("%s is not the published file: its figures compare with no published ones", path)
+        logger.warning("%s is not the published file: its figures do not compare with published ones", path)
     return state
 
 

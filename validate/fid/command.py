@@ -1,4 +1,4 @@
-"""`validate fid`: does a bundle draw images as good as the PyTorch model's? See docs/image-quality.md."""
+"""`validate fid`: does a bundle draw images as good as the PyTorch model's? See docs/validation.md."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ import click
 
 from ddexport.runtime import console
 from ddexport.runtime.errors import DDError
+from ddexport.runtime.options import PATH, POSITIVE, comma_list, number, option
 from ddexport.validate.options import (
-    PATH,
-    POSITIVE,
-    comma_list,
     conclude,
-    number,
     report_directory,
     require_validate_extra,
     shared,
@@ -27,10 +24,10 @@ if TYPE_CHECKING:
 EPILOG = """
 \b
 Examples:
-  ddexport validate fid build/digits-var
+  ddexport validate fid digits-var
+  ddexport validate fid digits-var --images 500 --steps 2 --no-reference-model --report fid-500 --json
   ddexport validate fid build/var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth \\
       --features-weights pt_inception-2015-12-05.pth --reference statistic.pth
-  ddexport validate fid build/digits-var --images 500 --steps 2 --no-reference-model --json
 """
 STATES = "fid-state"
 
@@ -76,49 +73,48 @@ def run_fid(options: Options, state: Path | None = None) -> Report:
 
 
 @click.command("fid", cls=console.Command, epilog=EPILOG)
-@shared("bundle", "images")
-@click.option(
-    "--per-class", type=POSITIVE, metavar="N", help="Images of each class.  [default: labels at random]"
-)
-@click.option("--steps", metavar="1,2", callback=comma_list(number), help="Which schedules.  [default: all]")
-@shared("seed", help="Of noise and labels.")
-@click.option("--features", metavar="NAME", help="The extractor: digits, inception.  [default: the recipe's]")
-@click.option("--features-weights", metavar="FILE|random:SEED", help="Its weights, where none ship with it.")
-@click.option(
-    "--reference",
-    metavar="FILE|DIR|data|none",
-    help="What to measure against: statistics, images, the model's data.  [default: the recipe's]",
-)
-@click.option(
-    "--reference-model/--no-reference-model",
-    default=True,
-    help="Measure PyTorch's images beside the bundle's; alone there is no verdict.",
-)
-@shared("batch", default=None, type=POSITIVE, help="Images at once.  [default: by their size]")
-@shared("precision", "backend", "emulate", "threads", "device", "checkpoint", "vae", "weights")
-@click.option("--allow-few", is_flag=True, help="Fewer images than the features need, for trials.")
-@click.option(
-    "--bootstrap",
-    type=click.IntRange(min=0),
-    metavar="N",
-    help="Resamples for the intervals, 0 for none.  [default: 200, 40 for wide features]",
-)
-@click.option("--save-images", type=PATH, metavar="DIR", help="Also write every image as a PNG.")
-@click.option("--state", type=PATH, metavar="DIR", help="Of a stopped run.  [default: beside the report]")
+@shared("bundle")
+@shared("images", show_default="the recipe's")
+@option("--per-class", type=POSITIVE, metavar="N",
+        help="Number of images per class, in place of --images with random classes.")  # fmt: skip
+@option("--steps", metavar="N,...", callback=comma_list(number), show_default="all without the teacher",
+        help="Schedules to measure, by number of steps, separated by commas.")  # fmt: skip
+@shared("seed", help="Seed of the random noise and labels.")
+@option("--features", metavar="NAME", show_default="the recipe's",
+        help="Network that computes the features of the images: digits or inception.")  # fmt: skip
+@option("--features-weights", metavar="FILE|random:SEED", show_default="those that ship with ddexport",
+        help="Weights of that network; inception needs a file. random:SEED: random weights, to try the"
+        " command.")  # fmt: skip
+@option("--reference", metavar="FILE|DIR|data|none", show_default="the recipe's",
+        help="Reference set for FID: a file of statistics, a directory of images, data for the data set of"
+        " the model, or none.")  # fmt: skip
+@option("--reference-model/--no-reference-model", default=True,
+        help="Also generate the images with PyTorch, and compare. Without, no limit is checked.")  # fmt: skip
+@shared("batch", default=None, type=POSITIVE, show_default="chosen by the image size",
+        help="Number of images per batch.")  # fmt: skip
+@shared("precision", "backend", "emulate", "threads", "torch-device", "checkpoint", "vae", "weights")
+@option("--allow-few", is_flag=True,
+        help="Allow fewer images than the features need. The figures mean nothing then.")  # fmt: skip
+@option("--bootstrap", type=click.IntRange(min=0), metavar="N", show_default="200; 40 for inception",
+        help="Number of bootstrap resamples for the confidence intervals. 0: no intervals.")  # fmt: skip
+@option("--save-images", type=PATH, metavar="DIR", help="Also write every image to this directory, as PNG.")
+@option("--state", type=PATH, metavar="DIR", show_default="beside the report",
+        help="Directory of the state of an interrupted run.")  # fmt: skip
 @shared("report", "json")
 @console.debug_option
 def command(report: Path | None, as_json: bool, **options: Any) -> None:
-    """Measure the images of BUNDLE (FID, Inception Score, precision, recall), paired with PyTorch's.
+    """Measure FID, Inception Score, precision and recall of BUNDLE.
 
-    Both draw from the same labels and noise; how far they may be apart is in the manifest. Exit code 3 if a
-    limit is passed, 1 if there is no verdict. A run that was stopped goes on where it was.
+    The images of the PyTorch model are measured too, from the same labels and noise. Exit code 3 if the two
+    differ by more than a limit in the manifest, 1 if the limits do not apply, for example with too few
+    images. To continue an interrupted run, repeat the same command.
     """
     from ddexport.validate import plots
     from ddexport.validate.page import write_page
     from ddexport.validate.report import write
 
     if options["images"] and options["per_class"]:
-        raise click.UsageError("--per-class says how many images: give one of --images and --per-class.")
+        raise click.UsageError("--images and --per-class cannot be used together: give one of them.")
     require_validate_extra()
     request = Options(**options)
     directory = report_directory(request.bundle, report)
@@ -127,7 +123,7 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
         result = write(result, directory, plots.of_fid(result))
         if report is None:
             write_page(request.bundle)
-    hint = "docs/image-quality.md says what the limits hold, and when there is a verdict"
+    hint = "docs/validation.md explains the limits, and when they apply"
     conclude(result, directory, as_json, hint)
     if result.no_verdict and request.reference_model:
         raise DDError(result.verdict, hint)

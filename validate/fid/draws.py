@@ -26,7 +26,7 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 ByteImages: TypeAlias = npt.NDArray[np.uint8]
 Schedules: TypeAlias = Mapping[int, tuple[int, ...]]
 
-LABEL_DOMAIN = 1  # the second counter word is 0 for noise (docs/noise.md), so labels never share its numbers
+LABEL_DOMAIN = 1  # the second counter word is 0 for noise (docs/bundle.md), so labels never share its numbers
 LOW_WORD, WORD_BITS = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 

@@ -35,8 +35,8 @@ GROUPS, GROUPS_WIDE = 100, 20
 SAMPLE = 10_000  # images a set whose neighbours are sought
 SEED = 0  # of the bootstrap
 APART = (
-    "other seeds and labels explain about 0.1; more may come of other Inception weights or resizing,"
-    " random weights, another precision"
+    "other seeds and labels explain about 0.1; other Inception weights or resizing, random weights or another"
+    " precision explain more"
 )
 
 
@@ -70,7 +70,7 @@ def measure(
     else:
         fits, rows = _fid(scope, sides, compared.frechet, limits, resamples)
         if published is not None:
-            note = f"measured less published: {rows[0].value - published:+.2f}; {APART}"
+            note = f"measured minus published: {rows[0].value - published:+.2f}; {APART}"
             rows.append(Measurement(METRIC, scope, "FID, published", published, note=note))
     rows += _scores(scope, sides, resamples)
     if compared is not None and compared.features is not None:

@@ -119,13 +119,13 @@ class FeatureFiles:
         if differences:
             raise StateError(
                 f"{self.directory} holds the state of another run: {'; '.join(differences)}",
-                "run that one to its end, delete it, or name another directory with --state",
+                "finish that run, delete the directory, or choose another one with --state",
             )
 
     def _unreadable(self, error: Exception) -> StateError:
         return StateError(
             f"{self.directory} cannot be read as the state of a run: {error}",
-            "delete it to begin again, or name another directory with --state",
+            "delete it to begin again, or choose another one with --state",
         )
 
 

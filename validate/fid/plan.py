@@ -49,18 +49,18 @@ def plan_of(manifest: Manifest, precision: str, options: Options) -> Plan:
         images = options.per_class * manifest.classes
     if not features:
         raise FidSettingError(
-            f"bundle {manifest.name} does not say in which features its images are measured",
+            f"bundle {manifest.name} names no features for FID",
             "name them with --features, or state parity.fid in the recipe and export again",
         )
     if not images:
-        text = f"bundle {manifest.name} does not say how many images are measured"
-        raise FidSettingError(text, "say it with --images")
+        text = f"bundle {manifest.name} names no number of images for FID"
+        raise FidSettingError(text, "give --images")
     if not compared:
         raise FidSettingError(
-            f"bundle {manifest.name} has no data set of its own to measure its images against",
+            f"bundle {manifest.name} names no reference set for FID",
             "give --reference a folder of images or a statistics file (for ImageNet 256:"
             " ImageNet-256_FID_Statistic/statistic.pth of microsoft/distilled_decoding on the Hugging Face"
-            " Hub); with `none` the two sides are compared with each other alone",
+            " Hub); with `none` the bundle is only compared with PyTorch",
         )
     schedules = _schedules(manifest, options.steps)
     extractor = load_extractor(features, options.features_weights, options.device)
@@ -84,7 +84,7 @@ def _schedules(manifest: Manifest, steps: tuple[int, ...]) -> Schedules:
     for count in steps:
         if manifest.schedule(count) and count not in alone:
             raise FidSettingError(
-                f"the schedule of {count} steps involves the teacher: its draws have no pairs",
+                f"the schedule of {count} steps uses the teacher, which `validate fid` cannot measure",
                 f"--steps takes {', '.join(map(str, sorted(alone)))}; `validate distilled` measures them all",
             )
     return {count: alone[count] for count in sorted(steps or alone)}
@@ -117,9 +117,9 @@ def require_enough(images: int | None, extractor: Extractor, allow_few: bool) ->
     """Raises FidSettingError where so many images give no covariance of full rank: N <= D."""
     least = 2 if allow_few else extractor.width + 1
     if images is not None and images < least:
-        more = "; --allow-few measures all the same, for trials: the figures say nothing"
+        more = "; --allow-few measures fewer, but the figures mean nothing"
         raise FidSettingError(
-            f"{images} images do not determine a Frechet distance in the {extractor.width} features"
+            f"{images} images are too few for a Frechet distance in the {extractor.width} features"
             f" of {extractor.name}",
             f"draw {least} at least{'' if allow_few else more}",
         )
@@ -128,12 +128,12 @@ def require_enough(images: int | None, extractor: Extractor, allow_few: bool) ->
 def why_no_verdict(options: Options, plan: Plan) -> str:
     """Why the rows, within their limits or past them, say nothing; "" where they do."""
     if not options.reference_model:
-        return "measured alone, without PyTorch beside it"
+        return "measured without PyTorch"
     compared, random = plan.compared != NONE, plan.extractor.random_weights
     reasons = {
-        "no FID compares the two sides (--reference none)": not compared,
-        "--allow-few is for trials of the tools": options.allow_few,
-        "random feature weights measure nothing": random,
+        "there is no FID without a reference set (--reference none)": not compared,
+        "with --allow-few the figures mean nothing": options.allow_few,
+        "with random feature weights the figures mean nothing": random,
         f"the limits are not for the features {plan.extractor.name}": compared
         and plan.limits.difference is None
         and not random,

@@ -93,7 +93,7 @@ def load(name: str, extractor: Extractor, recipe: Recipe | None = None) -> Refer
         count = sum(stream.write(extractor(images).features.tobytes()) for images in batches)
         count //= 4 * extractor.width
         if count < 2:
-            raise ReferenceSetError(f"the reference {name} has {count} images", "Two are the least.")
+            raise ReferenceSetError(f"the reference {name} has {count} images", "Give two or more.")
         stream.flush()
         features = np.memmap(stream, np.float32, "r").reshape(count, extractor.width)
     return Reference(name, gaussian(features), features)
@@ -106,7 +106,7 @@ def folder_images(folder: Path) -> Iterator[ByteImages]:
     Raises ReferenceSetError: none there, or one that cannot be decoded, or has not one frame of 8 or 16 bits.
     """
     if (folder / "bundle.json").is_file():  # its pictures are of reports
-        raise ReferenceSetError(f"{folder} is a bundle and no folder of images", WHAT_IT_IS)
+        raise ReferenceSetError(f"{folder} is a bundle, not a directory of images", WHAT_IT_IS)
     Image.init()
     shown = [path for path in sorted(folder.rglob("*")) if not _is_hidden(path.relative_to(folder))]
     paths = [path for path in shown if path.suffix.lower() in SUFFIXES]

@@ -140,7 +140,7 @@ def _draw(plan: Plan, sides: Mapping[str, Draw], files: FeatureFiles, kept: bool
             if kept:
                 click.echo(
                     f"\nstopped after {files.filled.sum():,} of {plan.order.images:,} images:"
-                    " the same command goes on from there",
+                    " repeat the command to continue",
                     err=True,
                 )
             raise

@@ -1,5 +1,5 @@
 """What a teacher draws: the token that a number draws, and the law of many draws. Part of what `tokens`
-measures; docs/parity.md explains the rows.
+measures; docs/validation.md explains the rows.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def _counted(pair: StepPair, name: str, differing: BoolArray, pardoned: BoolArra
     counts = {count: int(mask.sum()) for count, mask in masks.items()}
     note = f"of {counts['compared']}" if counts["compared"] else "every token is kept from the step before"
     if counts["excused"]:
-        note += f"; {counts['excused']} more excused"
+        note += f"; {counts['excused']} more differ in a near tie of the logits"
     shown = next((mask for mask in (faults, differing, masks["compared"]) if mask.any()), None)
     where = "" if shown is None else _worst(pair, shown, bool(differing.any()))
     return Measurement("tokens", pair.scope, name, float(faults.sum()), 0.0, "at most", where, note, counts)

@@ -35,7 +35,7 @@ def test_full_tensorrt_gets_what_is_asked_for(
     refused = {
         "compatible": ("BuildError", "libnvinfer_lean", ""),  # which TensorRT-RTX lacks
         "other GPU": ("BuildError", "a timing cache of another GPU or version", "a file for each"),
-        "both": ("ModuleError", "not with tensorrt-rtx too", "in another process"),
+        "both": ("ModuleError", "not with tensorrt-rtx too", "another process"),
     }
     for name, (kind, message, hint) in refused.items():
         assert result[name][0] == kind and message in result[name][1] and hint in result[name][2], result[

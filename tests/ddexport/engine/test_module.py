@@ -31,9 +31,7 @@ def test_auto_takes_the_package_that_can_build_here(has: Any, rtx: TensorRT, a_g
     """Protects the order: the full package is for the GPU at hand, and faster there. And Polygraphy, which
     takes one package a process and would build with the first without a word."""
     has(a_gpu)
-    with pytest.raises(
-        ModuleError, match="with the other TensorRT package already, and not with tensorrt too"
-    ):
+    with pytest.raises(ModuleError, match="uses the other TensorRT package, so it cannot use tensorrt"):
         load_tensorrt("auto")
     has(None)
     assert load_tensorrt("auto").backend == "tensorrt-rtx" and load_tensorrt("auto").is_rtx

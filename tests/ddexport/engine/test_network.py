@@ -86,7 +86,7 @@ def test_the_real_network_has_types_and_tensors_of_the_graph(
             TensorSpec("class", inputs[0].dtype, inputs[0].shape),
             TensorSpec(inputs[0].name, inputs[0].dtype, (*inputs[0].shape, 1)),
         ):
-            with pytest.raises(VerificationError, match="but the contract says"):
+            with pytest.raises(VerificationError, match="but the manifest says"):
                 check_contract(graph, (lie, *inputs[1:]), outputs, network)
 
 

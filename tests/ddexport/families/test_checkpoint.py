@@ -158,7 +158,9 @@ class TestContent:
     ) -> None:
         """A key bias that is not zero, or another mask, means other code with other outputs."""
         state = {**golden_state, key: edit(golden_state[key])}
-        self.refused(lambda: load(state), f"{key} is not what this family computes", "different code")
+        self.refused(
+            lambda: load(state), f"{key} is not the value that this family computes", "different code"
+        )
 
     @pytest.mark.parametrize(
         "edit",

@@ -126,7 +126,7 @@ class TestPlaces:
         wrongs = [torch.from_numpy(rotary_table(side, 32)) for side in (4, 3)]
         monkeypatch.undo()
         for wrong in (*wrongs, table.roll(1, 0), table.flatten()):
-            with pytest.raises(CheckpointError, match="freqs_cis is not what this family computes"):
+            with pytest.raises(CheckpointError, match="freqs_cis is not the value that this family computes"):
                 load({"model": {**state, "freqs_cis": wrong}}, "teacher")
 
     def test_the_tokenizers_statistic_may_be_absent_or_any(self, load):

@@ -265,7 +265,7 @@ def test_a_teacher_whose_drawing_is_not_stated_is_refused(tmp_path: Path) -> Non
     folder = GOLDEN / VAR.golden
     files = {"student": folder / "student.pth", "tokenizer": folder / "vae.pth"}
     request = WeightRequest(files | {"teacher": folder / "teacher.pth"})
-    with pytest.raises(RecipeError, match="does not say how its teacher draws"):
+    with pytest.raises(RecipeError, match="has no sampling settings for its teacher"):
         export_bundle(recipe, tmp_path / "b", request)
 
 

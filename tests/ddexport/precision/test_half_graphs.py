@@ -242,7 +242,7 @@ class TestCommand:
             (["--precision", "fp8"], "'fp8' is not one of fp32, fp16, bf16"),
             (["--precision", "fp16,fp16"], "fp16 is named twice"),
             (["--precision", ""], "'' is not one of"),
-            (["--keep-fp32", "blocks.0"], "ask for one with --precision"),
+            (["--keep-fp32", "blocks.0"], "needs fp16 or bf16 in --precision"),
         ],
     )
     def test_usage_errors(self, options: list[str], words: str) -> None:

@@ -94,7 +94,7 @@ def test_a_fast_wrong_row_is_marked_and_ends_with_3(bench, copied, role):
     lines = done.stdout.splitlines()
     assert [line.endswith("WRONG") for line in lines if line.startswith("onnxruntime")] == [True, True]
     assert [line.endswith("ok") for line in lines if line.startswith("torch-eager")] == [True, True]
-    assert "miss the bundle's limits: onnxruntime fp32, batch 1, steps 1" in done.stderr
+    assert "exceed the limits of the bundle: onnxruntime fp32, batch 1, steps 1" in done.stderr
     assert "WRONG: onnxruntime fp32, batch 1, steps 1: " in done.stderr
 
 
@@ -118,9 +118,7 @@ def test_several_bundles_are_one_list(bench, bundle, copied):
 def test_nothing_left_ends_with_1(bench, bundle):
     done = bench(bundle, "--backend", "onnxruntime", "--precision", "bf16")
     assert done.exit_code == 1 and not done.stdout
-    assert (
-        "skipped: digits-var: onnxruntime bf16: " in done.stderr and "nothing that was asked" in done.stderr
-    )
+    assert "skipped: digits-var: onnxruntime bf16: " in done.stderr and "nothing can be timed" in done.stderr
 
 
 def test_what_is_missing_is_one_error_before_the_work(bench, bundle, monkeypatch):
@@ -156,12 +154,12 @@ def test_a_device_has_two_names(bench, bundle, option):
         ),
         (["--precision", "fp31"], "there is: fp32, fp16, bf16, int8"),
         (["--against", "nonsense"], "there is: onnxruntime"),
-        (["--against", "torch-eager,naive"], "it takes one"),
-        (["--against-steps", "1"], "give both"),
+        (["--against", "torch-eager,naive"], "more than one"),
+        (["--against-steps", "1"], "needs --against"),
         (["--backend", ","], "there is: onnxruntime"),
         (["--steps", "one"], "teacher"),
         (["--steps", "0"], "teacher"),
-        (["--batch", "1,x"], "whole numbers"),
+        (["--batch", "1,x"], "whole number"),
         (["--plot", "plot.pdf"], ".png"),
     ],
 )

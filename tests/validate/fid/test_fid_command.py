@@ -143,7 +143,7 @@ class TestGoodBundles:
     def test_a_bundle_alone_gets_figures_and_no_verdict(self, digits_bundle, fid, tmp_path):
         result = fid(digits_bundle, "--no-reference-model")
         assert result.exit_code == 0, result.output
-        assert result.stdout.endswith("no verdict: measured alone, without PyTorch beside it\n")
+        assert result.stdout.endswith("no verdict: measured without PyTorch\n")
         assert "PyTorch" not in result.stdout.split("no verdict")[0]
         assert json.loads((tmp_path / "report" / "fid-fp32.json").read_text())["passed"] is None
 
@@ -190,7 +190,7 @@ class TestGoodBundles:
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
-            (("--reference", "none"), "no FID compares the two sides"),
+            (("--reference", "none"), "there is no FID without a reference set"),
             (("--images", 12, "--allow-few"), "--allow-few"),
             (("--bootstrap", 1), "no interval"),
         ],
@@ -222,7 +222,7 @@ class TestGoodBundles:
         options = ["--images", "70", "--steps", "1", "--reference", str(statistics), "--no-reference-model"]
         result = CliRunner().invoke(cli.command, ["fid", str(bundle), *options, "--bootstrap", "0"])
         assert result.exit_code == 0, result.output
-        assert "no report; name a place with --report" in result.stderr
+        assert "no report is written; choose a directory with --report" in result.stderr
 
 
 class TestPlantedFaults:
@@ -293,7 +293,7 @@ class TestStops:
             patch.setattr("ddexport.validate.fid.files.largest_difference", stopped)
             result = fid(digits_bundle, "--json")
         assert result.exit_code == 130
-        assert "stopped after 100 of 150 images: the same command goes on from there" in result.stderr
+        assert "stopped after 100 of 150 images: repeat the command to continue" in result.stderr
         again = fid(digits_bundle, "--json")
         assert again.exit_code == 0, again.output
         assert json.loads(again.stdout)["settings"]["resumed_at"] == 100
@@ -394,10 +394,10 @@ class TestBadInput:
         [
             ("--images 64", 1, ("64 images do not", "64 features", "draw 65 at least", "--allow-few")),
             ("--images 1 --allow-few", 1, ("draw 2 at least",)),
-            ("--images 100 --per-class 10", 2, ("give one of --images and --per-class",)),
+            ("--images 100 --per-class 10", 2, ("--images and --per-class cannot be used together",)),
             ("--steps 1,9", 1, ("no schedule of 9 steps", "1, 2")),
-            ("--steps 1,3", 1, ("3 steps involves the teacher", "1, 2")),
-            ("--steps one", 2, ("'one'", "not a list of whole numbers")),
+            ("--steps 1,3", 1, ("3 steps uses the teacher", "1, 2")),
+            ("--steps one", 2, ("'one'", "not a whole number")),
             ("--features digitz", 1, ("digitz", "digits")),
             ("--features inception --allow-few", 1, ("pt_inception-2015-12-05",)),
             ("--reference no.npz", 1, ("no.npz",)),
@@ -421,13 +421,13 @@ class TestBadInput:
     def test_a_reference_of_too_few_images(self, digits_bundle, fid, tmp_path):
         for index in range(10):
             Image.fromarray(np.full((32, 32, 3), index, np.uint8)).save(tmp_path / f"{index}.png")
-        expect(fid(digits_bundle, "--reference", tmp_path), 1, "10 images do not determine")
+        expect(fid(digits_bundle, "--reference", tmp_path), 1, "10 images are too few")
 
     def test_a_bundle_without_data_of_its_own(self, digits_bundle, fid, tmp_path):
         """As of ImageNet's models: the user has to name the statistics."""
         bundle = copy_of(digits_bundle, tmp_path, lambda d: d["parity"]["fid"].update(reference=""))
         result = CliRunner().invoke(cli.command, ["fid", str(bundle), "--images", "70"])
-        expect(result, 1, "no data set of its own", "--reference", "statistic.pth")
+        expect(result, 1, "names no reference set", "--reference", "statistic.pth")
         assert fid(bundle, "--images", 70).exit_code == 0
 
     @pytest.mark.parametrize("missing", ["all", "precision"])
@@ -445,7 +445,7 @@ class TestBadInput:
 
     def test_features_nobody_named(self, digits_bundle, fid, tmp_path):
         bundle = copy_of(digits_bundle, tmp_path, lambda d: d["parity"].pop("fid"))
-        expect(fid(bundle), 1, "in which features", "--features")
+        expect(fid(bundle), 1, "names no features", "--features")
 
     def test_files_for_embedded_weights(self, digits_bundle, fid, golden_files):
         result = fid(digits_bundle, "--checkpoint", golden_files["student"])

@@ -129,7 +129,7 @@ class TestFigures:
         rows = rows_of(readings(), readings(), compared, published=9.94)
         row = rows["FID, published"]
         assert (row.value, row.gated) == (9.94, False)
-        assert f"measured less published: {rows['FID, bundle'].value - 9.94:+.2f}" in row.note
+        assert f"measured minus published: {rows['FID, bundle'].value - 9.94:+.2f}" in row.note
 
 
 class TestGate:

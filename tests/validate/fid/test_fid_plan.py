@@ -70,10 +70,10 @@ def test_another_protocol_has_none(planned, other):
     ("changes", "reason"),
     [
         ({"features": "digits"}, "the limits are not for the features digits"),
-        ({"random_weights": True}, "random feature weights measure nothing"),
+        ({"random_weights": True}, "with random feature weights the figures mean nothing"),
         ({"bootstrap": 39}, "no interval of the FID difference"),
         ({"allow_few": True}, "--allow-few"),
-        ({"reference_model": False}, "measured alone, without PyTorch beside it"),
+        ({"reference_model": False}, "measured without PyTorch"),
     ],
 )
 def test_what_cannot_be_told_is_no_pass(planned, changes, reason):

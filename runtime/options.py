@@ -1,0 +1,173 @@
+"""Arguments and options that several commands share: one declaration each, so that a word means one thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ddexport.runtime.errors import BundleError, UsageError, did_you_mean
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+BUILD = Path("build")  # where `ddexport onnx` writes, and where a bundle is found by its name
+PATH, POSITIVE = click.Path(path_type=Path), click.IntRange(min=1)
+
+
+class Argument(click.Argument):
+    """An argument with a help text, which click itself has from 8.5 on."""
+
+    def __init__(self, *names: Any, help: str, **settings: Any) -> None:
+        super().__init__(*names, **settings)
+        self.help = help
+
+
+class Option(click.Option):
+    """An option that shows its default in one way. show_default: words in its place, or False for none."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """As click's, without the range of a number, which is told when a number is outside."""
+        record = super().get_help_record(ctx)
+        default = self._default_text(ctx)
+        shown = f"  [default: {default}]" if default else ""
+        return record and (record[0], f"{self.help}{shown}")
+
+    def _default_text(self, ctx: click.Context) -> str:
+        if self.show_default is not None:
+            return str(self.show_default or "")
+        value = self.get_default(ctx)
+        if isinstance(value, bool):
+            return (self.opts if value else self.secondary_opts)[0] if self.secondary_opts else ""
+        if isinstance(value, (list, tuple)):
+            return ", ".join(map(str, value))
+        return str(value) if isinstance(value, (str, int, float)) else ""
+
+
+option = partial(click.option, cls=Option)
+
+
+def bundles() -> list[Path]:
+    """The bundles under build/ of the working directory, sorted."""
+    found = (path.parent for path in BUILD.glob("*/bundle.json"))
+    return sorted(path for path in found if not path.name.startswith("."))
+
+
+def the_only_bundle() -> Path:
+    """What stands for a BUNDLE that was left out; it is named on stderr. Raises UsageError for several."""
+    found = bundles()
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found)
+        hint = f"Add one of these names to the command: {names}." if found else MAKE
+        how_many = f"{len(found)} bundles" if found else "no bundle"
+        raise UsageError(f"BUNDLE is missing, and there is no default: {BUILD}/ has {how_many}", hint)
+    click.echo(f"bundle: {found[0]}", err=True)
+    return found[0]
+
+
+class _Bundle(click.Path):
+    """A path that exists, else the name of a bundle under build/."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        assert isinstance(path, Path)
+        if path.parent not in (Path(), BUILD) or path.exists():
+            return path
+        if (BUILD / path.name).is_dir():
+            return BUILD / path.name
+        guess = did_you_mean(path.name, [found.name for found in bundles()])
+        raise BundleError(f"there is no bundle {value}", f"{guess}{_what_there_is(bundles())}")
+
+
+def _what_there_is(found: list[Path]) -> str:
+    return f"Under {BUILD}/ there is: {', '.join(path.name for path in found)}." if found else MAKE
+
+
+def _or_the_only(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    if value or ctx.resilient_parsing:
+        return value
+    return (the_only_bundle(),) if param.nargs == -1 else the_only_bundle()
+
+
+MAKE = "Make one with `ddexport onnx MODEL`; `ddexport models` lists the models."
+BUNDLE = f"A bundle directory, or the name of one under {BUILD}/."
+# fmt: off
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "bundle": {"type": _Bundle(path_type=Path), "required": False, "callback": _or_the_only,
+               "help": f"{BUNDLE}  [default: the only one there]"},
+    "model": {"help": "A recipe: its name in `ddexport models`, or a recipe file (YAML)."},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "backend": {"metavar": "NAME", "default": "auto",
+                "help": "Inference engine: onnxruntime, openvino or tensorrt. auto: the best one that runs"
+                " here."},
+    "device": {"names": ("--device", "--provider", "device"), "metavar": "NAME",
+               "show_default": "the engine's choice",
+               "help": "Device of the inference engine: cpu, cuda or cuda:N."},
+    "precision": {"metavar": "NAME",
+                  "show_default": "that of the TensorRT engines if they run, else the bundle's first",
+                  "help": "Precision to compute in: fp32, fp16, bf16 or int8."},
+    "threads": {"type": POSITIVE, "metavar": "N", "show_default": "the engine's choice",
+                "help": "Number of CPU threads."},
+    "seed": {"type": click.IntRange(0, 2**64 - 1), "metavar": "N", "default": 0,
+             "help": "Seed of the random noise."},
+    "no-verify": {"is_flag": True, "help": "Do not check the SHA-256 of the bundle's files."},
+    "json": {"names": ("--json", "as_json"), "is_flag": True, "help": "Print the result as JSON."},
+}
+# fmt: on
+
+
+def comma_list(read: Callable[[str], Any], single: bool = False) -> Callable[..., Any]:
+    """A callback for words between commas: a tuple of each once, or with `single` one or None.
+
+    read: a word as what it means; its ValueError says what is wrong with the word.
+    """
+
+    def callback(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:
+        words = [] if value is None else [word.strip() for word in value.split(",")]
+        try:
+            values = tuple(dict.fromkeys(read(word) for word in words))
+        except ValueError as error:
+            raise click.BadParameter(f"{error}.", ctx, param) from error
+        if single and len(values) > 1:
+            raise click.BadParameter(f"{value!r} is more than one.", ctx, param)
+        return (values[0] if values else None) if single else values
+
+    return callback
+
+
+def number(word: str, least: int = 1) -> int:
+    """A word of a `comma_list` as a number."""
+    if not word.isdecimal() or int(word) < least:
+        raise ValueError(f"{word!r} is not a whole number of at least {least}")
+    return int(word)
+
+
+def known(word: str, names: Iterable[str]) -> str:
+    """A word of a `comma_list` that is one of these names."""
+    if word not in names:
+        raise ValueError(f"{word!r} is not one of {', '.join(names)}")
+    return word
+
+
+def shared(
+    *names: str, options: Mapping[str, Mapping[str, Any]] = OPTIONS, **changes: Any
+) -> Callable[[F], F]:
+    """Decorator: adds the arguments and options of these names in this order.
+
+    options: the settings of each, with its spellings as `names`. changes: settings that are different here.
+    """
+
+    def add(function: F) -> F:
+        for name in reversed(names):
+            if name in ARGUMENTS:
+                settings = {**ARGUMENTS[name], **changes}
+                function = click.argument(settings.pop("name", name), cls=Argument, **settings)(function)
+            else:
+                settings = {**options[name], **changes}
+                function = option(*settings.pop("names", (f"--{name}",)), **settings)(function)
+        return function
+
+    return add
