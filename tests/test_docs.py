@@ -125,13 +125,14 @@ def test_a_table_shows_what_was_recorded(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setitem(sys.modules, "cog", SimpleNamespace(outl=shown.append))
     monkeypatch.setattr(generate, "RESULTS", tmp_path)
-    rows = [{"engine": "A", "ms": 1.25, "low": 1.0}, {"engine": "B", "ms": None}, {"engine": "C", "ms": 3.0}]
+    rows = [{"engine": "A", "ms": 1.25, "low": 1.0, "kind": "x"}, {"engine": "B", "ms": None, "kind": "x"}]
+    rows.append({"engine": "C", "ms": 3.0, "kind": "y"})
     said = json.dumps({"model": "toy", "rows": rows})
     assert generate.record("toy", [sys.executable, "-c", f"print({said!r})"]) == 0
     columns = {"": "{of[model]} {engine}", "ms": "{ms:.1f} [{low:.1f}]|{ms:.1f}", "teacher": "{teacher}"}
     generate.table("toy", columns, lambda row: row["engine"] != "C")
-    generate.pivot(["toy"], "{of[model]}", "{engine}", "{ms:.2f}")
+    generate.pivot(["toy"], "{engine}", "{kind}", "{ms:.2f}")
     assert shown == [
         "\n|  | ms |\n| --- | --- |\n| toy A | 1.2 [1.0] |\n| toy B |  |\n",
-        "\n|  | A | C |\n| --- | --- | --- |\n| toy | 1.25 | 3.00 |\n",
+        "\n|  | x | y |\n| --- | --- | --- |\n| A | 1.25 |  |\n| B |  |  |\n| C |  | 3.00 |\n",
     ]
