@@ -1,12 +1,17 @@
-"""The documentation keeps its promises: links lead somewhere, and commands have the options that they are
-shown with."""
+"""The documentation keeps its promises: links lead somewhere, commands have the options that they are shown
+with, each page can be found, and tables show what was measured. `make lint` checks that generated text is
+current."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import shlex
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -16,22 +21,57 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(
     r"^\s*(?:\.venv/bin/)?(ddexport|python -m (?:validate|runtime\.infer)|python runtime/infer\.py)\b(.*)$"
 )
+FENCE = re.compile(r"```\w*\n(.*?)```", re.S)
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def links(page):
+    """The relative links and pictures of a page, each as its file and the anchor in it."""
+    for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", FENCE.sub("", page.read_text())):
+        if "://" not in target:
+            file, _, anchor = target.partition("#")
+            yield (page.parent / file).resolve() if file else page, anchor
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def leads_somewhere(file, anchor):
+    """Whether a link has a target."""
+    return file.exists() and (not anchor or anchor in anchors(file))
+
+
+@each_page
 def test_links_lead_somewhere(page):
-    """A relative link or picture names a file of the project."""
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
-    lost = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
-    assert not lost
+    """A relative link or picture names a file of the project, and an anchor a heading of it."""
+    assert [f"{file}#{anchor}" for file, anchor in links(page) if not leads_somewhere(file, anchor)] == []
+
+
+def test_each_page_can_be_found():
+    """The README and the quickstart link every page."""
+    starts = (ROOT / "README.md", ROOT / "docs" / "quickstart.md")
+    found = {file for page in starts for file, _ in links(page)}
+    assert [page.name for page in PAGES[1:] if page not in found] == []
+
+
+def test_sources_name_pages_that_exist():
+    """A renamed or removed page must be renamed or removed in comments and messages too."""
+    files = [ROOT / "Makefile", ROOT / "pyproject.toml"]
+    for top in ("ddexport", "runtime", "validate", "recipes", "tests", "examples"):
+        files += [file for file in (ROOT / top).rglob("*") if file.suffix in {".py", ".yaml", ".sh", ".j2"}]
+    named = [(file, name) for file in files for name in re.findall(r"docs/[\w-]+\.\w+", file.read_text())]
+    assert [f"{file}: {name}" for file, name in named if not (ROOT / name).exists()] == []
 
 
 def commands(page):
     """The command lines in fenced code and in `...` spans of a page, without placeholders and what follows a
     pipe."""
     text = page.read_text()
-    lines = [line for block in re.findall(r"```\w*\n(.*?)```", text, re.S) for line in block.splitlines()]
-    lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    lines = [line for block in FENCE.findall(text) for line in block.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
     for line in lines:
         match = COMMAND.match(line.split(" #")[0].split(" | ")[0].split(" > ")[0].rstrip("\\"))
         if match:
@@ -54,7 +94,7 @@ def command_for(program, words):
     return command, words
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@each_page
 def test_commands_have_the_options_they_are_shown_with(page):
     """A renamed or removed option must be renamed or removed in the documentation too."""
     wrong = []
@@ -75,3 +115,24 @@ def test_commands_have_the_options_they_are_shown_with(page):
 def test_the_readme_shows_commands():
     """The check above sees the README's commands, so that it cannot pass by seeing none."""
     assert len(list(commands(ROOT / "README.md"))) >= 3
+
+
+def test_a_table_shows_what_was_recorded(tmp_path, monkeypatch):
+    """From a command's JSON to markdown: a value that is missing leaves its cell empty, or its column out."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    shown = []
+    monkeypatch.setitem(sys.modules, "cog", SimpleNamespace(outl=shown.append))
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    rows = [{"engine": "A", "ms": 1.25, "low": 1.0, "kind": "x"}, {"engine": "B", "ms": None, "kind": "x"}]
+    rows.append({"engine": "C", "ms": 3.0, "kind": "y"})
+    said = json.dumps({"model": "toy", "rows": rows})
+    assert generate.record("toy", [sys.executable, "-c", f"print({said!r})"]) == 0
+    columns = {"": "{of[model]} {engine}", "ms": "{ms:.1f} [{low:.1f}]|{ms:.1f}", "teacher": "{teacher}"}
+    generate.table("toy", columns, lambda row: row["engine"] != "C")
+    generate.pivot(["toy"], "{engine}", "{kind}", "{ms:.2f}")
+    assert shown == [
+        "\n|  | ms |\n| --- | --- |\n| toy A | 1.2 [1.0] |\n| toy B |  |\n",
+        "\n|  | x | y |\n| --- | --- | --- |\n| A | 1.25 |  |\n| B |  |  |\n| C |  | 3.00 |\n",
+    ]
