@@ -64,7 +64,7 @@ class Golden:
         """Do not change it."""
         return self.part("teacher")
 
-    def student(self, split: int = 5, weights: str = "ema") -> Any:
+    def student(self, split: int = 5, weights: str | None = None) -> Any:
         sequence = self.recipe().to_dict()["sequence"] | {"split": split}
         student = load_part(self.recipe(sequence=sequence), "student", self.files["student"], weights)
         connect(student, self.tokenizer)

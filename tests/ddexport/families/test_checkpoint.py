@@ -332,18 +332,6 @@ class TestFile:
             torch.load(path, weights_only=False)
         assert trap.is_dir()
 
-    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-    def test_truncated(self, tmp_path: Path, suffix: str) -> None:
-        whole, path = tmp_path / f"whole{suffix}", tmp_path / f"cut{suffix}"
-        if suffix == ".pth":
-            torch.save(state_of(VAR), whole)
-        else:
-            save_part(random_part(VAR.recipe(), "student", 0), VAR.recipe(), "student", whole)
-        data = whole.read_bytes()
-        for size in (0, 10, 1000, len(data) // 2, len(data) - 1):
-            path.write_bytes(data[:size])
-            self.refused(path)
-
     @pytest.mark.parametrize(
         ("content", "kind"),
         [
@@ -371,11 +359,11 @@ class TestFile:
         with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(path, "w") as packed:
             for entry in plain.infolist():
                 packed.writestr(entry.filename, plain.read(entry), zipfile.ZIP_DEFLATED)
-        self.refused(path, "compressed")
+        self.refused(path, "bomb.pth is compressed")
 
     @pytest.mark.parametrize("suffix", [".pth", ".legacy.pth", ".safetensors"])
     def test_damage_anywhere_is_a_clear_error(self, tmp_path: Path, suffix: str) -> None:
-        """Whatever bit is wrong, the file is read or refused: it never ends in a traceback."""
+        """A file that was cut off is refused. With any bit wrong it is read or refused, never a traceback."""
         whole, path = tmp_path / f"whole{suffix}", tmp_path / f"damaged{suffix}"
         state = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.float16)}
         if suffix == ".safetensors":
@@ -383,6 +371,9 @@ class TestFile:
         else:
             torch.save({"trainer": state}, whole, _use_new_zipfile_serialization=suffix == ".pth")
         data = whole.read_bytes()
+        for size in (0, 10, len(data) // 2, len(data) - 1):
+            path.write_bytes(data[:size])
+            self.refused(path)
         generator = torch.Generator().manual_seed(0)
         refusals = 0
         for place in torch.randint(len(data), (400,), generator=generator).tolist():
