@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ddexport.distill.loop import Run
+from ddexport.distill.machine import bfloat16
 from ddexport.distill.pairs import make_pairs, mapped_tokens
 from ddexport.distill.settings import PairSettings
 from ddexport.distill.student import student_loss
@@ -236,6 +237,12 @@ def test_losses_count_unknown_positions_only_and_each_the_same(model):
     torch.testing.assert_close(loss(hidden), value)
     assert abs(float(value[0] - loss(seen)[0])) > 1e-3
     assert abs(float(value[0] - loss(tokens=other)[0])) > 1e-4
+    last = torch.full((2,), model.length - 1)
+    tail = torch.cat([student.codebook[tokens[:, :-1]], noise[:, -1:]], dim=1)
+    with bfloat16():
+        logits = student.heads(tail, labels, last)[0][:, -1]
+    entropy = student_loss(student, noise, tokens, labels, last, 0.0)[0]
+    torch.testing.assert_close(entropy, F.cross_entropy(logits.float(), tokens[:, -1]), atol=1e-3, rtol=0)
     alone = [loss(rows=slice(i, i + 1), weight=0.0)[0] for i in range(2)]
     counts = [model.length - 1, model.length - 5]
     mean = (counts[0] * alone[0] + counts[1] * alone[1]) / sum(counts)
