@@ -37,24 +37,26 @@ def four_images() -> Rows:
 
 @pytest.fixture(scope="session")
 def random_bundle(cached_export: Callable[..., Any]) -> Path:
-    """A custom recipe that does not ship with the project, with random weights. Do not write into it."""
+    """A custom recipe that does not ship with the project, with random weights, a teacher, and a student of
+    another split. Do not write into it.
+    """
     from ddexport.export import WeightRequest, export_bundle
-    from ddexport.recipe import load_recipe
+    from ddexport.recipe import load_recipe, recipe_from_dict
 
-    recipe = structs.replace(load_recipe(str(GOLDEN / "recipe.yaml")), name="tiny")
-    changes: dict[str, Any] = {
-        "sequence": structs.replace(recipe.sequence, length=5, split=1, codebook=16),
-        "image": structs.replace(recipe.image, size=4),
-        "model": {"depth": 1, "width": 64, "heads": 2, "scales": [1, 2]},
-        "tokenizer": {"channels": 32, "multipliers": [1, 1]},
+    content = load_recipe(str(GOLDEN / "recipe.yaml")).to_dict() | {
+        "name": "tiny",
+        "image": {"size": 6, "channels": 3},
+        "sequence": {"length": 14, "width": 8, "codebook": 16, "split": 1},
         "schedules": {
-            steps: structs.replace(schedule, known=known)
-            for (steps, schedule), known in zip(recipe.schedules.items(), [(0,), (0, 1)], strict=True)
+            "1": {"known": [0]},
+            "3": {"known": [5], "split": 5, "teacher": {"start": 0, "end": 5}},
         },
+        "model": {"depth": 1, "width": 64, "heads": 2, "scales": [1, 2, 3]},
+        "tokenizer": {"channels": 32, "multipliers": [1, 1]},
+        "teacher": {"cfg": 2.0, "top_k": 12, "top_p": 0.95},
     }
-    changed, request = structs.replace(recipe, **changes), WeightRequest({}, random_seed=3)
-    made = cached_export("random", lambda target: export_bundle(changed, target, request))
-    return Path(made.path)
+    recipe, request = recipe_from_dict(content, "tiny"), WeightRequest({}, random_seed=3, teacher=True)
+    return Path(cached_export("random", lambda target: export_bundle(recipe, target, request)).path)
 
 
 @pytest.fixture

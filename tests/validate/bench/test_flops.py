@@ -36,51 +36,23 @@ def node(kind, inputs, outputs, **attributes):
     return helper.make_node(kind, inputs, outputs, **attributes)
 
 
-CASES = {
-    "a product": (node("MatMul", ["x", "w"], ["y"]), ["batch", 5, 3], {"w": zeros(3, 7)}, 2 * 2 * 5 * 3 * 7),
-    "a broadcast product": (
-        node("MatMul", ["w", "x"], ["y"]),
-        ["batch", 4, 3, 6],
-        {"w": zeros(4, 5, 3)},
-        2 * (2 * 4) * 5 * 3 * 6,
-    ),
-    "a vector": (node("MatMul", ["x", "w"], ["y"]), ["batch", 5, 3], {"w": zeros(3)}, 2 * 2 * 5 * 3),
-    "a convolution": (
-        node("Conv", ["x", "w"], ["y"], pads=[1, 1, 1, 1]),
-        ["batch", 6, 8, 8],
-        {"w": zeros(10, 6, 3, 3)},
-        2 * (2 * 10 * 8 * 8) * (6 * 9),
-    ),
-    "a grouped convolution with strides": (
-        node("Conv", ["x", "w"], ["y"], group=3, strides=[2, 2], pads=[1, 1, 1, 1]),
-        ["batch", 6, 8, 8],
-        {"w": zeros(12, 2, 3, 3)},
-        2 * (2 * 12 * 4 * 4) * (2 * 9),
-    ),
-    "a transposed convolution": (
-        node("ConvTranspose", ["x", "w"], ["y"], strides=[2, 2]),
-        ["batch", 6, 4, 4],
-        {"w": zeros(6, 5, 2, 2)},
-        2 * (2 * 6 * 4 * 4) * (5 * 4),
-    ),
-    "what is element by element": (node("Add", ["x", "w"], ["y"]), ["batch", 5], {"w": zeros(5)}, 0),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_each_operator_by_hand(case, tmp_path):
-    made, shape, weights, wanted = CASES[case]
-    path = write(tmp_path / "g.onnx", [made], {"x": shape}, {"y": None}, weights)
-    assert flops(path, batch=2) == wanted
-
-
-@pytest.mark.parametrize(("transposed_a", "transposed_b"), [(0, 0), (0, 1), (1, 0), (1, 1)])
-def test_gemm_either_way_round(transposed_a, transposed_b, tmp_path):
-    shape = ["batch", 3] if not transposed_a else [3, "batch"]
-    weight = zeros(3, 7) if not transposed_b else zeros(7, 3)
-    gemm = node("Gemm", ["x", "w"], ["y"], transA=transposed_a, transB=transposed_b)
-    path = write(tmp_path / "g.onnx", [gemm], {"x": shape}, {"y": None}, {"w": weight})
-    assert flops(path, batch=4) == 2 * 4 * 3 * 7
+def test_each_operator_by_hand(tmp_path):
+    half = {"strides": [2, 2]}
+    cases = (
+        (node("MatMul", ["x", "w"], ["y"]), ["batch", 5, 3], zeros(3, 7), 2 * 2 * 5 * 3 * 7),
+        (node("MatMul", ["w", "x"], ["y"]), ["batch", 4, 3, 6], zeros(4, 5, 3), 2 * (2 * 4) * 5 * 3 * 6),
+        (node("MatMul", ["x", "w"], ["y"]), ["batch", 5, 3], zeros(3), 2 * 2 * 5 * 3),
+        (node("Conv", ["x", "w"], ["y"], group=3, pads=[1, 1, 1, 1], **half), ["batch", 6, 8, 8],
+         zeros(12, 2, 3, 3), 2 * (2 * 12 * 4 * 4) * (2 * 9)),
+        (node("ConvTranspose", ["x", "w"], ["y"], **half), ["batch", 6, 4, 4], zeros(6, 5, 2, 2),
+         2 * (2 * 6 * 4 * 4) * (5 * 4)),
+        (node("Gemm", ["x", "w"], ["y"]), ["batch", 3], zeros(3, 7), 2 * 2 * 3 * 7),
+        (node("Gemm", ["x", "w"], ["y"], transA=1, transB=1), [3, "batch"], zeros(7, 3), 2 * 2 * 3 * 7),
+        (node("Add", ["x", "w"], ["y"]), ["batch", 5], zeros(5), 0),
+    )  # fmt: skip
+    for made, shape, weight, wanted in cases:
+        path = write(tmp_path / "g.onnx", [made], {"x": shape}, {"y": None}, {"w": weight})
+        assert flops(path, batch=2) == wanted, made
 
 
 def test_quantised_products_count_as_products(tmp_path):
@@ -95,17 +67,11 @@ def test_quantised_products_count_as_products(tmp_path):
     assert flops(path, batch=2) == 2 * 2 * 5 * 3 * 7
 
 
-def test_weights_are_not_read(tmp_path):
-    """A graph counts without its external data, and large weights of its own do not matter either."""
-    path = write(
-        tmp_path / "g.onnx",
-        [node("MatMul", ["x", "w"], ["y"])],
-        {"x": ["batch", 128]},
-        {"y": ["batch", 256]},
-        {"w": zeros(128, 256)},
-    )
-    model = onnx.load(path)
-    onnx.save(model, path, save_as_external_data=True, location="data", size_threshold=0)
+def test_external_data_is_not_read(tmp_path):
+    product = node("MatMul", ["x", "w"], ["y"])
+    sizes = {"x": ["batch", 128]}, {"y": ["batch", 256]}, {"w": zeros(128, 256)}
+    path = write(tmp_path / "g.onnx", [product], *sizes)
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="data", size_threshold=0)
     (tmp_path / "data").unlink()
     assert flops(path, batch=3) == 2 * 3 * 128 * 256
 
@@ -113,18 +79,13 @@ def test_weights_are_not_read(tmp_path):
 def test_sizes_that_the_exporter_noted_are_used_where_inference_ends(tmp_path):
     """A shape that the graph computes from data cannot be inferred; the note says 2*batch."""
     nodes = [node("Reshape", ["x", "to"], ["r"]), node("MatMul", ["r", "w"], ["y"])]
-    noted = helper.make_tensor_value_info("r", FLOAT, ["2*batch", 4])
-    to = helper.make_tensor_value_info("to", TensorProto.INT64, [2])
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", FLOAT, ["batch", 8]), to],
-        [helper.make_tensor_value_info("y", FLOAT, None)],
-        [numpy_helper.from_array(zeros(4, 5), "w")],
-        value_info=[noted],
+    noted = [helper.make_tensor_value_info("r", FLOAT, ["2*batch", 4])]
+    path = write(
+        tmp_path / "g.onnx", nodes, {"x": ["batch", 8]}, {"y": None}, {"w": zeros(4, 5)}, noted=noted
     )
-    path = tmp_path / "g.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
+    model = onnx.load(path)
+    model.graph.input.append(helper.make_tensor_value_info("to", TensorProto.INT64, [2]))
+    onnx.save(model, path)
     assert flops(path, batch=3) == 2 * 6 * 4 * 5
 
 
@@ -133,10 +94,10 @@ def test_what_cannot_be_counted_says_so(tmp_path):
         tmp_path / "g.onnx", [node("MatMul", ["x", "w"], ["y"])], {"x": ["batch", 3]}, {"y": None},
         {"w": zeros(3, 7)},
     )  # fmt: skip
-    with pytest.raises(CountError, match="size of batch"):
+    with pytest.raises(CountError):
         flops(path)
     path.write_bytes(b"no graph")
-    with pytest.raises(CountError, match="cannot be read"):
+    with pytest.raises(CountError):
         flops(path, batch=1)
 
 
@@ -147,9 +108,8 @@ def by_hand(B, L, C, V, Cv, S, depth):
     return B * (2 * L * Cv * C + depth * block + 2 * S * C * V + 2 * (L - S) * C * Cv)
 
 
-@pytest.mark.parametrize("batch", [1, 9])
-def test_an_exported_student_by_its_geometry(bundle, manifest, batch):
-    """A real graph, its shapes inferred, at any batch size."""
+def test_an_exported_student_by_its_geometry(bundle, manifest, batch=9):
+    """A real graph, its shapes inferred."""
     from ddexport.recipe import recipe_of
 
     sequence, model = manifest.sequence, recipe_of(manifest).model
@@ -165,5 +125,5 @@ def test_an_exported_teacher_needs_what_the_exporter_noted(bundle):
     one = flops(bundle / "teacher.onnx", **sizes)
     assert flops(bundle / "teacher.onnx", **sizes | {"batch": 3}) == 3 * one
     assert flops(bundle / "teacher.onnx", **sizes | {"capacity": 42}) > one
-    with pytest.raises(CountError, match="size of capacity"):
+    with pytest.raises(CountError):
         flops(bundle / "teacher.onnx", batch=1, new=4)

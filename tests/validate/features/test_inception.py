@@ -66,26 +66,18 @@ def prepare_tf1(images):
 
 
 @pytest.mark.parametrize("size", RECORD.SIZES)
-def test_features_are_those_of_pytorch_fid(extractor, outputs, size):
+def test_features_and_probabilities_are_those_of_the_published_tools(extractor, outputs, size, monkeypatch):
+    """torch-fidelity prepares an image in another way, runs the same network, and records its logits."""
     features = extractor(RECORD.images(size)).features
     np.testing.assert_allclose(features, outputs[f"pytorch_fid_{size}"], atol=2e-5, rtol=2e-5)
-
-
-@pytest.mark.parametrize("size", RECORD.SIZES)
-def test_features_and_probabilities_are_those_of_torch_fidelity(extractor, outputs, size, monkeypatch):
-    """Which prepares an image in another way, runs the same network, and records its logits."""
     monkeypatch.setattr("ddexport.validate.features.inception.prepare", prepare_tf1)
     features, probabilities = extractor(RECORD.images(size))
-    np.testing.assert_allclose(features, outputs[f"torch_fidelity_{size}"], atol=2e-5, rtol=2e-5)
+    fidelity = outputs[f"torch_fidelity_{size}"]
+    np.testing.assert_allclose(features, fidelity, atol=2e-5, rtol=2e-5)
     logits = torch.from_numpy(outputs[f"torch_fidelity_logits_{size}"])
     np.testing.assert_allclose(probabilities, logits.softmax(1).numpy(), atol=1e-5)
-
-
-def test_the_recorded_numbers_would_show_a_wrong_pooling_or_preparation(outputs):
-    """The two implementations differ in the preparation alone; that is far above the tolerance used here."""
-    for size in RECORD.SIZES:
-        apart = np.abs(outputs[f"pytorch_fid_{size}"] - outputs[f"torch_fidelity_{size}"]).max()
-        assert apart > 1e-3
+    # The preparation alone makes a difference far above the tolerance: a wrong one would show.
+    assert np.abs(outputs[f"pytorch_fid_{size}"] - fidelity).max() > 1e-3
 
 
 def test_the_poolings_are_not_torchvisions(state):
@@ -101,13 +93,10 @@ def test_the_poolings_are_not_torchvisions(state):
         assert (block._pooled(steps)[0, 0, 2, 2] == 18) == pools
 
 
-def test_images_of_299_are_only_scaled():
+def test_resizing_goes_by_half_integers():
+    """Twice as large, a ramp keeps its middle; an image of the network's size is only scaled."""
     image = torch.from_numpy(RECORD.images(299)).permute(0, 3, 1, 2).float()
     torch.testing.assert_close(prepare(image), image / 127.5 - 1)
-
-
-def test_resizing_goes_by_half_integers():
-    """Twice as large, a ramp keeps its middle."""
     ramp = torch.arange(150.0).expand(1, 3, 150, 150)
     got = (prepare(ramp)[0, 0, 5] + 1) * 127.5
     wanted = (torch.arange(299.0) + 0.5) * 150 / 299 - 0.5
@@ -127,23 +116,22 @@ def test_random_weights_are_those_of_the_seed_and_the_identity_says_so(extractor
     again = load_extractor("inception", "random:0")
     assert first.identity == again.identity != other.identity
     assert extractor.identity not in (first.identity, other.identity)
-    with pytest.raises(FeatureError, match="seed"):
-        load_extractor("inception", "random:x")
 
 
-def test_a_missing_file_says_where_it_comes_from(tmp_path):
+def test_a_missing_file_is_an_error_with_the_name_of_the_published_one(tmp_path):
     for weights in (None, tmp_path / "none.pth"):
         with pytest.raises(FeatureError) as caught:
             load_extractor("inception", weights)
-        assert "pytorch-fid" in caught.value.hint and "torch-fidelity" in caught.value.hint
         assert "pt_inception-2015-12-05-6726825d.pth" in caught.value.hint
+    with pytest.raises(FeatureError):
+        load_extractor("inception", "random:x")
 
 
 def test_the_published_file_is_read_and_another_is_warned_of(state, tmp_path, caplog):
     torch.save(state, tmp_path / "weights.pth")
     with caplog.at_level(logging.WARNING):
         extractor = load_extractor("inception", tmp_path / "weights.pth")
-    assert "not the published file" in caplog.text
+    assert caplog.text
     assert extractor.identity == load_extractor("inception", "random:0").identity  # the same numbers
     without_counters = {key: value for key, value in state.items() if "num_batches" not in key}
     torch.save(without_counters, tmp_path / "older.pth")
@@ -154,23 +142,20 @@ def renamed(state):
     return {("Mixed_8a" + key[8:] if key.startswith("Mixed_7a") else key): v for key, v in state.items()}
 
 
-@pytest.mark.parametrize(
-    ("lie", "says"),
-    [
-        (lambda s: {k: v for k, v in s.items() if k != "Mixed_5b.branch1x1.conv.weight"}, "missing"),
-        (renamed, "unknown"),
-        (lambda s: {**s, "fc.weight": torch.zeros(1000, 2048)}, r"\(1000, 2048\)"),
-        (lambda s: {**s, "fc.bias": torch.full((1008,), torch.nan)}, "finite"),
-        (lambda s: {**s, "fc.bias": torch.zeros(1008, dtype=torch.int64)}, "finite"),
-        (lambda s: {**s, "AuxLogits.fc.weight": torch.zeros(1)}, "AuxLogits"),
-        (lambda s: list(s.values()), "state dict"),
-        (lambda s: {"fc.weight": "text"}, "state dict"),
-    ],
-)
-def test_a_file_of_another_network_is_refused(state, tmp_path, lie, says):
-    torch.save(lie(state), tmp_path / "lie.pth")
-    with pytest.raises(FeatureError, match=says):
-        load_extractor("inception", tmp_path / "lie.pth")
+def test_a_file_of_another_network_is_refused(state, tmp_path):
+    for lie in (
+        {k: v for k, v in state.items() if k != "Mixed_5b.branch1x1.conv.weight"},
+        renamed(state),
+        {**state, "fc.weight": torch.zeros(1000, 2048)},
+        {**state, "fc.bias": torch.full((1008,), torch.nan)},
+        {**state, "fc.bias": torch.zeros(1008, dtype=torch.int64)},
+        {**state, "AuxLogits.fc.weight": torch.zeros(1)},
+        list(state.values()),
+        {"fc.weight": "text"},
+    ):
+        torch.save(lie, tmp_path / "lie.pth")
+        with pytest.raises(FeatureError):
+            load_extractor("inception", tmp_path / "lie.pth")
 
 
 class Evil:
