@@ -15,6 +15,9 @@ from ddexport.validate import cli
 from ddexport.validate.reference import TorchReference
 
 MODELS = ("digits-var", "digits-llamagen")
+both_models = pytest.mark.parametrize("model", MODELS)
+# The other family is in `make test-all`, where a fault or a file has nothing to do with the family.
+ci_model = pytest.mark.parametrize("model", [MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow)])
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 

@@ -14,8 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from msgspec import structs
 
-from ddexport.validate import cli
+from ddexport.runtime.backends import Configuration
+from ddexport.runtime.bundle import read_manifest
+from ddexport.runtime.errors import BundleError
+from ddexport.validate import cli, runners
+from ddexport.validate.runners import Emulated, emulated_precision
 
 TOKENS = "tokens that differ"
 LOGITS = "logits, largest error"
@@ -124,6 +129,59 @@ FAULTS = {
 }  # fmt: skip
 
 
+class TestEmulation:
+    def test_half_is_emulated_on_the_cpu_unless_the_provider_is_asked_for(self, embedded_bundle, tmp_path):
+        """The provider rounds less. The report names what ran, and the limits are those of the precision."""
+        errors, bundle = {}, embedded_bundle("digits-var")
+        for option, backend in (("--emulate", Emulated.name), ("--no-emulate", "onnxruntime")):
+            words = (
+                "--precision",
+                "fp16",
+                "--images",
+                4,
+                "--batch",
+                4,
+                "--json",
+                "--report",
+                tmp_path,
+                option,
+            )
+            result = parity(bundle, *words, "--backend", "onnxruntime")
+            data = json.loads(result.stdout)
+            assert result.exit_code == 0, result.output
+            assert (data["backend"], data["precision"]) == (backend, "fp16")
+            limits = read_manifest(bundle, verify=False).parity["fp16"]
+            assert data["settings"]["limits"] == {**limits, "provisional": False}
+            errors[option] = next(one["value"] for one in data["rows"] if one["name"] == EMBEDDINGS)
+        assert errors["--emulate"] > errors["--no-emulate"] > 0
+        result = parity(bundle, *words, "--backend", "onnxruntime", "--precision", "bf16")
+        assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+
+    def test_only_the_cpus_half_precisions_are_emulated(self, golden_bundle, monkeypatch):
+        """TensorRT and ONNX Runtime on CUDA round by themselves: that is what is to be compared."""
+        manifest = structs.replace(read_manifest(golden_bundle), precisions=("fp32", "fp16", "bf16"))
+        graph = manifest.graph("student", "fp32")
+        graphs = [structs.replace(graph, precision=precision) for precision in manifest.precisions]
+        manifest = structs.replace(manifest, graphs=tuple(graphs))
+        engine = Configuration("tensorrt", "cuda:0", "fp16", "fp16", 0)
+        cuda = Configuration("onnxruntime", "cuda:0", "fp16", "fp16", 1)
+        cpu = Configuration("onnxruntime", "cpu", "fp16", "fp16", 3)
+        none = Configuration("onnxruntime", "cpu", "bf16", "bf16", 3, "no bf16 operators")
+
+        def choose(able, backend="auto", precision="fp16", emulate=None):
+            monkeypatch.setattr(runners, "configurations", lambda *a, **k: able)
+            return emulated_precision(golden_bundle, manifest, backend, precision, emulate)
+
+        assert choose([engine, cpu]) is choose([cuda, cpu]) is choose([engine], "tensorrt") is None
+        assert choose([cpu]) == choose([cuda], emulate=True) == "fp16"
+        assert choose([none], precision="bf16") == "bf16"
+        assert choose([cpu], emulate=False) is choose([cpu], precision="fp32") is None
+        assert choose([cpu], precision=None, emulate=True) is None
+        assert choose([], "no-such-engine") is None  # `load` refuses it
+        with pytest.raises(BundleError):
+            choose([cpu], precision="int8")
+
+
 class TestPlantedFaults:
     @pytest.mark.parametrize("name", FAULTS)
     def test_a_number_shows_in_its_rows_alone(self, planted, sources, tmp_path, name):
@@ -133,23 +191,6 @@ class TestPlantedFaults:
         assert failed_rows(result) == rows
         for scope, row in rows:
             assert f"{scope}: {row}" in result.stderr
-
-    def test_a_split_off_by_one(self, planted, sources, tmp_path):
-        """Position 4 gets the regressed embedding although the split is 5; all logits stay as they are."""
-        result = parity(
-            planted("student", split_one_earlier), *sources, "--json", "--report", tmp_path / "report"
-        )
-        assert result.exit_code == 3, result.output
-        assert failed_rows(result) == {("step 1 (known 0)", COPIED)}
-        (first, *_) = [one for one in json.loads(result.stdout)["rows"] if one["name"] == COPIED]
-        assert first["where"].endswith("position 4")
-
-    def test_a_recipe_with_another_split_than_the_graphs(self, golden_bundle, sources, tmp_path):
-        """The recipe is no shipped one; the manifest contradicts it all the same."""
-        bundle = changed(golden_bundle, tmp_path, lambda m: m["recipe"]["sequence"].update(split=14))
-        result = parity(bundle, *sources)
-        assert result.exit_code == 3
-        assert "sequence.split" in result.stderr
 
     def test_the_other_copy_of_the_weights(self, golden_bundle, sources, tmp_path):
         """The golden file holds two; the bundle was made of the averaged one."""
@@ -219,31 +260,3 @@ def halved(graph):
         graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), name))
     inputs = ["whole_image", "rows_from", "rows_to", "rows_axis", "rows_step"]
     return helper.make_node("Slice", inputs, ["image"])
-
-
-def split_one_earlier(graph) -> None:
-    """Rewires `sequence`: the embedding head writes one position more, at the end of the codebook entries."""
-    from onnx import helper, numpy_helper
-
-    where = producer(graph, "sequence")
-    concat = next(
-        node for name in where.input if (node := producer_or_none(graph, name)) and node.op_type == "Concat"
-    )
-    codes, embeddings = concat.input
-    node = producer(graph, embeddings)
-    while node.op_type != "Slice":
-        node = producer(graph, next(name for name in node.input if producer_or_none(graph, name)))
-    for name, value in (("four", 4), ("zero", 0), ("one", 1)):
-        graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), f"planted_{name}"))
-    node.input[1] = "planted_four"
-    index = list(graph.node).index(concat)
-    graph.node.insert(
-        index,
-        helper.make_node("Slice", [codes, "planted_zero", "planted_four", "planted_one"], ["planted_codes"]),
-    )
-    concat.input[0] = "planted_codes"
-    del graph.value_info[:]  # shapes of the graph as it was
-
-
-def producer_or_none(graph, name: str):
-    return next((node for node in graph.node if name in node.output), None)

@@ -3,7 +3,7 @@ compared."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,15 +27,9 @@ class Rows:
 class ToyModel:
     """A student and a decoder that treat every row alone, unless one of the faults below is switched on."""
 
-    logit_error: float = 0.0
     embedding_error: float = 0.0
     pixel_error: float = 0.0
-    split: int = SPLIT
-    shared_between_rows: float = 0.0  # of the first row's hidden state, added to all
-    grows_with_row: float = 0.0  # added to the hidden state once for each row before
     flip_first_token: bool = False  # of the first step: another token than the reference's, in every row
-    batches: list[int] = field(default_factory=list)
-    inputs: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         generator = np.random.default_rng(0)
@@ -44,19 +38,14 @@ class ToyModel:
         self.codebook = generator.normal(size=(CODEBOOK, WIDTH)).astype(np.float32)
 
     def student(self, tokens: np.ndarray, label: np.ndarray, known: np.ndarray) -> StepOutput:
-        self.batches.append(len(tokens))
-        self.inputs.append(tokens)
         hidden = tokens + 0.1 * label[:, None, None].astype(np.float32)
         hidden = hidden + 0.1 * np.tril(np.ones((LENGTH, LENGTH), np.float32)) @ tokens
-        hidden = hidden + np.float32(self.shared_between_rows) * hidden[:1]
-        hidden = hidden + np.float32(self.grows_with_row) * np.arange(len(tokens))[:, None, None]
         logits = hidden @ self.logit_weight
-        logits[:, 0, 0] += np.float32(self.logit_error)
         if self.flip_first_token:
             lowest = logits[:, 0].argmin(-1)
             logits[np.flatnonzero(known == 0), 0, lowest[known == 0]] += 100
         drawn = hidden @ self.embedding_weight + np.float32(self.embedding_error)
-        drawn[:, : self.split] = self.codebook[logits[:, : self.split].argmax(-1)]
+        drawn[:, :SPLIT] = self.codebook[logits[:, :SPLIT].argmax(-1)]
         is_known = np.arange(LENGTH)[None, :] < known[:, None]
         sequence = np.where(is_known[..., None], tokens, drawn)
         return StepOutput(logits[:, :SPLIT].astype(np.float32), sequence.astype(np.float32))

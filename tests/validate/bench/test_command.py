@@ -108,11 +108,6 @@ def test_auto_follows_what_was_saved(bench, copied):
     assert choose(copied, read_manifest(copied)).backend == "onnxruntime"  # these are other graphs
 
 
-def test_several_bundles_are_one_list(bench, bundle, copied):
-    done = bench(bundle, copied, "--backend", "onnxruntime", *QUICK, "--json")
-    assert [Path(row["bundle"]) for row in json.loads(done.stdout)["rows"]] == [bundle, copied]
-
-
 def test_nothing_left_ends_with_1(bench, bundle):
     done = bench(bundle, "--backend", "onnxruntime", "--precision", "bf16")
     assert done.exit_code == 1 and not done.stdout

@@ -53,12 +53,10 @@ def test_what_cannot_run_is_listed(planned):
 
 def test_by_default_every_backend_of_the_runtime_in_what_it_can(planned, manifest):
     plan = planned(precisions=())
-    spoken = {name for name, *_ in names(plan)} | {text.split()[0] for text in plan.skipped}
-    assert {"onnxruntime", "openvino", "tensorrt"} <= spoken
-    tried = {
-        one.configuration.precision for one in plan.entries if one.configuration.backend == "onnxruntime"
-    }
-    assert tried == {"fp32", "fp16", "int8"} and "onnxruntime bf16: " in " ".join(plan.skipped)
+    named = {name for name, *_ in names(plan)} | {text.split()[0] for text in plan.skipped}
+    assert {"onnxruntime", "openvino", "tensorrt"} <= named
+    tried = {one.configuration for one in plan.entries if one.configuration.backend == "onnxruntime"}
+    assert {one.precision for one in tried} == {"fp32", "fp16", "int8"}
     alone = structs.replace(manifest, teacher=None, schedules={1: manifest.schedules[1]})
     plan = planned(alone, backends=("onnxruntime",), steps=("teacher",))
     assert not plan.entries and "teacher" in plan.skipped[0]

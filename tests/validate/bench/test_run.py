@@ -11,7 +11,7 @@ import pytest
 from ddexport.validate.bench import run as module
 from ddexport.validate.bench.flops import count_flops
 from ddexport.validate.bench.plan import Request, make_plan
-from ddexport.validate.bench.run import gflop_of, measure_peaks, run_bench
+from ddexport.validate.bench.run import gflop_of, run_bench
 from ddexport.validate.bench.session import Run
 from ddexport.validate.bench.worker import WorkerError
 
@@ -132,19 +132,3 @@ def test_a_reference_that_fails(rows_of, failing):
     failing("reference", "open")
     with pytest.raises(WorkerError):
         rows_of(backends=("onnxruntime",))
-
-
-def test_the_best_engine_is_the_peak_and_none_is_no_peak(monkeypatch, in_process, entry_of):
-    class Engine(in_process):
-        def call(self, method, engine, precision, threads):
-            if precision == "int8":
-                raise WorkerError("it has none")
-            return {"onnxruntime": 7.0, "openvino": 9.0}[engine]
-
-    monkeypatch.setattr(module, "Worker", Engine)
-    monkeypatch.setattr(module, "find_spec", lambda name: name)
-    gpu = entry_of()
-    gpu = dataclasses.replace(
-        gpu, configuration=dataclasses.replace(gpu.configuration, device="cuda:0"), threads=2
-    )
-    assert measure_peaks([entry_of(), entry_of(precision="int8"), gpu]) == {(1, "fp32"): 9.0}

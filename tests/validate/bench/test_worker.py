@@ -12,7 +12,7 @@ import pytest
 
 from ddexport.validate.bench import roofline, session
 from ddexport.validate.bench.roofline import measure_rate
-from ddexport.validate.bench.session import Job, Session, peak_mib, reset_peak
+from ddexport.validate.bench.session import Job, Session
 from ddexport.validate.bench.worker import POOLS, Worker, WorkerError
 
 
@@ -69,14 +69,6 @@ def test_it_ends_with_its_parent():
     )
     done = subprocess.run([sys.executable, "-c", parent], check=False, stdout=subprocess.PIPE, timeout=120)
     assert done.returncode == -9 and wait_until_gone(int(done.stdout))
-
-
-def test_the_peak_is_that_since_the_reset(tmp_path):
-    (tmp_path / "status").write_text("Name:\tx\nVmHWM:\t  204800 kB\n")
-    reset_peak(tmp_path)
-    assert (tmp_path / "clear_refs").read_text() == "5" and peak_mib(tmp_path) == 200.0
-    reset_peak(tmp_path / "none")  # a system that does not tell
-    assert peak_mib(tmp_path / "none") is None
 
 
 def test_timed_runs_do_not_ask_for_logits(entry_of, bundle, monkeypatch):

@@ -1,8 +1,9 @@
-"""The metrics on arrays made by hand: what each one counts, and what it must not let through."""
+"""The measures of parity on arrays made by hand: what each one counts, and what it must not let through."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -11,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddexport.recipe import Limits
+from ddexport.runtime.teacher import Sampling, choose
 from ddexport.validate.metrics import embeddings, images, tokens
 from ddexport.validate.metrics._base import (
+    Comparison,
     Drawn,
     DrawnPair,
     ImagePair,
@@ -20,6 +23,8 @@ from ddexport.validate.metrics._base import (
     StepPair,
     relative_error,
 )
+from ddexport.validate.metrics._draws import chi_square, deviations, excused_draws
+from ddexport.validate.metrics.tokens import compare
 
 BELOW = np.nextafter(np.float32(0.25), np.float32(0))
 
@@ -202,3 +207,123 @@ class TestImages:
         assert all(one.passed and one.counts == {"compared": 2, "left_out": 1} for one in found)
         # Nothing comparable is information and not a pass.
         assert [one.gated for one in measured([False] * 3)] == [False, False]
+
+
+LIMIT = 0.1  # of a logit's error
+
+
+def test_the_images_measure_is_that_of_the_worst_one():
+    """Errors of 0.01, 0.1 and 0.001: 40, 20 and 60 dB."""
+    expected = np.full((3, 3, 4, 4), 0.5)
+    got = expected + np.array([0.01, 0.1, 0.001])[:, None, None, None]
+    pair = ImagePair("1 step", expected, got, np.ones(3, bool), ("a", "b", "c"))
+    ratio, largest = images.measure(pair, Limits(1e-3, 1e-4, image_psnr=30.0, image_max=25))
+    assert (ratio.value, ratio.where, ratio.passed) == (pytest.approx(20.0), "b", False)
+    assert (largest.value, largest.where, largest.passed) == (25.0, "b", True)  # 153 for 128
+
+
+def excused(expected, got, number, *, top_k=9, temperature=1.0):
+    """Whether it is, for one position whose tokens differ."""
+    sampling = Sampling(guidance_scale=1.0, top_k=top_k, top_p=1.0, temperature=temperature)
+    sides = (StepOutput(np.array([[side]], np.float64)) for side in (expected, got))
+    pair = StepPair(
+        "teacher", *sides, np.zeros(1, np.int64), ("a",), sampling=sampling, uniforms=np.array([[number]])
+    )
+    differing, pardoned = excused_draws(pair, LIMIT)
+    assert differing.tolist() == [[True]]
+    return bool(pardoned[0, 0])
+
+
+def test_a_number_is_excused_within_a_quarter_of_the_factor():
+    """Two equal logits share at 1/2; the other side draws the token on the other side of it."""
+    for temperature, side, share in itertools.product((0.5, 1.0, 2.0), (1, -1), (0.999, 1.001)):
+        width = (math.exp(2 * LIMIT / temperature) - 1) / 4
+        other, number = ([9, 0] if side > 0 else [0, 9]), 0.5 + side * share * width
+        assert excused([0, 0], other, number, temperature=temperature) is (share < 1)
+
+
+def test_a_token_crosses_the_threshold_within_twice_the_limit():
+    """The best two: the other side has the third for the second. The number is the second's own.
+    And the other way round."""
+    for beyond, wanted in ((0.199, True), (0.201, False)):
+        assert excused([3, 0, -beyond, -9], [3, -1, 0, -9], 0.99, top_k=2) is wanted
+        assert excused([3, -beyond, 0, -9], [3, 0, -1, -9], 0.99, top_k=2) is wanted
+
+
+def test_what_crossed_the_threshold_widens_the_excuse_by_its_mass():
+    """The best three: the last two have changed places, and each counts with its share where it has one."""
+    lost, won = math.exp(-3) / (2 + math.exp(-3)), math.exp(-3) / (math.e + 1 + math.exp(-3))
+    border = 1 / (2 + math.exp(-3))  # between the first two
+    width = (math.exp(2 * LIMIT) - 1) / 4 + lost + won
+    for share, wanted in ((0.999, True), (1.001, False)):
+        number = border + share * width
+        assert excused([0, 0, -3, -3.1], [1, 0, -3.1, -3], number, top_k=3) is wanted
+
+
+LIMITS = Limits(token_margin=1e-3, embedding_error=1e-4, image_psnr=60.0, image_max=2)
+SAMPLING = Sampling(guidance_scale=1.0, top_k=6, top_p=0.95, temperature=1.0)
+
+
+def pair_of(expected: np.ndarray, got: np.ndarray, numbers: np.ndarray, sampling: Sampling) -> StepPair:
+    places = tuple(f"image {i}" for i in range(len(expected)))
+    known = np.zeros(len(expected), np.int64)
+    sides = StepOutput(expected), StepOutput(got)
+    return StepPair("here", *sides, known, places, sampling=sampling, uniforms=numbers)
+
+
+def test_rounding_is_excused_where_a_number_lies_on_a_step() -> None:
+    """40,000 draws from logits that differ by less than the limit: some differ, all of them are excused."""
+    rng = np.random.default_rng(2)
+    for sampling in (SAMPLING, Sampling(guidance_scale=1.0, top_k=20, top_p=1.0, temperature=0.7)):
+        expected = rng.standard_normal((40, 1000, 20)).astype(np.float32)
+        got = (expected + rng.uniform(-1e-3, 1e-3, expected.shape)).astype(np.float32)
+        differing, pardoned = excused_draws(pair_of(expected, got, rng.random((40, 1000)), sampling), 1e-3)
+        assert 3 <= differing.sum() <= 200
+        np.testing.assert_array_equal(differing, pardoned)
+
+
+def test_another_distribution_is_not_excused() -> None:
+    """Logits that differ by more than the limit give tokens that no rounding explains."""
+    rng = np.random.default_rng(3)
+    expected = rng.standard_normal((10, 500, 20)).astype(np.float32)
+    got = (expected + 0.1 * rng.standard_normal(expected.shape)).astype(np.float32)
+    differing, pardoned = excused_draws(pair_of(expected, got, rng.random((10, 500)), SAMPLING), 1e-3)
+    assert differing.sum() > 100
+    assert pardoned.sum() < 0.1 * differing.sum()
+
+
+def test_a_token_at_the_threshold_may_come_or_go_but_no_other() -> None:
+    """Two logits on both sides of the k-th place, closer than rounding, may change places."""
+    top = Sampling(guidance_scale=1.0, top_k=2, top_p=1.0, temperature=1.0)
+    for gap, excused in ((5e-4, True), (5e-2, False)):
+        expected = np.array([[[1.0, 0.5, 0.5 + gap, -3.0]]], np.float32)
+        got = np.array([[[1.0, 0.5 + gap, 0.5, -3.0]]], np.float32)
+        numbers = np.array([[0.9]])
+        assert choose(expected, numbers, top) != choose(got, numbers, top)
+        _, pardoned = excused_draws(pair_of(expected, got, numbers, top), 1e-3)
+        assert bool(pardoned[0, 0]) is excused
+
+
+def test_the_law_of_the_draws_is_checked_by_its_chi_square() -> None:
+    """The same probabilities lie within 4 deviations; a temperature 10 % off does not."""
+    logits = (2 * np.random.default_rng(4).standard_normal((200, 50))).astype(np.float32)
+    same = deviations(*chi_square(logits, logits, SAMPLING, 64))
+    assert abs(same) < 4
+    hotter = deviations(*chi_square(logits / np.float32(1.3), logits, SAMPLING, 64))
+    assert hotter > 5
+
+
+def test_a_sure_token_leaves_nothing_to_test() -> None:
+    logits = np.zeros((3, 5), np.float32)
+    logits[:, 2] = 100
+    assert chi_square(logits, logits, SAMPLING, 64) == (0.0, 0)
+    assert deviations(0.0, 0) == 0.0
+
+
+def test_greedy_has_no_draws_to_compare() -> None:
+    logits = np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32)
+    greedy = dataclasses.replace(SAMPLING, top_k=1)
+    pair = pair_of(logits, logits, np.zeros((2, 3)), greedy)
+    names = [one.name for one in compare(Comparison([pair]), LIMITS)]
+    assert set(names) >= {"guided logits, largest error", "tokens that differ, largest"}
+    assert not any("drawn" in name or "chi-square" in name for name in names)

@@ -1,13 +1,21 @@
-"""Operations are counted as a pencil counts them: two for each multiply and add of a product."""
+"""Operations are counted as by hand, and the baselines draw the same images as what is timed."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
+from msgspec import structs
 from onnx import TensorProto, helper, numpy_helper
 
+from ddexport.families._checkpoint import connect, random_part
+from ddexport.recipe import load_recipe
+from ddexport.runtime.errors import DDError
 from ddexport.validate.bench.flops import CountError, count_flops
+from ddexport.validate.bench.naive import naive_step
 
 FLOAT = TensorProto.FLOAT
 
@@ -67,40 +75,6 @@ def test_quantised_products_count_as_products(tmp_path):
     assert flops(path, batch=2) == 2 * 2 * 5 * 3 * 7
 
 
-def test_external_data_is_not_read(tmp_path):
-    product = node("MatMul", ["x", "w"], ["y"])
-    sizes = {"x": ["batch", 128]}, {"y": ["batch", 256]}, {"w": zeros(128, 256)}
-    path = write(tmp_path / "g.onnx", [product], *sizes)
-    onnx.save(onnx.load(path), path, save_as_external_data=True, location="data", size_threshold=0)
-    (tmp_path / "data").unlink()
-    assert flops(path, batch=3) == 2 * 3 * 128 * 256
-
-
-def test_sizes_that_the_exporter_noted_are_used_where_inference_ends(tmp_path):
-    """A shape that the graph computes from data cannot be inferred; the note says 2*batch."""
-    nodes = [node("Reshape", ["x", "to"], ["r"]), node("MatMul", ["r", "w"], ["y"])]
-    noted = [helper.make_tensor_value_info("r", FLOAT, ["2*batch", 4])]
-    path = write(
-        tmp_path / "g.onnx", nodes, {"x": ["batch", 8]}, {"y": None}, {"w": zeros(4, 5)}, noted=noted
-    )
-    model = onnx.load(path)
-    model.graph.input.append(helper.make_tensor_value_info("to", TensorProto.INT64, [2]))
-    onnx.save(model, path)
-    assert flops(path, batch=3) == 2 * 6 * 4 * 5
-
-
-def test_what_cannot_be_counted_says_so(tmp_path):
-    path = write(
-        tmp_path / "g.onnx", [node("MatMul", ["x", "w"], ["y"])], {"x": ["batch", 3]}, {"y": None},
-        {"w": zeros(3, 7)},
-    )  # fmt: skip
-    with pytest.raises(CountError):
-        flops(path)
-    path.write_bytes(b"no graph")
-    with pytest.raises(CountError):
-        flops(path, batch=1)
-
-
 def by_hand(B, L, C, V, Cv, S, depth):
     """VAR's student: embedding, per block qkv, two products of attention, projection, MLP; both heads."""
     N = L + 1
@@ -127,3 +101,26 @@ def test_an_exported_teacher_needs_what_the_exporter_noted(bundle):
     assert flops(bundle / "teacher.onnx", **sizes | {"capacity": 42}) > one
     with pytest.raises(CountError):
         flops(bundle / "teacher.onnx", batch=1, new=4)
+
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["var-dd-small", "llamagen-dd-small"])
+def test_it_agrees_with_the_modules(name, known=5):
+    """Found by the family's name; a student with tables, as it is timed against, gives the same too."""
+    recipe = load_recipe(str(GOLDEN / name / "recipe.yaml"))
+    student, size = random_part(recipe, "student", 3), recipe.sequence
+    connect(student, random_part(recipe, "tokenizer", 3))
+    tokens = torch.randn(2, size.length, size.width, generator=torch.Generator().manual_seed(0))
+    tokens[:, :known] = student.codebook[:known]
+    label, count = torch.tensor([1, 7]), torch.full((2,), known)
+    sequence, logits, _ = naive_step(recipe, student)(tokens, label, known)
+    for _ in range(2):
+        wanted, _, chosen = student(tokens, label, count)
+        torch.testing.assert_close(sequence, wanted, rtol=0, atol=2e-5)
+        torch.testing.assert_close(logits[:, : size.split], chosen, rtol=0, atol=2e-5)
+        student.tabulate()
+    with pytest.raises(DDError):
+        naive_step(structs.replace(recipe, family="other"), student)
