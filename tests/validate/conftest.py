@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from msgspec import structs
 
 from ddexport.recipe import Limits
-from ddexport.runtime.bundle import file_info
-from tests.validate.toys import CLASSES, LENGTH, WIDTH, Rows, ToyModel
+from tests.gates.faults import in_graph
+from tests.validate.toys import ToyModel
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "var-dd-small"
 
@@ -27,12 +24,6 @@ def toy() -> type[ToyModel]:
 @pytest.fixture
 def limits() -> Limits:
     return Limits(1e-3, 1e-4, 60.0, 2, 1e-4, 0.0, 1e-4, 60.0, 0.1)
-
-
-@pytest.fixture
-def four_images() -> Rows:
-    noise = np.random.default_rng(7).normal(size=(4, LENGTH, WIDTH)).astype(np.float32)
-    return Rows(np.arange(4, dtype=np.int64) % CLASSES, noise)
 
 
 @pytest.fixture(scope="session")
@@ -65,21 +56,10 @@ def planted(golden_bundle: Path, tmp_path: Path) -> Callable[[str, Callable[[Any
 
     Only a comparison with the reference can tell such a bundle from a good one.
     """
-    import onnx
 
     def plant(role: str, edit: Callable[[Any], None]) -> Path:
-        bundle = tmp_path / "planted"
-        shutil.copytree(golden_bundle, bundle)
-        path = bundle / f"{role}.onnx"
-        model = onnx.load(path)
-        edit(model.graph)
-        onnx.checker.check_model(model)
-        onnx.save(model, path)
-        manifest = json.loads((bundle / "bundle.json").read_text())
-        for graph in manifest["graphs"]:
-            if graph["role"] == role:
-                graph["files"] = [structs.asdict(file_info(path, bundle))]
-        (bundle / "bundle.json").write_text(json.dumps(manifest))
+        bundle = Path(shutil.copytree(golden_bundle, tmp_path / "planted"))
+        in_graph(edit, role)(bundle, "fp32")
         return bundle
 
     return plant

@@ -16,7 +16,6 @@ from ddexport.recipe import load_recipe
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.images import to_uint8
 from ddexport.runtime.pipeline import load
-from ddexport.validate import plots
 from ddexport.validate.distilled import command, times
 from ddexport.validate.distilled.command import table
 from ddexport.validate.distilled.draws import (
@@ -251,15 +250,6 @@ def test_what_is_timed_makes_as_many_passes_as_are_stated(models, monkeypatch):
         assert row.kind != "baseline" or passes == ["forward"]
 
 
-def test_every_method_of_use_is_timed_in_every_batch(var, monkeypatch):
-    monkeypatch.setattr(times, "ROUNDS", {1: 2, 3: 1})
-    found = times.time_methods(var, methods(var))
-    assert len(found) == 6 and "mapped pairs" not in found and "1 step, all discrete" not in found
-    for row in found.values():
-        assert row.keys() == {"ms_1", "network_ms_1", "ms_3", "network_ms_3"}
-        assert row["ms_1"] > row["network_ms_1"] > 0 and row["ms_3"] > row["network_ms_3"] > 0
-
-
 ROWS = [
     {"name": "real held-out", "kind": "data", "frechet": 0.11, "accuracy": 0.99},
     {"name": "teacher", "kind": "teacher", "passes": 4, "frechet": 0.5, "ms_1": 8.0, "ms_64": 3.0},
@@ -276,16 +266,6 @@ def test_the_table_gives_spread_and_speed_up():
     assert len(lines) == 6 and "acc %" in lines[0] and "ms, batch 64" in lines[0]
     assert "99.0" in lines[1] and "x)" not in lines[1]
     assert "0.60 ±0.10" in lines[3] and "97.5" in lines[3] and "4.00 (2.0x)" in lines[3]
-
-
-def test_panels_are_labelled_and_in_reading_order():
-    images = np.zeros((4, 3, 2, 2), dtype=np.float32)
-    images[1] = 1.0  # second in the first row
-    pixels = np.asarray(plots.panels_of_images({"a": images, "b": images}, 2))
-    top, left = plots.HEAD, plots.GAP
-    assert pixels[top, left : left + 8].mean(-1).tolist() == [0] * 4 + [255] * 4
-    assert pixels[top + 4, left : left + 8].max() == 0
-    assert pixels[: top - 2, :left].min() == 255 and pixels[: top - 2].min() < 128  # the names are drawn
 
 
 def test_a_classifier_survives_its_file(tmp_path):

@@ -1,4 +1,4 @@
-"""The report page: complete, self-contained, and harmless whatever a bundle says of itself."""
+"""The report page and its plots: complete, self-contained, and harmless whatever a bundle says of itself."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
+from PIL import Image, ImageColor
 
 from ddexport.runtime.backends import _saved
 from ddexport.runtime.bundle import read_manifest, sha256_of
 from ddexport.runtime.errors import BundleError, DDError
-from ddexport.validate import fid
+from ddexport.validate import fid, plots
 from ddexport.validate.page import collect, command, make_missing, render, way, write_page
 from ddexport.validate.report import SCHEMA, Measurement, Report, write
 
@@ -341,3 +341,33 @@ def test_saved_times_are_shown_if_they_are_of_these_graphs(copy):
     assert [what for what, _ in collect(copy).missing] == ["times"]
     (copy / "bench.json").write_text("{")
     assert "bench.json is left out" in collect(copy).remarks[0]
+
+
+def has(picture, colour: str) -> bool:
+    return bool((np.asarray(picture) == ImageColor.getrgb(colour)).all(-1).any())
+
+
+def tile(picture, column: int, top: int = plots.GAP):
+    left = plots.GAP + column * (plots.TILE + plots.GAP)
+    return np.asarray(picture)[top : top + plots.TILE, left : left + plots.TILE]
+
+
+def test_samples_keep_their_order_and_their_pixels():
+    images = [np.full((8, 4, 3), 10 * number, np.uint8) for number in range(7)]
+    sheet = plots.samples(images, ["a very long name that no tile has the room for"] * 7)
+    assert [int(tile(sheet, column)[0, 0, 0]) for column in range(5)] == [0, 10, 20, 30, 40]
+    assert int(tile(sheet, 0)[0, -1, 0]) == 255  # half as wide as high
+    large = plots.samples([np.full((512, 512, 3), 7, np.uint8)], [""])
+    assert (tile(large, 0) == 7).all()
+
+
+def test_fid_is_plotted_for_both_sides_with_whiskers(tmp_path):
+    (tmp_path / "bundle.json").write_text("{}")
+    report = fid_report(tmp_path)
+    low = Measurement("fid", "1 step", "FID, bundle", 0.1)
+    for rows, blue, orange in ((report.rows, True, True), ((low,), True, False)):
+        picture = plots.against_steps(fid_report(tmp_path, rows=rows))
+        assert has(picture, plots.BLUE) is blue and has(picture, plots.ORANGE) is orange
+    broken = Measurement("fid", "2 steps", "FID, bundle", float("nan"))
+    assert has(plots.against_steps(fid_report(tmp_path, rows=(low, broken))), plots.BLUE)
+    assert list(plots.of_fid(report)) and plots.of_fid(fid_report(tmp_path, rows=report.rows[2:3])) == {}

@@ -208,6 +208,12 @@ class TestPlantedFaults:
         assert result.exit_code == 3
         assert {name for _, name in failed_rows(result)} == {EMBEDDINGS}
 
+    def test_numbers_that_are_not_finite_fail_and_are_drawn(self, planted, sources, tmp_path):
+        broken = planted("decoder", shifted(np.nan, 1, name="decoder.conv_out.bias"))
+        result = parity(broken, *sources, "--report", tmp_path / "report", "--json")
+        assert result.exit_code == 3 and (tmp_path / "report" / "parity-fp32-0.png").is_file(), result.output
+        assert {name for _, name in failed_rows(result)} == IMAGES
+
     def test_a_graph_that_does_not_run(self, planted, sources, tmp_path):
         """Its shapes are not those that it states: the bundle is at fault, and not the user."""
 

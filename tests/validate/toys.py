@@ -9,7 +9,7 @@ import numpy as np
 
 from ddexport.runtime.images import to_uint8
 from ddexport.validate.fid.draws import ByteImages, Draw, Order, Schedules
-from ddexport.validate.metrics._base import Comparison, Drawn, DrawnPair, ImagePair, StepOutput, StepPair
+from ddexport.validate.metrics._base import StepOutput
 
 LENGTH, WIDTH, CODEBOOK, SPLIT, CLASSES = 6, 3, 5, 2, 4
 SCHEDULES = {1: (0,), 2: (0, 1), 3: (0, 1, 4)}
@@ -65,36 +65,6 @@ def sampled(
         tokens = np.concatenate([before[:, :count], noise[:, count:]], axis=1)
         outputs.append(model.student(tokens, labels, np.full_like(labels, count)))
     return outputs
-
-
-def compare(bundle: ToyModel, reference: ToyModel, rows: Rows) -> Comparison:
-    """Of two toys what `ddexport.validate.compare` makes of a bundle and its reference; steps start as the
-    reference's."""
-    places = tuple(f"image {i} (label {label})" for i, label in enumerate(rows.labels))
-    comparison = Comparison()
-    for steps, known in SCHEDULES.items():
-        expected = sampled(reference, known, rows.labels, rows.noise)
-        own = sampled(bundle, known, rows.labels, rows.noise)
-        before = expected[-2].sequence if len(expected) > 1 else rows.noise
-        tokens = np.concatenate([before[:, : known[-1]], rows.noise[:, known[-1] :]], axis=1)
-        counts = np.full_like(rows.labels, known[-1])
-        got = bundle.student(tokens, rows.labels, counts)
-        scope = f"step {steps} (known {', '.join(map(str, known))})"
-        comparison.steps.append(StepPair(scope, expected[-1], got, counts, places))
-        wanted, title = reference.decode(expected[-1].sequence), f"{steps} step{'s' if steps > 1 else ''}"
-        same, images = bundle.decode(expected[-1].sequence), bundle.decode(own[-1].sequence)
-        everything = np.ones(len(places), bool)
-        scope = f"{title}, decoder on the same sequence"
-        comparison.images.append(ImagePair(scope, wanted, same, everything, places))
-        if np.isfinite(images).all():
-            sides = [
-                Drawn(
-                    np.concatenate([one.tokens for one in side], axis=1), side[-1].sequence, to_uint8(image)
-                )
-                for side, image in ((expected, wanted), (own, images))
-            ]
-            comparison.drawn.append(DrawnPair(f"{title}, end to end", *sides, places))
-    return comparison
 
 
 def draw_of(model: ToyModel, schedules: Schedules) -> Draw:

@@ -8,21 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import onnx
 import pytest
 from click.testing import CliRunner
-from msgspec import structs
 from onnx import numpy_helper
 from PIL import Image
 
 from ddexport.runtime.backends import choose
-from ddexport.runtime.bundle import file_info, read_manifest
+from ddexport.runtime.bundle import read_manifest
 from ddexport.validate.bench import plan, rounds
 from ddexport.validate.bench.cli import command
 from ddexport.validate.bench.run import FIELDS
 from ddexport.validate.bench.table import ratio, remarks, tables, times_to_save
 from ddexport.validate.bench.worker import WorkerError
 from ddexport.validate.plots import bench_bars
+from tests.gates.faults import in_graph
 
 QUICK = ("--duration", "0", "--no-roofline", "--threads", "1", "--precision", "fp32")
 
@@ -40,16 +39,12 @@ def bench(in_process):
 
 def damage(bundle: Path, role: str, factor: float) -> None:
     """The largest weight of a graph is another one; hash and size are made right again."""
-    path = bundle / f"{role}.onnx"
-    model = onnx.load(path)
-    weight = max(model.graph.initializer, key=lambda one: numpy_helper.to_array(one).size)
-    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * factor, weight.name))
-    onnx.save(model, path)
-    manifest = json.loads((bundle / "bundle.json").read_text())
-    for graph in manifest["graphs"]:
-        if graph["file"] == path.name:
-            graph["files"] = [structs.asdict(file_info(path, bundle))]
-    (bundle / "bundle.json").write_text(json.dumps(manifest))
+
+    def edit(graph):
+        weight = max(graph.initializer, key=lambda one: numpy_helper.to_array(one).size)
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * factor, weight.name))
+
+    in_graph(edit, role)(bundle, "fp32")
 
 
 def test_real_workers_and_pure_json(bundle):

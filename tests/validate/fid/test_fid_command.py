@@ -145,15 +145,6 @@ class TestGoodBundles:
         assert verdict == f"no verdict: {written['no_verdict']}"
         assert written["manifest"] == sha256_of(digits_bundle / "bundle.json")
 
-    def test_a_read_only_bundle_is_measured_without_a_report(self, digits_bundle, statistics, tmp_path):
-        bundle = shutil.copytree(digits_bundle, tmp_path / "copy")
-        shutil.rmtree(bundle / "parity")
-        (bundle / "parity").write_text("in the way")
-        options = ["--images", "70", "--steps", "1", "--reference", str(statistics), "--no-reference-model"]
-        result = CliRunner().invoke(cli.command, ["fid", str(bundle), *options, "--bootstrap", "0"])
-        assert result.exit_code == 0, result.output
-        assert "--report" in result.stderr
-
 
 class TestStops:
     def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(
