@@ -38,15 +38,7 @@ def pipe(random_bundle):
 class Faulty(OnnxRuntime):
     """Graphs of which one output is wrong, in the rows that `where` picks by the feeds."""
 
-    def __init__(
-        self,
-        pipe,
-        role,
-        output,
-        error,
-        where=None,
-        split=None,
-    ):
+    def __init__(self, pipe, role, output, error, where=None, split=None):
         super().__init__(pipe.root, pipe.manifest, pipe.backend.configuration, 1)
         self.target, self.output, self.error, self.where = (role, split), output, error, where
         self.batches = []
@@ -133,15 +125,7 @@ DRAWS = ("tokens that differ, largest", "tokens that differ, drawn", "chi-square
           ("1 step, end to end", "8-bit image PSNR, dB")}),
     ],
 )  # fmt: skip
-def test_a_fault_is_seen_where_it_is(
-    pipe,
-    reference,
-    role,
-    split,
-    output,
-    error,
-    rows,
-):
+def test_a_fault_is_seen_where_it_is(pipe, reference, role, split, output, error, rows):
     found = failed(measured(pipe, reference, Faulty(pipe, role, output, error, split=split)))
     assert found >= rows
     assert role == "teacher" or not any("teacher (positions" in scope for scope, _ in found)

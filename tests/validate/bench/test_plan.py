@@ -1,5 +1,5 @@
-"""What was asked for is timed, skipped with its reason, or missing before anything is measured; rounds are fair
-and the interval of a ratio contains the ratio."""
+"""What was asked for is timed, skipped with its reason, or missing before anything is measured. Rounds are
+fair, and the interval of a ratio contains the ratio."""
 
 from __future__ import annotations
 
