@@ -293,7 +293,7 @@ def test_the_command_measures_times_tests_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(times, "ROUNDS", {1: 1})
     monkeypatch.setattr("ddexport.validate.distilled.measure.EACH", 2)
     paths = [tmp_path / "grid.png", tmp_path / "plot.png"]
-    arguments = ["digits-var", "--samples", "60", "--seeds", "5", "--draws", "200", "--json"]
+    arguments = ["digits-var", "--samples", "100", "--seeds", "5", "--draws", "200", "--json"]
     arguments += ["--grid", str(paths[0]), "--plot", str(paths[1])]
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == 0, result.output
