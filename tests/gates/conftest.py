@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,10 +12,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from ddexport.validate import cli
+from ddexport.validate import cli, plots
+from ddexport.validate.fid import run as fid_run
 from ddexport.validate.reference import TorchReference
 
 MODELS = ("digits-var", "digits-llamagen")
+both_models = pytest.mark.parametrize("model", MODELS)
+# The other family is in `make test-all`, where a fault or a file has nothing to do with the family.
+ci_model = pytest.mark.parametrize("model", [MODELS[0], pytest.param(MODELS[1], marks=pytest.mark.slow)])
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
@@ -34,7 +39,7 @@ def planted(embedded_bundle: Callable[[str], Path], tmp_path: Path) -> Callable[
 
 @pytest.fixture(scope="session", autouse=True)
 def one_reference() -> Iterator[None]:
-    """What the PyTorch side draws depends on recipe and request alone: it is drawn once, not once a fault."""
+    """What the PyTorch side draws depends on recipe and request alone: it is drawn once for all faults."""
     draw, drawn = TorchReference.draw, {}
 
     def draw_once(reference: Any, request: Any, advance: Any) -> Any:
@@ -45,20 +50,51 @@ def one_reference() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchReference, "draw", draw_once)
+        # The reference set of the digits too: it depends on the features alone.
+        load, loaded = fid_run.load, {}
+
+        def load_once(name: str, extractor: Any, recipe: Any) -> Any:
+            if (name, extractor.identity) not in loaded:
+                loaded[name, extractor.identity] = load(name, extractor, recipe)
+            return loaded[name, extractor.identity]
+
+        patch.setattr(fid_run, "load", load_once)
         yield
 
 
 @pytest.fixture
-def parity() -> Callable[..., Result]:
-    """parity(bundle, precision, images): the real command, in this process. Half of the recipe's images show
-    a fault as well.
+def parity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """parity(bundle, precision): the real command in this process, without its pictures. A quarter of the
+    recipe's images show a fault as well.
     """
+    monkeypatch.setattr(plots, "of_parity", lambda *_: {})
 
-    def run(bundle: Path, precision: str = "fp32", images: int = 32) -> Result:
+    def run(bundle: Path, precision: str = "fp32", images: int = 16) -> Result:
         options = ("--backend", "onnxruntime", "--precision", precision, "--threads", "1", "--json")
-        return CliRunner().invoke(cli.command, ["parity", str(bundle), *options, "--images", str(images)])
+        where = ("--images", str(images), "--report", str(tmp_path / "report"))
+        return CliRunner().invoke(cli.command, ["parity", str(bundle), *options, *where])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def proven(
+    embedded_bundle: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """proven(model): an unbroken bundle that passed `validate parity` in float32, with all that this leaves.
+    Do not write into it.
+    """
+
+    @functools.cache
+    def prove(model: str) -> Path:
+        bundle = tmp_path_factory.mktemp("proven") / model
+        shutil.copytree(embedded_bundle(model), bundle, ignore=shutil.ignore_patterns("parity"))
+        options = ("--backend", "onnxruntime", "--threads", "1")
+        result = CliRunner().invoke(cli.command, ["parity", str(bundle), *options])
+        assert result.exit_code == 0, result.stderr
+        return bundle
+
+    return prove
 
 
 def failed_rows(result: Result) -> set[str]:

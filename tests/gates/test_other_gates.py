@@ -15,10 +15,9 @@ from click.testing import CliRunner, Result
 from ddexport.runtime.doctor import command as doctor_command
 from ddexport.validate import cli
 from tests.gates import faults
-from tests.gates.conftest import MODELS
+from tests.gates.conftest import both_models, ci_model
 from tests.gates.test_parity_gate import without_noise
 
-both_models = pytest.mark.parametrize("model", MODELS)
 Planted = Callable[..., Path]
 FEW = ("--images", 4, "--allow-few", "--reference", "none")
 
@@ -28,7 +27,8 @@ def validate(*arguments: object) -> Result:
 
 
 def fid(bundle: Path, *options: object) -> Result:
-    return validate("fid", bundle, "--backend", "onnxruntime", "--threads", 1, "--images", 200, *options)
+    few = ("--images", 200, "--bootstrap", 40)
+    return validate("fid", bundle, "--backend", "onnxruntime", "--threads", 1, *few, *options)
 
 
 def doctor(bundle: Path, *options: object) -> Result:
@@ -36,7 +36,7 @@ def doctor(bundle: Path, *options: object) -> Result:
     return CliRunner().invoke(doctor_command, arguments)
 
 
-@both_models
+@ci_model
 def test_fid_sees_what_users_draw(planted: Planted, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """Without re-noising the second step's images differ; the graphs are right. (`make quality` shows that an
     unbroken bundle passes: so few images are too few a difference.)
@@ -49,11 +49,16 @@ def test_fid_sees_what_users_draw(planted: Planted, monkeypatch: pytest.MonkeyPa
     assert "images that differ" in result.stderr
 
 
-@both_models
+@ci_model
 @pytest.mark.parametrize(
     "fault",
-    [faults.in_codebook(lambda table: np.roll(table, 1, axis=0)), faults.in_graph(faults.runner_up)],
-    ids=["rolled codebook", "runner-up"],
+    [
+        faults.in_codebook(lambda table: np.roll(table, 1, axis=0)),
+        faults.in_graph(faults.runner_up),
+        faults.in_graph(faults.negated_noise),
+        faults.in_graph(faults.perturbed_weight),
+    ],
+    ids=["rolled codebook", "runner-up", "other noise", "one weight"],
 )
 def test_fid_fails_on_a_fault_of_the_bundle(
     planted: Planted, model: str, fault: Callable[[Path, str], None]
@@ -62,25 +67,21 @@ def test_fid_fails_on_a_fault_of_the_bundle(
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    "options",
     [
-        (("--reference", "none"), "there is no FID without a reference set"),
-        (("--allow-few",), "--allow-few"),
-        (("--features", "inception", "--features-weights", "random:0", *FEW), "random feature weights"),
-        (("--bootstrap", 0), "interval"),
+        ("--reference", "none"),
+        ("--allow-few",),
+        ("--features", "inception", "--features-weights", "random:0", *FEW),
+        ("--bootstrap", 0),
     ],
 )
-def test_fid_without_a_measure_gives_no_verdict(
-    planted: Planted, options: tuple[object, ...], reason: str
-) -> None:
+def test_fid_without_a_measure_gives_no_verdict(planted: Planted, options: tuple[object, ...]) -> None:
     result = fid(planted("digits-var"), "--steps", 1, *options)
     assert result.exit_code == 1, result.output
-    line = result.stdout.strip().splitlines()[-1]
-    assert line.startswith("no verdict: ")
-    assert reason in line
+    assert result.stdout.strip().splitlines()[-1].startswith("no verdict: ")
 
 
-@both_models
+@ci_model
 def test_a_report_of_another_bundle_is_not_believed(planted: Planted, model: str) -> None:
     """The decoder is broken after the reports were written."""
     bundle = planted(model)
@@ -98,23 +99,6 @@ def test_a_report_of_another_bundle_is_not_believed(planted: Planted, model: str
 class TestDoctor:
     """Neither PyTorch nor a checkpoint is asked for."""
 
-    @pytest.fixture(scope="class")
-    def proven(self, embedded_bundle: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
-        """proven(model): a bundle with its golden file."""
-        import shutil
-
-        made: dict[str, Path] = {}
-
-        def prove(model: str) -> Path:
-            if model not in made:
-                made[model] = tmp_path_factory.mktemp("proven") / model
-                shutil.copytree(embedded_bundle(model), made[model], ignore=shutil.ignore_patterns("parity"))
-                result = validate("parity", made[model], "--backend", "onnxruntime", "--threads", 1)
-                assert result.exit_code == 0, result.stderr
-            return made[model]
-
-        return prove
-
     @both_models
     @pytest.mark.parametrize("precision", ["fp32", "int8"])
     def test_an_unbroken_bundle_draws_what_pytorch_drew(
@@ -126,24 +110,21 @@ class TestDoctor:
         assert {one["steps"] for one in checks} >= {"1", "2", "teacher"}
         assert all(one["images"] == 8 for one in checks)
 
-    @both_models
+    @ci_model
     def test_a_sampler_that_is_wrong_where_it_is_deployed_fails(
         self, proven: Any, monkeypatch: pytest.MonkeyPatch, model: str
     ) -> None:
+        bundle = proven(model)  # before the fault
         without_noise(monkeypatch)
-        result = doctor(proven(model))
+        result = doctor(bundle)
         assert result.exit_code == 3, result.output
-        assert "does not generate the images of PyTorch, in steps: 2" in result.stderr
+        assert "steps: 2" in result.stderr
 
-    def test_without_the_file_it_says_how_to_make_it(self, planted: Planted) -> None:
-        result = doctor(planted("digits-var"))
-        assert result.exit_code == 1
-        assert "validate parity" in result.stderr
-
-    def test_a_damaged_file_is_told(self, planted: Planted) -> None:
+    def test_without_the_file_or_with_a_damaged_one_it_ends_with_1(self, planted: Planted) -> None:
         bundle = planted("digits-var")
+        assert doctor(bundle).exit_code == 1
         (bundle / "parity").mkdir()
         (bundle / "parity" / "golden.npz").write_bytes(b"PK\x03\x04")
         result = doctor(bundle)
         assert result.exit_code == 1
-        assert "golden.npz is damaged" in result.stderr
+        assert "golden.npz" in result.stderr

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from msgspec import structs
 
 from ddexport.recipe import Limits
-from ddexport.runtime.bundle import file_info
-from tests.validate.toys import CLASSES, LENGTH, WIDTH, Rows, ToyModel
+from tests.gates.faults import in_graph
+from tests.validate.toys import ToyModel
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "var-dd-small"
 
@@ -29,32 +26,28 @@ def limits() -> Limits:
     return Limits(1e-3, 1e-4, 60.0, 2, 1e-4, 0.0, 1e-4, 60.0, 0.1)
 
 
-@pytest.fixture
-def four_images() -> Rows:
-    noise = np.random.default_rng(7).normal(size=(4, LENGTH, WIDTH)).astype(np.float32)
-    return Rows(np.arange(4, dtype=np.int64) % CLASSES, noise)
-
-
 @pytest.fixture(scope="session")
 def random_bundle(cached_export: Callable[..., Any]) -> Path:
-    """A custom recipe that does not ship with the project, with random weights. Do not write into it."""
+    """A custom recipe that does not ship with the project, with random weights, a teacher, and a student of
+    another split. Do not write into it.
+    """
     from ddexport.export import WeightRequest, export_bundle
-    from ddexport.recipe import load_recipe
+    from ddexport.recipe import load_recipe, recipe_from_dict
 
-    recipe = structs.replace(load_recipe(str(GOLDEN / "recipe.yaml")), name="tiny")
-    changes: dict[str, Any] = {
-        "sequence": structs.replace(recipe.sequence, length=5, split=1, codebook=16),
-        "image": structs.replace(recipe.image, size=4),
-        "model": {"depth": 1, "width": 64, "heads": 2, "scales": [1, 2]},
-        "tokenizer": {"channels": 32, "multipliers": [1, 1]},
+    content = load_recipe(str(GOLDEN / "recipe.yaml")).to_dict() | {
+        "name": "tiny",
+        "image": {"size": 6, "channels": 3},
+        "sequence": {"length": 14, "width": 8, "codebook": 16, "split": 1},
         "schedules": {
-            steps: structs.replace(schedule, known=known)
-            for (steps, schedule), known in zip(recipe.schedules.items(), [(0,), (0, 1)], strict=True)
+            "1": {"known": [0]},
+            "3": {"known": [5], "split": 5, "teacher": {"start": 0, "end": 5}},
         },
+        "model": {"depth": 1, "width": 64, "heads": 2, "scales": [1, 2, 3]},
+        "tokenizer": {"channels": 32, "multipliers": [1, 1]},
+        "teacher": {"cfg": 2.0, "top_k": 12, "top_p": 0.95},
     }
-    changed, request = structs.replace(recipe, **changes), WeightRequest({}, random_seed=3)
-    made = cached_export("random", lambda target: export_bundle(changed, target, request))
-    return Path(made.path)
+    recipe, request = recipe_from_dict(content, "tiny"), WeightRequest({}, random_seed=3, teacher=True)
+    return Path(cached_export("random", lambda target: export_bundle(recipe, target, request)).path)
 
 
 @pytest.fixture
@@ -63,21 +56,10 @@ def planted(golden_bundle: Path, tmp_path: Path) -> Callable[[str, Callable[[Any
 
     Only a comparison with the reference can tell such a bundle from a good one.
     """
-    import onnx
 
     def plant(role: str, edit: Callable[[Any], None]) -> Path:
-        bundle = tmp_path / "planted"
-        shutil.copytree(golden_bundle, bundle)
-        path = bundle / f"{role}.onnx"
-        model = onnx.load(path)
-        edit(model.graph)
-        onnx.checker.check_model(model)
-        onnx.save(model, path)
-        manifest = json.loads((bundle / "bundle.json").read_text())
-        for graph in manifest["graphs"]:
-            if graph["role"] == role:
-                graph["files"] = [structs.asdict(file_info(path, bundle))]
-        (bundle / "bundle.json").write_text(json.dumps(manifest))
+        bundle = Path(shutil.copytree(golden_bundle, tmp_path / "planted"))
+        in_graph(edit, role)(bundle, "fp32")
         return bundle
 
     return plant

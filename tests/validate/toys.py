@@ -3,13 +3,13 @@ compared."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from ddexport.runtime.images import to_uint8
 from ddexport.validate.fid.draws import ByteImages, Draw, Order, Schedules
-from ddexport.validate.metrics._base import Comparison, Drawn, DrawnPair, ImagePair, StepOutput, StepPair
+from ddexport.validate.metrics._base import StepOutput
 
 LENGTH, WIDTH, CODEBOOK, SPLIT, CLASSES = 6, 3, 5, 2, 4
 SCHEDULES = {1: (0,), 2: (0, 1), 3: (0, 1, 4)}
@@ -27,15 +27,9 @@ class Rows:
 class ToyModel:
     """A student and a decoder that treat every row alone, unless one of the faults below is switched on."""
 
-    logit_error: float = 0.0
     embedding_error: float = 0.0
     pixel_error: float = 0.0
-    split: int = SPLIT
-    shared_between_rows: float = 0.0  # of the first row's hidden state, added to all
-    grows_with_row: float = 0.0  # added to the hidden state once for each row before
     flip_first_token: bool = False  # of the first step: another token than the reference's, in every row
-    batches: list[int] = field(default_factory=list)
-    inputs: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         generator = np.random.default_rng(0)
@@ -44,19 +38,14 @@ class ToyModel:
         self.codebook = generator.normal(size=(CODEBOOK, WIDTH)).astype(np.float32)
 
     def student(self, tokens: np.ndarray, label: np.ndarray, known: np.ndarray) -> StepOutput:
-        self.batches.append(len(tokens))
-        self.inputs.append(tokens)
         hidden = tokens + 0.1 * label[:, None, None].astype(np.float32)
         hidden = hidden + 0.1 * np.tril(np.ones((LENGTH, LENGTH), np.float32)) @ tokens
-        hidden = hidden + np.float32(self.shared_between_rows) * hidden[:1]
-        hidden = hidden + np.float32(self.grows_with_row) * np.arange(len(tokens))[:, None, None]
         logits = hidden @ self.logit_weight
-        logits[:, 0, 0] += np.float32(self.logit_error)
         if self.flip_first_token:
             lowest = logits[:, 0].argmin(-1)
             logits[np.flatnonzero(known == 0), 0, lowest[known == 0]] += 100
         drawn = hidden @ self.embedding_weight + np.float32(self.embedding_error)
-        drawn[:, : self.split] = self.codebook[logits[:, : self.split].argmax(-1)]
+        drawn[:, :SPLIT] = self.codebook[logits[:, :SPLIT].argmax(-1)]
         is_known = np.arange(LENGTH)[None, :] < known[:, None]
         sequence = np.where(is_known[..., None], tokens, drawn)
         return StepOutput(logits[:, :SPLIT].astype(np.float32), sequence.astype(np.float32))
@@ -76,36 +65,6 @@ def sampled(
         tokens = np.concatenate([before[:, :count], noise[:, count:]], axis=1)
         outputs.append(model.student(tokens, labels, np.full_like(labels, count)))
     return outputs
-
-
-def compare(bundle: ToyModel, reference: ToyModel, rows: Rows) -> Comparison:
-    """Of two toys what `ddexport.validate.compare` makes of a bundle and its reference; steps start as the
-    reference's."""
-    places = tuple(f"image {i} (label {label})" for i, label in enumerate(rows.labels))
-    comparison = Comparison()
-    for steps, known in SCHEDULES.items():
-        expected = sampled(reference, known, rows.labels, rows.noise)
-        own = sampled(bundle, known, rows.labels, rows.noise)
-        before = expected[-2].sequence if len(expected) > 1 else rows.noise
-        tokens = np.concatenate([before[:, : known[-1]], rows.noise[:, known[-1] :]], axis=1)
-        counts = np.full_like(rows.labels, known[-1])
-        got = bundle.student(tokens, rows.labels, counts)
-        scope = f"step {steps} (known {', '.join(map(str, known))})"
-        comparison.steps.append(StepPair(scope, expected[-1], got, counts, places))
-        wanted, title = reference.decode(expected[-1].sequence), f"{steps} step{'s' if steps > 1 else ''}"
-        same, images = bundle.decode(expected[-1].sequence), bundle.decode(own[-1].sequence)
-        everything = np.ones(len(places), bool)
-        scope = f"{title}, decoder on the same sequence"
-        comparison.images.append(ImagePair(scope, wanted, same, everything, places))
-        if np.isfinite(images).all():
-            sides = [
-                Drawn(
-                    np.concatenate([one.tokens for one in side], axis=1), side[-1].sequence, to_uint8(image)
-                )
-                for side, image in ((expected, wanted), (own, images))
-            ]
-            comparison.drawn.append(DrawnPair(f"{title}, end to end", *sides, places))
-    return comparison
 
 
 def draw_of(model: ToyModel, schedules: Schedules) -> Draw:

@@ -1,4 +1,4 @@
-"""What was timed is compared: faults are seen where they are, and excused only where rounding may be why."""
+"""The outputs of timed runs are compared: a fault is reported in its row, and only rounding is accepted."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def compared(manifest, entry_of):
     return compare
 
 
-@pytest.mark.parametrize("steps", [1, 2, "teacher"])
-def test_the_reference_agrees_with_itself(steps, drawn, compared):
-    row = compared(*drawn(steps), steps)
-    assert row["passed"] is True and not row["faults"] and not row["notes"]
-    assert (row["tokens_equal"], row["image_psnr"], row["image_max"]) == (1.0, math.inf, 0.0)
-    assert row["embedding_error"] == (None if steps == "teacher" else 0.0)
+def test_the_reference_agrees_with_itself(drawn, compared):
+    for steps in (1, 2, "teacher"):
+        row = compared(*drawn(steps), steps)
+        assert row["passed"] is True and not row["faults"] and not row["notes"], steps
+        assert (row["tokens_equal"], row["image_psnr"], row["image_max"]) == (1.0, math.inf, 0.0)
+        assert row["embedding_error"] == (None if steps == "teacher" else 0.0)
 
 
 def changed(got, step=0, sequence=0.0, logits=0.0, pixels=0, guided=0.0):
@@ -65,9 +65,8 @@ def changed(got, step=0, sequence=0.0, logits=0.0, pixels=0, guided=0.0):
     return got._replace(outputs=outputs, pixels=got.pixels ^ np.uint8(pixels))
 
 
-@pytest.mark.parametrize(
-    ("steps", "fault", "said"),
-    [
+def test_a_fault_is_seen_where_it_is(drawn, compared):
+    for steps, fault, name in (
         (2, {"sequence": 0.1}, "embeddings"),
         (2, {"sequence": np.nan}, "embeddings"),
         (2, {"step": 1, "sequence": 0.1}, "step 2"),
@@ -75,12 +74,10 @@ def changed(got, step=0, sequence=0.0, logits=0.0, pixels=0, guided=0.0):
         (2, {"pixels": 128}, "8-bit image PSNR"),
         (2, {"pixels": 8}, "largest 8-bit difference"),
         ("teacher", {"guided": 0.1}, "guided logits"),
-    ],
-)
-def test_a_fault_is_seen_where_it_is(steps, fault, said, drawn, compared):
-    got, expected = drawn(steps)
-    row = compared(changed(got, **fault), expected, steps)
-    assert row["passed"] is False and said in row["faults"]
+    ):
+        got, expected = drawn(steps)
+        row = compared(changed(got, **fault), expected, steps)
+        assert row["passed"] is False and name in row["faults"], fault
 
 
 def with_another_token(pair, margin):
@@ -94,10 +91,10 @@ def with_another_token(pair, margin):
     return [side._replace(outputs=[dataclasses.replace(side.outputs[0], logits=new)]) for side, new in sides]
 
 
-@pytest.mark.parametrize(("margin", "passed"), [(3e-5, True), (5e-2, False)])
-def test_a_differing_token_is_excused_only_by_a_close_call(margin, passed, drawn, compared):
-    row = compared(*with_another_token(drawn(1), margin))
-    assert row["passed"] is passed and 0.9 < row["tokens_equal"] < 1.0
+def test_a_differing_token_is_accepted_only_within_the_margin(drawn, compared):
+    for margin, passed in ((3e-5, True), (5e-2, False)):
+        row = compared(*with_another_token(drawn(1), margin))
+        assert row["passed"] is passed and 0.9 < row["tokens_equal"] < 1.0
 
 
 def test_a_teachers_token_that_its_logits_do_not_give_is_counted(drawn, compared, manifest):
@@ -128,5 +125,5 @@ def test_without_limits_there_is_no_verdict(drawn, compared, manifest):
     for parity in ({}, {"fp32": {"token_margin": 1.0}}, {"fp32": "much"}):
         bare = structs.replace(manifest, parity=parity)
         row = compared(changed(got, sequence=0.1), expected, manifest=bare)
-        assert row["passed"] is None and row["embedding_error"] > 0 and not row["faults"]
-        assert row["notes"] == "the bundle states no limits for fp32"
+        assert row["passed"] is None and row["embedding_error"] > 0
+        assert not row["faults"] and row["notes"]

@@ -11,7 +11,7 @@ import pytest
 from ddexport.validate.bench import run as module
 from ddexport.validate.bench.flops import count_flops
 from ddexport.validate.bench.plan import Request, make_plan
-from ddexport.validate.bench.run import gflop_of, measure_peaks, run_bench
+from ddexport.validate.bench.run import gflop_of, run_bench
 from ddexport.validate.bench.session import Run
 from ddexport.validate.bench.worker import WorkerError
 
@@ -71,14 +71,8 @@ def test_the_arithmetic_of_a_row(rows_of, monkeypatch, in_process, bundle, manif
     fast, slow = rows_of(
         {(1, "fp32"): 100.0}, backends=("onnxruntime", "torch-eager"), batches=(4,), against="torch-eager"
     )
-    wanted = {
-        "student_ms": 3.0,
-        "decoder_ms": 6.0,
-        "total_ms": 10.0,
-        "total_min_ms": 8.0,
-        "total_max_ms": 12.0,
-    }
-    assert {name: fast[name] for name in wanted} == pytest.approx(wanted)
+    names = ("student_ms", "decoder_ms", "total_ms", "total_min_ms", "total_max_ms")
+    assert [fast[name] for name in names] == pytest.approx([3.0, 6.0, 10.0, 8.0, 12.0])
     assert fast["teacher_ms"] is None and fast["total_p99_ms"] is None and fast["rounds"] == 5
     assert fast["images_per_s"] == pytest.approx(4 / 0.010) and fast["peak_mib"] == 305
     assert slow["total_ms"] == pytest.approx(20.0) and fast["speedup"] == pytest.approx(2.0)
@@ -120,9 +114,9 @@ def test_the_work_of_a_schedule(bundle, manifest, entry_of):
     assert gflop_of(bundle, manifest, entry_of(1, "teacher", "int8")) > decoder  # whose teacher is float32
 
 
-@pytest.mark.parametrize("call", [("open", 0), ("run", 0), ("run", 3), ("outputs", 0)])
-def test_a_worker_that_dies_is_a_row_that_says_so(rows_of, failing, call):
-    """While it is opened, prepared, timed or asked for its outputs; the others go on."""
+@pytest.mark.parametrize("call", [("open", 0), ("run", 3), ("outputs", 0)])
+def test_a_worker_that_dies_is_a_row_with_its_error(rows_of, failing, call):
+    """While it is opened, timed or asked for its outputs; the others go on."""
     failing("torch-eager", *call)
     good, bad = rows_of(backends=("onnxruntime", "torch-eager"), against="torch-eager")
     assert bad["error"] == "the worker was ended by SIGKILL. Another one."
@@ -134,23 +128,7 @@ def test_a_reference_that_fails(rows_of, failing):
     """Before anything is measured it ends the benchmark, afterwards the row."""
     failing("reference", "expected")
     (row,) = rows_of(backends=("onnxruntime",))
-    assert row["error"].startswith("not compared: the worker was ended") and row["passed"] is None
+    assert "the worker was ended" in row["error"] and row["passed"] is None
     failing("reference", "open")
-    with pytest.raises(WorkerError, match="SIGKILL"):
+    with pytest.raises(WorkerError):
         rows_of(backends=("onnxruntime",))
-
-
-def test_the_best_engine_is_the_peak_and_none_is_no_peak(monkeypatch, in_process, entry_of):
-    class Engine(in_process):
-        def call(self, method, engine, precision, threads):
-            if precision == "int8":
-                raise WorkerError("it has none")
-            return {"onnxruntime": 7.0, "openvino": 9.0}[engine]
-
-    monkeypatch.setattr(module, "Worker", Engine)
-    monkeypatch.setattr(module, "find_spec", lambda name: name)
-    gpu = entry_of()
-    gpu = dataclasses.replace(
-        gpu, configuration=dataclasses.replace(gpu.configuration, device="cuda:0"), threads=2
-    )
-    assert measure_peaks([entry_of(), entry_of(precision="int8"), gpu]) == {(1, "fp32"): 9.0}

