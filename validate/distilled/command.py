@@ -77,9 +77,9 @@ def train_classifier(recipe: Recipe, data: DataSet) -> None:
     from ddexport.validate.fid.references import write_shipped_statistics
 
     with console.stage("training the digit classifier"), console.progress(digits.EPOCHS, "epochs") as bar:
-        classifier = digits.train_judge(data, on_epoch=lambda epoch, accuracy: bar.advance())
-    digits.save_judge(classifier, digits.judge_path(), digits.feature_scale(classifier, data))
-    click.echo(f"written to {digits.judge_path()}", err=True)
+        classifier = digits.train_classifier(data, on_epoch=lambda epoch, accuracy: bar.advance())
+    digits.save_classifier(classifier, digits.classifier_path(), digits.feature_scale(classifier, data))
+    click.echo(f"written to {digits.classifier_path()}", err=True)
     click.echo(f"set STATISTICS_SHA256 to {write_shipped_statistics(recipe)}", err=True)
 
 
@@ -100,7 +100,7 @@ _seed = partial(number, least=0)
         " teacher's probabilities.")  # fmt: skip
 @option("--plot", type=_FILE, metavar="FILE", help="Write a plot of Frechet distance against time.")
 @option("--grid", type=_FILE, metavar="FILE", help="Write a picture with samples of every method.")
-@option("--train-judge", is_flag=True,
+@option("--train-classifier", is_flag=True,
         help="First train the digit classifier again, and copy it to recipes/weights.")  # fmt: skip
 @shared("threads", default=1, show_default=None)
 @shared("json")
@@ -113,7 +113,7 @@ def command(
     draws: int,
     plot: Path | None,
     grid: Path | None,
-    train_judge: bool,
+    train_classifier: bool,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -141,15 +141,15 @@ def command(
     from ddexport.validate.distilled.map_check import check_map
     from ddexport.validate.distilled.measure import measured_rows, sheet_of_samples
     from ddexport.validate.distilled.times import ROUNDS
-    from ddexport.validate.features.digits import held_out_accuracy, judge_path, load_judge
+    from ddexport.validate.features.digits import held_out_accuracy, classifier_path, load_classifier
     from ddexport.validate.plots import frechet_against_time
 
     torch.set_num_threads(threads)
     models = load_models(recipe, weights)
     data = load_data(distill_settings(recipe).data)
-    if train_judge:
+    if train_classifier:
         train_classifier(recipe, data)
-    classifier = load_judge(judge_path())
+    classifier = load_classifier(classifier_path())
     if grid is not None:
         write_image(grid, sheet_of_samples(models, seeds[0]), follow=True)
     rows = measured_rows(models, Gauge(classifier, data), data, seeds, samples)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from ddexport.distill.data import DataSet
-from ddexport.validate.features.digits import DigitJudge
+from ddexport.validate.features.digits import DigitClassifier
 from ddexport.validate.metrics.frechet import frechet
 from ddexport.validate.metrics.precision_recall import precision_recall
 
@@ -26,7 +26,7 @@ class Gauge:
     these digits.
     """
 
-    def __init__(self, classifier: DigitJudge, data: DataSet) -> None:
+    def __init__(self, classifier: DigitClassifier, data: DataSet) -> None:
         features = classifier.read(data.train.images()).features.numpy()
         self.classifier = classifier
         self.scale: Float64Array = features.std(0)

@@ -5,7 +5,7 @@ Its 64 features before the last layer, each in units of its standard deviation o
 are what the Frechet distance and precision and recall measure: the size of a classifier's features is an
 accident of its training, and without that unit the distances would depend on it. The weights ship as
 `recipes/weights/digits-classifier.safetensors`, with the units in its metadata; `ddexport validate
-distilled digits-var --train-judge` trains them again.
+distilled digits-var --train-classifier` trains them again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ddexport.validate.features._base import ByteImages, Extractor, FeatureError
 
 FILE = "digits-classifier.safetensors"
 SIDE, FEATURES, CLASSES = 32, 64, 10
-TRAIN_IT = "train it: ddexport validate distilled digits-var --train-judge"
+TRAIN_IT = "train it: ddexport validate distilled digits-var --train-classifier"
 WIDTHS = (32, 32, 64, 64, 128, 64)
 STRIDES = (1, 2, 1, 2, 1, 2)
 EPOCHS, BATCH, RATE, SEED = 30, 64, 3e-3, 2024
@@ -42,7 +42,7 @@ class Reading(NamedTuple):
     features: Tensor
 
 
-class DigitJudge(nn.Module):
+class DigitClassifier(nn.Module):
     """Six 3x3 convolutions with batch norm, mean over the image, a linear layer."""
 
     def __init__(self) -> None:
@@ -77,21 +77,23 @@ class DigitFeatures(Extractor):
     width = FEATURES
     classes = CLASSES
 
-    def __init__(self, judge: DigitJudge, scale: Tensor) -> None:
-        """judge: in eval mode; scale (64,) float64, the unit of each feature."""
-        self.judge, self.scale, self._device = judge, scale, "cpu"
-        state = {key: value.numpy() for key, value in judge.state_dict().items() if "num_batches" not in key}
+    def __init__(self, classifier: DigitClassifier, scale: Tensor) -> None:
+        """classifier: in eval mode; scale (64,) float64, the unit of each feature."""
+        self.classifier, self.scale, self._device = classifier, scale, "cpu"
+        state = {
+            key: value.numpy() for key, value in classifier.state_dict().items() if "num_batches" not in key
+        }
         self.identity = f"digits:{digest_of_arrays({**state, 'scale': scale.numpy()}.items())}"
 
     @classmethod
     def load(cls, weights: Path | None) -> DigitFeatures:
-        """From a file that `--train-judge` wrote, or the one that ships."""
-        path = weights or judge_path()
-        return cls(load_judge(path), load_scale(path))
+        """From a file that `--train-classifier` wrote, or the one that ships."""
+        path = weights or classifier_path()
+        return cls(load_classifier(path), load_scale(path))
 
     def to(self, device: str) -> None:
         """As promised."""
-        self.judge.to(device)
+        self.classifier.to(device)
         self._device = device
 
     def _read(self, images: ByteImages) -> Readings:
@@ -104,8 +106,8 @@ class DigitFeatures(Extractor):
         pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self._device)
         pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.no_grad():
-            features = self.judge.features(pixels.mean(1, keepdim=True))
-            probabilities = self.judge.head(features).softmax(1)
+            features = self.classifier.features(pixels.mean(1, keepdim=True))
+            probabilities = self.classifier.head(features).softmax(1)
         scaled = features.cpu().double() / self.scale
         return Readings(scaled.float().numpy(), probabilities.cpu().numpy())
 
@@ -113,14 +115,14 @@ class DigitFeatures(Extractor):
 EXTRACTOR = DigitFeatures
 
 
-def judge_path() -> Path:
+def classifier_path() -> Path:
     """Where the classifier's weights ship."""
     return Path(str(resources.files("ddexport.recipes") / "weights" / FILE))
 
 
-def feature_scale(judge: DigitJudge, data: DataSet) -> Tensor:
+def feature_scale(classifier: DigitClassifier, data: DataSet) -> Tensor:
     """The standard deviation of each feature over the real training digits: (64,) float64."""
-    return judge.read(data.train.images()).features.std(0, correction=0)
+    return classifier.read(data.train.images()).features.std(0, correction=0)
 
 
 def load_scale(path: Path) -> Tensor:
@@ -137,71 +139,71 @@ def load_scale(path: Path) -> Tensor:
     return scale
 
 
-def load_judge(path: Path) -> DigitJudge:
+def load_classifier(path: Path) -> DigitClassifier:
     """The trained classifier, in eval mode. Raises DDError when the file is missing or is another."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    judge = DigitJudge()
+    classifier = DigitClassifier()
     try:
-        judge.load_state_dict({k: v.float() for k, v in load_file(path).items()}, strict=False)
+        classifier.load_state_dict({k: v.float() for k, v in load_file(path).items()}, strict=False)
     except (FileNotFoundError, SafetensorError, RuntimeError) as error:
         raise DDError(f"{path} does not hold the digit classifier", TRAIN_IT) from error
-    judge.eval()
-    return judge
+    classifier.eval()
+    return classifier
 
 
-def save_judge(judge: DigitJudge, path: Path, scale: Tensor) -> None:
-    """Write the weights as float16, and `scale` (64,) float64 exactly. `judge` should hold float16-exact
+def save_classifier(classifier: DigitClassifier, path: Path, scale: Tensor) -> None:
+    """Write the weights as float16, and `scale` (64,) float64 exactly. `classifier` should hold float16-exact
     values, see `round_to_half`.
     """
     from safetensors.torch import save
 
-    state = {k: v.half().contiguous() for k, v in judge.state_dict().items() if "num_batches" not in k}
+    state = {k: v.half().contiguous() for k, v in classifier.state_dict().items() if "num_batches" not in k}
     with atomic_write(path) as stream:
         stream.write(save(state, {"scale": json.dumps(scale.tolist())}))
 
 
-def train_judge(
+def train_classifier(
     data: DataSet, epochs: int = EPOCHS, on_epoch: Callable[[int, float], None] | None = None
-) -> DigitJudge:
+) -> DigitClassifier:
     """Train on `data.train`; held-out accuracy goes to `on_epoch(epoch, accuracy)` and selects nothing."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
-    judge = DigitJudge().to(memory_format=torch.channels_last)
+    classifier = DigitClassifier().to(memory_format=torch.channels_last)
     images, labels = data.train.images(), data.train.labels
     per_epoch = len(labels) // BATCH
-    optimizer = torch.optim.AdamW(judge.parameters(), RATE, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(classifier.parameters(), RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda i: min(1.0, (i + 1) / 100) * 0.5 * (1 + math.cos(math.pi * i / (epochs * per_epoch))),
     )
     for epoch in range(epochs):
-        judge.train()
+        classifier.train()
         for index in torch.randperm(len(labels), generator=generator)[: per_epoch * BATCH].split(BATCH):
             batch = random_affine(images[index], generator, degrees=12, shift=2, scale=0.12)[:, :1]
             with torch.autocast("cpu", torch.bfloat16):
-                logits = judge(batch.contiguous(memory_format=torch.channels_last))
+                logits = classifier(batch.contiguous(memory_format=torch.channels_last))
             loss = nn.functional.cross_entropy(logits.float(), labels[index], label_smoothing=0.05)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
         if on_epoch:
-            on_epoch(epoch, held_out_accuracy(judge.eval(), data))
-    return round_to_half(judge.eval())
+            on_epoch(epoch, held_out_accuracy(classifier.eval(), data))
+    return round_to_half(classifier.eval())
 
 
-def round_to_half(judge: DigitJudge) -> DigitJudge:
+def round_to_half(classifier: DigitClassifier) -> DigitClassifier:
     """Round every weight to a float16 value in place, so that the stored file is what was measured."""
     with torch.no_grad():
-        for value in judge.state_dict().values():
+        for value in classifier.state_dict().values():
             if value.is_floating_point():
                 value.copy_(value.half())
-    return judge
+    return classifier
 
 
-def held_out_accuracy(judge: DigitJudge, data: DataSet) -> float:
+def held_out_accuracy(classifier: DigitClassifier, data: DataSet) -> float:
     """Share of the held-out real digits that are read right."""
-    read = judge.read(data.held_out.images()).classes
+    read = classifier.read(data.held_out.images()).classes
     return float((read == data.held_out.labels).double().mean())
