@@ -22,6 +22,7 @@ COG      := $(BIN)/cog -I docs
 # The models whose times are in docs/results.md, with random weights.
 TIMED    := build/var-d16 build/llamagen-l
 BENCH    := $(BIN)/ddexport bench $(TIMED)
+RECORD   := $(BIN)/python docs/generate.py
 
 help:
 	@echo "make demo      set up, export the embedded models, draw digits in one step, compare them with PyTorch"
@@ -92,18 +93,26 @@ distill: $(VENV)/.dev
 	    $(BIN)/ddexport distill $$model --install && $(BIN)/ddexport validate distilled $$model || exit; \
 	done
 
-docs: $(VENV)/.dev $(BUNDLES)
-	$(BIN)/ddexport sample build/digits-var --steps 1 -n 16 -o docs/images/digits-one-step.png
+# The tables of docs/results.md are made from the JSON files that these runs write.
+docs: $(VENV)/.dev $(PRECISE)
+	$(BIN)/ddexport sample build/precisions/digits-var --steps 1 -n 16 -o docs/images/digits-one-step.png
+	$(RECORD) bench-digits $(BIN)/ddexport bench $(MODELS:%=build/precisions/%) --precision fp32,fp16,int8 --steps 1,2,teacher \
+	    --backend onnxruntime,openvino,torch-eager,naive --against naive --duration 1 --plot docs/images/bench.png --json
 	for model in $(MODELS); do \
-	    $(BIN)/ddexport validate distilled $$model --samples 500 --seeds 0 --draws 2000 \
-	        --grid docs/images/$$model-grid.png --plot docs/images/$$model-quality.png || exit; \
+	    $(RECORD) distilled-$$model $(BIN)/ddexport validate distilled $$model --samples 1000 --seeds 0 --draws 2000 \
+	        --grid docs/images/$$model-grid.png --plot docs/images/$$model-quality.png --json || exit; \
 	done
+	for run in digits-var:fp32 digits-var:fp16 digits-var:int8 digits-llamagen:fp32; do echo $$run; done | xargs -P 2 -L 1 sh -c \
+	    '$(RECORD) fid-$${0%:*}-$${0#*:} $(BIN)/ddexport validate fid build/precisions/$${0%:*} --precision $${0#*:} \
+	    --images 2000 --batch 200 --threads 1 --backend onnxruntime --json'
+	$(COG) -r $(PAGES)
 
 performance: $(VENV)/.dev $(TIMED:%=%/bundle.json)
-	env -u OMP_NUM_THREADS $(BENCH) --plot docs/images/performance.png --steps 1,2 --against naive \
+	env -u OMP_NUM_THREADS $(RECORD) bench-real-size $(BENCH) --steps 1,2 --against naive --json \
 	    --backend onnxruntime,openvino,torch-eager,torch-compile,naive --duration 10
-	env -u OMP_NUM_THREADS $(BENCH) --backend torch-eager --precision fp32 --steps 1,2,teacher \
-	    --against torch-eager --against-steps teacher --warmup 0 --duration 1
+	env -u OMP_NUM_THREADS $(RECORD) bench-teacher $(BENCH) --backend torch-eager --precision fp32 --steps 1,2,teacher \
+	    --against torch-eager --against-steps teacher --warmup 0 --duration 1 --json
+	$(COG) -r $(PAGES)
 
 $(TIMED:%=%/bundle.json): build/%/bundle.json: $(VENV)/.export
 	env -u OMP_NUM_THREADS $(BIN)/ddexport onnx --model $* --random-weights 0 --teacher random --precision fp32,int8 -o build/$*

@@ -38,8 +38,8 @@ from ddexport.validate.distilled.map_check import check_map, chi_square, p_value
 from ddexport.validate.features.digits import (
     DigitClassifier,
     Reading,
-    held_out_accuracy,
     classifier_path,
+    held_out_accuracy,
     load_classifier,
     round_to_half,
     save_classifier,

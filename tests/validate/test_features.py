@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from ddexport.runtime.errors import DDError
 from ddexport.validate.features._base import Extractor, FeatureError, Readings, load_extractor
 from ddexport.validate.features._inception_network import FidInception, prepare
-from ddexport.validate.features.digits import feature_scale, classifier_path, load_classifier
+from ddexport.validate.features.digits import classifier_path, feature_scale, load_classifier
 from ddexport.validate.features.inception import random_state
 
 needs_mlxtend = pytest.mark.skipif(

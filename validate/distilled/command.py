@@ -71,7 +71,7 @@ def as_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def train_classifier(recipe: Recipe, data: DataSet) -> None:
+def write_classifier(recipe: Recipe, data: DataSet) -> None:
     """Trains the digit classifier on the real digits, and installs it with the statistics of its features."""
     from ddexport.validate.features import digits
     from ddexport.validate.fid.references import write_shipped_statistics
@@ -141,14 +141,14 @@ def command(
     from ddexport.validate.distilled.map_check import check_map
     from ddexport.validate.distilled.measure import measured_rows, sheet_of_samples
     from ddexport.validate.distilled.times import ROUNDS
-    from ddexport.validate.features.digits import held_out_accuracy, classifier_path, load_classifier
+    from ddexport.validate.features.digits import classifier_path, held_out_accuracy, load_classifier
     from ddexport.validate.plots import frechet_against_time
 
     torch.set_num_threads(threads)
     models = load_models(recipe, weights)
     data = load_data(distill_settings(recipe).data)
     if train_classifier:
-        train_classifier(recipe, data)
+        write_classifier(recipe, data)
     classifier = load_classifier(classifier_path())
     if grid is not None:
         write_image(grid, sheet_of_samples(models, seeds[0]), follow=True)

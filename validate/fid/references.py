@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ddexport.recipe import Recipe
 
 DATA = "data"
-# Of the features `digits` of the 4,000 training images. `validate distilled --train-classifier` writes the file.
+# Of the features `digits` of the 4,000 training images, written by `validate distilled --train-classifier`.
 STATISTICS = "digits-statistics.npz"
 STATISTICS_SHA256 = "dabf7da36842802d78d137997d5a89c4ed718d1a3f298b754a8e6dc8e138f2ff"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
