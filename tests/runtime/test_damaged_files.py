@@ -116,16 +116,15 @@ def test_a_recipe(folder: Path, golden_dir: Path, data: DataObject) -> None:
     from ddexport.recipe import load_recipe
 
     whole = (golden_dir / "recipe.yaml").read_bytes()
-    how = data.draw(st.integers(0, 2))
-    if how == 0:
-        content = text(data, yaml.safe_load(whole))
-    elif how == 1:
-        content = damaged(data, whole)
-    else:
-        lines = whole.splitlines()
-        line = data.draw(st.integers(0, len(lines) - 1))
-        lines[line] = lines[line].partition(b":")[0] + b": " + data.draw(st.sampled_from(PIECES))
-        content = b"\n".join(lines)
+    lines = whole.splitlines()
+    line = data.draw(st.integers(0, len(lines) - 1))
+    lines[line] = lines[line].partition(b":")[0] + b": " + data.draw(st.sampled_from(PIECES))
+    ways = (
+        lambda: text(data, yaml.safe_load(whole)),
+        lambda: damaged(data, whole),
+        lambda: b"\n".join(lines),
+    )
+    content = data.draw(st.sampled_from(ways))()
     read(folder / "recipe.yaml", content, lambda path: load_recipe(str(path)))
 
 
