@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +20,8 @@ from ddexport import runtime
 from ddexport.runtime.backends import Arrays, Backend, Configuration, open_backend
 from ddexport.runtime.backends import onnxruntime as module
 from ddexport.runtime.backends.onnxruntime import DeviceCache, run_bound
-from ddexport.runtime.bundle import Graph, Span, read_manifest
+from ddexport.runtime.bundle import Graph, read_manifest
 from ddexport.runtime.errors import BackendError
-from ddexport.runtime.teacher import HostCache, Sampling, by_uniforms, generate
 from tests.runtime import toy
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -256,48 +254,16 @@ def copy_rows(target: int, pitch: int, source: int, other: int, width: int, rows
         ctypes.memmove(target + row * pitch, source + row * other, width)
 
 
-def test_a_cache_on_a_device_is_that_of_the_host_bit_for_bit(shared_teacher_bundle: Path) -> None:
-    """With the CPU as the device: logits, tokens and what the caches hold in the end."""
-    manifest, rng = read_manifest(shared_teacher_bundle), np.random.default_rng(0)
-    teacher: Any = manifest.teacher
-    session = open_backend(shared_teacher_bundle, manifest, ON_CPU).open(manifest.graph("teacher"))
-    names = [value.name for value in session.get_outputs()]
-    sampling = Sampling(guidance_scale=2.0, top_k=4, top_p=0.9, temperature=1.2)
-    choose = by_uniforms(rng.random((3, 6)), sampling)
-
-    def drawn(run: Any, make: Any, span: Span, prefix: Any) -> list[Any]:
-        seen: list[Any] = []
-
-        def pick(logits: Any, places: slice) -> Any:
-            seen.append(logits.copy())
-            return choose(logits, places)
-
-        def new_cache(*sizes: Any) -> Any:
-            seen.append(make(*sizes))
-            return seen[0]
-
-        seen.append(generate(run, teacher, span, prefix, np.arange(3), 2.0, pick, None, new_cache))
-        cache, *others = seen
-        arrays = cache.feeds.values()
-        return [*others, *(v if isinstance(v, np.ndarray) else v.numpy().copy() for v in arrays)]
-
-    on_device = partial(DeviceCache, kind="cpu", device=0, copy_rows=copy_rows)
-    for start, end in ((0, 6), (1, 4), (2, 6)):
-        given = Span(start=start, end=end), rng.integers(0, 5, (3, start))
-        plain = lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))  # noqa: E731
-        host = drawn(plain, HostCache, *given)
-        device = drawn(lambda feeds: run_bound(session, feeds, names, "cpu", 0), on_device, *given)
-        assert len(host) == 3 + len(teacher.steps(given[0])) and host[-1].any()
-        for one, other in zip(host, device, strict=True):
-            np.testing.assert_array_equal(one, other)
-
-
 def test_a_pipeline_keeps_its_teachers_cache_on_the_device(
     with_cuda: list[dict[str, Any]], shared_teacher_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that a GPU runs, with arrays of the CPU in its place; only the logits come to the host."""
-    with runtime.load(shared_teacher_bundle, "onnxruntime", 1, device="cpu") as pipe:
-        want = pipe([0, 1, 2], 4, num_images=2, output="numpy")
+    """All that a GPU runs, with arrays of the CPU in its place; only the logits come to the host. The teacher
+    starts at once, behind a student's tokens, and draws everything."""
+
+    def drawn(device: str) -> list[Any]:
+        with runtime.load(shared_teacher_bundle, "onnxruntime", 1, device=device) as pipe:
+            return [pipe([0, 1, 2], steps, num_images=2, output="numpy") for steps in (4, 3, "teacher")]
+
     bound: list[Sequence[str]] = []
 
     def on_cpu(session: Any, feeds: Any, names: Sequence[str], kind: str, device: int) -> Any:
@@ -306,6 +272,7 @@ def test_a_pipeline_keeps_its_teachers_cache_on_the_device(
         assert [name for name, value in results.items() if isinstance(value, np.ndarray)] == ["logits"]
         return results
 
+    want = drawn("cpu")
     gpu = SimpleNamespace(index=0, copy_rows=copy_rows)
     monkeypatch.setattr("ddexport.runtime.backends._cuda.CudaDevice", lambda index: gpu)
     monkeypatch.setattr(module, "_check_on_gpu", lambda *arguments: None)
@@ -313,9 +280,8 @@ def test_a_pipeline_keeps_its_teachers_cache_on_the_device(
     monkeypatch.setattr(
         module, "DeviceCache", lambda t, n, c, kind, i, copy: DeviceCache(t, n, c, "cpu", i, copy)
     )
-    with runtime.load(shared_teacher_bundle, "onnxruntime", 1, device="cuda") as pipe:
-        have = pipe([0, 1, 2], 4, num_images=2, output="numpy")
-    assert bound == [("cuda", 0, "logits", "new_key_0", "new_value_0")] * 3
-    np.testing.assert_array_equal(have.images, want.images)
-    for one, other in zip(have.steps, want.steps, strict=True):
-        np.testing.assert_array_equal(one.tokens, other.tokens)
+    for one, other in zip(drawn("cuda"), want, strict=True):
+        np.testing.assert_array_equal(one.images, other.images)
+        for step, its in zip(one.steps, other.steps, strict=True):
+            np.testing.assert_array_equal(step.tokens, its.tokens)
+    assert bound == [("cuda", 0, "logits", "new_key_0", "new_value_0")] * (3 + 1 + 4)

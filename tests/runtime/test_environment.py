@@ -1,4 +1,5 @@
-"""What services, containers and other people's shells are like: nothing of the user's is lost in them."""
+"""The runtime in processes of its own: without the build time, and in services, containers and other people's
+shells, where nothing of the user's is lost."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 
 ROOT = str(Path(__file__).parents[2])
+SCRIPT = Path(ROOT) / "runtime" / "infer.py"
 SAMPLE = (sys.executable, "-m", "ddexport.runtime.infer")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes devices and mounts: needs root")
 
@@ -118,3 +121,74 @@ def test_engines_do_not_report(shared_bundle: Path, tmp_path: Path, monkeypatch:
     script += "print(os.environ['ORT_DISABLE_TELEMETRY'], used.tm.__name__)"
     done = run(sys.executable, "-c", script)
     assert done.stdout.split() == [b"1", b"openvino.tools.ovc.telemetry_stub"]
+
+
+WITHOUT_BUILD_TIME = """
+import sys
+
+class Blocker:
+    blocked = {"torch", "onnx", "onnxscript", "validate", "yaml", "safetensors"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.blocked or name.startswith("ddexport.validate"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocker())
+import ddexport, ddexport.runtime.cli, ddexport.runtime.doctor, ddexport.runtime.registry
+from ddexport import runtime
+assert not {"numpy", "PIL", "msgspec", "onnxruntime", "torch"} & set(sys.modules)
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.infer import command
+from ddexport.runtime.pipeline import Pipeline, load
+for package in (ddexport, runtime):
+    assert (package.load, package.Pipeline, package.DDError) == (load, Pipeline, DDError)
+    assert package.__version__ and set(package.__all__) == {"load", "Pipeline", "DDError", "__version__"}
+    assert not hasattr(package, "laod")
+with runtime.load(sys.argv[1]) as pipe:
+    assert len(pipe(["zero", 2], steps=2).images) == 2
+command([sys.argv[1], "--steps", "2", "--dump", "dump.npz"])
+"""
+
+
+def test_no_entrance_brings_an_error_class_in_twice(tmp_path: Path) -> None:
+    """Else an error that is raised under one name would not be caught under the other."""
+    for words in (("runtime/infer.py", "nowhere"), ("-m", "validate", "parity", "nowhere")):
+        done = run(sys.executable, *words, cwd=ROOT)
+        assert "nowhere" in in_two_lines(done)
+
+
+def test_the_runtime_alone(shared_bundle: Path, tmp_path: Path) -> None:
+    """Everything works without the build-time packages; its names are there, and nothing heavy is imported
+    before they are used."""
+    done = run(sys.executable, "-c", WITHOUT_BUILD_TIME, shared_bundle, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dump.npz", "out.png"]
+
+
+def test_import_and_help_take_less_than_half_a_second(tmp_path: Path) -> None:
+    """The best of several runs: the limit is for the code, not for a busy machine."""
+    for words in (("-c", "import ddexport"), (SCRIPT, "--help")):
+        for _ in range(5):
+            start = time.perf_counter()
+            assert run(sys.executable, *words, cwd=tmp_path).returncode == 0
+            if (spent := time.perf_counter() - start) < 0.5:
+                break
+        assert spent < 0.5, words
+
+
+def test_the_script_runs_from_anywhere(shared_bundle: Path, tmp_path: Path) -> None:
+    """A file of the working directory or of the script's own must not pass for another module."""
+    for name in ("ddexport.py", "runtime.py", "labels.py", "click.py"):
+        (tmp_path / name).write_text("raise RuntimeError('wrong module')")
+    nowhere = {"PYTHONPATH": ""}
+    done = run(sys.executable, SCRIPT, shared_bundle, "--label", "one", cwd=tmp_path, environment=nowhere)
+    assert done.returncode == 0 and (tmp_path / "out.png").is_file(), done.stderr
+    code = f"""
+import runpy, sys
+sys.argv, sys.path[0] = ['infer.py', '--help'], {str(SCRIPT.parent)!r}
+try:
+    runpy.run_path({str(SCRIPT)!r}, run_name='__main__')
+except SystemExit:
+    assert {str(SCRIPT.parent)!r} not in sys.path and {ROOT!r} == sys.path[0], sys.path
+"""
+    assert run(sys.executable, "-c", code, cwd=tmp_path, environment=nowhere).returncode == 0

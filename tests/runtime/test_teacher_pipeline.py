@@ -82,6 +82,10 @@ def test_which_graphs_the_other_schedules_run(pipe: Pipeline, runs: list[Any]) -
     distances = ((result.steps[0].sequence[:, 2:4, None] - pipe.codebook) ** 2).sum(-1)
     np.testing.assert_array_equal(runs[1][1]["tokens"][:, 2:4], distances.argmin(-1))
     np.testing.assert_array_equal(runs[1][1]["tokens"][:, :2], result.steps[0].tokens)
+    runs.clear()
+    result = pipe([1, 2], 3, seed=3, teacher_start=1)  # behind fewer tokens than the student gives
+    assert files(runs) == ["student", "teacher", "teacher", "student", "decoder"]
+    np.testing.assert_array_equal(result.steps[1].tokens[:, :1], result.steps[0].tokens[:, :1])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, "teacher"])
