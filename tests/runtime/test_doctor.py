@@ -170,8 +170,8 @@ def test_what_pytorch_drew_is_drawn_again_or_the_check_says_what_differs(bundle:
     rows: list[tuple[str, Any, int, str]] = [
         ("tokens_2", lambda a: a + (np.arange(8)[:, None] < 2), 3, "2 images differ"),
         ("tokens_2", lambda a: a + 1, 3, "no image"),
-        ("images_1", lambda a: a ^ 8, 3, "8-bit difference 8"),
-        ("images_1", lambda a: a ^ 1, 3, "PSNR 48.1 dB"),
+        ("images_1", lambda a: a ^ 8, 3, "difference 8, limit 2"),
+        ("images_1", lambda a: a ^ 1, 3, "PSNR 48.1 dB, limit 50"),
         ("images_1", lambda a: a[:, :4], 3, "shapes"),
         ("labels", lambda a: a[:5], 1, "fit each other"),
         ("tokens_1", lambda a: None, 1, "damaged"),

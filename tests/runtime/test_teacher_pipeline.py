@@ -128,9 +128,9 @@ def test_the_seed_decides_the_draws_and_uniform_numbers_replay_them(pipe: Pipeli
 
 NOT_FINITE = np.where(np.arange(48).reshape(2, 6, 4) == 38, np.nan, 0).astype(np.float32)
 WRONG: list[tuple[dict[str, Any], type[DDError], str]] = [
-    ({"labels": 3}, LabelError, "3"),
+    ({"labels": 3}, LabelError, "label 3"),
     ({"labels": []}, LabelError, "label"),
-    ({"steps": 5}, ScheduleError, "5"),
+    ({"steps": 5}, ScheduleError, "5 steps"),
     ({"steps": "student"}, ScheduleError, "student"),
     ({"seed": -1}, NoiseError, "seed"),
     ({"first_image": -1}, NoiseError, "image index"),
@@ -148,7 +148,7 @@ WRONG: list[tuple[dict[str, Any], type[DDError], str]] = [
     ({"steps": 3, "teacher_start": 3}, ScheduleError, "position 3"),
     ({"steps": 3, "top_p": 0}, ScheduleError, "top_p"),
     ({"steps": 3, "uniforms": np.zeros((2, 5))}, NoiseError, "(2, 5)"),
-    ({"steps": 3, "uniforms": np.ones((2, 6))}, NoiseError, "1"),
+    ({"steps": 3, "uniforms": np.ones((2, 6))}, NoiseError, "below 1"),
 ]
 
 
