@@ -45,10 +45,10 @@ def test_a_fifo_and_a_link_stay_what_they_are(shared_bundle: Path, tmp_path: Pat
     fifo, link = tmp_path / "fifo.npz", tmp_path / "link.png"
     os.mkfifo(fifo)
     link.symlink_to("real.png")
-    reader = threading.Thread(target=lambda: got.append(fifo.read_bytes()))
+    reader = threading.Thread(target=lambda: got.append(fifo.read_bytes()), daemon=True)
     reader.start()
     assert sample(shared_bundle, "-o", link, "--dump", fifo).returncode == 0
-    reader.join()
+    reader.join(timeout=60)
     assert stat.S_ISFIFO(fifo.stat().st_mode)
     assert link.is_symlink()
     assert (tmp_path / "real.png").read_bytes().startswith(b"\x89PNG")
@@ -89,6 +89,7 @@ def test_names_may_be_long_and_not_utf8(shared_bundle: Path, tmp_path: Path, bac
     assert done.returncode == 0, done.stderr
     assert os.fsencode(json.loads(done.stdout)["output"]) == output
     assert Path(os.fsdecode(output)).is_file()
+    assert "too long" in in_two_lines(sample(bundle, "-o", tmp_path / ("a" * 300 + ".png")))
 
 
 @pytest.mark.parametrize(("shell", "code"), [("> /dev/full", 1), (">&-", 0), ("<&- >&- 2>&-", 0)])

@@ -208,7 +208,6 @@ BAD_OPTIONS: list[tuple[tuple[object, ...], str]] = [
     (("--device", "rocm"), "'rocm'"),
     (("-n", 10**9), "3,000,000,000"),
     (("-o", "out.tga"), ".png"),
-    (("-o", "a" * 300 + ".png"), "too long"),
     (("-o", "missing/out.png"), "missing/out.png"),
     (("-o", "old.png/x/"), "Not a directory"),
     (("--dump", "missing/d.npz"), "missing/d.npz"),
