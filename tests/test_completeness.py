@@ -1,4 +1,4 @@
-"""Whatever registers itself by its name has a test that names it and a row in docs/plugins.md."""
+"""Whatever registers itself by its name has a test that names it and a row in a table of docs/."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from ddexport.runtime.registry import plugins
 from ddexport.validate import metrics
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "plugins.md"
 PACKAGES = (
     "ddexport.families",
     "ddexport.runtime.backends",
@@ -20,6 +19,7 @@ PACKAGES = (
     "ddexport.validate.features",
     "ddexport.distill.data",
     "ddexport.distill.trainers",
+    "recipes",
 )
 
 
@@ -27,18 +27,15 @@ def registered(package: str) -> list[str]:
     return recipe_names() if package == "recipes" else plugins(package)
 
 
-def section(package: str) -> str:
-    """The part of the page about the plug-ins of a package: its heading names the folder."""
+def rows(package: str) -> list[str]:
+    """The names in the table below the one heading of docs/ that names the folder of the package."""
     folder = package.replace(".", "/")
     folder = folder if (ROOT / folder).is_dir() else folder.removeprefix("ddexport/")
-    parts = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.M)
+    pages = [page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))]
+    parts = [part for page in pages for part in re.split(r"^##+ ", page, flags=re.M)[1:]]
     named = [part for part in parts if f"`{folder}/" in part.splitlines()[0]]
-    assert len(named) == 1, f"docs/plugins.md needs one heading that names {folder}/"
-    return named[0]
-
-
-def rows(package: str) -> list[str]:
-    return re.findall(r"^\| `([^`]+)` \|.*\w", section(package), flags=re.M)
+    assert len(named) == 1, f"docs/ need one heading that names {folder}/"
+    return re.findall(r"^\| `([^`]+)` \|.*\w", named[0], flags=re.M)
 
 
 def modules_that_name(package: str, name: str) -> list[Path]:
@@ -54,34 +51,18 @@ def modules_that_name(package: str, name: str) -> list[Path]:
     ]
 
 
-CASES = [(package, name) for package in (*PACKAGES, "recipes") for name in registered(package)]
-
-
-@pytest.mark.parametrize(("package", "name"), CASES)
-def test_has_a_test(package: str, name: str) -> None:
-    assert modules_that_name(package, name), f"no test names {name} of {package}"
-
-
-@pytest.mark.parametrize(("package", "name"), CASES)
-def test_has_a_row(package: str, name: str) -> None:
-    assert name in rows(package), f"docs/plugins.md has no row `{name}`"
-
-
-@pytest.mark.parametrize("package", [*PACKAGES, "recipes"])
-def test_no_row_is_left_over(package: str) -> None:
-    """Each once, and none of something that was removed."""
-    assert sorted(rows(package)) == sorted(registered(package))
+@pytest.mark.parametrize("package", PACKAGES)
+def test_everything_has_a_test_and_one_row(package: str) -> None:
+    names = registered(package)
+    assert names and sorted(rows(package)) == sorted(names)
+    assert [name for name in names if not modules_that_name(package, name)] == []
 
 
 def test_a_new_one_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks above find what is missing: a plug-in is a file, and nobody wrote about this one."""
-
+    """The check above finds what is missing: a plug-in is a file, and nobody wrote about this one."""
     name = "brand" + "_new"
     (tmp_path / f"{name}.py").touch()
     monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
-    assert name in registered("ddexport.validate.metrics")
-    assert name not in rows("ddexport.validate.metrics")
+    with pytest.raises(AssertionError):
+        test_everything_has_a_test_and_one_row("ddexport.validate.metrics")
     assert modules_that_name("ddexport.validate.metrics", name) == []
-    assert {"ddexport.families", "ddexport.runtime.backends", "ddexport.validate.metrics", "recipes"} <= {
-        p for p, _ in CASES
-    }

@@ -66,8 +66,13 @@ def test_rows_are_copied_within_the_device(gpu: CudaStream) -> None:
     gpu.free_host(host)
 
 
-def test_a_broken_recording_leaves_the_stream_usable(gpu: CudaStream) -> None:
+def test_errors_have_names_and_a_broken_recording_leaves_the_stream_usable(gpu: CudaStream) -> None:
     """Waiting is forbidden while recording, and breaks it."""
+    with pytest.raises(BackendError, match=r"cudaMalloc failed: .*\(cudaErrorMemoryAllocation\)"):
+        gpu.allocate(1 << 50)
+    with pytest.raises(BackendError, match=r"cudaSetDevice failed: .*\(cudaErrorInvalidDevice\)"):
+        CudaDevice(999)
+    gpu.use()
     memory, host = gpu.allocate(SIZE), gpu.allocate_host(SIZE)
     with pytest.raises(BackendError, match="cudaStreamSynchronize failed"):
         gpu.record(gpu.wait)
@@ -75,13 +80,6 @@ def test_a_broken_recording_leaves_the_stream_usable(gpu: CudaStream) -> None:
     gpu.wait()
     gpu.free(memory)
     gpu.free_host(host)
-
-
-def test_errors_have_names(gpu: CudaStream) -> None:
-    with pytest.raises(BackendError, match=r"cudaMalloc failed: .*\(cudaErrorMemoryAllocation\)"):
-        gpu.allocate(1 << 50)
-    with pytest.raises(BackendError, match=r"cudaSetDevice failed: .*\(cudaErrorInvalidDevice\)"):
-        CudaDevice(999)
 
 
 def test_memory_is_given_back(gpu: CudaStream) -> None:

@@ -5,13 +5,14 @@ What a real device leaves undefined is an error here: copies outside of an alloc
 while recording.
 """
 
-# ruff: noqa: N815, N818 - the names are those of the packages
+# ruff: noqa: N815, N818 - the names are those of the package
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -56,6 +57,13 @@ class FakeCuda(ModuleType):
         self.downloaded: list[int] = []
         self.fails: dict[str, tuple[int, Error]] = {}
         self._next = 1
+        self.cudaMalloc = partial(self._allocate, "cudaMalloc", "device")
+        self.cudaMallocHost = partial(self._allocate, "cudaMallocHost", "host")
+        self.cudaFree = partial(self._free, "cudaFree", "device")
+        self.cudaFreeHost = partial(self._free, "cudaFreeHost", "host")
+        self.cudaGraphDestroy = partial(self._forget, "cudaGraphDestroy")
+        self.cudaGraphExecDestroy = partial(self._forget, "cudaGraphExecDestroy")
+        self.cudaDeviceSynchronize = partial(self._answer, "cudaDeviceSynchronize")
 
     def fail(self, name: str, error: Error, after: int = 0) -> None:
         """Makes the call `name` fail, once `after` calls have succeeded, from then on."""
@@ -94,21 +102,13 @@ class FakeCuda(ModuleType):
             where[answer[1]] = content
         return answer
 
-    def cudaMalloc(self, size: int) -> Any:
+    def _allocate(self, name: str, kind: str, size: int) -> Any:
         block = np.full(size, POISON, np.uint8)
-        return self._made("cudaMalloc", self.memory, ("device", block), block.ctypes.data)
+        return self._made(name, self.memory, (kind, block), block.ctypes.data)
 
-    def cudaMallocHost(self, size: int) -> Any:
-        block = np.full(size, POISON, np.uint8)
-        return self._made("cudaMallocHost", self.memory, ("host", block), block.ctypes.data)
-
-    def cudaFree(self, address: int) -> Any:
-        assert self.memory.pop(address)[0] == "device"
-        return self._answer("cudaFree")
-
-    def cudaFreeHost(self, address: int) -> Any:
-        assert self.memory.pop(address)[0] == "host"
-        return self._answer("cudaFreeHost")
+    def _free(self, name: str, kind: str, address: int) -> Any:
+        assert self.memory.pop(address)[0] == kind
+        return self._answer(name)
 
     def cudaGetErrorName(self, error: Error) -> Any:
         return Error.cudaSuccess, error.name.encode()
@@ -140,9 +140,6 @@ class FakeCuda(ModuleType):
         except Fault:
             return (Error.cudaErrorIllegalAddress,)
         return self._answer("cudaStreamSynchronize")
-
-    def cudaDeviceSynchronize(self) -> Any:
-        return self._answer("cudaDeviceSynchronize")
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kinds: Any, stream: int) -> Any:
         target, origin = self.block(to, size, kinds[0]), self.block(source, size, kinds[1])
@@ -180,13 +177,9 @@ class FakeCuda(ModuleType):
     def cudaGraphInstantiate(self, graph: int, flags: int) -> Any:
         return self._made("cudaGraphInstantiate", self.graphs, self.graphs[graph])
 
-    def cudaGraphDestroy(self, graph: int) -> Any:
+    def _forget(self, name: str, graph: int) -> Any:
         del self.graphs[graph]
-        return self._answer("cudaGraphDestroy")
-
-    def cudaGraphExecDestroy(self, graph: int) -> Any:
-        del self.graphs[graph]
-        return self._answer("cudaGraphExecDestroy")
+        return self._answer(name)
 
     def cudaGraphLaunch(self, graph: int, stream: int) -> Any:
         answer = self._answer("cudaGraphLaunch")

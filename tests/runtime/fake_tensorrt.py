@@ -1,5 +1,5 @@
 """The TensorRT packages, as far as the runtime uses them, on the device of `fake_cuda.py`: a plan names a
-role, and numpy computes `student` or `decoder`.
+role, and ONNX Runtime computes that graph of the toy bundle.
 
 What a real package leaves undefined is an error here: replaying a graph whose context has changed, recording
 a context that was never run, tensors that reach beyond their memory.
@@ -10,52 +10,39 @@ a context that was never run, tensors that reach beyond their memory.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from ddexport.runtime import machine
-from ddexport.runtime.bundle import (
-    Graph,
-    ImageSize,
-    Manifest,
-    Schedule,
-    SequenceSize,
-    TensorSpec,
-    Weights,
-    file_info,
-)
+from ddexport.runtime.bundle import Manifest, TensorSpec
 from ddexport.runtime.engines import SCHEMA, Engine, Profile, engine_folder
 from ddexport.runtime.records import to_json
-
-_spec = importlib.util.spec_from_file_location("fake_cuda", Path(__file__).with_name("fake_cuda.py"))
-assert _spec and _spec.loader
-fake_cuda = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake_cuda)
+from tests.runtime import fake_cuda, toy
 
 SCRATCH = 4096
 VERSIONS = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
-SEQUENCE = SequenceSize(length=6, width=4, codebook=5, split=2)
-IMAGE = ImageSize(height=8, width=8, channels=3)
-WEIGHTS = np.random.default_rng(1).standard_normal((4, 5), np.float32)
+
+
+@lru_cache
+def _session(role: str) -> Any:
+    model = {"student": toy.student, "decoder": toy.decoder}[role]()
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def compute(role: str, feeds: dict[str, Any]) -> dict[str, Any]:
-    """What the graph of a role gives: each image by itself."""
-    if role == "student":
-        latents, known = feeds["latents"], feeds["known"][:, None, None]
-        logits = latents[:, : SEQUENCE.split] @ WEIGHTS + feeds["label"][:, None, None].astype(np.float32)
-        sequence = np.where(np.arange(SEQUENCE.length)[None, :, None] < known, latents, np.tanh(latents))
-        return {"sequence": sequence, "tokens": logits.argmax(-1), "logits": logits}
-    rows = feeds["sequence"].reshape(len(feeds["sequence"]), -1)
-    return {"image": np.tanh(np.resize(rows.T, (3 * 8 * 8, len(rows))).T).reshape(-1, 3, 8, 8)}
+    """What the graph of a role gives."""
+    inputs = {value.name: feeds[value.name] for value in _session(role).get_inputs()}
+    names = [value.name for value in _session(role).get_outputs()]
+    return dict(zip(names, _session(role).run(names, inputs), strict=True))
 
 
 class FakeContext:
@@ -246,37 +233,6 @@ def use_gpu(monkeypatch: pytest.MonkeyPatch, *capability: int, **changes: Any) -
     monkeypatch.setattr(machine, "cuda", lambda: cuda)
 
 
-def write_bundle(root: Path, precisions: Sequence[str] = ("fp32",)) -> Manifest:
-    """The files of a bundle whose graphs nobody reads, and its manifest, which is not written."""
-    root.mkdir()
-    graphs = []
-    for precision in precisions:
-        for role in ("student", "decoder"):
-            path = root / f"{role}_{precision}.onnx"
-            path.write_text(f"graph of the {path.name}")
-            files = (file_info(path, root),)
-            graphs.append(Graph(role=role, precision=precision, file=path.name, files=files))
-    (root / "labels.json").write_text("{}")
-    return Manifest(
-        schema=2,
-        name="toy",
-        title="A toy",
-        created="2026-01-31T12:00:00Z",
-        sequence=SEQUENCE,
-        image=IMAGE,
-        classes=3,
-        labels=file_info(root / "labels.json", root),
-        schedules={1: Schedule(known=(0,))},
-        graphs=tuple(graphs),
-        weights=Weights(kind="embedded"),
-        licence={},
-        published={},
-        parity={},
-        recipe={},
-        tools={},
-    )
-
-
 def write_engines(
     root: Path,
     manifest: Manifest,
@@ -303,22 +259,12 @@ def write_engines(
         plan = folder / f"{role}_{precision}.plan"
         plan.write_text(json.dumps({"role": role, "profiles": has_profiles, "tensors": tensors}))
         fields: dict[str, Any] = {
-            "schema": SCHEMA,
-            "role": role,
-            "precision": precision,
-            "file": plan.name,
-            "sha256": hashlib.sha256(plan.read_bytes()).hexdigest(),
-            "bytes": plan.stat().st_size,
-            "source": graph.digest,
-            "backend": backend,
-            "version": version,
+            "schema": SCHEMA, "role": role, "precision": precision, "file": plan.name,
+            "sha256": hashlib.sha256(plan.read_bytes()).hexdigest(), "bytes": plan.stat().st_size,
+            "source": graph.digest, "backend": backend, "version": version,
             "platform": machine.this_platform(),
-            "targets": targets,
-            "profiles": tuple(Profile(*sizes) for sizes in profiles),
-            "layers": {"float32": 3},
-            "options": {},
-            "key": "0" * 64,
-            "seconds": 1.0,
-        }
+            "targets": targets, "profiles": tuple(Profile(*sizes) for sizes in profiles),
+            "layers": {"float32": 3}, "options": {}, "key": "0" * 64, "seconds": 1.0,
+        }  # fmt: skip
         plan.with_suffix(".json").write_text(to_json(Engine(**fields | changes)))
     return folder

@@ -3,7 +3,6 @@ something else than the bundle's first precision."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from ddexport import runtime
@@ -22,6 +20,7 @@ from ddexport.runtime.bundle import read_manifest
 from ddexport.runtime.errors import BackendError
 from ddexport.runtime.machine import Cpu, gpu_fault
 from ddexport.runtime.registry import load_plugin, plugins
+from tests.runtime import toy
 
 GPU_ENGINE = Configuration("tensorrt", "cuda:0", "fp16", "fp16", backends.ENGINE, folder="rtx")
 ON_CUDA = Configuration("onnxruntime", "cuda:0", "fp32", "fp32", backends.CUDA)
@@ -55,7 +54,7 @@ def taken(root: Path, *asked: Any) -> Configuration:
 
 
 def test_the_order_of_preference(bundle: Path, there_is: Any) -> None:
-    """Each is taken when all before it cannot run."""
+    """Each is taken when all before it cannot run; where none can, all reasons are given."""
     save(bundle, openvino=2.0, onnxruntime=3.0)
     order = [GPU_ENGINE, ON_CUDA, replace(OPENVINO, rank=backends.SAVED), ON_CPU, HOPPER]
     broken: list[str] = []
@@ -65,54 +64,47 @@ def test_the_order_of_preference(bundle: Path, there_is: Any) -> None:
         broken.append(str(wanted))
     (bundle / _saved.FILE).unlink()
     there_is(EVERYTHING)
-    ordered = configurations(bundle, read_manifest(bundle))
-    assert ordered == [GPU_ENGINE, ON_CUDA, ON_CPU, OPENVINO, HOPPER]
-
-
-def test_every_reason_is_given_when_nothing_can_run(bundle: Path, there_is: Any) -> None:
+    assert configurations(bundle, read_manifest(bundle)) == [GPU_ENGINE, ON_CUDA, ON_CPU, OPENVINO, HOPPER]
     there_is([replace(c, obstacle=f"reason {number}") for number, c in enumerate(EVERYTHING)])
-    with pytest.raises(BackendError, match="no engine here can run toy in fp32: ") as caught:
+    with pytest.raises(BackendError) as caught:
         taken(bundle, "auto", "fp32")
-    reasons = [f"{c}: reason {number}" for number, c in enumerate(EVERYTHING)]
-    assert all(reason in caught.value.message for reason in reasons)
-    assert "tensorrt, cuda:0, fp16, rtx: reason 4" in reasons
-    assert "fp32" in caught.value.hint and "doctor" in caught.value.hint
+    assert "tensorrt, cuda:0, fp16, rtx: reason 4" in caught.value.message
+    assert all(f"{c}: reason {number}" in caught.value.message for number, c in enumerate(EVERYTHING))
+    assert "fp32" in caught.value.hint
 
 
 def test_a_benchmark_is_followed_on_this_cpu_with_this_engine_and_these_graphs_alone(
-    bundle: Path, there_is: Any, toy: Any, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, there_is: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A newer time takes the place of the older one, and the others stay."""
     there_is([OPENVINO, ON_CPU])
     assert taken(bundle) == ON_CPU
-    assert save(bundle, openvino=2.0, onnxruntime=3.0).name == "bench.json"
+    save(bundle, openvino=2.0, onnxruntime=3.0)
     assert (taken(bundle).backend, taken(bundle).rank) == ("openvino", backends.SAVED)
     assert "2 ms" in taken(bundle).note
-    save(bundle, onnxruntime=float(np.median([1.0, 2.0])))
+    save(bundle, onnxruntime=1.5)
     assert (taken(bundle).backend, taken(bundle).rank) == ("onnxruntime", backends.SAVED)
     save(bundle, onnxruntime=9.0)
     assert taken(bundle).backend == "openvino"
     assert (bundle / _saved.FILE).read_text().count("milliseconds") == 2
     cpu = _saved.cpu()
-    for other in (Cpu("Toy EPYC", cpu.cores), Cpu(cpu.name, cpu.cores + 1)):
+    others = [("cpu", lambda other=other: other) for other in (Cpu("Toy", cpu.cores), Cpu(cpu.name, 0))]
+    for name, found in [*others, ("version_of", lambda name: "2099.1")]:
         with monkeypatch.context() as patch:
-            patch.setattr(_saved, "cpu", lambda other=other: other)
+            patch.setattr(_saved, name, found)
             assert taken(bundle) == ON_CPU
-    with monkeypatch.context() as patch:
-        patch.setattr(_saved, "version_of", lambda name: "2099.1")
-        assert taken(bundle) == ON_CPU
     assert taken(bundle).backend == "openvino"
     toy.put_file(bundle, "student.onnx", (bundle / "student.onnx").read_bytes() + b"\0")
     assert taken(bundle) == ON_CPU
 
 
-def test_the_first_precision_unless_another_is_named(bundle: Path, toy: Any) -> None:
+def test_the_first_precision_unless_another_is_named(bundle: Path) -> None:
     """Also where a benchmark was saved, which says nothing of another one."""
     toy.add_precision(bundle, "int8")
     save(bundle, openvino=0.1)
-    for asked, wanted in ((None, OPENVINO), ("fp32", OPENVINO), ("int8", ON_CPU)):
+    for asked, wanted in ((None, "openvino"), ("fp32", "openvino"), ("int8", "onnxruntime")):
         chosen = taken(bundle, "auto", asked)
-        assert (chosen.backend, chosen.precision, chosen.graphs) == (wanted.backend, *[asked or "fp32"] * 2)
+        assert (chosen.backend, chosen.precision, chosen.graphs) == (wanted, *[asked or "fp32"] * 2)
     toy.add_precision(bundle, "fp16", first=True)
     manifest = read_manifest(bundle)
     assert manifest.precisions == ("fp16", "fp32", "int8")
@@ -122,15 +114,11 @@ def test_the_first_precision_unless_another_is_named(bundle: Path, toy: Any) -> 
             assert pipe.precision == precision
 
 
-def test_a_damaged_benchmark_is_left_aside(bundle: Path, caplog: Any) -> None:
-    """With a word; a pipe in its place is not read."""
-    for content in (b"{", b"[]x", b'[{"cpu": 1}]', b'{"times": []}', b"\xff", b"[" * 10**5):
-        caplog.clear()
-        (bundle / _saved.FILE).write_bytes(content)
-        with caplog.at_level(logging.WARNING):
-            assert taken(bundle).backend == "onnxruntime"
-        assert "bench.json is not used" in caplog.text
-    save(bundle, openvino=1.0)  # and written anew
+def test_a_damaged_benchmark_is_left_aside(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With a word, and is written anew; a pipe in its place is not read."""
+    (bundle / _saved.FILE).write_bytes(b'[{"cpu": 1}]')
+    assert taken(bundle).backend == "onnxruntime" and "bench.json" in caplog.text
+    save(bundle, openvino=1.0)
     assert taken(bundle).backend == "openvino"
     if hasattr(os, "mkfifo"):
         (bundle / _saved.FILE).unlink()
@@ -139,39 +127,34 @@ def test_a_damaged_benchmark_is_left_aside(bundle: Path, caplog: Any) -> None:
 
 
 def test_devices(shared_bundle: Path) -> None:
+    """On a machine without a GPU a line says what to install; the CPU is not taken in its place."""
     names = {None: None, "cpu": "cpu", "cuda": "cuda:0", "cuda:0": "cuda:0", "cuda:12": "cuda:12"}
     assert {name: checked_device(name) for name in names} == names
     for name in ("rocm", "cpu:0", "cuda:x", "cuda:-1", "gpu"):
-        with pytest.raises(BackendError, match=f"there is no device '{name}'"):
+        with pytest.raises(BackendError, match=name):
             runtime.load(shared_bundle, device=name)
     assert (ON_CPU.gpu, replace(ON_CUDA, device="cuda:3").gpu) == (0, 3)
+    for backend, device in (("openvino", "cuda"), ("tensorrt", "cpu")):
+        with pytest.raises(BackendError, match=f"{backend} does not run on {device}"):
+            runtime.load(shared_bundle, backend, device=device)
+    if gpu_fault(0):
+        for device, name in (("cuda", "cuda:0"), ("cuda:1", "cuda:1")):
+            with pytest.raises(BackendError, match=f"onnxruntime, {name}, fp32: ") as caught:
+                runtime.load(shared_bundle, device=device)
+            assert 'pip install "ddexport[gpu]"' in caught.value.message
+            assert "openvino" not in caught.value.message
 
 
-@pytest.mark.skipif(not gpu_fault(0), reason="this machine has a GPU")
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_a_machine_without_a_gpu_says_so(shared_bundle: Path, device: str) -> None:
-    """And what to install; the CPU is not taken in its place."""
-    with pytest.raises(BackendError, match=f"onnxruntime, cuda:{device[5:] or 0}, fp32: ") as caught:
-        runtime.load(shared_bundle, device=device)
-    assert 'pip install "ddexport[gpu]"' in caught.value.message
-    assert "openvino" not in caught.value.message
-    with pytest.raises(BackendError, match="openvino does not run on cuda"):
-        runtime.load(shared_bundle, "openvino", device="cuda")
-    with pytest.raises(BackendError, match="tensorrt does not run on cpu"):
-        runtime.load(shared_bundle, "tensorrt", device="cpu")
-
-
-@pytest.mark.parametrize("backend", ["auto", "onnxruntime", "openvino"])
 def test_without_any_engine_it_says_which_line_to_type(
-    shared_bundle: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+    shared_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The base install brings none, because two of them overwrite each other's files."""
     for module in ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, module, None)
-    extra = "openvino" if backend == "openvino" else "cpu"
-    with pytest.raises(BackendError, match="no engine here can run toy") as caught:
-        runtime.load(shared_bundle, backend)
-    assert f'pip install "ddexport[{extra}]"' in caught.value.message
+    for backend, extra in (("auto", "cpu"), ("onnxruntime", "cpu"), ("openvino", "openvino")):
+        with pytest.raises(BackendError) as caught:
+            runtime.load(shared_bundle, backend)
+        assert f'pip install "ddexport[{extra}]"' in caught.value.message
 
 
 def test_files_without_underscore_are_the_plugins_and_are_imported_when_asked_for(
@@ -186,12 +169,11 @@ def test_files_without_underscore_are_the_plugins_and_are_imported_when_asked_fo
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert plugins("toy_plugins") == ["first", "second"]
     assert load_plugin("toy_plugins", "first").VALUE == 1  # importing `second` would raise
-    with pytest.raises(BackendError, match="there is no engine called 'frist'") as caught:
-        load_plugin("toy_plugins", "frist", kind="engine", error=BackendError)
-    assert caught.value.hint == "Did you mean first? There is: first, second."
-    for name in ("_base", "../first", "os", ""):
-        with pytest.raises(BackendError, match="there is no plug-in"):
-            load_plugin("toy_plugins", name, error=BackendError)
-    with pytest.raises(BackendError, match="'onnxruntme'") as caught:
+    for name in ("frist", "_base", "../first", "os", ""):
+        with pytest.raises(BackendError) as caught:
+            load_plugin("toy_plugins", name, kind="engine", error=BackendError)
+        assert "first, second" in caught.value.hint
+        assert name != "frist" or "Did you mean first?" in caught.value.hint
+    with pytest.raises(BackendError) as caught:
         runtime.load(shared_bundle, "onnxruntme")
-    assert caught.value.hint == "Did you mean onnxruntime? There is: onnxruntime, openvino, tensorrt."
+    assert "onnxruntime, openvino, tensorrt" in caught.value.hint

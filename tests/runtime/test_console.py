@@ -41,35 +41,24 @@ def run(body: Callable[[], Any] | BaseException, *words: str) -> Result:
     return CliRunner().invoke(main, words or ["go"])
 
 
-def test_a_user_error_is_two_lines_and_its_exit_code() -> None:
+def test_errors_and_exit_codes() -> None:
+    """A user's error is two lines, with a traceback for one run of --debug. A defect is not dressed up; usage
+    is 2; an int is the exit code; interruption is 130. Logs go to stderr, and the handler goes away."""
     result = run(DDError("it is\nbroken", "mend it"))
     assert result.stderr == "error: it is broken\nhint: mend it\n"
     assert (result.stdout, result.exit_code) == ("", 1)
     assert run(DDError("broken")).stderr == "error: broken\n"
-    assert run(VerificationError("off")).exit_code == 3
-
-
-def test_debug_shows_the_traceback_and_keeps_the_exit_code() -> None:
     result = run(VerificationError("off"), "go", "--debug")
-    assert "Traceback" in result.stderr and "error: off" in result.stderr
-    assert result.exit_code == 3
-    assert "Traceback" not in run(VerificationError("off")).stderr  # the switch is for one run
-
-
-def test_the_other_ways_to_end() -> None:
-    """A defect is not dressed up; usage is 2; an int is the exit code; interruption is 130."""
+    assert "Traceback" in result.stderr and "error: off" in result.stderr and result.exit_code == 3
+    result = run(VerificationError("off"))
+    assert "Traceback" not in result.stderr and result.exit_code == 3
     assert isinstance(run(ZeroDivisionError("ours")).exception, ZeroDivisionError)
     assert run(lambda: None, "gone").exit_code == 2
     assert [run(lambda value=value: value).exit_code for value in (3, None, True)] == [3, 0, 0]
     assert run(lambda: None, "go", "--help").exit_code == 0
-    result = run(KeyboardInterrupt())
-    assert (result.exit_code, result.stderr.strip()) == (130, "interrupted")
-
-
-def test_logs_go_to_stderr_and_the_handler_goes_away() -> None:
+    assert run(KeyboardInterrupt()).exit_code == 130
     before = list(logging.getLogger().handlers)
-    result = run(lambda: logging.getLogger("ddexport.runtime.x").warning("mind"))
-    assert result.stderr == "warning: mind\n"
+    assert run(lambda: logging.getLogger("ddexport.runtime.x").warning("mind")).stderr == "warning: mind\n"
     assert logging.getLogger().handlers == before
 
 
@@ -129,7 +118,8 @@ def test_progress_draws_on_a_terminal_only_and_only_for_long_work(monkeypatch: p
     assert "[############............]  5/10" in sys.stderr.getvalue()  # type: ignore[attr-defined]
 
 
-def test_stage_says_how_long_and_when_it_fails(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """A stage says how long it took, also when it fails, or nothing where nobody looks; JSON is strict."""
     with console.stage("exporting"):
         pass
     with pytest.raises(ValueError, match="x"), console.stage("checking"):
@@ -137,18 +127,11 @@ def test_stage_says_how_long_and_when_it_fails(capsys: pytest.CaptureFixture[str
     with console.stage("loading", keep=False):
         pass
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "exporting ..."
-    assert lines[1].startswith("exporting: ")
-    assert lines[3].startswith("checking: stopped after ")
-    assert len(lines) == 4  # a stage that is not kept leaves nothing where nobody looks
-
-
-def test_durations() -> None:
+    starts = ("exporting ...", "exporting: ", "checking ...", "checking: stopped after ")
+    assert len(lines) == 4 and all(map(str.startswith, lines, starts))
     rows = {0.0012: "1.2 ms", 0.085: "85 ms", 4.21: "4.2 s", 185.2: "3 min 05 s"}
     assert {seconds: console.duration(seconds) for seconds in rows} == rows
 
-
-def test_json_is_strict_whatever_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     @dataclasses.dataclass
     class Figure:
         psnr: float

@@ -7,7 +7,7 @@ import json
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,32 +39,27 @@ def folder(shared_teacher_bundle: Path, tmp_path_factory: pytest.TempPathFactory
     return Path(shutil.copytree(shared_teacher_bundle, tmp_path_factory.mktemp("damaged") / "bundle"))
 
 
-def spot(data: DataObject, tree: Any) -> tuple[Any, Any]:
-    """A container of a tree and a key of it; every section is as likely, however large."""
-    while True:
-        keys = list(tree) if isinstance(tree, dict) else range(len(tree))
-        key = keys[data.draw(st.integers(0, len(keys) - 1))]
-        inner = tree[key]
-        if not (isinstance(inner, (dict, list)) and inner) or not data.draw(st.integers(0, 3)):
-            return tree, key
-        tree = inner
+def spots(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container of a tree with each of its keys."""
+    for key in list(tree) if isinstance(tree, dict) else range(len(tree)):
+        yield tree, key
+        if isinstance(tree[key], (dict, list)):
+            yield from spots(tree[key])
 
 
 def changed(data: DataObject, tree: Any) -> Any:
     """A copy in which up to two values are others, of the tree itself or anything, or missing."""
     tree = json.loads(json.dumps(tree))
     for _ in range(data.draw(st.integers(0, 2))):
-        container, key = spot(data, tree)
+        container, key = data.draw(st.sampled_from(list(spots(tree))))
         how = data.draw(st.integers(0, 3))
         if how == 0 and len(tree) > 1:
             del container[key]
         elif how == 1:
-            other, its = spot(data, tree)
+            other, its = data.draw(st.sampled_from(list(spots(tree))))
             container[key] = json.loads(json.dumps(other[its]))
-        elif how == 2:
-            container[key] = data.draw(ANYTHING)
         else:
-            container[key] = data.draw(TEXTS if isinstance(container[key], str) else NUMBERS)
+            container[key] = data.draw((ANYTHING, NUMBERS, TEXTS)[how - 1] if how else ANYTHING)
     return tree
 
 
@@ -116,16 +111,15 @@ def test_a_recipe(folder: Path, golden_dir: Path, data: DataObject) -> None:
     from ddexport.recipe import load_recipe
 
     whole = (golden_dir / "recipe.yaml").read_bytes()
-    how = data.draw(st.integers(0, 2))
-    if how == 0:
-        content = text(data, yaml.safe_load(whole))
-    elif how == 1:
-        content = damaged(data, whole)
-    else:
-        lines = whole.splitlines()
-        line = data.draw(st.integers(0, len(lines) - 1))
-        lines[line] = lines[line].partition(b":")[0] + b": " + data.draw(st.sampled_from(PIECES))
-        content = b"\n".join(lines)
+    lines = whole.splitlines()
+    line = data.draw(st.integers(0, len(lines) - 1))
+    lines[line] = lines[line].partition(b":")[0] + b": " + data.draw(st.sampled_from(PIECES))
+    ways = (
+        lambda: text(data, yaml.safe_load(whole)),
+        lambda: damaged(data, whole),
+        lambda: b"\n".join(lines),
+    )
+    content = data.draw(st.sampled_from(ways))()
     read(folder / "recipe.yaml", content, lambda path: load_recipe(str(path)))
 
 

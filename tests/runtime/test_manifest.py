@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ddexport.runtime import bundle as module
 from ddexport.runtime.bundle import FILE_NAME, Schedule, Span, read_manifest, schedule_fault
 from ddexport.runtime.errors import BundleError, ScheduleError
 
+DOCS = Path(__file__).parents[2] / "docs"
 GONE = object()
 
 
@@ -22,7 +23,7 @@ def refused(root: Path, *named: str, verify: bool = True) -> BundleError:
     """The error about a bundle, which has to name these things and to end the command with 1."""
     with pytest.raises(BundleError) as caught:
         read_manifest(root, verify)
-    assert all(name in caught.value.message for name in named), caught.value.message
+    assert all(name in caught.value.message for name in named), (named, caught.value.message)
     assert caught.value.exit_code == 1 and caught.value.hint
     return caught.value
 
@@ -55,117 +56,103 @@ def test_reading_and_writing_give_the_same_manifest(shared_bundle: Path, shared_
 
 
 def test_every_key_of_the_format_pages_is_a_field_and_the_reverse() -> None:
-    """docs/bundle.md is the format: its example has the keys that the runtime reads, docs/teacher.md adds
-    those of a bundle with a teacher."""
-    example: dict[str, Any] = {}
-    for name in ("bundle.md", "teacher.md"):
-        page = (Path(__file__).parents[2] / "docs" / name).read_text()
-        example |= json.loads(page.split("```json\n")[1].split("```")[0])
-    for keys, record in ((example, module.Manifest), (example["teacher"], module.Teacher)):
+    """The examples of docs/ are the format: they have the keys that the runtime reads."""
+    pages = [page.read_text() for page in sorted(DOCS.glob("*.md"))]
+    blocks = [block for page in pages for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
+    (bundle,) = (json.loads(block) for block in blocks if '"sequence"' in block and '"graphs"' in block)
+    (teacher,) = (json.loads(block)["teacher"] for block in blocks if '"starts"' in block)
+    for keys, record in ((bundle | {"teacher": 0}, module.Manifest), (teacher, module.Teacher)):
         assert set(keys) == {field.name for field in msgspec.structs.fields(record)}
-    assert set(example["graphs"][0]) <= {field.name for field in msgspec.structs.fields(module.Graph)}
-    assert example["schema"] == 2
+    assert set(bundle["graphs"][0]) <= {field.name for field in msgspec.structs.fields(module.Graph)}
+    assert bundle["schema"] == 2
 
 
 def test_what_is_no_manifest(bundle: Path, tmp_path: Path) -> None:
+    """Another schema says what to do, also when it has keys that this one does not know, or lacks some."""
+    change(bundle, "titel", "A toy")
+    assert "title" in refused(bundle).hint
+    for schema, remedy in ((3, "pip install"), (1, "ddexport onnx")):
+        change(bundle, "schema", schema)
+        assert remedy in refused(bundle, f"schema {schema}").hint
     big = b" " * (9 << 20)
     for text in (b"{", b'{"schema": NaN}', b"\xff", b"[1]", b"[" * 100_000, b'{"a": 1, "a": 1}', big):
         (bundle / FILE_NAME).write_bytes(text)
         refused(bundle, "bundle.json")
     (tmp_path / "file").touch()
-    for name, what in (("", "no bundle.json"), ("nowhere", "not found"), ("file", "is a file")):
-        refused(tmp_path / name, "not a bundle", str(tmp_path / name), what)
-
-
-def test_another_schema_says_what_to_do(bundle: Path) -> None:
-    """Also when it has keys that this one does not know, or lacks some."""
-    change(bundle, "titel", "A toy")
-    assert refused(bundle).hint == "Did you mean title?"
-    for schema, remedy in ((3, "pip install --upgrade"), (1, "ddexport onnx")):
-        change(bundle, "schema", schema)
-        assert remedy in refused(bundle, f"schema {schema}", "reads 2").hint
+    for name in ("", "nowhere", "file"):
+        refused(tmp_path / name, "not a bundle", str(tmp_path / name))
 
 
 # Where in the manifest of the toy with a teacher, what stands there, and what the error names.
 LIES: list[tuple[str, Any, str]] = [
     ("classes", GONE, "`classes`"),
-    ("schema", GONE, "`schema`"),
-    ("graphs.1.files.0.sha256", GONE, "`sha256` - at `graphs[1].files[0]`"),
+    ("graphs.1.files.0.sha256", GONE, "`graphs[1].files[0]`"),
     ("clases", 3, "`clases`"),
     ("sequence.depth", 1, "`depth` - at `sequence`"),
-    ("classes", "3", "`int`, got `str` - at `classes`"),
-    ("classes", True, "`int`, got `bool` - at `classes`"),
-    ("classes", 0, ">= 1 - at `classes`"),
-    ("schema", "2", "at `schema`"),
-    ("graphs", {}, "`array`, got `object` - at `graphs`"),
-    ("schedules", [], "`object`, got `array` - at `schedules`"),
-    ("sequence.width", -4, "at `sequence.width`"),
-    ("sequence.split", 7, "sequence.split is 7, past the length 6"),
-    ("schedules", {}, "schedules is empty"),
+    ("classes", "3", "`classes`"),
+    ("classes", 0, "`classes`"),
+    ("schema", "2", "`schema`"),
+    ("graphs", {}, "`graphs`"),
+    ("sequence.split", 7, "sequence.split"),
+    ("schedules", {}, "schedules"),
     ("schedules.two", {"known": [0, 2]}, "schedules"),
     ("schedules." + "1" * 5000, {"known": [0]}, "schedules"),
-    ("schedules.2.known", [0], "schedules.2.known must be 2 rising numbers"),
+    ("schedules.2.known", [0], "schedules.2.known"),
     ("schedules.2.known", [1, 4], "schedules.2.known"),
     ("schedules.2.known", [0, 6], "schedules.2.known"),
-    ("schedules.2.known", [0, -1], "at `schedules.2.known[1]`"),
+    ("schedules.2.known", [0, -1], "`schedules.2.known[1]`"),
     ("schedules.3", {"known": [0, 2, 2]}, "schedules.3.known"),
-    ("schedules.0", {"known": []}, "schedules.0.known"),
-    ("weights.kind", "guess", "'guess' - at `weights.kind`"),
-    ("weights.seed", "x", "at `weights.seed`"),
-    ("graphs.1", GONE, "graphs needs a student and a decoder"),
-    ("graphs", lambda graphs: [*graphs, graphs[3]], "graphs lists one role and precision twice"),
-    ("graphs.1.role", "x", "'x' - at `graphs[1].role`"),
-    ("graphs.0.files", [], "graphs[0].files does not list student.onnx"),
-    ("teacher", GONE, "schedules.3 involves a teacher, and there is none"),
+    ("weights.kind", "guess", "`weights.kind`"),
+    ("graphs.1", GONE, "decoder"),
+    ("graphs", lambda graphs: [*graphs, graphs[3]], "twice"),
+    ("graphs.0.files", [], "graphs[0].files"),
+    ("teacher", GONE, "schedules.3 involves a teacher"),
     ("schedules.3.known", [0], "schedules.3.known must be [0, 4]"),
     ("schedules.4.known", [0, 4], "schedules.4.known must be [4]"),
     ("schedules", lambda schedules: schedules | {"5": schedules["3"]}, "schedules.5 has 3 steps"),
-    ("schedules.3.teacher", {"start": 3, "end": 4}, "schedules.3.teacher must go from"),
-    ("schedules.3.teacher", {"start": 4, "end": 2}, "not 4 to 2"),
-    ("schedules.3.split", 7, "schedules.3.split must be from 1 to 6"),
-    ("schedules.3.teacher.stop", 3, "`stop` - at `schedules.3.teacher`"),
-    ("teacher.starts", [0, 2, 2, 6], "teacher.starts must rise from 0 to 6"),
-    ("teacher.starts", [0, 2, 4], "teacher.starts must rise from 0 to 6"),
-    ("teacher.starts", [], "teacher.starts must rise from 0 to 6"),
-    ("teacher.layers", 0, "at `teacher.layers`"),
-    ("teacher.guidance", "falling", "'falling' - at `teacher.guidance`"),
-    ("teacher.cfg", -0.5, "at `teacher.cfg`"),
-    ("teacher.cfg", "much", "at `teacher.cfg`"),
+    ("schedules.3.teacher", {"start": 3, "end": 4}, "3 to 4"),
+    ("schedules.3.teacher", {"start": 4, "end": 2}, "4 to 2"),
+    ("schedules.3.split", 7, "schedules.3.split"),
+    ("schedules.3.teacher.stop", 3, "`schedules.3.teacher`"),
+    ("teacher.starts", [0, 2, 2, 6], "teacher.starts"),
+    ("teacher.starts", [0, 2, 4], "teacher.starts"),
+    ("teacher.starts", [1, 6], "teacher.starts"),
+    ("teacher.starts", [], "teacher.starts"),
+    ("teacher.guidance", "falling", "`teacher.guidance`"),
+    ("teacher.cfg", -0.5, "`teacher.cfg`"),
     ("teacher.cfg", 10**400, "teacher.cfg"),
-    ("teacher.top_p", 1.5, "at `teacher.top_p`"),
-    ("teacher.top_p", 0, "at `teacher.top_p`"),
-    ("teacher.temperature", 0, "at `teacher.temperature`"),
-    ("teacher.top_k", 0, "at `teacher.top_k`"),
-    ("teacher.codebook", GONE, "`codebook` - at `teacher`"),
-    ("graphs.2", GONE, "graphs lacks the teacher in fp32"),
-    ("graphs.3", GONE, "graphs lacks the student of split 4 in fp32"),
-    ("graphs.3.split", 2, "graphs[3].split is for students of another split"),
-    ("graphs.2.split", 4, "graphs[2].split is for students"),
+    ("teacher.top_p", 1.5, "`teacher.top_p`"),
+    ("teacher.top_p", 0, "`teacher.top_p`"),
+    ("teacher.temperature", 0, "`teacher.temperature`"),
+    ("graphs.2", GONE, "teacher in fp32"),
+    ("graphs.3", GONE, "student of split 4 in fp32"),
+    ("graphs.3.split", 2, "graphs[3].split"),
+    ("graphs.2.split", 4, "graphs[2].split"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("path", "value", "named"), LIES, ids=[f"{path[:40]}, {named}" for path, _, named in LIES]
-)
-def test_a_lie_in_the_manifest_is_named(path: str, value: Any, named: str, teacher_bundle: Path) -> None:
-    change(teacher_bundle, path, value)
-    refused(teacher_bundle, named, verify=False)
-
-
-def test_an_integer_is_a_number_too(teacher_bundle: Path) -> None:
-    """Other writers of JSON have one kind of number."""
-    change(teacher_bundle, "teacher.cfg", 2)
-    teacher = read_manifest(teacher_bundle).teacher
-    assert teacher is not None and isinstance(teacher.cfg, float) and teacher.cfg == 2.0
+def test_a_lie_in_the_manifest_is_named(teacher_bundle: Path) -> None:
+    true = (teacher_bundle / FILE_NAME).read_bytes()
+    for path, value, named in LIES:
+        (teacher_bundle / FILE_NAME).write_bytes(true)
+        change(teacher_bundle, path, value)
+        refused(teacher_bundle, named, verify=False)
+    (teacher_bundle / FILE_NAME).write_bytes(true)
+    change(teacher_bundle, "teacher.cfg", 2)  # other writers of JSON have one kind of number
+    assert isinstance(read_manifest(teacher_bundle).teacher.cfg, float)  # type: ignore[union-attr]
 
 
 def test_nothing_outside_the_bundle_is_read(bundle: Path) -> None:
+    """Nor is half a character, which JSON can write, and no terminal can print."""
     for path in ("/etc/passwd", "../x", "a/../../x", "", "C:\\x", "..\\x"):
         change(bundle, "labels.file", path)
         refused(bundle, "outside the bundle", repr(path))
     for name in ("\0", "a" * 300, "missing"):
         change(bundle, "labels.file", name)
-        refused(bundle, f"lacks its file {name!r}")
+        refused(bundle, "lacks", repr(name))
+    for place in ("labels.file", "name", "published.\ud800"):
+        change(bundle, place, "\ud800")
+        refused(bundle, "surrogates")
 
 
 def test_links_of_the_hubs_cache_are_followed_and_hashed(bundle: Path, tmp_path: Path) -> None:
@@ -177,35 +164,20 @@ def test_links_of_the_hubs_cache_are_followed_and_hashed(bundle: Path, tmp_path:
     assert read_manifest(bundle, verify=False).labels.file == "labels.json"
     content = (blobs / "labels.json").read_bytes()
     (blobs / "labels.json").write_bytes(b" " * len(content))
-    refused(bundle, "SHA-256 of labels.json", verify=False)
+    refused(bundle, "labels.json", verify=False)
 
 
-def test_half_a_character_is_refused_wherever_it_stands(bundle: Path) -> None:
-    """JSON can write it, and no terminal can print it."""
-    for path in ("labels.file", "name", "published.\ud800"):
-        change(bundle, path, "\ud800")
-        refused(bundle, "surrogates not allowed")
-
-
-@pytest.mark.parametrize("name", ["student.onnx", "codebook.npy"])
-def test_a_changed_file_is_named(teacher_bundle: Path, name: str) -> None:
+def test_a_changed_file_is_named(teacher_bundle: Path) -> None:
     """One changed bit is seen unless verification is off; another size is seen always."""
-    data = bytearray((teacher_bundle / name).read_bytes())
-    data[-1] ^= 1
-    (teacher_bundle / name).write_bytes(data)
-    refused(teacher_bundle, "SHA-256", name)
-    assert read_manifest(teacher_bundle, verify=False).name == "toy"
-    os.truncate(teacher_bundle / name, len(data) - 1)
-    for verify in (True, False):
-        refused(teacher_bundle, name, f" {len(data)}", str(len(data) - 1), verify=verify)
-
-
-def test_file_info_describes_a_file_in_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "x").write_bytes(b"abc")
-    info = module.file_info(tmp_path / "deep" / "x", tmp_path)
-    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert (info.file, info.bytes, info.sha256) == ("deep/x", 3, digest)
+    for name in ("student.onnx", "codebook.npy"):
+        whole = (teacher_bundle / name).read_bytes()
+        (teacher_bundle / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        refused(teacher_bundle, "SHA-256", name)
+        assert read_manifest(teacher_bundle, verify=False).name == "toy"
+        (teacher_bundle / name).write_bytes(whole[:-1])
+        for verify in (True, False):
+            refused(teacher_bundle, name, str(len(whole)), str(len(whole) - 1), verify=verify)
+        (teacher_bundle / name).write_bytes(whole)
 
 
 # Schedules
@@ -218,20 +190,21 @@ def test_which_schedules_and_graphs_there_are(shared_bundle: Path, shared_teache
     one, whole = Schedule(known=(0,), teacher=Span(start=2, end=6)), taught.schedule("teacher")
     assert [*counts, taught.number_of_steps(one), taught.number_of_steps(whole)] == [1, 2, 3, 4, 3, 4]
     assert whole == Schedule(known=(), teacher=Span(start=0, end=6))
-    for steps in (4, 0, True, "teacher"):
-        with pytest.raises(ScheduleError, match=f"no schedule of {steps} steps") as missing:
-            plain.schedule(steps)
-        assert missing.value.hint == "It has: 1, 2, 3."
-    with pytest.raises(ScheduleError) as missing:
-        taught.schedule("student")
-    assert missing.value.hint == "It has: 1, 2, 3, 4, teacher."
+    for manifest, steps, have in (
+        *((plain, steps, ": 1, 2, 3.") for steps in (4, 0, True, "teacher")),
+        (taught, "student", ": 1, 2, 3, 4, teacher."),
+    ):
+        with pytest.raises(ScheduleError, match=f"{steps} steps") as missing:
+            manifest.schedule(steps)
+        assert have in missing.value.hint
     for split in (None, 4):
-        with pytest.raises(BundleError, match=r"student.* in precision int8") as absent:
+        with pytest.raises(BundleError, match="int8") as absent:
             taught.graph("student", "int8", split)
-        assert absent.value.hint == "It has: fp32."
+        assert "fp32" in absent.value.hint
 
 
 def test_another_start_gives_another_schedule(shared_teacher_bundle: Path) -> None:
+    """A recipe follows the same rules before its teacher is known: the starts come from the checkpoint."""
     manifest = read_manifest(shared_teacher_bundle)
     teacher, three, four = manifest.teacher, manifest.schedules[3], manifest.schedules[4]
     rows = [
@@ -243,21 +216,17 @@ def test_another_start_gives_another_schedule(shared_teacher_bundle: Path) -> No
     for schedule, start, expected in rows:
         assert schedule.with_teacher_start(teacher, start) == expected
     for start in (3, 4, 9):
-        with pytest.raises(ScheduleError, match=f"position {start}") as caught:
+        with pytest.raises(ScheduleError, match=str(start)) as caught:
             three.with_teacher_start(teacher, start)
-        assert caught.value.hint == "It can start at: 0, 1, 2."
-    with pytest.raises(ScheduleError, match="involve the teacher"):
+        assert ": 0, 1, 2." in caught.value.hint
+    with pytest.raises(ScheduleError):
         manifest.schedules[1].with_teacher_start(teacher, 0)
     assert teacher is not None
     many = replace(teacher, starts=(*range(200), 300))
     with pytest.raises(ScheduleError) as caught:
         Schedule(known=(), teacher=Span(start=0, end=300)).with_teacher_start(many, 250)
-    assert caught.value.hint == "It can start at: 0 to 199."
-
-
-def test_a_recipe_is_held_to_the_same_rules_before_its_teacher_is_known() -> None:
-    """The starts of the AR steps, and with them the number of steps, come from the checkpoint."""
+    assert "0 to 199" in caught.value.hint
     around = Schedule(known=(0, 4), teacher=Span(start=2, end=4))
     assert schedule_fault(9, around, 6, None) == schedule_fault(1, Schedule(known=(0,)), 6, None) == ""
-    assert ".known must be [0, 4]" in schedule_fault(9, replace(around, known=(4,)), 6, None)
-    assert "not 2 to 7" in schedule_fault(3, replace(around, teacher=Span(start=2, end=7)), 6, None)
+    assert "[0, 4]" in schedule_fault(9, replace(around, known=(4,)), 6, None)
+    assert "2 to 7" in schedule_fault(3, replace(around, teacher=Span(start=2, end=7)), 6, None)

@@ -19,6 +19,7 @@ from PIL import Image
 from ddexport import runtime
 from ddexport.runtime import cli, console, files
 from ddexport.runtime.errors import OutputError
+from tests.runtime import toy
 
 
 def sample(*arguments: object) -> Result:
@@ -29,9 +30,7 @@ def failed(result: Result) -> str:
     """The message of a run that had to end with a user's error, and nothing else on stderr."""
     assert result.exit_code == 1, result.output
     lines = result.stderr.splitlines()
-    assert lines[0].startswith("error: ")
-    assert len(lines) <= 2
-    assert result.stdout == ""
+    assert lines[0].startswith("error: ") and len(lines) <= 2 and result.stdout == ""
     return result.stderr
 
 
@@ -58,26 +57,35 @@ def test_the_defaults_just_work(shared_bundle: Path, folder: Path) -> None:
     assert cli._labels(None, (), pipe) == [0, 142, 285, 428, 570, 713, 856, 999]
     result = sample(shared_bundle)
     assert (result.exit_code, result.stderr, result.stdout.count("\n")) == (0, "", 1)
-    assert result.stdout.startswith("out.png: 3 images in 1 step; student ")
-    assert ", decoder " in result.stdout
+    assert result.stdout.startswith("out.png: 3 images in 1 step")
     assert sample(shared_bundle, "--list-labels").stdout.split() == ["0", "zero", "1", "one", "2", "two"]
     assert json.loads(sample(shared_bundle, "--list-labels", "--json").stdout)["names"][2] == "two"
     assert listing(folder) == ["out.png"]
     assert Image.open("out.png").size == (3 * 128, 128)  # 8 x 8 pixels would not be seen
 
 
-def test_the_picture_has_the_pipelines_images(shared_bundle: Path) -> None:
+def test_the_picture_and_the_dump_have_what_the_pipeline_gives(shared_bundle: Path) -> None:
     """Rows are labels; numbers and names; every pixel of the image is one block of the picture."""
-    options = ("--label", 2, "--label", "ZERO", "-n", 2, "--steps", 2, "--seed", 5, "--threads", 1)
-    assert "4 images in 2 steps" in sample(shared_bundle, *options, "-o", "grid.png").stdout
+    words = ("--label", 2, "--label", "ZERO", "-n", 2, "--steps", 3, "--seed", 5, "--batch-size", 3)
+    assert sample(shared_bundle, *words, "-o", "grid.png", "--dump", "dump.npz").exit_code == 0
     with runtime.load(shared_bundle) as pipe:
-        images = pipe([2, 0], 2, seed=5, num_images=2, output="numpy").images
+        result = pipe([2, 0], 3, seed=5, num_images=2, output="numpy")
     picture = np.asarray(Image.open("grid.png"))[8::16, 8::16]
-    expected = images.reshape(2, 2, 8, 8, 3).swapaxes(1, 2).reshape(16, 16, 3)
+    expected = np.reshape(result.images, (2, 2, 8, 8, 3)).swapaxes(1, 2).reshape(16, 16, 3)
     assert abs(np.subtract(picture, expected, dtype=int)).max() <= 1  # another batch size may round otherwise
+    with np.load("dump.npz", allow_pickle=False) as dump:
+        steps = [f"step{number}_{what}" for number in (1, 2, 3) for what in ("tokens", "sequence")]
+        assert list(dump) == ["labels", "noise", *steps, "images"]
+        assert dump["labels"].tolist() == [2, 2, 0, 0]
+        np.testing.assert_array_equal(dump["noise"], result.noise)
+        for number, step in enumerate(result.steps, 1):
+            np.testing.assert_array_equal(dump[f"step{number}_tokens"], step.tokens)
+            np.testing.assert_allclose(dump[f"step{number}_sequence"], step.sequence, atol=1e-5)
+        assert (dump["images"].dtype, dump["images"].shape) == (np.uint8, (4, 8, 8, 3))
+        assert abs(np.subtract(dump["images"], result.images, dtype=int)).max() <= 1
 
 
-def test_a_directory_gets_one_file_an_image(shared_bundle: Path, folder: Path) -> None:
+def test_a_directory_gets_one_file_per_image(shared_bundle: Path, folder: Path) -> None:
     """A name that ends in a slash or has no suffix, or a directory that exists, whatever its name."""
     (folder / "there.png").mkdir()
     names = ["00000-class0001.png", "00001-class0001.png", "00002-class0002.png", "00003-class0002.png"]
@@ -87,10 +95,10 @@ def test_a_directory_gets_one_file_an_image(shared_bundle: Path, folder: Path) -
         assert Image.open(folder / output / names[3]).size == (8, 8)
 
 
-def test_json_reports_everything(bundle: Path, toy: Any) -> None:
+def test_json_reports_everything(bundle: Path) -> None:
     toy.change(bundle, lambda content: content.update(weights={"kind": "random", "seed": 7}))
     result = sample(bundle, "--json", "--label", 1, "-n", 2, "--device", "cpu", "-o", "a.jpg")
-    assert result.stderr.startswith("warning: toy holds random weights (seed 7)")
+    assert result.stderr.startswith("warning: ") and "seed 7" in result.stderr
     report = json.loads(result.stdout)
     assert report.pop("seconds").keys() == {"load", "student", "decoder"}
     assert report == {
@@ -98,27 +106,6 @@ def test_json_reports_everything(bundle: Path, toy: Any) -> None:
         "backend": "onnxruntime", "device": "cpu", "precision": "fp32", "random_weights": True,
     }  # fmt: skip
     assert Image.open("a.jpg").format == "JPEG"
-
-
-# Dump and replay
-
-
-def test_the_dump_has_the_promised_arrays(shared_bundle: Path) -> None:
-    options = ("--label", 2, "--label", 0, "-n", 2, "--steps", 3, "--seed", 4, "--batch-size", 3)
-    assert sample(shared_bundle, *options, "--dump", "dump.npz").exit_code == 0
-    with runtime.load(shared_bundle) as pipe:
-        result = pipe([2, 0], 3, seed=4, num_images=2, output="numpy")
-    with np.load("dump.npz", allow_pickle=False) as dump:
-        steps = [f"step{number}_{what}" for number in (1, 2, 3) for what in ("tokens", "sequence")]
-        assert list(dump) == ["labels", "noise", *steps, "images"]
-        assert dump["labels"].tolist() == [2, 2, 0, 0]
-        np.testing.assert_array_equal(dump["noise"], result.noise)
-        for number, step in enumerate(result.steps, 1):
-            np.testing.assert_array_equal(dump[f"step{number}_tokens"], step.tokens)
-            np.testing.assert_allclose(dump[f"step{number}_sequence"], step.sequence, atol=1e-5)
-        assert (dump["step1_tokens"].shape, dump["step1_sequence"].shape) == ((4, 2), (4, 6, 4))
-        assert (dump["images"].dtype, dump["images"].shape) == (np.uint8, (4, 8, 8, 3))
-        assert abs(np.subtract(dump["images"], result.images, dtype=int)).max() <= 1
 
 
 def test_steps_teacher_and_its_options(shared_teacher_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +129,7 @@ def test_steps_teacher_and_its_options(shared_teacher_bundle: Path, monkeypatch:
     passes: list[int] = []
     monkeypatch.setattr(console.Progress, "advance", lambda self, count=1: passes.append(count))
     line = sample(shared_teacher_bundle, "--steps", "teacher").stdout
-    assert line.startswith("out.png: 3 images in 4 steps; teacher ")  # and no time of a student
+    assert "3 images in 4 steps" in line and "student" not in line
     assert passes == [3] * 4
 
 
@@ -166,10 +153,6 @@ def test_a_dump_can_be_replayed(shared_bundle: Path, shared_teacher_bundle: Path
         np.testing.assert_array_equal(dump["noise"], noise)
 
 
-def zeros(*shape: int, dtype: Any = np.float32) -> np.ndarray:
-    return np.zeros(shape, dtype)
-
-
 def claims_too_much(path: Path) -> None:
     """A file of a few bytes whose header asks for terabytes."""
     header = io.BytesIO()
@@ -180,66 +163,63 @@ def claims_too_much(path: Path) -> None:
 
 
 def truncated(path: Path) -> None:
-    save(path, noise=zeros(3, 6, 4))
+    save(path, noise=GOOD)
     path.write_bytes(path.read_bytes()[:-40])
 
 
+GOOD = np.zeros((3, 6, 4), np.float32)
 BAD_NOISE: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: None, "does not exist"),
-    (lambda path: path.write_bytes(b"noise"), "cannot be read as an npz"),
-    (lambda path: path.mkdir(), "cannot be read as an npz"),
-    (lambda path: np.save(path.open("wb"), zeros(3, 6, 4)), "cannot be read as an npz"),
-    (truncated, "cannot be read as an npz"),
-    (lambda path: save(path, nose=zeros(3, 6, 4)), "has no array `noise`, but: nose"),
-    (lambda path: save(path, noise=zeros(6, 4)), "float32 of 3 dimensions, but is float32 (6, 4)"),
-    (lambda path: save(path, noise=zeros(3, 6, 4, dtype=float)), "float32 of 3 dimensions, but is float64"),
-    (lambda path: save(path, noise=np.array([None])), "float32 of 3 dimensions, but is object"),
-    (claims_too_much, "`noise` of shape (1099511627776, 6, 4) is too large"),
-    (lambda path: save(path, noise=zeros(3, 5, 4)), "shape (3, 6, 4), but is float32 (3, 5, 4)"),
-    (lambda path: save(path, noise=zeros(4, 6, 4)), "shape (3, 6, 4), but is float32 (4, 6, 4)"),
-    (lambda path: save(path, noise=zeros(3, 6, 4) + np.inf), "not finite: inf at (0, 0, 0)"),
-    (lambda path: save(path, noise=zeros(3, 6, 4), labels=zeros(3)), "`labels` must be integers of 1 dim"),
-    (lambda path: save(path, noise=zeros(3, 6, 4), labels=[1, 2]), "3 rows of noise but 2 labels"),
-    (lambda path: save(path, noise=zeros(1, 6, 4), labels=[3]), "label 3 is out of range"),
-    (lambda path: save(path, noise=zeros(3, 6, 4), uniforms=zeros(3, 6)), "`uniforms` must be float64 of 2"),
+    (lambda path: path.write_bytes(b"noise"), "cannot be read"),
+    (lambda path: np.save(path.open("wb"), GOOD), "cannot be read"),
+    (truncated, "cannot be read"),
+    (lambda path: save(path, nose=GOOD), "nose"),
+    (lambda path: save(path, noise=GOOD[0]), "float32 (6, 4)"),
+    (lambda path: save(path, noise=GOOD.astype(float)), "float64"),
+    (lambda path: save(path, noise=np.array([None])), "object"),
+    (claims_too_much, "(1099511627776, 6, 4)"),
+    (lambda path: save(path, noise=GOOD[:, :5]), "(3, 5, 4)"),
+    (lambda path: save(path, noise=np.concatenate([GOOD, GOOD])), "(6, 6, 4)"),
+    (lambda path: save(path, noise=GOOD + np.inf), "inf at (0, 0, 0)"),
+    (lambda path: save(path, noise=GOOD, labels=np.zeros(3)), "`labels`"),
+    (lambda path: save(path, noise=GOOD, labels=[1, 2]), "2 labels"),
+    (lambda path: save(path, noise=GOOD[:1], labels=[3]), "label 3"),
+    (lambda path: save(path, noise=GOOD, uniforms=GOOD[0]), "`uniforms`"),
 ]
 
 
-@pytest.mark.parametrize(("make", "message"), BAD_NOISE, ids=[message for _, message in BAD_NOISE])
-def test_bad_noise_is_explained(make: Any, message: str, shared_bundle: Path, folder: Path) -> None:
-    make(folder / "noise.npz")
-    assert message in failed(sample(shared_bundle, "--noise", "noise.npz"))
-    assert not (folder / "out.png").exists()
+def test_bad_noise_is_explained(shared_bundle: Path, folder: Path) -> None:
+    for make, named in BAD_NOISE:
+        (folder / "noise.npz").unlink(missing_ok=True)
+        make(folder / "noise.npz")
+        assert named in failed(sample(shared_bundle, "--noise", "noise.npz"))
+    assert listing(folder) == ["noise.npz"]
 
 
 # Bad input loses nothing
 
 
-BAD_OPTIONS: list[tuple[tuple[object, ...], str, str]] = [
-    (("--label", 3), "label 3 is out of range", "--list-labels"),
-    (("--label", "tow"), "'tow'", "Did you mean 'two' (class 2)?"),
-    (("--steps", 4), "4 steps", "It has: 1, 2, 3."),
-    (("--steps", 2, "--guidance-scale", 1), "guidance_scale can only be given", "leave it out"),
-    (("--steps", 2, "--cfg", 1), "guidance_scale can only be given", "leave it out"),
-    (("--backend", "onnx"), "'onnx'", "There is: onnxruntime"),
-    (("--precision", "int8"), "no graphs in int8", "graphs in: fp32."),
-    (("--device", "rocm"), "'rocm'", "cpu, cuda, or cuda:1"),
-    (("-o", "out.tga"), "out.tga has no suffix of an image format", ".png"),
-    (("-o", "missing/out.png"), "missing/out.png cannot be written: No such file", "Check the directory"),
-    (("-o", "old.png/x/"), "cannot be written: Not a directory", "Check the directory"),
-    (("--dump", "missing/d.npz"), "missing/d.npz cannot be written", "Check the directory"),
-    (("--dump", "."), "it is a directory", ""),
+BAD_OPTIONS: list[tuple[tuple[object, ...], str]] = [
+    (("--label", "tow"), "'two' (class 2)"),
+    (("--steps", 4), "1, 2, 3"),
+    (("--steps", 2, "--cfg", 1), "guidance_scale"),
+    (("--backend", "onnx"), "onnxruntime"),
+    (("--precision", "int8"), "fp32"),
+    (("--device", "rocm"), "'rocm'"),
+    (("-n", 10**9), "3,000,000,000"),
+    (("-o", "out.tga"), ".png"),
+    (("-o", "missing/out.png"), "missing/out.png"),
+    (("-o", "old.png/x/"), "Not a directory"),
+    (("--dump", "missing/d.npz"), "missing/d.npz"),
+    (("--dump", "."), "is a directory"),
 ]
 
 
-@pytest.mark.parametrize(("options", "message", "hint"), BAD_OPTIONS)
-def test_a_bad_option_is_explained_and_nothing_is_written(
-    options: tuple[object, ...], message: str, hint: str, shared_bundle: Path, folder: Path
-) -> None:
+def test_a_bad_option_is_explained_and_nothing_is_written(shared_bundle: Path, folder: Path) -> None:
     for name in ("old.png", "out.png"):
         (folder / name).write_bytes(b"old")
-    text = failed(sample(shared_bundle, *options))
-    assert message in text and hint in text
+    for options, named in BAD_OPTIONS:
+        assert named in failed(sample(shared_bundle, *options))
     assert listing(folder) == ["old.png", "out.png"]
     assert (folder / "out.png").read_bytes() == b"old"
 
@@ -247,21 +227,19 @@ def test_a_bad_option_is_explained_and_nothing_is_written(
 def test_what_is_wrong_with_the_rest(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What excludes each other; numbers out of range, which are usage errors. A changed byte is seen unless
     told not to look; in the graph's name, so that it still runs."""
-    save(Path("noise.npz"), noise=zeros(3, 6, 4), labels=[0, 1, 2])
+    save(Path("noise.npz"), noise=GOOD, labels=[0, 1, 2])
     for options in (("--label", 1), ("-n", 2)):
-        message = failed(sample(bundle, "--noise", "noise.npz", *options))
-        assert "has labels of its own, so --label and -n" in message
+        assert "labels" in failed(sample(bundle, "--noise", "noise.npz", *options))
     assert sample(bundle, "--noise", "noise.npz", "--seed", 0).exit_code == 2
     for option in ("--steps", "-n", "--threads", "--batch-size", "--top-k", "--steps=all", "--seed=-1"):
         assert sample(bundle, option, 0).exit_code == 2
-    assert "not a bundle: nowhere not found" in failed(sample("nowhere"))
+    assert "nowhere" in failed(sample("nowhere"))
     path = bundle / "student.onnx"
     path.write_bytes(path.read_bytes().replace(b"student", b"STUDENT"))
-    assert "the SHA-256 of student.onnx" in failed(sample(bundle))
+    assert "student.onnx" in failed(sample(bundle))
     assert sample(bundle, "--no-verify").exit_code == 0
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    text = failed(sample(bundle, "--no-verify", "--backend", "onnxruntime"))
-    assert "no engine here can run toy" in text and 'pip install "ddexport[cpu]"' in text
+    assert "ddexport[cpu]" in failed(sample(bundle, "--no-verify", "--backend", "onnxruntime"))
 
 
 def test_a_write_that_fails_leaves_the_old_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from ddexport.runtime.teacher import (
     sampling_of,
     weights,
 )
+from tests.runtime import toy
 
 sampling = partial(Sampling, guidance_scale=1.0, top_k=100, top_p=1.0, temperature=1.0)
 GREEDY = sampling(guidance_scale=2.0, top_k=1)
@@ -72,10 +73,10 @@ def cases(draw: DrawFn) -> tuple[np.ndarray, np.ndarray, Sampling]:
     return logits, rng.random(shape[:2]), choice
 
 
-@given(cases())
-def test_tokens_are_those_of_the_published_filter(case: Any) -> None:
+@given(cases(), st.integers(0, 100))
+def test_tokens_are_those_of_the_published_filter(case: Any, seed: int) -> None:
     """Against a literal reading, ties included; the largest weight is 1. The token is where the cumulated
-    mass passes the number."""
+    mass passes the number. Permuted rows give permuted tokens, and one row alone gives its token."""
     logits, numbers, choice = case
     tokens = choose(logits, numbers, choice)
     assert (tokens.shape, tokens.dtype) == (numbers.shape, np.int64)
@@ -85,16 +86,9 @@ def test_tokens_are_those_of_the_published_filter(case: Any) -> None:
         assert filtered[place].max() == 1.0
         assert tokens[place] == literal_token(filtered[place], numbers[place])
         assert filtered[place][tokens[place]] > 0
-
-
-@given(cases(), st.integers(0, 100))
-def test_no_position_sees_another(case: Any, seed: int) -> None:
-    """Permuted rows give permuted tokens, and one row alone gives its token."""
-    logits, numbers, choice = case
     order = np.random.default_rng(seed).permutation(len(logits))
-    whole = choose(logits, numbers, choice)
-    np.testing.assert_array_equal(choose(logits[order], numbers[order], choice), whole[order])
-    np.testing.assert_array_equal(choose(logits[:1, :1], numbers[:1, :1], choice), whole[:1, :1])
+    np.testing.assert_array_equal(choose(logits[order], numbers[order], choice), tokens[order])
+    np.testing.assert_array_equal(choose(logits[:1, :1], numbers[:1, :1], choice), tokens[:1, :1])
 
 
 @given(cases())
@@ -106,22 +100,21 @@ def test_one_candidate_is_the_largest_logit(case: Any) -> None:
     assert (choose(sure, numbers, sampling(top_p=0.5)) == 1).all()
 
 
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "temperature"), [(100, 1.0, 1.0), (100, 0.9, 1.0), (12, 1.0, 1.5), (12, 0.8, 0.7)]
-)
-def test_tokens_follow_the_filtered_distribution(top_k: int, top_p: float, temperature: float) -> None:
+def test_tokens_follow_the_filtered_distribution() -> None:
     """A chi-square over 40,000 draws lies within five standard deviations; what is filtered out never
     comes."""
-    choice = sampling(top_k=top_k, top_p=top_p, temperature=temperature)
     logits = (1.5 * np.random.default_rng(1).standard_normal(40)).astype(np.float32)
-    tokens = choose(np.broadcast_to(logits, (400, 100, 40)), uniform_numbers(9, range(400), 100), choice)
-    mass = weights(logits[None], choice)[0]
-    kept, expected = mass > 0, mass / mass.sum() * tokens.size
-    counts = np.bincount(tokens.ravel(), minlength=40)
-    assert (counts[~kept] == 0).all()
-    chi = ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum()
-    freedom = kept.sum() - 1
-    assert abs(chi - freedom) < 5 * np.sqrt(2 * freedom)
+    for top_k, top_p, temperature in ((100, 1.0, 1.0), (100, 0.9, 1.0), (12, 1.0, 1.5), (12, 0.8, 0.7)):
+        choice = sampling(top_k=top_k, top_p=top_p, temperature=temperature)
+        numbers = uniform_numbers(9, range(400), 100)
+        tokens = choose(np.broadcast_to(logits, (400, 100, 40)), numbers, choice)
+        mass = weights(logits[None], choice)[0]
+        kept, expected = mass > 0, mass / mass.sum() * tokens.size
+        counts = np.bincount(tokens.ravel(), minlength=40)
+        assert (counts[~kept] == 0).all()
+        chi = ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum()
+        freedom = kept.sum() - 1
+        assert abs(chi - freedom) < 5 * np.sqrt(2 * freedom)
 
 
 def test_what_top_p_and_top_k_keep() -> None:
@@ -159,15 +152,15 @@ def test_more_logits_than_are_chosen_from_at_once() -> None:
     np.testing.assert_array_equal(tokens, first + np.floor(16 * numbers))
 
 
-@pytest.mark.parametrize(("where", "bad"), [(2, np.nan), (2, np.inf), (slice(None), -np.inf)])
-def test_logits_that_are_not_finite_are_refused(where: Any, bad: float) -> None:
+def test_logits_that_are_not_finite_are_refused() -> None:
     """In one row of two; a row may have some, but not all, of minus infinity."""
-    logits = np.zeros((1, 2, 4), np.float32)
-    logits[0, 1, where] = bad
-    with pytest.raises(BackendError) as caught:
-        choose(logits, np.zeros((1, 2)), GREEDY)
-    assert caught.value.message == "the teacher's logits are not finite"
-    assert caught.value.hint == "Try another precision of the bundle."
+    for where, bad in ((2, np.nan), (2, np.inf), (slice(None), -np.inf)):
+        logits = np.zeros((1, 2, 4), np.float32)
+        logits[0, 1, where] = bad
+        with pytest.raises(BackendError) as caught:
+            choose(logits, np.zeros((1, 2)), GREEDY)
+        assert caught.value.message == "the teacher's logits are not finite"
+        assert caught.value.hint == "Try another precision of the bundle."
 
 
 class Spy:
@@ -196,25 +189,24 @@ def teacher(shared_teacher_bundle: Path) -> Any:
     return read_manifest(shared_teacher_bundle).teacher
 
 
-@pytest.mark.parametrize(("start", "end"), [(0, 6), (0, 2), (1, 4), (2, 4), (4, 6), (2, 6)])
 @pytest.mark.parametrize("choice", [GREEDY, sampling(guidance_scale=1.5, top_k=4, top_p=0.9)])
-def test_the_cache_changes_nothing(
-    start: int, end: int, choice: Sampling, toy: Any, teacher: Any, spy: Spy
-) -> None:
+def test_the_cache_changes_nothing(choice: Sampling, teacher: Any, spy: Spy) -> None:
     """The graph with its cache draws what a loop draws that computes everything again in every AR step."""
-    rng, span, counts = np.random.default_rng(0), Span(start=start, end=end), list[int]()
-    labels, prefix, numbers = np.array([0, 1, 2, 1]), rng.integers(0, 5, (4, start)), rng.random((4, 6))
-    pick, scale = by_uniforms(numbers, choice), choice.guidance_scale
-    drawn = generate(spy, teacher, span, prefix, labels, scale, pick, counts.append)
-    tokens, passes = np.zeros((4, 6), np.int64), list[tuple[int, int]]()
-    tokens[:, :start] = prefix
-    for first, last in teacher.steps(span):
-        passes.append((passes[-1][1] if passes else 0, last))
-        g = teacher.guidance_scale(first, scale)
-        logits = toy.teacher.without_cache(tokens, labels, g, passes)[:, first:last]
-        tokens[:, first:last] = choose(logits, numbers[:, first:last], choice)
-    np.testing.assert_array_equal(drawn, tokens[:, :end])
-    assert counts == [4] * len(passes)
+    labels, scale = np.array([0, 1, 2, 1]), choice.guidance_scale
+    for start, end in ((0, 6), (0, 2), (1, 4), (2, 4), (4, 6), (2, 6)):
+        rng, span, counts = np.random.default_rng(0), Span(start=start, end=end), list[int]()
+        prefix, numbers = rng.integers(0, 5, (4, start)), rng.random((4, 6))
+        pick = by_uniforms(numbers, choice)
+        drawn = generate(spy, teacher, span, prefix, labels, scale, pick, counts.append)
+        tokens, passes = np.zeros((4, 6), np.int64), list[tuple[int, int]]()
+        tokens[:, :start] = prefix
+        for first, last in teacher.steps(span):
+            passes.append((passes[-1][1] if passes else 0, last))
+            g = teacher.guidance_scale(first, scale)
+            logits = toy.without_cache(tokens, labels, g, passes)[:, first:last]
+            tokens[:, first:last] = choose(logits, numbers[:, first:last], choice)
+        np.testing.assert_array_equal(drawn, tokens[:, :end])
+        assert counts == [4] * len(passes)
 
 
 def test_what_the_graph_is_fed(teacher: Any, spy: Spy) -> None:
@@ -243,19 +235,6 @@ def test_the_cache_of_many_layers_keeps_them_apart(teacher: Any) -> None:
     for number, array in enumerate(many.feeds.values(), 1):
         assert (array.shape, array.dtype) == ((2, 4, 2, 7, 5), np.float32)
         assert (array[:, :, :, 2:5] == number).all() and array.sum() == 2 * 4 * 2 * 3 * 5 * number
-
-
-def test_an_image_does_not_depend_on_its_batch(teacher: Any, spy: Spy) -> None:
-    """Drawn by the numbers of its seed, image 5 is the same alone and among others."""
-    choice, labels, none = sampling(top_k=5, temperature=3.0), np.arange(9) % 3, np.zeros((9, 0), int)
-
-    def tokens(rows: slice) -> np.ndarray:
-        pick = by_uniforms(uniform_numbers(1, range(9)[rows], 6), choice)
-        return generate(spy, teacher, Span(start=0, end=6), none[rows], labels[rows], 2.0, pick)
-
-    whole = tokens(slice(0, 9))
-    np.testing.assert_array_equal(tokens(slice(5, 6)), whole[5:6])
-    assert len(np.unique(whole, axis=0)) > 3  # the draws differ, so that the equality above says something
 
 
 # What a request may ask for
@@ -331,7 +310,7 @@ def test_nearest_codes_of_more_than_are_compared_at_once() -> None:
     np.testing.assert_array_equal(nearest_codes(codebook[chosen] + np.float32(0.2), codebook), chosen)
 
 
-def test_a_codebook_that_is_another_array(teacher_bundle: Path, toy: Any) -> None:
+def test_a_codebook_that_is_another_array(teacher_bundle: Path) -> None:
     path, other = teacher_bundle / "codebook.npy", "codebook.npy is not float32 of shape (5, 4)"
     assert module.read_codebook(teacher_bundle, read_manifest(teacher_bundle)).shape == (5, 4)
     wrong = [(np.zeros((5, 4)), other), (np.zeros((4, 4), np.float32), other)]

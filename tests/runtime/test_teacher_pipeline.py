@@ -19,6 +19,7 @@ from ddexport.runtime.backends.openvino import OpenVino
 from ddexport.runtime.errors import BackendError, BundleError, DDError, LabelError, NoiseError, ScheduleError
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 from ddexport.runtime.pipeline import Pipeline, default_batch_size
+from tests.runtime import toy
 
 
 @pytest.fixture
@@ -81,29 +82,33 @@ def test_which_graphs_the_other_schedules_run(pipe: Pipeline, runs: list[Any]) -
     distances = ((result.steps[0].sequence[:, 2:4, None] - pipe.codebook) ** 2).sum(-1)
     np.testing.assert_array_equal(runs[1][1]["tokens"][:, 2:4], distances.argmin(-1))
     np.testing.assert_array_equal(runs[1][1]["tokens"][:, :2], result.steps[0].tokens)
+    runs.clear()
+    result = pipe([1, 2], 3, seed=3, teacher_start=1)  # behind fewer tokens than the student gives
+    assert files(runs) == ["student", "teacher", "teacher", "student", "decoder"]
+    np.testing.assert_array_equal(result.steps[1].tokens[:, :1], result.steps[0].tokens[:, :1])
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, "teacher"])
-def test_the_batch_size_changes_nothing(pipe: Pipeline, steps: int | str) -> None:
-    """Nor does it which images stand beside one: noise and tokens come from seed and image."""
-    whole = pipe([0, 1, 2], steps, num_images=3, seed=11, output="numpy")
-    np.testing.assert_array_equal(whole.noise, gaussian_noise(11, range(9), 6, 4))
-    assert whole.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    for batch_size in (1, 2, 3, 7):
-        parts = pipe([0, 1, 2], steps, num_images=3, seed=11, output="numpy", batch_size=batch_size)
-        assert (parts.seed, parts.seconds.keys()) == (11, whole.seconds.keys())
-        np.testing.assert_array_equal(parts.noise, whole.noise)
-        np.testing.assert_array_equal(parts.labels, whole.labels)
-        for one, other in zip(parts.steps, whole.steps, strict=True):
-            np.testing.assert_array_equal(one.tokens, other.tokens)
-            np.testing.assert_allclose(one.sequence, other.sequence, atol=1e-5)
-        assert abs(np.subtract(parts.images, whole.images, dtype=int)).max() <= 1
-        if steps in (1, 2):
-            assert parts.uniforms is None
-        else:
-            np.testing.assert_array_equal(parts.uniforms, uniform_numbers(11, range(9), 6))
-    part = pipe([1, 2, 2], steps, seed=11, first_image=5, output="sequence")
-    np.testing.assert_array_equal(part.steps[-1].tokens, whole.steps[-1].tokens[5:8])
+def test_the_batch_size_changes_nothing(pipe: Pipeline) -> None:
+    """Nor do the other images of the batch: noise and tokens come from seed and image."""
+    for steps in (1, 2, 3, 4, "teacher"):
+        whole = pipe([0, 1, 2], steps, num_images=3, seed=11, output="numpy")
+        np.testing.assert_array_equal(whole.noise, gaussian_noise(11, range(9), 6, 4))
+        assert whole.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        for batch_size in (1, 2, 7):
+            parts = pipe([0, 1, 2], steps, num_images=3, seed=11, output="numpy", batch_size=batch_size)
+            assert (parts.seed, parts.seconds.keys()) == (11, whole.seconds.keys())
+            np.testing.assert_array_equal(parts.noise, whole.noise)
+            np.testing.assert_array_equal(parts.labels, whole.labels)
+            for one, other in zip(parts.steps, whole.steps, strict=True):
+                np.testing.assert_array_equal(one.tokens, other.tokens)
+                np.testing.assert_allclose(one.sequence, other.sequence, atol=1e-5)
+            assert abs(np.subtract(parts.images, whole.images, dtype=int)).max() <= 1
+            if steps in (1, 2):
+                assert parts.uniforms is None
+            else:
+                np.testing.assert_array_equal(parts.uniforms, uniform_numbers(11, range(9), 6))
+        part = pipe([1, 2, 2], steps, seed=11, first_image=5, output="sequence")
+        np.testing.assert_array_equal(part.steps[-1].tokens, whole.steps[-1].tokens[5:8])
 
 
 def test_the_seed_decides_the_draws_and_uniform_numbers_replay_them(pipe: Pipeline) -> None:
@@ -123,39 +128,36 @@ def test_the_seed_decides_the_draws_and_uniform_numbers_replay_them(pipe: Pipeli
 
 NOT_FINITE = np.where(np.arange(48).reshape(2, 6, 4) == 38, np.nan, 0).astype(np.float32)
 WRONG: list[tuple[dict[str, Any], type[DDError], str]] = [
-    ({"labels": 3}, LabelError, "label 3 is out of range"),
-    ({"labels": "tow"}, LabelError, "'tow'"),
-    ({"labels": []}, LabelError, "no label"),
+    ({"labels": 3}, LabelError, "label 3"),
+    ({"labels": []}, LabelError, "label"),
     ({"steps": 5}, ScheduleError, "5 steps"),
-    ({"steps": "student"}, ScheduleError, "student steps"),
-    ({"seed": -1}, NoiseError, "the seed must be from 0"),
+    ({"steps": "student"}, ScheduleError, "student"),
+    ({"seed": -1}, NoiseError, "seed"),
     ({"first_image": -1}, NoiseError, "image index"),
-    ({"num_images": 0}, DDError, "num_images must be an integer of at least 1, but is 0"),
-    ({"num_images": True}, DDError, "num_images must be"),
-    ({"batch_size": 0}, DDError, "batch_size must be"),
-    ({"output": "jpeg"}, DDError, "unknown output 'jpeg'"),
-    ({"noise": np.zeros((2, 6, 4))}, NoiseError, "float32 array of shape (2, 6, 4), but is float64"),
-    ({"noise": [[0.0]]}, NoiseError, "but is <class 'list'>"),
-    ({"noise": np.zeros((3, 6, 4), np.float32)}, NoiseError, "but is float32 (3, 6, 4)"),
-    ({"noise": NOT_FINITE}, NoiseError, "not finite: nan at (1, 3, 2)"),
-    ({"guidance_scale": 2.0}, ScheduleError, "guidance_scale can only be given for"),
-    ({"teacher_start": 0}, ScheduleError, "teacher_start needs a schedule that uses"),
-    ({"uniforms": np.zeros((2, 6))}, ScheduleError, "uniforms can only be given"),
+    ({"num_images": 0}, DDError, "num_images"),
+    ({"num_images": True}, DDError, "num_images"),
+    ({"batch_size": 0}, DDError, "batch_size"),
+    ({"output": "jpeg"}, DDError, "'jpeg'"),
+    ({"noise": np.zeros((2, 6, 4))}, NoiseError, "float64"),
+    ({"noise": [[0.0]]}, NoiseError, "list"),
+    ({"noise": np.zeros((3, 6, 4), np.float32)}, NoiseError, "(3, 6, 4)"),
+    ({"noise": NOT_FINITE}, NoiseError, "nan at (1, 3, 2)"),
+    ({"guidance_scale": 2.0}, ScheduleError, "guidance_scale"),
+    ({"teacher_start": 0}, ScheduleError, "teacher_start"),
+    ({"uniforms": np.zeros((2, 6))}, ScheduleError, "uniforms"),
     ({"steps": 3, "teacher_start": 3}, ScheduleError, "position 3"),
-    ({"steps": 3, "top_p": 0}, ScheduleError, "top_p must be above 0"),
-    ({"steps": 3, "uniforms": np.zeros((2, 5))}, NoiseError, "shape (2, 6), but are float64 (2, 5)"),
-    ({"steps": 3, "uniforms": np.ones((2, 6))}, NoiseError, "from 0 to below 1"),
+    ({"steps": 3, "top_p": 0}, ScheduleError, "top_p"),
+    ({"steps": 3, "uniforms": np.zeros((2, 5))}, NoiseError, "(2, 5)"),
+    ({"steps": 3, "uniforms": np.ones((2, 6))}, NoiseError, "below 1"),
 ]
 
 
-@pytest.mark.parametrize(("request_", "error", "named"), WRONG, ids=range(len(WRONG)))
-def test_a_wrong_request_is_told_before_anything_is_drawn(
-    pipe: Pipeline, runs: list[Any], request_: dict[str, Any], error: type[DDError], named: str
-) -> None:
-    for call in (pipe, lambda **words: next(pipe.stream(**words))):
-        with pytest.raises(error) as caught:
-            call(**{"labels": [0, 1], **request_})  # type: ignore[operator]
-        assert named in caught.value.message
+def test_a_wrong_request_is_told_before_anything_is_drawn(pipe: Pipeline, runs: list[Any]) -> None:
+    for request, error, named in WRONG:
+        for call in (pipe, lambda **words: next(pipe.stream(**words))):
+            with pytest.raises(error) as caught:
+                call(**{"labels": [0, 1], **request})  # type: ignore[operator]
+            assert named in caught.value.message
     assert runs == []
 
 
@@ -216,7 +218,7 @@ def test_several_threads_open_the_teacher_once_and_draw_what_each_draws_alone(
                 np.testing.assert_array_equal(one.tokens, other.tokens)
 
 
-def test_the_teacher_runs_in_the_precision_of_the_student_if_it_can(teacher_bundle: Path, toy: Any) -> None:
+def test_the_teacher_runs_in_the_precision_of_the_student_if_it_can(teacher_bundle: Path) -> None:
     """And then in the same engine, which else is another one, in float32."""
     for precision in ("fp16", "int8"):
         toy.add_precision(teacher_bundle, precision)
@@ -227,17 +229,10 @@ def test_the_teacher_runs_in_the_precision_of_the_student_if_it_can(teacher_bund
             assert (pipe.teacher_backend is pipe.backend) == (precision == own)
 
 
-def test_a_bad_codebook_opens_no_engine(teacher_bundle: Path, toy: Any, opened: list[str]) -> None:
-    np.save(teacher_bundle / "codebook.npy", np.zeros((4, 4), np.float32))
-    toy.put_file(teacher_bundle, "codebook.npy", (teacher_bundle / "codebook.npy").read_bytes())
-    for backend in ("onnxruntime", "openvino"):
-        with pytest.raises(BundleError, match=r"codebook\.npy"):
-            runtime.load(teacher_bundle, backend)
-    assert opened == []
-
-
-def test_everything_is_closed_whatever_fails(teacher_bundle: Path, toy: Any, monkeypatch: Any) -> None:
-    """A close of the student that fails, and a load that fails halfway."""
+def test_what_fails_leaves_nothing_open(
+    teacher_bundle: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A close of the student that fails, a load that fails halfway; a bad codebook opens no engine."""
     closed: list[str] = []
     close, close_openvino = OnnxRuntime.close, OpenVino.close
     monkeypatch.setattr(OnnxRuntime, "close", lambda self: (closed.append("onnxruntime"), close(self)))
@@ -247,7 +242,7 @@ def test_everything_is_closed_whatever_fails(teacher_bundle: Path, toy: Any, mon
         raise RuntimeError("the student cannot be closed")
 
     pipe = runtime.load(teacher_bundle, "openvino", threads=1, steps=3)
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the student"):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="cannot be closed"):
         patch.setattr(OpenVino, "close", fails)
         pipe.close()
     assert closed == ["onnxruntime"]
@@ -255,6 +250,13 @@ def test_everything_is_closed_whatever_fails(teacher_bundle: Path, toy: Any, mon
     with pytest.raises(BackendError, match=r"teacher\.onnx"):
         runtime.load(teacher_bundle, "onnxruntime", steps=3)
     assert len(closed) > 1
+    opened.clear()
+    np.save(teacher_bundle / "codebook.npy", np.zeros((4, 4), np.float32))
+    toy.put_file(teacher_bundle, "codebook.npy", (teacher_bundle / "codebook.npy").read_bytes())
+    for backend in ("onnxruntime", "openvino"):
+        with pytest.raises(BundleError, match=r"codebook\.npy"):
+            runtime.load(teacher_bundle, backend)
+    assert opened == []
 
 
 def test_without_onnxruntime_the_teacher_says_what_to_install(
@@ -264,6 +266,6 @@ def test_without_onnxruntime_the_teacher_says_what_to_install(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with runtime.load(shared_teacher_bundle, "openvino") as pipe:
         assert len(pipe([0, 1], 2)) == 2
-        with pytest.raises(BackendError, match="the teacher needs ONNX Runtime") as caught:
+        with pytest.raises(BackendError) as caught:
             pipe(0, 3)
-    assert caught.value.hint == 'pip install "ddexport[cpu]"'
+    assert "ddexport[cpu]" in caught.value.hint
