@@ -28,10 +28,8 @@ def relative(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2)))
 
 
-@pytest.mark.parametrize(
-    ("role", "precision"),
-    [("student", "fp16"), ("student", "bf16"), ("decoder", "fp16"), ("decoder", "bf16")],
-)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("role", ["student", "decoder"])
 def test_every_operator_is_rounded_once(half_bundle: Path, role: str, precision: str, tmp_path: Path) -> None:
     """Nothing computes in half: half values come out of casts and weights, and go into casts. What computed
     in half is rounded. The engine's optimiser, which removes pairs of casts that lose nothing, keeps these; a
@@ -64,9 +62,11 @@ def test_every_operator_is_rounded_once(half_bundle: Path, role: str, precision:
         casts = (node for node in graph.node if node.op_type == "Cast")
         return [node.input[0] for node in casts for a in node.attribute if a.name == "to" and a.i == kind]
 
-    # A rounding of the same value twice, once for each of two readers, may be done once.
+    # A rounding of the same value twice, once for each of two readers, may be done once, and what was rounded
+    # already need not be rounded again.
+    again = {name for node in proto.graph.node if node.op_type == "Cast" for name in node.output}
     left = roundings(onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph)
-    assert len(left) >= len(set(roundings(proto.graph))) > 10
+    assert len(left) >= len(set(roundings(proto.graph)) - again) > 10
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -90,8 +90,8 @@ def traced_model() -> onnx.ModelProto:
             >
         }""")
     graphs = [model.graph, *(attribute.g for attribute in model.graph.node[2].attribute)]
+    model.graph.doc_string = SECRET
     for graph in graphs:
-        graph.doc_string = SECRET
         for owner in (graph, *graph.input, *graph.output, *graph.node):
             owner.doc_string = f'File "{SECRET}", line 7'
             owner.metadata_props.add(key="pkg.torch.onnx.stack_trace", value=SECRET)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+import torch
 from click.testing import CliRunner
 from msgspec import structs
 
@@ -107,6 +108,25 @@ def test_errors_at_every_batch_size_and_weights_by_type(half_bundle: Path) -> No
         assert wanted[graph.precision] > 0.5 * sum(wanted.values())
 
 
+def test_kept_patterns_reach_the_trace(
+    tiny_llamagen_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Traced(Exception):
+        """What would have been traced."""
+
+    def trace(module: torch.nn.Module, *_: object) -> None:
+        raise Traced(module)
+
+    monkeypatch.setattr("ddexport.export.onnx_from_module", trace)
+    request, keep = WeightRequest({}, random_seed=5), ("blocks.0.mlp",)
+    with pytest.raises(Traced) as caught:
+        export_bundle(tiny_llamagen_recipe, tmp_path / "b", request, precisions=("fp16",), keep_fp32=keep)
+    block = caught.value.args[0].blocks[0]
+    types = {p.dtype for p in block.mlp.parameters()}, {p.dtype for p in block.attention.parameters()}
+    assert types == ({torch.float32}, {torch.float16})
+
+
+@pytest.mark.slow
 def test_fp16_alone_and_kept_patterns(tiny_llamagen_recipe: Recipe, tmp_path: Path) -> None:
     patterns, request = ("blocks.0.mlp", "decoder.mid.*"), WeightRequest({}, random_seed=5)
     made = export_bundle(
