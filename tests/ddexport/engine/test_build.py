@@ -147,7 +147,7 @@ def test_every_part_of_the_key_matters(toy_bundle: Any, a_gpu: Gpu, monkeypatch:
         *(key(**{name: 1}) for name in ("workspace", "tf32", "optimization_level", "version_compatible")),
         *(key(targets=("sm89",)), key(profiles=(Profile(1, 4, 16),)), key(hardware="ampere+")),
     ]
-    assert len(set(keys)) == len(keys) == 13
+    assert len(set(keys)) == len(keys) == 14
     # The same on another machine: TensorRT-RTX builds for no GPU in particular. Kernel times change how long.
     assert key(trt=replace(rtx, gpu=a_gpu)) == key() == key(timing_cache=Path("x"))
     before = key()

@@ -37,7 +37,8 @@ def test_weights_from_elsewhere_are_refused(toy_bundle: Any) -> None:
     assert layers_of_onnx(folder, graph) == STUDENT["fp16"]
     model = onnx.load(folder / graph.file, load_external_data=False)
     for place in ("/etc/hostname", "../outside.data", "unlisted.data"):
-        onnx.external_data_helper.set_external_data(model.graph.initializer[-1], place)
+        entries = {entry.key: entry for entry in model.graph.initializer[-1].external_data}
+        entries["location"].value = place
         (folder / graph.file).write_bytes(model.SerializeToString())
         with pytest.raises(BundleError):
             layers_of_onnx(folder, graph)

@@ -91,8 +91,9 @@ def traced_model() -> onnx.ModelProto:
         }""")
     graphs = [model.graph, *(attribute.g for attribute in model.graph.node[2].attribute)]
     model.graph.doc_string = SECRET
+    model.graph.metadata_props.add(key="where", value=SECRET)
     for graph in graphs:
-        for owner in (graph, *graph.input, *graph.output, *graph.node):
+        for owner in (*graph.input, *graph.output, *graph.node):
             owner.doc_string = f'File "{SECRET}", line 7'
             owner.metadata_props.add(key="pkg.torch.onnx.stack_trace", value=SECRET)
     return model
