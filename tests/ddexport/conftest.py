@@ -1,4 +1,4 @@
-"""A model so small that it traces in seconds: for what the golden bundle cannot show."""
+"""Models so small that they trace in seconds, and the embedded models in all precisions."""
 
 from __future__ import annotations
 
@@ -74,15 +74,7 @@ def tiny_llamagen_recipe(tiny_recipe: Recipe) -> Recipe:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def llamagen_half(half: Callable[[Recipe, int], Exported], tiny_llamagen_recipe: Recipe) -> Exported:
-    """A tiny LlamaGen in all precisions. Do not write into it."""
-    return half(tiny_llamagen_recipe, 5)
-
-
-@pytest.fixture(scope="session", params=["var_dd", "llamagen_dd"])
-def half_export(request: pytest.FixtureRequest) -> Exported:
-    """A tiny bundle of each family in all precisions. Do not write into it."""
-    name = "var_half" if request.param == "var_dd" else "llamagen_half"
-    exported: Exported = request.getfixturevalue(name)
-    return exported
+@pytest.fixture(scope="session", params=["digits-var", "digits-llamagen"])
+def half_bundle(request: pytest.FixtureRequest, embedded_bundle: Callable[[str], Path]) -> Path:
+    """An embedded model of each family in all precisions. Do not write into it."""
+    return embedded_bundle(request.param)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -23,7 +24,6 @@ from ddexport.runtime.bundle import (
     Schedule,
     SequenceSize,
     Weights,
-    contract,
     file_info,
 )
 from ddexport.runtime.engines import Profile
@@ -45,22 +45,17 @@ def toy_bundle(tmp_path: Path) -> ToyBundle:
         precisions: tuple[str, ...] = ("fp32", "fp16", "bf16"),
         really: dict[str, str] | None = None,
         external: bool = False,
-        seed: int = 0,
     ) -> Path:
         """really: what a precision's graphs compute in, where that is not what the manifest says."""
         folder = tmp_path / name
         folder.mkdir()
         graphs = []
         for precision in precisions:
-            for role, model in (("student", _student), ("decoder", _decoder)):
+            for role in ("student", "decoder"):
                 path = folder / f"{role}{'' if precision == 'fp32' else f'_{precision}'}.onnx"
-                made = model(TYPES[(really or {}).get(precision, precision)], seed)
-                outside = {
-                    "location": f"{path.name}.data",
-                    "save_as_external_data": True,
-                    "size_threshold": 0,
-                }
-                onnx.save_model(made, path, **(outside if external else {}))
+                made = _model(role, TYPES[(really or {}).get(precision, precision)])
+                beside = {"location": f"{path.name}.data", "size_threshold": 0}
+                onnx.save_model(made, path, save_as_external_data=external, **(beside if external else {}))
                 files = tuple(file_info(file, folder) for file in sorted(folder.glob(f"{path.name}*")))
                 graphs.append(Graph(role=role, precision=precision, file=path.name, files=files))
         (folder / "labels.json").write_text(json.dumps({"names": ["zero", "one", "two"]}))
@@ -85,67 +80,52 @@ def toy_bundle(tmp_path: Path) -> ToyBundle:
     return make
 
 
-def _student(dtype: int, seed: int) -> onnx.ModelProto:
-    """Two products in the type of the precision and a head in float32, as the exporter's policy has it."""
-    rng, C, V = np.random.default_rng(seed), SEQUENCE.width, SEQUENCE.codebook
-    node = helper.make_node
-    nodes = [
-        node("Gather", ["classes", "label"], ["row"], axis=0),
-        node("Add", ["latents", "row"], ["x"]),
-        node("Cast", ["x"], ["x_half"], to=dtype),
-        node("MatMul", ["x_half", "up"], ["up_half"]),
-        node("MatMul", ["up_half", "down"], ["down_half"]),
-        node("Cast", ["down_half"], ["y"], to=TensorProto.FLOAT),
-        node("Unsqueeze", ["known", "axes"], ["known3"]),
-        node("Less", ["places", "known3"], ["is_data"]),
-        node("Where", ["is_data", "latents", "y"], ["sequence"]),
-        node("Slice", ["y", "start", "split", "axis"], ["front"]),
-        node("MatMul", ["front", "head"], ["logits"]),
-        node("ArgMax", ["logits"], ["tokens"], axis=-1, keepdims=0),
-    ]
-    constants = {
-        "classes": rng.standard_normal((3, 1, C), np.float32),
-        "head": rng.standard_normal((C, V), np.float32),
-        "places": np.arange(SEQUENCE.length)[None, :, None],
-        "axes": np.array([1, 2]),
-        "start": np.array([0]),
-        "split": np.array([SEQUENCE.split]),
-        "axis": np.array([1]),
-    }
-    weights = {"up": rng.standard_normal((C, 4 * C)), "down": rng.standard_normal((4 * C, C))}
-    return _model("student", nodes, constants, weights, dtype)
+STUDENT = """
+    student (float[batch, 6, 16] latents, int64[batch] label, int64[batch] known)
+        => (float[batch, 6, 16] sequence, int64[batch, 2] tokens, float[batch, 2, 16] logits)
+        <int64[1, 6, 1] places = {0, 1, 2, 3, 4, 5}, int64[2] axes = {1, 2}, int64[1] start = {0},
+         int64[1] split = {2}, int64[1] axis = {1}> {
+        row = Gather <axis = 0> (classes, label)
+        x = Add (latents, row)
+        x_half = Cast <to = HALF> (x)
+        up_half = MatMul (x_half, up)
+        down_half = MatMul (up_half, down)
+        y = Cast <to = 1> (down_half)
+        known3 = Unsqueeze (known, axes)
+        is_data = Less (places, known3)
+        sequence = Where (is_data, latents, y)
+        front = Slice (y, start, split, axis)
+        logits = MatMul (front, head)
+        tokens = ArgMax <axis = -1, keepdims = 0> (logits)
+    }"""
+DECODER = """
+    decoder (float[batch, 6, 16] sequence) => (float[batch, 3, 8, 8] image)
+        <int64[4] shape = {-1, 3, 8, 8}, float zero = {0}, float one = {1}> {
+        s = Cast <to = HALF> (sequence)
+        pixels = MatMul (s, unfold)
+        picture = Reshape (pixels, shape)
+        smooth = Conv <pads = [1, 1, 1, 1]> (picture, kernel)
+        smooth32 = Cast <to = 1> (smooth)
+        image = Clip (smooth32, zero, one)
+    }"""
 
 
-def _decoder(dtype: int, seed: int) -> onnx.ModelProto:
-    rng, node = np.random.default_rng(seed + 1), helper.make_node
-    nodes = [
-        node("Cast", ["sequence"], ["s"], to=dtype),
-        node("MatMul", ["s", "unfold"], ["pixels"]),
-        node("Reshape", ["pixels", "shape"], ["picture"]),
-        node("Conv", ["picture", "kernel"], ["smooth"], pads=[1, 1, 1, 1]),
-        node("Cast", ["smooth"], ["smooth32"], to=TensorProto.FLOAT),
-        node("Clip", ["smooth32", "zero", "one"], ["image"]),
-    ]
-    zero, one = np.array(0, np.float32), np.array(1, np.float32)
-    constants = {"shape": np.array([-1, 3, 8, 8]), "zero": zero, "one": one}
-    weights = {"unfold": rng.standard_normal((16, 32)), "kernel": rng.standard_normal((3, 3, 3, 3))}
-    return _model(
-        "decoder", nodes, {name: np.asarray(value) for name, value in constants.items()}, weights, dtype
-    )
+WEIGHTS: dict[str, list[tuple[str, tuple[int, ...], str]]] = {
+    "student": [("classes", (3, 1, 16), "float"), ("head", (16, 16), "float"),
+                ("up", (16, 64), "half"), ("down", (64, 16), "half")],
+    "decoder": [("unfold", (16, 32), "half"), ("kernel", (3, 3, 3, 3), "half")],
+}  # fmt: skip
 
 
-def _model(
-    role: str, nodes: list[Any], constants: dict[str, Any], weights: dict[str, Any], dtype: int
-) -> onnx.ModelProto:
-    types = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
-    inputs, outputs = (
-        [helper.make_tensor_value_info(spec.name, types[spec.dtype], spec.shape) for spec in side]
-        for side in contract(role, SEQUENCE, IMAGE)
-    )
-    half = helper.tensor_dtype_to_np_dtype(dtype)
-    values = constants | {name: value.astype(half) for name, value in weights.items()}
-    tensors = [numpy_helper.from_array(value, name) for name, value in values.items()]
-    graph = helper.make_graph(nodes, role, inputs, outputs, tensors)
+def _model(role: str, dtype: int) -> onnx.ModelProto:
+    """Two products in the type of the precision and, in the student, a head in float32, as the exporter's
+    policy has it."""
+    rng, half = np.random.default_rng(0), helper.tensor_dtype_to_np_dtype(dtype)
+    text = {"student": STUDENT, "decoder": DECODER}[role]
+    graph = onnx.parser.parse_graph(text.replace("HALF", str(dtype)))
+    for name, shape, kind in WEIGHTS[role]:
+        values = rng.standard_normal(shape).astype(half if kind == "half" else np.float32)
+        graph.initializer.append(numpy_helper.from_array(values, name))
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 

@@ -35,7 +35,7 @@ def attempt(name: str, call: Any) -> None:
     try:
         result[name] = call()
     except DDError as error:
-        result[name] = [type(error).__name__, error.message, error.hint]
+        result[name] = [type(error).__name__, error.message]
 
 
 def build(**options: Any) -> str:

@@ -1,4 +1,4 @@
-"""`ddexport trt` as a user meets it: exit codes, two-line errors, JSON."""
+"""`ddexport trt` as a user meets it: exit codes and JSON."""
 
 from __future__ import annotations
 
@@ -39,50 +39,38 @@ def test_engines_are_built_and_listed(toy_bundle: Any, run: Any, rtx: TensorRT) 
         ("student", "fp16"), ("decoder", "fp16"), ("student", "bf16"), ("decoder", "bf16"),
     ]  # fmt: skip
     assert all((folder / row["plan"]).is_file() and row["origin"] == "built" for row in rows)
-    assert "building student fp16 with tensorrt-rtx" in err and "parsing student_fp16.onnx" in err
     code, out, _ = run(folder, *QUICK)
-    assert code == 0 and out.count("was there already") == 2 and "2 in float16, 1 in float32" in out
+    assert code == 0 and out.count("_fp16.plan") == 2 and "2 in float16, 1 in float32" in out
 
 
 @pytest.mark.tensorrt
 def test_what_cannot_be_built_is_an_error(toy_bundle: Any, run: Any, rtx: TensorRT) -> None:
-    """Protects scripts that trust the exit code: other tools ended with 0 and a float32 engine."""
+    """Scripts trust the exit code: other tools ended with 0 and a float32 engine."""
     code, out, err = run(toy_bundle("liar", really={"fp16": "fp32"}), *QUICK)
-    assert code == 3 and not out and "error: fp16 was asked for" in err and "hint:" in err
-    code, _, err = run(toy_bundle("plain", precisions=("fp32",)), *QUICK)
-    assert code == 1 and "ddexport onnx --model plain --precision fp32,fp16" in err
-    folder = toy_bundle()
-    for words, message in (
-        (("--version-compatible",), "lean runtime"),
-        (("--hardware-compatibility-level", "ampere+"), "would ignore it"),
-        (("--timing-cache", "x"), "no timing cache"),
-        (("--compute-capability", "sm90"), "cannot build for sm90"),
-    ):
-        code, _, err = run(folder, *QUICK, *words)
-        assert code == 1 and message in err and "Traceback" not in err
-    assert not (folder / "engines").exists()
+    assert code == 3 and not out and "error:" in err and "hint:" in err
+    assert run(toy_bundle("plain", precisions=("fp32",)), *QUICK)[0] == 1
+    code, _, err = run(toy_bundle(), *QUICK, "--compute-capability", "sm90")
+    assert code == 1 and "sm90" in err and "hint:" in err and "Traceback" not in err
 
 
-def test_slips_are_usage_errors(tmp_path: Path, run: Any) -> None:
-    """Protects exit code 2, and that nothing is imported or built for it."""
+def test_slips_are_usage_errors(toy_bundle: Any, run: Any) -> None:
+    """Exit code 2, and the option is named. There is no int8 engine."""
+    folder = toy_bundle(precisions=("fp32",))
     for words in (
-        ("--batch", "8,4,1"), ("--batch", "x"), ("--role", "teacher"), ("--precision", "fp8"),
-        ("--precision", "fp16,fp16"), ("--precision", ""), ("--workspace", "much"), ("--workspace", ""),
-        ("--compute-capability", "ada"), ("--compute-capability", ""), ("--backend", "onnx"),
-        ("--builder-optimization-level", "6"), ("--hardware-compatibility-level", "hopper"),
+        ("--batch", "8,4,1"), ("--role", "teacher"), ("--precision", "fp8"), ("--precision", "int8"),
+        ("--precision", "fp16,fp16"), ("--precision", ""), ("--workspace", "much"),
+        ("--compute-capability", "ada"), ("--backend", "onnx"), ("--builder-optimization-level", "6"),
     ):  # fmt: skip
-        code, _, err = run(tmp_path, *words)
+        code, _, err = run(folder, *words)
         assert code == 2 and words[0] in err
 
 
 def test_no_package_is_an_error_with_a_remedy(
     toy_bundle: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Protects users without TensorRT: help works, a build says what to install."""
+    """Without TensorRT help works, and a build says what to install."""
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     code, _, err = run(toy_bundle())
-    assert code == 1 and "tensorrt-rtx cannot build here" in err and "ddexport[tensorrt-rtx]" in err
-    code, _, err = run(toy_bundle("two"), "--backend", "tensorrt-rtx")
-    assert code == 1 and "tensorrt_rtx" in err
+    assert code == 1 and "ddexport[tensorrt-rtx]" in err
     assert run("--help")[0] == 0

@@ -28,33 +28,31 @@ def has(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.tensorrt
 def test_auto_takes_the_package_that_can_build_here(has: Any, rtx: TensorRT, a_gpu: Gpu) -> None:
-    """Protects the order: the full package is for the GPU at hand, and faster there. And Polygraphy, which
-    takes one package a process and would build with the first without a word."""
+    """The full package is for the GPU at hand, and faster there. Polygraphy takes one package a process, and
+    would build with the first without a word."""
     has(a_gpu)
-    with pytest.raises(ModuleError, match="uses the other TensorRT package, so it cannot use tensorrt"):
+    with pytest.raises(ModuleError, match="not with tensorrt too"):
         load_tensorrt("auto")
     has(None)
-    assert load_tensorrt("auto").backend == "tensorrt-rtx" and load_tensorrt("auto").is_rtx
+    assert load_tensorrt("auto").is_rtx and load_tensorrt("auto").gpu is None
     has(a_gpu, tensorrt="tensorrt is broken (libnvinfer.so.11: cannot open)")
-    assert load_tensorrt("auto").gpu == a_gpu and load_tensorrt("auto").is_rtx
+    assert load_tensorrt("auto").is_rtx and load_tensorrt("auto").gpu == a_gpu
 
 
-def test_what_is_missing_is_said_with_its_remedy(has: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Protects whoever has the bindings without the libraries, or a folder of the package's name."""
+def test_what_is_missing_is_named(has: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the bindings without the libraries, and a folder of the package's name."""
     for name in ("tensorrt_rtx", "polygraphy", "onnx", "filelock"):
-        has(None, **{name: f"{name} is not installed: pip install it"})
-        with pytest.raises(
-            ModuleError, match=f"tensorrt-rtx cannot build here: {name} is not installed: pip"
-        ):
+        has(None, **{name: f"{name} is not installed"})
+        with pytest.raises(ModuleError, match=name):
             load_tensorrt("auto")
     has(None)
     package = SimpleNamespace(USE_TENSORRT_RTX=True, __path__=["tensorrt_rtx"])
     monkeypatch.setattr(module, "import_module", lambda name: package)
-    with pytest.raises(ModuleError, match="has no Builder"):
+    with pytest.raises(ModuleError):
         load_tensorrt("tensorrt-rtx")
 
 
 def test_importing_the_command_imports_no_engine() -> None:
-    """Protects --help where no TensorRT is installed, and its speed."""
+    """--help works where no TensorRT is installed, and is fast."""
     source = importlib.import_module("ddexport.commands.trt")
     assert not {"onnx", "tensorrt", "tensorrt_rtx", "polygraphy", "filelock"} & set(vars(source))

@@ -7,26 +7,27 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ddexport.export import Exported, WeightRequest, load_parts
+from ddexport.export import WeightRequest, load_parts
 from ddexport.families import family
 from ddexport.families._var_blocks import attend_in_groups
 from ddexport.families._vq_codec import ChannelNorm, TransposedUpsample, Upsample
 from ddexport.families.var_dd import VarStudent
-from ddexport.graph.emulate import HALF_TYPES, MOVES, SOURCES, EmulatedGraph, emulate_half
+from ddexport.graph.emulate import EmulatedGraph
 from ddexport.graph.spec import graph_specs, sample_inputs
 from ddexport.graph.to_onnx import default_opset, onnx_from_module
 from ddexport.graph.verify import faults_of, output_errors
 from ddexport.graph.wrappers import graph_part
 from ddexport.precision.cast import check_patterns, regions
 from ddexport.recipe import Recipe, load_recipe
+from ddexport.runtime.bundle import read_manifest
 
-Parts = dict[str, nn.Module]
-TOLERANCE = 1e-5
+Parts = dict[str, Any]
 SMALL_GROUPS = 6  # scales 1 and 2 and the class position end here: small models have groups too
 
 
@@ -41,18 +42,15 @@ def model(request: pytest.FixtureRequest, golden_recipe: Recipe, golden_files: d
 
 @torch.no_grad()
 def outputs(parts: Parts, recipe: Recipe) -> dict[str, Tensor]:
-    """Both outputs of the student in a batch of both steps, and what the decoder makes of random vectors
-    before it cuts them to [0, 1]."""
+    """Both outputs of the student in a batch of both steps, its logits at another split, and what the decoder
+    makes of random vectors before it cuts them to [0, 1]."""
     given = sample_inputs(graph_specs(recipe)[0], recipe, batch=2, seed=1)
-    sequence, _, logits = parts["student"](*map(torch.from_numpy, given.values()))
-    tokenizer: Any = parts["tokenizer"]
-    latent = tokenizer.post_quant_conv(tokenizer.latent(torch.from_numpy(given["latents"])))
-    return {"sequence": sequence, "logits": logits, "pixels": tokenizer.decoder(latent)}
-
-
-def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    for name, value in wanted.items():
-        assert (got[name] - value).abs().max() <= TOLERANCE * value.abs().max(), name
+    tensors = [torch.from_numpy(value) for value in given.values()]
+    student, tokenizer = parts["student"], parts["tokenizer"]
+    sequence, _, logits = student(*tensors)
+    pixels = tokenizer.decoder(tokenizer.post_quant_conv(tokenizer.latent(tensors[0])))
+    split = student.at_split(14)(*tensors)[2]  # a copy that shares the blocks: their mask must fit too
+    return {"sequence": sequence, "logits": logits, "split": split, "pixels": pixels}
 
 
 @pytest.fixture
@@ -62,93 +60,78 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VarStudent, "attend_in_groups", lambda self: whole(self, SMALL_GROUPS))
 
 
+@pytest.mark.parametrize("role", ["student", "tokenizer"])
 @pytest.mark.usefixtures("small_groups")
-class TestOutputs:
-    @pytest.mark.parametrize("role", ["student", "tokenizer"])
-    def test_the_rewritten_part_computes_the_same(self, model: Any, role: str) -> None:
-        """Protects the promise that rewrites are exact: sequences, logits and pixels stay, to 1e-5; and what
-        was loaded stays as it is, for it is what graphs are compared with."""
-        recipe, parts = model
-        before = {name: value.clone() for name, value in parts[role].state_dict().items()}
-        kinds = [type(module) for module in parts[role].modules()]
-        wanted = outputs(parts, recipe)
-        form = graph_part(parts[role], "fp32")
-        assert_equal(outputs({**parts, role: form}, recipe), wanted)
-        assert kinds == [type(module) for module in parts[role].modules()]
-        assert all(torch.equal(value, before[name]) for name, value in parts[role].state_dict().items())
-
-    def test_splits_share_the_groups(self, golden_recipe: Recipe) -> None:
-        """Students of other splits are copies that share the blocks: their mask must fit too."""
-        student: Any = load_parts(golden_recipe, WeightRequest({}, random_seed=3))["student"]
-        given = sample_inputs(graph_specs(golden_recipe)[0], golden_recipe, batch=2, seed=1)
-        tensors = [torch.from_numpy(value) for value in given.values()]
-        form: Any = graph_part(student, "fp32")
-        with torch.no_grad():
-            wanted, got = (each.at_split(14)(*tensors)[2] for each in (student, form))
-        torch.testing.assert_close(got, wanted, rtol=0, atol=TOLERANCE * float(wanted.abs().max()))
+def test_the_rewritten_part_computes_the_same(model: Any, role: str) -> None:
+    """Sequences, logits and pixels stay, to 1e-5; and what was loaded stays as it is, for it is what graphs
+    are compared with."""
+    recipe, parts = model
+    before = {name: value.clone() for name, value in parts[role].state_dict().items()}
+    kinds = [type(module) for module in parts[role].modules()]
+    wanted, got = outputs(parts, recipe), outputs({**parts, role: graph_part(parts[role], "fp32")}, recipe)
+    for name, value in wanted.items():
+        assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
+    assert kinds == [type(module) for module in parts[role].modules()]
+    assert all(torch.equal(value, before[name]) for name, value in parts[role].state_dict().items())
 
 
 class TestAttention:
-    def test_groups_of_real_models(self) -> None:
-        """All of 256x256 have ten scales: seven of them stay together, the others attend by themselves."""
-        for name in ("var-d16", "var-d20", "var-d24"):
+    def test_groups(self) -> None:
+        """Models of 256x256 have ten scales: seven of them stay together, the others attend by themselves.
+        Small models stay as they are."""
+        for name, groups, n in (("var-d16", (0, 92, 156, 256, 425, 681), 92), ("digits-var", (), 31)):
             with torch.device("meta"):
                 student: Any = family("var_dd").build(load_recipe(name), "student")
             student.attend_in_groups()
-            assert {block.attention.groups for block in student.blocks} == {(0, 92, 156, 256, 425, 681)}
-            assert student.mask.shape == (92, 92)
+            assert {block.attention.groups for block in student.blocks} == {groups}
+            assert student.mask.shape == (n, n)
 
-    def test_small_models_stay_as_they_are(self) -> None:
-        student: Any = family("var_dd").build(load_recipe("digits-var"), "student")
-        student.attend_in_groups()
-        assert {block.attention.groups for block in student.blocks} == {()}
-        assert student.mask.shape == (31, 31)
-
-    @pytest.mark.parametrize("first", [1, 2, 6, 15])
-    def test_is_attention_with_the_mask(self, first: int) -> None:
+    def test_is_attention_with_the_mask(self) -> None:
         """Wherever the first group ends, in float64: the same to the last digits."""
-        student: Any = family("var_dd").build(load_recipe("digits-var"), "student")
-        mask, generator = student.mask.double(), torch.Generator().manual_seed(first)
-        q, k, v = (torch.randn(2, 3, 31, 8, generator=generator).double() for _ in range(3))
-        wanted = (q @ k.transpose(-2, -1) + mask).softmax(-1) @ v
-        student.attend_in_groups(first)
-        groups = student.blocks[0].attention.groups
-        assert groups[1] == first
-        got = attend_in_groups(q, k, v, student.mask.double(), groups)
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-14)
+        for first in (1, 2, 6, 15):
+            student: Any = family("var_dd").build(load_recipe("digits-var"), "student")
+            q, k, v = torch.randn(3, 2, 3, 31, 8, dtype=torch.float64).unbind()
+            wanted = (q @ k.transpose(-2, -1) + student.mask.double()).softmax(-1) @ v
+            student.attend_in_groups(first)
+            groups = student.blocks[0].attention.groups
+            assert groups[1] == first
+            got = attend_in_groups(q, k, v, student.mask.double(), groups)
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-14)
 
-    @pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
+    @pytest.mark.parametrize("traced", [False, pytest.param(True, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("precision", ["fp16", "bf16"])
     @pytest.mark.usefixtures("small_groups")
-    def test_half_graphs_stay_within_the_limits(self, precision: str, tmp_path: Path) -> None:
+    def test_half_stays_within_the_limits(self, precision: str, traced: bool, tmp_path: Path) -> None:
         """The score of a position with itself is a sum of products that are rounded one by one: trained
-        weights, every rounding emulated, both steps."""
+        weights, in PyTorch or as a graph with every rounding emulated, both steps."""
         recipe = load_recipe("digits-var")
         parts = load_parts(recipe, WeightRequest({}))
-        spec = graph_specs(recipe)[0]
+        spec, limits = graph_specs(recipe)[0], recipe.parity.limits(precision)
         given = sample_inputs(spec, recipe, batch=4, seed=2)
-        with torch.no_grad():
-            sequence, _, logits = parts["student"](*map(torch.from_numpy, given.values()))
-        path, limits = tmp_path / "student.onnx", recipe.parity.limits(precision)
+
+        def run(module: nn.Module) -> dict[str, np.ndarray]:
+            with torch.no_grad():
+                sequence, _, logits = module(*map(torch.from_numpy, given.values()))
+            return {"sequence": sequence.numpy(), "logits": logits.numpy()}
+
         half = graph_part(parts["student"], precision)
-        onnx_from_module(half, spec, recipe, path, default_opset(precision))
-        wanted = {"sequence": sequence.numpy(), "logits": logits.numpy()}
-        got = EmulatedGraph(path).run(given)
+        wanted, got = run(parts["student"]), {} if traced else run(half)
+        if traced:
+            onnx_from_module(half, spec, recipe, tmp_path / "student.onnx", default_opset(precision))
+            got = EmulatedGraph(tmp_path / "student.onnx").run(given)
         errors = output_errors(got, wanted, given["known"], limits.token_margin, spec.tolerance)
         assert max(error.rms for error in errors) > 0
         assert not [fault for error in errors for fault in faults_of(error, limits, spec.tolerance)]
 
 
 class TestDecoder:
-    @pytest.mark.parametrize("side", [1, 2, 5])
-    def test_upsampling_is_the_same_to_the_border(self, side: int) -> None:
-        """In float64, one pixel included, where every tap but four is in the border."""
-        torch.manual_seed(side)
-        plain = Upsample(6).double().requires_grad_(False)
-        x = torch.randn(2, 6, side, side, dtype=torch.float64)
-        torch.testing.assert_close(TransposedUpsample(plain)(x), plain(x), rtol=0, atol=1e-14)
-
-    def test_summed_weights_are_rounded_once(self) -> None:
-        """Weights that cancel in float32 sums: 1 + 2^-24 - 1 is 2^-24, not 0."""
+    def test_upsampling_is_the_same_to_the_border(self) -> None:
+        """In float64, one pixel included, where every tap but four is in the border. Summed weights are
+        rounded once: 1 + 2^-24 - 1 is 2^-24, and not 0 as in float32 sums."""
+        for side in (1, 2, 5):
+            plain = Upsample(6).double().requires_grad_(False)
+            x = torch.randn(2, 6, side, side, dtype=torch.float64)
+            torch.testing.assert_close(TransposedUpsample(plain)(x), plain(x), rtol=0, atol=1e-14)
         plain = Upsample(1).requires_grad_(False)
         plain.conv.weight.zero_()
         plain.conv.weight[0, 0, 1:, 1:] = torch.tensor([[1.0, 2.0**-24], [-1.0, 0.0]])
@@ -167,7 +150,7 @@ class TestDecoder:
         square = x.view(2, 32, -1).square().mean(-1) - x.view(2, 32, -1).mean(-1).square()
         assert (square - 1).abs().max() > 0.5
 
-    @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
     def test_what_becomes_of_a_tokenizer(self, golden_recipe: Recipe, precision: str) -> None:
         """Paths stay, so that what is half, and what --keep-fp32 names, does not depend on the rewrites; the
         encoder stays, which is not exported; bf16 keeps the doubling; tensors that are not summed are shared.
@@ -181,44 +164,23 @@ class TestDecoder:
         kinds, encoder = ({type(m) for m in part.modules()} for part in (form.decoder, form.encoder))
         assert nn.GroupNorm in encoder and ChannelNorm not in encoder
         assert ChannelNorm in kinds and nn.GroupNorm not in kinds
-        assert ({Upsample, TransposedUpsample} & kinds) == {
-            Upsample if precision == "bf16" else TransposedUpsample
-        }
+        assert (Upsample in kinds, TransposedUpsample in kinds) == (precision == "bf16", precision == "fp32")
         if precision == "fp32":
             own = {p.data_ptr() for p in form.parameters()}
             summed = {n for n, p in tokenizer.named_parameters() if p.data_ptr() not in own}
             assert summed and all("decoder" in n and n.endswith("resample.conv.weight") for n in summed)
 
 
-def _scales_by_two(node: ir.Node) -> bool:
-    mode = node.attributes.get("mode")
-    return mode is not None and mode.as_string() == "nearest"
-
-
-class TestGraphs:
-    @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-    def test_engines_find_the_operators(self, half_export: Exported, precision: str) -> None:
-        """Weights are direct inputs of ConvTranspose, where quantisers and engines look for them, and it
-        computes in the precision of the graph; in bf16, which TensorRT-RTX has none in, doubling stays."""
-        graph = half_export.manifest.graph("decoder", precision)
-        nodes = list(ir.load(half_export.path / graph.file).graph)
-        upsampling = [node for node in nodes if node.op_type == "ConvTranspose"]
-        doubling = [node for node in nodes if node.op_type == "Resize" and _scales_by_two(node)]
-        assert (len(upsampling), len(doubling)) == ((0, 1) if precision == "bf16" else (1, 0))
-        types = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
-        for node in upsampling:
-            assert all(value is not None and value.is_initializer() for value in node.inputs[1:])
-            assert node.outputs[0].dtype == types[precision]
-        left = {"InstanceNormalization", "GroupNormalization"} & {node.op_type for node in nodes}
-        assert not left
-
-    def test_the_oracle_rounds_them(self, half_export: Exported) -> None:
-        """Every operator of a rewritten half graph that computes is followed by a rounding."""
-        path = half_export.path / half_export.manifest.graph("decoder", "fp16").file
-        half = {n.name for n in ir.load(path).graph if n.outputs[0].dtype in HALF_TYPES}
-        model = ir.load(path)
-        emulate_half(model)
-        rounded = [n for n in model.graph if n.name in half and n.op_type not in MOVES | SOURCES]
-        assert "ConvTranspose" in {node.op_type for node in rounded}
-        for node in rounded:
-            assert {user.op_type for user, _ in node.outputs[0].uses()} == {"Cast"}
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_engines_find_the_operators(half_bundle: Path, precision: str) -> None:
+    """Weights are direct inputs of ConvTranspose, where quantisers and engines look for them, and it computes
+    in the precision of the graph; in bf16, which TensorRT-RTX has none in, doubling stays."""
+    nodes = list(ir.load(half_bundle / read_manifest(half_bundle).graph("decoder", precision).file).graph)
+    upsampling = [node for node in nodes if node.op_type == "ConvTranspose"]
+    modes = [node.attributes["mode"].as_string() for node in nodes if node.op_type == "Resize"]
+    assert (bool(upsampling), "nearest" in modes) == (precision != "bf16", precision == "bf16")
+    types = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+    for node in upsampling:
+        assert all(value is not None and value.is_initializer() for value in node.inputs[1:])
+        assert node.outputs[0].dtype == types[precision]
+    assert not {"InstanceNormalization", "GroupNormalization"} & {node.op_type for node in nodes}

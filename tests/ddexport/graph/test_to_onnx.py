@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from ddexport.export import WeightRequest, load_parts
 from ddexport.graph.spec import graph_specs
@@ -34,9 +34,11 @@ def test_opsets() -> None:
     for opset in (*OPSETS, None):
         check_opset(opset)
     for opset in (0, -1, OPSETS.start - 1, OPSETS.stop):
-        with pytest.raises(ExportError, match=f"opset {opset} is not supported") as caught:
+        with pytest.raises(ExportError):
             check_opset(opset)
-        assert caught.value.hint == "use 18 to 23"
+    with pytest.raises(ExportError):
+        check_opset(20, ["fp32", "bf16"])  # Conv takes bfloat16 from opset 22 on
+    check_opset(22, ["fp32", "bf16"])
 
 
 def test_the_same_weights_give_the_same_bytes(tiny, tmp_path: Path) -> None:
@@ -57,22 +59,19 @@ def test_the_same_weights_give_the_same_bytes(tiny, tmp_path: Path) -> None:
     assert read_manifest(tiny.bundle).graph("decoder").files[0].bytes == path.stat().st_size
 
 
-def test_no_random_numbers_and_no_control_flow(golden_bundle: Path) -> None:
-    """Graphs are functions of their inputs, and every engine can compile them."""
-    for role in ("student", "decoder"):
-        model = onnx.load(golden_bundle / f"{role}.onnx")
+def test_no_random_numbers_and_no_control_flow(half_bundle: Path, tmp_path: Path) -> None:
+    """Graphs are functions of their inputs, and every engine can compile them. One that breaks the rules is
+    refused."""
+    for path in half_bundle.glob("*.onnx"):
+        model = onnx.load(path, load_external_data=False)
         operators = {(node.domain, node.op_type) for node in model.graph.node}
         assert {domain for domain, _ in operators} == {""}
         assert not FORBIDDEN & {operator for _, operator in operators}
         assert len(model.functions) == 0
-
-
-def test_a_graph_that_breaks_the_rules_is_not_let_out(golden_bundle: Path, tmp_path: Path) -> None:
-    model = onnx.load(golden_bundle / "student.onnx")
     del model.graph.node[3]
-    onnx.save(model, tmp_path / "student.onnx")
+    (tmp_path / path.name).write_bytes(model.SerializeToString())
     with pytest.raises(onnx.checker.ValidationError):
-        check_onnx(tmp_path / "student.onnx")
+        check_onnx(tmp_path / path.name)
 
 
 SECRET = "/home/someone/secret/model.py"
@@ -80,35 +79,24 @@ SECRET = "/home/someone/secret/model.py"
 
 def traced_model() -> onnx.ModelProto:
     """y = c * x if x[0] > 0 else -x, with a tracer's notes on everything that can carry one."""
-
-    def noted(*arguments: object, **attributes: object) -> onnx.NodeProto:
-        node = helper.make_node(*arguments, **attributes)
-        node.doc_string = f'File "{SECRET}", line 7'
-        node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value=SECRET)
-        return node
-
-    def value(name: str) -> onnx.ValueInfoProto:
-        info = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 2])
-        info.metadata_props.add(key="pkg.torch.export.graph_signature", value=SECRET)
-        return info
-
-    def branch(name: str, node: onnx.NodeProto) -> onnx.GraphProto:
-        return helper.make_graph([node], name, [], [value(node.output[0])])
-
-    yes, no = (
-        branch("yes", noted("Mul", ["x", "c"], ["scaled"])),
-        branch("no", noted("Neg", ["x"], ["turned"])),
-    )
-    nodes = [
-        noted("ReduceMax", ["x"], ["top"], keepdims=0),
-        noted("Greater", ["top", "zero"], ["positive"]),
-        noted("If", ["positive"], ["y"], name="choice", then_branch=yes, else_branch=no),
-    ]
-    c = numpy_helper.from_array(np.array([3.0, 5.0], np.float32), "c")
-    zero = numpy_helper.from_array(np.array(0, np.float32), "zero")
-    graph = helper.make_graph(nodes, "main", [value("x")], [value("y")], [c, zero], doc_string=SECRET)
-    graph.metadata_props.add(key="where", value=SECRET)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    model = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        main (float[batch, 2] x) => (float[batch, 2] y) <float[2] c = {3, 5}, float zero = {0}> {
+            top = ReduceMax <keepdims = 0> (x)
+            positive = Greater (top, zero)
+            y = If (positive) <
+                then_branch = yes () => (float[batch, 2] scaled) { scaled = Mul (x, c) },
+                else_branch = no () => (float[batch, 2] turned) { turned = Neg (x) }
+            >
+        }""")
+    graphs = [model.graph, *(attribute.g for attribute in model.graph.node[2].attribute)]
+    model.graph.doc_string = SECRET
+    model.graph.metadata_props.add(key="where", value=SECRET)
+    for graph in graphs:
+        for owner in (*graph.input, *graph.output, *graph.node):
+            owner.doc_string = f'File "{SECRET}", line 7'
+            owner.metadata_props.add(key="pkg.torch.onnx.stack_trace", value=SECRET)
+    return model
 
 
 def test_nothing_of_a_trace_is_left_and_the_numbers_stay() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -67,12 +66,8 @@ class Golden:
             seen.append(outputs["logits"])
             return outputs
 
-        labels = self.expected["labels"]
-
-        def greedy(logits: np.ndarray, place: slice) -> np.ndarray:
-            return logits.argmax(-1)
-
-        span = Span(start=start, end=end)
+        span, labels = Span(start=start, end=end), self.expected["labels"]
+        greedy = lambda logits, place: logits.argmax(-1)  # noqa: E731
         return generate(run, self.teacher, span, prefix, labels, cfg, greedy), seen
 
 
@@ -86,52 +81,42 @@ def close(got: np.ndarray, wanted: np.ndarray) -> None:
     np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE)
 
 
-VAR_CASES: list[Any] = [("teach_start0", 0), ("teach_start1", 1), ("teach_start2_split2", 2)]
+NOTHING = np.zeros((2, 0), np.int64)
 
 
-@pytest.mark.parametrize(("case", "scale"), VAR_CASES)
-def test_var_draws_a_span_as_published(case: str, scale: int, golden: Callable[[str], Golden]) -> None:
-    """The quirk with it: prefix and first scale run in one pass and see each other."""
+def test_var_draws_as_published(golden: Callable[[str], Golden]) -> None:
+    """Spans, with the quirk that prefix and first scale run in one pass and see each other; and all scales,
+    each in a pass of its own."""
     it = golden("var-dd-small")
-    starts, expected = it.teacher.starts, it.expected
-    first = expected.get(f"{case}_first_tokens", np.zeros((2, 30), np.int64))
-    tokens, logits = it.drawn(starts[scale], 14, first[:, : starts[scale]], cfg=2.0)
-    for k, found in zip(range(scale, 3), logits, strict=True):
-        close(found[:, starts[k] - starts[k + 1] :], expected[f"{case}_teacher_cfglogits_scale{k}"])
-        wanted = expected[f"{case}_teacher_tokens_scale{k}"]
-        assert np.array_equal(tokens[:, starts[k] : starts[k + 1]], wanted)
-    codes = it.tokenizer.codebook.numpy()
-    close(codes[tokens], expected[f"{case}_teacher_sequence"])
-
-
-def test_var_alone(golden: Callable[[str], Golden]) -> None:
-    """All scales, each in a pass of its own."""
-    it = golden("var-dd-small")
-    tokens, logits = it.drawn(0, 30, np.zeros((2, 0), np.int64), cfg=1.5)
+    starts, expected, codes = it.teacher.starts, it.expected, it.tokenizer.codebook.numpy()
+    for case, scale in (("teach_start0", 0), ("teach_start1", 1), ("teach_start2_split2", 2)):
+        prefix = expected.get(f"{case}_first_tokens", np.zeros((2, 30), np.int64))[:, : starts[scale]]
+        tokens, logits = it.drawn(starts[scale], 14, prefix, cfg=2.0)
+        for k, found in zip(range(scale, 3), logits, strict=True):
+            close(found[:, starts[k] - starts[k + 1] :], expected[f"{case}_teacher_cfglogits_scale{k}"])
+            wanted = expected[f"{case}_teacher_tokens_scale{k}"]
+            assert np.array_equal(tokens[:, starts[k] : starts[k + 1]], wanted)
+        close(codes[tokens], expected[f"{case}_teacher_sequence"])
+    tokens, logits = it.drawn(0, 30, NOTHING, cfg=1.5)
     for k, found in enumerate(logits):
-        close(found, it.expected[f"teacher_ar_cfglogits_scale{k}"])
-    wanted = np.concatenate([it.expected[f"teacher_ar_tokens_scale{k}"] for k in range(4)], axis=1)
+        close(found, expected[f"teacher_ar_cfglogits_scale{k}"])
+    wanted = np.concatenate([expected[f"teacher_ar_tokens_scale{k}"] for k in range(4)], axis=1)
     assert np.array_equal(tokens, wanted)
 
 
-@pytest.mark.parametrize(("case", "start"), [("teach_start0", 0), ("teach_start3", 3)])
-def test_llamagen_draws_a_span_as_published(case: str, start: int, golden: Callable[[str], Golden]) -> None:
-    """The prefix in one causal pass with the first token, then one token a pass."""
+def test_llamagen_draws_as_published(golden: Callable[[str], Golden]) -> None:
+    """Spans, the prefix in one causal pass with the first token, then one token a pass; and sixteen passes of
+    one token each, with guidance and without."""
     it = golden("llamagen-dd-small")
-    prefix = it.expected.get(f"{case}_prefix_tokens", np.zeros((2, 0), np.int64))
-    tokens, logits = it.drawn(start, 5, prefix, cfg=2.0)
-    assert np.array_equal(tokens, it.expected[f"{case}_teacher_tokens"])
-    found = np.concatenate([rows[:, -1:] for rows in logits], axis=1)
-    close(found, it.expected[f"{case}_teacher_cfglogits"])
-
-
-@pytest.mark.parametrize(("case", "cfg"), [("teacher_ar_cfg", 2.0), ("teacher_ar_nocfg_", 1.0)])
-def test_llamagen_alone(case: str, cfg: float, golden: Callable[[str], Golden]) -> None:
-    """Sixteen passes of one token each, with guidance and without."""
-    it = golden("llamagen-dd-small")
-    tokens, logits = it.drawn(0, 16, np.zeros((2, 0), np.int64), cfg=cfg)
-    close(np.concatenate(logits, axis=1), it.expected[f"{case}logits"])
-    assert np.array_equal(tokens, it.expected[f"{case.removesuffix('cfg').removesuffix('_')}_tokens"])
+    for case, start in (("teach_start0", 0), ("teach_start3", 3)):
+        tokens, logits = it.drawn(start, 5, it.expected.get(f"{case}_prefix_tokens", NOTHING), cfg=2.0)
+        assert np.array_equal(tokens, it.expected[f"{case}_teacher_tokens"])
+        found = np.concatenate([rows[:, -1:] for rows in logits], axis=1)
+        close(found, it.expected[f"{case}_teacher_cfglogits"])
+    for case, cfg in (("teacher_ar_cfg", 2.0), ("teacher_ar_nocfg_", 1.0)):
+        tokens, logits = it.drawn(0, 16, NOTHING, cfg=cfg)
+        close(np.concatenate(logits, axis=1), it.expected[f"{case}logits"])
+        assert np.array_equal(tokens, it.expected[f"{case.removesuffix('cfg').removesuffix('_')}_tokens"])
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -164,9 +149,8 @@ def test_what_lies_behind_the_filled_part_does_not_matter(name: str, golden: Cal
 def test_half_precision_keeps_the_borders(name: str, precision: str, golden: Callable[[str], Golden]) -> None:
     """Inputs and outputs, the cache with them, are float32; the logits are those of float32, rounded."""
     half, full = Golden(name, precision), golden(name)
-    nothing = np.zeros((2, 0), np.int64)
-    _, wanted = full.drawn(0, full.teacher.starts[1], nothing, cfg=2.0)
-    _, found = half.drawn(0, full.teacher.starts[1], nothing, cfg=2.0)
+    _, wanted = full.drawn(0, full.teacher.starts[1], NOTHING, cfg=2.0)
+    _, found = half.drawn(0, full.teacher.starts[1], NOTHING, cfg=2.0)
     assert found[0].dtype == np.float32
     error = np.abs(found[0] - wanted[0]).max() / np.abs(wanted[0]).max()
     assert 0 < error < {"fp16": 5e-3, "bf16": 4e-2}[precision]
