@@ -78,4 +78,5 @@ def test_ranges_widen_and_outputs_stay(tmp_path: Path) -> None:
     assert list(got) == ["y"] and got["y"].tolist() == [[2, 1, 4]]
     assert observed.ranges == {"d": (-2, 4), "y": (1, 4)}
     observed.run({"x": np.array([[0, 0, 3], [-4, 0, 0]], np.float32)})
+    observed.run({"x": np.ones((1, 3), np.float32)})
     assert observed.ranges == {"d": (-8, 6), "y": (0, 8)}
