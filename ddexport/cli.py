@@ -42,8 +42,9 @@ Examples:
 @click.group(cls=EntryPointGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="ddexport")
 def main() -> None:
-    """Export and run Distilled Decoding models: auto-regressive image models that need one or two steps.
+    """Export and run Distilled Decoding models: auto-regressive image models, distilled to one or two steps.
 
-    MODEL is a recipe, by its name in `ddexport models` or by its file. BUNDLE is a directory that `ddexport
-    onnx` wrote, with the ONNX graphs of a model, or its name under build/.
+    MODEL is a recipe, a YAML file that describes a model: give its name in `ddexport models`, or the file.
+    BUNDLE is a directory with the ONNX graphs of a model, which `ddexport onnx` writes: give its path, or its
+    name under build/.
     """

@@ -141,7 +141,7 @@ EPILOG = """
 Examples:
   ddexport doctor
   ddexport doctor digits-var
-  ddexport doctor digits-var --check --backend openvino --precision int8
+  ddexport doctor digits-int8 --check --backend openvino --precision int8
 """
 
 

@@ -36,8 +36,8 @@ EPILOG = """
 \b
 Examples:
   ddexport validate limits digits-var
-  ddexport validate limits digits-var --precision int8 --backend onnxruntime,openvino --seeds 10
-  ddexport validate limits digits-var --precision fp16 --fid-images 2000 --json
+  ddexport validate limits digits-int8 --precision int8 --backend onnxruntime,openvino --seeds 10
+  ddexport validate limits digits-half --precision fp16 --fid-images 2000 --json
 """
 
 

@@ -23,7 +23,7 @@ EPILOG = """
 \b
 Examples:
   ddexport validate parity digits-var
-  ddexport validate parity digits-var --precision fp16
+  ddexport validate parity digits-half --precision fp16
   ddexport validate parity digits-var --images 32 --report parity-32 --json
   ddexport validate parity build/var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
 """

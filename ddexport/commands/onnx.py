@@ -35,7 +35,7 @@ EMBEDDED = "the weights that ship with ddexport, if any"
         help="Weights of the student: a torch or safetensors file, or the index file or the directory of a"
         " sharded checkpoint.")  # fmt: skip
 @option("--vae", type=PATH, metavar="PATH", show_default=EMBEDDED,
-        help="Weights of the tokenizer, in the same formats.")  # fmt: skip
+        help="Weights of the tokenizer (VQ-VAE), whose decoder makes the images, in the same formats.")  # fmt: skip
 @option("--teacher", metavar="PATH|random|none", show_default=EMBEDDED,
         help="Weights of the teacher, the auto-regressive model that some schedules need. random: random"
         " weights, with --random-weights. none: no teacher.")  # fmt: skip

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EPILOG = """
 \b
 Examples:
-  ddexport trt digits-var
+  ddexport trt digits-half
   ddexport trt build/var-d16 --precision fp16,fp32 --batch 1,4,8 --batch 16,32,64
   ddexport trt build/var-d16 --backend tensorrt-rtx --compute-capability sm86,sm89
   ddexport trt build/var-d16 --backend tensorrt --hardware-compatibility-level ampere+

@@ -47,8 +47,8 @@ _precision = partial(known, names=("fp32", "fp16", "bf16", "int8"))
 @shared("bundle", name="bundles", metavar="[BUNDLE]...", nargs=-1)
 @option("--backend", "backends", callback=comma_list(_backend), metavar="NAME,...",
         show_default="all inference engines",
-        help="Inference engines, and torch-eager, torch-compile or naive for PyTorch, separated by commas."
-        " All of them are held in memory at the same time.")  # fmt: skip
+        help="Inference engines, separated by commas; also torch-eager and torch-compile (the PyTorch model), and"
+        " naive (sampling in the style of the published code). All are in memory at the same time.")  # fmt: skip
 @shared("device")
 @option("--batch", "batches", callback=comma_list(number), default="1", metavar="N,...",
         help="Numbers of images per batch, separated by commas.")  # fmt: skip
@@ -59,7 +59,7 @@ _precision = partial(known, names=("fp32", "fp16", "bf16", "int8"))
         show_default="all that an engine can run",
         help="Precisions to compute in, separated by commas: fp32, fp16, bf16, int8.")  # fmt: skip
 @option("--against", callback=comma_list(_backend, single=True), metavar="NAME",
-        help="Also show how many times faster each row is than this backend.")  # fmt: skip
+        help="Also show how many times faster each row is than this one of --backend.")  # fmt: skip
 @option("--against-steps", callback=comma_list(_steps, single=True), metavar="N|teacher",
         show_default="those of each row", help="Number of steps for --against.")  # fmt: skip
 @option("--against-precision", callback=comma_list(_precision, single=True), default="fp32",
