@@ -1,4 +1,4 @@
-"""Deploys Distilled Decoding: one- and two-step image generation from auto-regressive models, on ONNX.
+"""Deploys Distilled Decoding: image generation in one or two steps from auto-regressive models, on ONNX.
 
 >>> import ddexport
 >>> pipe = ddexport.load("build/digits-var")
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DDError", "Pipeline", "__version__", "load"]
 
-# ONNX Runtime reports to Microsoft from 1.29 on, unless this is set before it is imported.
+# From 1.29 on ONNX Runtime sends telemetry, unless this is set before it is imported.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # In a checkout `runtime`, `validate` and `recipes` lie beside this folder; a wheel has them inside.

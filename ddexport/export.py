@@ -1,4 +1,4 @@
-"""The only writer of bundles: weights in, a verified directory out (docs/bundle.md)."""
+"""Writes bundles: from weights to a verified directory (docs/bundle.md)."""
 
 from __future__ import annotations
 
@@ -70,21 +70,21 @@ def export_bundle(
     stage: Stage = lambda name: nullcontext(),
     calibration: int = IMAGES,
 ) -> Exported:
-    """Writes the bundle of `recipe` to the directory `target`, whole and verified, or not at all.
+    """Writes the bundle of `recipe` to the directory `target`, or nothing if it cannot be verified.
 
     Args:
         precisions: of "fp32", "fp16", "bf16" and "int8", each once; the bundle has them in this order.
-        keep_fp32: patterns of module paths that stay float32 in the half graphs.
+        keep_fp32: patterns of module paths that stay float32 in fp16 and bf16 graphs.
         opset: of the graphs; by default 20, and 22 in bf16.
-        stage: a context manager that shows what is going on.
-        calibration: how many images the ranges of the int8 graphs are taken from.
+        stage: called with the name of each stage; a context manager that shows progress.
+        calibration: number of images from which the value ranges of int8 graphs are measured.
 
     Raises:
-        PrecisionError: a precision is unknown, a pattern matches nothing, or a weight does not fit.
+        PrecisionError: a precision is unknown, a pattern matches nothing, or a weight exceeds fp16.
         MissingWeightsError: a file is needed and was not given.
         CheckpointError: a file does not hold the recipe's model.
-        ExportError: the opset is not supported, or has not the operators of a precision.
-        RecipeError: the label list is not the recipe's.
+        ExportError: the opset is not supported, or lacks the operators of a precision.
+        RecipeError: the label list does not fit the recipe.
         OutputError: `target` exists and `force` is false, or is no bundle, or cannot be written.
         VerificationError: a graph differs from its module; nothing is written.
     """
@@ -118,7 +118,7 @@ def export_bundle(
 
 
 def check_precisions(precisions: Sequence[str], recipe: Recipe) -> None:
-    """Raises `PrecisionError` unless all are known, each is there once, and reduced ones have limits."""
+    """Raises `PrecisionError` unless all are known, none is repeated, and all but fp32 have limits."""
     known = ", ".join(PRECISIONS)
     for precision in precisions:
         if precision not in PRECISIONS:

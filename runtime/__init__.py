@@ -1,4 +1,4 @@
-"""Draws images from a bundle with numpy, Pillow, msgspec and one inference engine: deploy time, no torch.
+"""Draws images from a bundle with numpy, Pillow, msgspec and one inference engine, without torch.
 
 >>> import ddexport
 >>> with ddexport.load("build/digits-var") as pipe:

@@ -63,8 +63,8 @@ logger = logging.getLogger(__name__)
 
 
 def takes_diffusers_names(method: Method) -> Method:
-    """Decorator: arguments may bear diffusers' names; those that mean nothing here are refused with a word
-    on what does. Raises DDError."""
+    """Decorator: arguments may have diffusers' names; those without a meaning here are errors that name the
+    alternative. Raises DDError."""
 
     @wraps(method)
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
@@ -83,7 +83,7 @@ def takes_diffusers_names(method: Method) -> Method:
 class Pipeline:
     """Draws images from an open bundle; a context manager, safe to call from several threads. Made by `load`.
 
-    Pickled by its path: where it is unpickled, the bundle is loaded again, in the same configuration.
+    A pickle holds the path alone: unpickling loads the bundle again, in the same configuration.
     """
 
     def __init__(self, root: Path, manifest: Manifest, labels: Labels, backend: Backend) -> None:
@@ -110,16 +110,16 @@ class Pipeline:
     ) -> Result:
         """Draws `num_images` images of each label, in the order of the labels, and returns all at once.
 
-        labels: a class number, a name, or several. steps: of one of the manifest's schedules, the shortest if
-        None, "teacher" for the whole auto-regressive model. seed: 0 to 2**64 - 1, None for a fresh one, which
-        the result tells. first_image: image i gets noise first_image + i of the seed. noise: float32
-        (N, L, Cv) in place of the seed's. output: "pil", "numpy" (uint8 N, H, W, C) or "sequence" (float32
-        N, L, Cv, not decoded). batch_size: images at once, by their size if None. on_pass: told the number of
-        images after each pass through student or teacher.
+        labels: a class number, a name, or several. steps: the number of steps of a schedule in the manifest,
+        the fewest if None, "teacher" for the whole auto-regressive model. seed: 0 to 2**64 - 1; None chooses
+        a random one, which the result holds. first_image: image i gets noise first_image + i of the seed.
+        noise: float32 (N, L, Cv) in place of the seed's. output: "pil", "numpy" (uint8 N, H, W, C) or
+        "sequence" (float32 N, L, Cv, not decoded). batch_size: images per pass, chosen by their size if None.
+        on_pass: called with the number of images after each pass through student or teacher.
 
         For steps that involve the teacher: teacher_start, the position at which it starts; guidance_scale,
         top_k, top_p, temperature, how it chooses tokens; uniforms, float64 (N, L) in place of the seed's.
-        Names of diffusers are understood. Raises LabelError, ScheduleError, NoiseError, BackendError.
+        Names of diffusers are accepted. Raises LabelError, ScheduleError, NoiseError, BackendError.
         """
         if output not in OUTPUTS:
             raise DDError(f"unknown output {output!r}", f"There is: {', '.join(OUTPUTS)}.")
@@ -179,7 +179,7 @@ class Pipeline:
         batch_size: int | None = None,
         **request: Any,
     ) -> Iterator[Result]:
-        """As a call, but yields the result batch by batch and keeps none of it, for any number of images.
+        """Like a call, but yields the result batch by batch and keeps nothing, for any number of images.
 
         Labels, steps, sizes and noise are checked at once, not when the first batch is asked for.
         """
@@ -202,14 +202,14 @@ class Pipeline:
         return batches()
 
     def schedule(self, steps: int | str | None = None, teacher_start: int | None = None) -> Schedule:
-        """The schedule that a request gets. Raises ScheduleError."""
+        """The schedule for a request. Raises ScheduleError."""
         schedule = self.manifest.schedule(steps)
         if teacher_start is None:
             return schedule
         return schedule.with_teacher_start(self.manifest.teacher, teacher_start)
 
     def open(self, schedule: Schedule, batch: int = 1) -> None:
-        """Makes the graphs that a schedule runs ready for so many images at once. Raises BackendError."""
+        """Opens the graphs of a schedule for batches of `batch` images. Raises BackendError."""
         graphs = self.backend.configuration.graphs
         if schedule.known:
             self.backend.open(self.manifest.graph("student", graphs, schedule.split), batch)
@@ -312,9 +312,10 @@ def load(
 
     backend: the name of a file in runtime/backends, or "auto": a TensorRT engine that fits this machine, then
     ONNX Runtime on CUDA, then the CPU engine that `ddexport bench --save` found fastest, then ONNX Runtime on
-    the CPU. precision: of the arithmetic; None takes that of the TensorRT engine, or the bundle's first.
-    device: "cpu", "cuda", "cuda:1"; None takes any. threads: of the CPU. verify: compare every SHA-256.
-    steps: those whose graphs are opened now, as for a call; others are opened when they are first run.
+    the CPU, then OpenVINO (docs/runtime.md). precision: to compute in; None takes that of the TensorRT
+    engine, or the bundle's first. device: "cpu", "cuda", "cuda:1"; None leaves the choice to the engine.
+    threads: number of CPU threads. verify: compare every SHA-256. steps: as in a call; the graphs of these
+    steps are opened now, others when they are first run.
     Raises BundleError, BackendError, ScheduleError.
     """
     root = Path(path)
@@ -342,12 +343,12 @@ def load(
 
 
 def default_batch_size(manifest: Manifest, schedule: Schedule | None = None) -> int:
-    """How many images fit the memory target, by a rough count of the float32 arrays alive at once.
+    """How many images fit the memory target, by a rough count of the float32 arrays in use at the same time.
 
     The student holds attention scores for some 16 heads twice, and the logits twice; the decoder about three
     maps of some 160 channels at full resolution; engines keep about as much again in free blocks. For 680
-    positions and 256 x 256 pixels that is 370 MB an image, and 400 MB were measured with ONNX Runtime. A
-    teacher's caches come on top: keys and values of both halves of guidance.
+    positions and 256 x 256 pixels that is 370 MB per image, and 400 MB were measured with ONNX Runtime. A
+    teacher's caches come on top: keys and values, with and without the label.
     """
     sequence, image, teacher = manifest.sequence, manifest.image, manifest.teacher
     student = 2 * 16 * sequence.length**2 + 2 * sequence.split * sequence.codebook

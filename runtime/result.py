@@ -1,4 +1,4 @@
-"""What a request gives: images, how they came about, and how long that took."""
+"""The result of a request: images, the steps that made them, and the time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ Images: TypeAlias = list[Image.Image] | NDArray[Any]
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """N images and how they came about; a notebook shows them.
+    """N images and the steps that made them; a notebook shows the images.
 
-    images: a list of PIL images, uint8 (N, H, W, C), or for output "sequence" float32 (N, L, Cv), undecoded.
-    labels: int64 (N,). noise: float32 (N, L, Cv). steps: one Step for each student step and one for all AR
-    steps of a teacher, the last one is what was decoded. seed: None where the noise was given. uniforms:
-    float64 (N, L), what a teacher chose tokens by. seconds: spent in student, teacher and decoder.
+    images: a list of PIL images, uint8 (N, H, W, C), or for output "sequence" float32 (N, L, Cv), not
+    decoded. labels: int64 (N,). noise: float32 (N, L, Cv). steps: one Step for each student step and one for
+    all AR steps of a teacher; the last one was decoded. seed: None where the noise was given. uniforms:
+    float64 (N, L), the random numbers by which a teacher chose tokens. seconds: spent in student, teacher and
+    decoder.
     """
 
     images: Images
@@ -40,7 +41,7 @@ class Result:
         return f"<{len(self)} images{seed}, {sum(self.seconds.values()):.3g} s>"
 
     def _repr_png_(self) -> bytes | None:
-        """All images in one picture, for notebooks; None for what is not decoded."""
+        """All images in one picture, for notebooks; None if they are not decoded."""
         import io
 
         from ddexport.runtime.images import grid, grid_columns, to_pil

@@ -49,9 +49,9 @@ class Options:
 
 
 def run_parity(options: Options, complete: bool = True) -> tuple[Report, Comparison, list[ReferenceRun]]:
-    """Runs bundle and reference and measures. complete: every limit has to be stated.
+    """Runs bundle and PyTorch model and compares them. complete: the manifest must have every limit.
 
-    Raises DDError where one of the two cannot be run.
+    Raises DDError if one of the two cannot be run.
     """
     from msgspec.structs import asdict
 

@@ -17,7 +17,7 @@ EPILOG = """
 Examples:
   ddexport onnx digits-var
   ddexport onnx digits-var --precision fp32,fp16,bf16 -o build/digits-half
-  ddexport onnx digits-var --precision fp32,int8 --calibration 256 -o build/digits-int8
+  ddexport onnx digits-var --precision fp32,int8 -o build/digits-int8
   ddexport onnx digits-var --precision fp16 --keep-fp32 'blocks.3.*' -o build/digits-mixed
   ddexport onnx var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
   ddexport onnx var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth \\
@@ -35,7 +35,8 @@ EMBEDDED = "the weights that ship with ddexport, if any"
         help="Weights of the student: a torch or safetensors file, or the index file or the directory of a"
         " sharded checkpoint.")  # fmt: skip
 @option("--vae", type=PATH, metavar="PATH", show_default=EMBEDDED,
-        help="Weights of the tokenizer (VQ-VAE), whose decoder makes the images, in the same formats.")  # fmt: skip
+        help="Weights of the tokenizer (VQ-VAE), whose decoder makes the images, in the same"
+        " formats.")  # fmt: skip
 @option("--teacher", metavar="PATH|random|none", show_default=EMBEDDED,
         help="Weights of the teacher, the auto-regressive model that some schedules need. random: random"
         " weights, with --random-weights. none: no teacher.")  # fmt: skip

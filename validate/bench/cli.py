@@ -47,8 +47,9 @@ _precision = partial(known, names=("fp32", "fp16", "bf16", "int8"))
 @shared("bundle", name="bundles", metavar="[BUNDLE]...", nargs=-1)
 @option("--backend", "backends", callback=comma_list(_backend), metavar="NAME,...",
         show_default="all inference engines",
-        help="Inference engines, separated by commas; also torch-eager and torch-compile (the PyTorch model), and"
-        " naive (sampling in the style of the published code). All are in memory at the same time.")  # fmt: skip
+        help="Inference engines, separated by commas; also torch-eager and torch-compile (the PyTorch"
+        " model), and naive (sampling in the style of the published code). All are in memory at the same"
+        " time.")  # fmt: skip
 @shared("device")
 @option("--batch", "batches", callback=comma_list(number), default="1", metavar="N,...",
         help="Numbers of images per batch, separated by commas.")  # fmt: skip

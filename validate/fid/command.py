@@ -27,7 +27,7 @@ Examples:
   ddexport validate fid digits-var
   ddexport validate fid digits-var --images 500 --steps 2 --no-reference-model --report fid-500 --json
   ddexport validate fid build/var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth \\
-      --features-weights pt_inception-2015-12-05.pth --reference statistic.pth
+      --features-weights pt_inception-2015-12-05-6726825d.pth --reference statistic.pth
 """
 STATES = "fid-state"
 

