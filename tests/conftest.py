@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from filelock import FileLock
 from hypothesis import settings
-from msgspec.structs import replace
 
 if TYPE_CHECKING:
     from ddexport.export import Exported
@@ -150,31 +149,6 @@ def tiny_recipe(golden_recipe: Recipe) -> Recipe:
             "tokenizer": {"channels": 32, "multipliers": [1, 1], "residual_blocks": 1},
         }
     )
-
-
-@pytest.fixture(scope="session")
-def half(cached_export: CachedExport) -> Callable[[Recipe, int], Exported]:
-    """half(recipe, seed): its bundle of random weights in all precisions, asked for in another order."""
-    from ddexport.export import WeightRequest, export_bundle
-
-    def export(recipe: Recipe, seed: int) -> Exported:
-        request, precisions = WeightRequest({}, random_seed=seed), ("bf16", "fp32", "fp16")
-        # 4 x 4 pixels have nothing that evens out one rounded value: 22 dB were seen in bf16, 48 in fp16.
-        fp16, bf16 = (replace(limits, image_psnr=psnr) for limits, psnr in
-                      ((recipe.parity.fp16, 45.0), (recipe.parity.bf16, 18.0)))  # fmt: skip
-        loose = replace(recipe, parity=replace(recipe.parity, fp16=fp16, bf16=bf16))
-        return cached_export(
-            f"half-{recipe.name}",
-            lambda target: export_bundle(loose, target, request, precisions=precisions),
-        )
-
-    return export
-
-
-@pytest.fixture(scope="session")
-def var_half(half: Callable[[Recipe, int], Exported], tiny_recipe: Recipe) -> Exported:
-    """The tiny VAR in all precisions. Do not write into it."""
-    return half(tiny_recipe, 3)
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,7 @@ def proven(
     def prove(model: str) -> Path:
         bundle = tmp_path_factory.mktemp("proven") / model
         shutil.copytree(embedded_bundle(model), bundle, ignore=shutil.ignore_patterns("parity"))
-        options = ("--backend", "onnxruntime", "--threads", "1")
+        options = ("--backend", "onnxruntime", "--threads", "1", "--images", "16")
         result = CliRunner().invoke(cli.command, ["parity", str(bundle), *options])
         assert result.exit_code == 0, result.stderr
         return bundle

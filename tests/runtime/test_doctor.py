@@ -55,7 +55,7 @@ def test_what_a_bundle_runs_on_and_why(bundle: Path) -> None:
     assert "fp32, int8" in text and "auto takes      onnxruntime, cpu, fp32" in text
     assert "    yes  onnxruntime, cpu, fp32\n    yes  openvino, cpu, fp32\n" in text
     assert "    no   onnxruntime, cuda:0, fp32: " in text or not gpu_fault(0)
-    assert "by name         onnxruntime, cpu, int8" in text
+    assert "also possible   onnxruntime, cpu, int8" in text
     _saved.save(bundle, read_manifest(bundle), {"openvino": 1.5})
     chosen = json.loads(doctor(bundle, "--json").stdout)["bundle"]
     assert (chosen["auto"], chosen["precisions"]) == ("openvino, cpu, fp32", ["fp32", "int8"])
@@ -168,7 +168,7 @@ def test_what_pytorch_drew_is_drawn_again_or_the_check_says_what_differs(bundle:
     checks = json.loads(doctor(bundle, "--check", "--json").stdout)["checks"]
     assert [(row["steps"], row["left_out"], row["faults"]) for row in checks] == [("1", 0, []), ("2", 1, [])]
     rows: list[tuple[str, Any, int, str]] = [
-        ("tokens_2", lambda a: a + (np.arange(8)[:, None] < 2), 3, "2 images differ"),
+        ("tokens_2", lambda a: a + (np.arange(8)[:, None] < 2), 3, "differ in 2 images"),
         ("tokens_2", lambda a: a + 1, 3, "no image"),
         ("images_1", lambda a: a ^ 8, 3, "difference 8, limit 2"),
         ("images_1", lambda a: a ^ 1, 3, "PSNR 48.1 dB, limit 50"),

@@ -53,7 +53,7 @@ def test_a_damaged_label_file_is_refused(bundle: Path) -> None:
         (b'{"names": ["a"]}', "1 names for 3 classes"),
         (b'{"nmaes": ["a", "b", "c"]}', "`nmaes`"),
         (b'{"names": ["a", "b", 3]}', "`names[2]`"),
-        (b'{"names": ["a", "b", "c"], "aliases": {"3": ["d"]}}', "past 2"),
+        (b'{"names": ["a", "b", "c"], "aliases": {"3": ["d"]}}', "above 2"),
         (b'{"names": ["a", "b", "c"], "aliases": {"-1": ["d"]}}', "`aliases`"),
         (b"[]", "object"),
         (b"\xff\xfe", "JSON"),

@@ -58,7 +58,7 @@ def test_slips_are_usage_errors(toy_bundle: Any, run: Any) -> None:
     folder = toy_bundle(precisions=("fp32",))
     for words in (
         ("--batch", "8,4,1"), ("--role", "teacher"), ("--precision", "fp8"), ("--precision", "int8"),
-        ("--precision", "fp16,fp16"), ("--precision", ""), ("--workspace", "much"),
+        ("--precision", ""), ("--workspace", "much"),
         ("--compute-capability", "ada"), ("--backend", "onnx"), ("--builder-optimization-level", "6"),
     ):  # fmt: skip
         code, _, err = run(folder, *words)

@@ -156,7 +156,7 @@ def test_what_is_refused_leaves_nothing(tiny_recipe: Recipe, tmp_path: Path) -> 
 
 def test_options_that_do_not_go_together() -> None:
     for options in (
-        "--precision fp8", "--precision fp16,fp16", "--precision int4", "--precision=",
+        "--precision fp8", "--precision int4", "--precision=",
         "--keep-fp32 blocks.0", "--calibration 8", "--precision int8 --calibration 0",
         "--precision fp32,int8 --keep-fp32 blocks.0",
     ):  # fmt: skip
