@@ -265,7 +265,8 @@ def _parse(text: bytes, where: str) -> Recipe:
     try:
         import yaml
     except ImportError as error:
-        raise RecipeError("reading recipes needs PyYAML", 'pip install "ddexport[export]"') from error
+        hint = 'pip install pyyaml; an export needs all of pip install "ddexport[export]"'
+        raise RecipeError("reading recipes needs PyYAML", hint) from error
     try:
         data = yaml.safe_load(text)
     except Exception as error:  # also a value that is not what its tag says, or nested thousands deep

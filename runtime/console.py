@@ -84,6 +84,14 @@ class _ErrorHandling(click.Command):
         with _logging_to_stderr():
             sys.exit(_exit_code(run))
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's, whose parser does not say which command lacks the value of an option."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The arguments with their help texts, then the options."""
         rows = [(p.human_readable_name, p.help or "") for p in self.params if isinstance(p, Argument)]

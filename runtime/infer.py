@@ -11,4 +11,4 @@ if __name__ == "__main__" and not __package__:
 from ddexport.runtime.cli import command
 
 if __name__ == "__main__":
-    command()
+    command(help_option_names=["-h", "--help"])  # as under `ddexport`

@@ -68,17 +68,25 @@ def the_only_bundle() -> Path:
 
 
 class _Bundle(click.Path):
-    """A path that exists, else the name of a bundle under build/."""
+    """A bundle's path, else the name of one under build/, else a path that reading the bundle will fault."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = super().convert(value, param, ctx)
         assert isinstance(path, Path)
+        named = BUILD / path.name
+        # Something else of that name may lie here, such as the images of `sample digits-var -o digits-var/`.
+        if path.parent == Path() and not _is_bundle(path) and _is_bundle(named):
+            return named
         if path.parent not in (Path(), BUILD) or path.exists():
             return path
-        if (BUILD / path.name).is_dir():
-            return BUILD / path.name
+        if named.is_dir():
+            return named
         guess = did_you_mean(path.name, [found.name for found in bundles()])
         raise BundleError(f"there is no bundle {value}", f"{guess}{_what_there_is(bundles())}")
+
+
+def _is_bundle(path: Path) -> bool:
+    return (path / "bundle.json").is_file()
 
 
 def _what_there_is(found: list[Path]) -> str:

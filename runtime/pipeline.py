@@ -262,7 +262,8 @@ class Pipeline:
                 )
             if not np.isfinite(noise).all():
                 place = tuple(int(i) for i in np.argwhere(~np.isfinite(noise))[0])
-                raise NoiseError(f"the noise is not finite: {noise[place]} at {place}")
+                fault = f"the noise is not finite: {noise[place]} at {place}"
+                raise NoiseError(fault, "Make the noise again, or give a seed in its place.")
         if uniforms is not None:
             check_uniforms(uniforms, count, want[1])
 

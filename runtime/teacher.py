@@ -48,7 +48,8 @@ class Sampling:
         )
         for name, holds, rule in rules:
             if not holds:
-                raise ScheduleError(f"{name} must be {rule}, but is {getattr(self, name)}")
+                fault = f"{name} must be {rule}, but is {getattr(self, name)}"
+                raise ScheduleError(fault, "Leave it out to take the bundle's own.")
 
     @property
     def greedy(self) -> bool:
@@ -202,9 +203,10 @@ def check_uniforms(uniforms: Any, count: int, length: int) -> None:
     want = (count, length)
     if not isinstance(uniforms, np.ndarray) or uniforms.dtype != np.float64 or uniforms.shape != want:
         actual = f"{uniforms.dtype} {uniforms.shape}" if isinstance(uniforms, np.ndarray) else type(uniforms)
-        raise NoiseError(f"the uniform numbers must be a float64 array of shape {want}, but are {actual}")
+        fault = f"the uniform numbers must be a float64 array of shape {want}, but are {actual}"
+        raise NoiseError(fault, "Give one for each image and position, or leave them out.")
     if not ((uniforms >= 0) & (uniforms < 1)).all():
-        raise NoiseError("the uniform numbers must be from 0 to below 1")
+        raise NoiseError("the uniform numbers must be from 0 to below 1", "Correct them, or leave them out.")
 
 
 def read_codebook(root: Path, manifest: Manifest) -> NDArray[np.float32]:

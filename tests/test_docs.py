@@ -112,6 +112,18 @@ def test_commands_have_the_options_they_are_shown_with(page):
     assert not wrong
 
 
+def test_the_readme_gives_options_values_that_they_take():
+    """`trt --batch 1,8` has a known option, and is refused."""
+    for program, rest in commands(ROOT / "README.md"):
+        command, words = command_for(program, shlex.split(rest))
+        if command is not None and "--help" not in words and not isinstance(command, click.Group):
+            context = click.Context(command)
+            values, left, _ = command.make_parser(context).parse_args(words)
+            assert left == []
+            for option in (p for p in command.params if isinstance(p, click.Option)):
+                option.handle_parse_result(context, values, [])
+
+
 def test_the_readme_shows_commands():
     """The check above sees the README's commands, so that it cannot pass by seeing none."""
     assert len(list(commands(ROOT / "README.md"))) >= 3

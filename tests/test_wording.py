@@ -19,6 +19,8 @@ SEVERAL = """
 sampel
 validate partiy
 models --jsno
+--version=1
+onnx --model
 onnx
 onnx vard16
 onnx VAR-D61

@@ -55,9 +55,10 @@ def report_directory(bundle: Path, named: Path | None) -> Path | None:
 
     Raises OutputError for a named directory that cannot be made.
     """
+    from ddexport.runtime.bundle import FILE_NAME
     from ddexport.runtime.files import make_directory
 
-    if named is None and not bundle.is_dir():
+    if named is None and not (bundle / FILE_NAME).is_file():
         return None  # which loading the bundle will explain
     directory = named or bundle / "parity"
     try:

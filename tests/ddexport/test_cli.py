@@ -115,7 +115,7 @@ class TestNames:
     @pytest.mark.parametrize("words", [w for w, c in COMMANDS.items() if "bundle" in str(c.params[:1])])
     def test_a_bundle(self, words: str, build: None, capsys: pytest.CaptureFixture[str]) -> None:
         """Left out it is the only one under build/, which is named on stderr; doctor alone needs none. A name
-        is found there, and a path that exists is taken first."""
+        is found there, unless it is a bundle here."""
 
         def bundle(*given: str) -> object:
             parameters = COMMANDS[words].make_context(words, list(given)).params
@@ -125,10 +125,21 @@ class TestNames:
         assert capsys.readouterr().err == ("" if words == "doctor" else "bundle: build/one\n")
         for given, found in (("one", "build/one"), ("build/one",) * 2, ("here",) * 2, ("a/b",) * 2):
             assert bundle(given) == Path(found)
+        Path("one").mkdir()
+        assert bundle("one") == Path("build/one")
+        Path("one/bundle.json").touch()
+        assert bundle("one") == Path("one")
         for absent in ("two", "build/two"):
             with pytest.raises(BundleError):
                 bundle(absent)
         assert capsys.readouterr().err == ""
+
+    def test_a_directory_that_is_no_bundle_gets_no_report(self, build: None) -> None:
+        from ddexport.validate.options import report_directory
+
+        assert report_directory(Path("here"), None) is None
+        assert list(Path("here").iterdir()) == []
+        assert report_directory(Path("build/one"), None) == Path("build/one/parity")
 
     def test_doctor_checks_the_only_bundle(self, build: None) -> None:
         assert "build/one has no parity/golden.npz" in failure(invoke("doctor", "--check"))

@@ -207,4 +207,5 @@ def _end(rows: Sequence[Row]) -> None:
             "`ddexport validate parity BUNDLE` shows where.",
         )
     if failed:
-        raise DDError(f"{len(failed)} of {len(rows)} rows could not be timed: {'; '.join(failed)}")
+        fault = f"{len(failed)} of {len(rows)} rows could not be timed: {'; '.join(failed)}"
+        raise DDError(fault, "The lines above say why.")
