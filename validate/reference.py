@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import structs
 
-from ddexport.runtime.bundle import Graph, Manifest, Source
+from ddexport.runtime.bundle import Manifest, Source
 from ddexport.runtime.errors import DDError
 from ddexport.validate.devices import torch_device
 from ddexport.validate.metrics._base import Drawn, FloatArray, IntArray
@@ -103,8 +103,8 @@ class TorchReference:
     def __init__(
         self, student: Any, tokenizer: Any, teacher: Any, recipe: Recipe, device: str = "cpu"
     ) -> None:
-        """teacher: its pass with guidance and an explicit cache, `ddexport.graph.wrappers.TeacherGraph`."""
-        self._student, self._tokenizer, self._teacher = student, tokenizer, teacher
+        """teacher: the auto-regressive module, or None."""
+        self._student, self._tokenizer, self.teacher = student, tokenizer, teacher
         self.recipe, self.device = recipe, device
         self.plans = plans_of(recipe, teacher is not None)
 
@@ -113,30 +113,10 @@ class TorchReference:
         """The tokenizer's table (V, Cv)."""
         return np.asarray(self._tokenizer.codebook.detach().cpu().numpy())
 
-    @property
-    def teacher(self) -> Any:
-        """The auto-regressive module, or None."""
-        return None if self._teacher is None else self._teacher.teacher
-
     def weights(self, role: str) -> dict[str, npt.NDArray[Any]]:
         """The parameters and buffers of the module that a graph was made from, by name."""
         module = {"student": self._student, "decoder": self._tokenizer, "teacher": self.teacher}[role]
         return {name: tensor.cpu().numpy() for name, tensor in module.state_dict().items()}
-
-    def run(self, graph: Graph, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        """What the modules compute in place of a graph of the bundle: named arrays in, named arrays out."""
-        import torch
-
-        module = {"student": self._student, "decoder": self._tokenizer, "teacher": self._teacher}[graph.role]
-        if graph.split:
-            module = self._student.at_split(graph.split)
-        with torch.inference_mode():
-            outputs = module(*(torch.from_numpy(array.copy()).to(self.device) for array in feeds.values()))
-        caches = [f"new_{name}" for name in feeds if name.startswith(("key_", "value_"))]
-        outputs_of = {"student": ["sequence", "tokens", "logits"], "decoder": ["image"]}
-        names = outputs_of.get(graph.role, ["logits", *caches])
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return {name: output.cpu().numpy() for name, output in zip(names, outputs, strict=True)}
 
     @property
     def sampler(self) -> Sampler:
@@ -214,12 +194,7 @@ def build_reference(
             parts[role] = load_part(recipe, role, path, copy)
     connect(parts["student"], parts["tokenizer"])
     parts = {role: part.to(device) for role, part in parts.items()}
-    graph = None
-    if "teacher" in parts:
-        from ddexport.graph.wrappers import TeacherGraph
-
-        graph = TeacherGraph(parts["teacher"], parts["tokenizer"]).eval()
-    return TorchReference(parts["student"], parts["tokenizer"], graph, recipe, device)
+    return TorchReference(parts["student"], parts["tokenizer"], parts.get("teacher"), recipe, device)
 
 
 def plans_of(recipe: Recipe, teacher: bool) -> dict[str, Plan]:

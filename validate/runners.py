@@ -2,7 +2,7 @@
 
 ONNX Runtime's CPU provider keeps fp16 graphs in float32 between operators, so that a comparison with it would
 show a fraction of the error, and it cannot run bf16 graphs at all (docs/export.md). Each runner has
-`run(graph, feeds)`, from named arrays to named arrays; so has `reference.TorchReference`.
+`run(graph, feeds)`, from named arrays to named arrays.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from tests.gates.conftest import both_models, ci_model
 from tests.gates.test_parity_gate import without_noise
 
 Planted = Callable[..., Path]
-FEW = ("--images", 4, "--allow-few", "--reference", "none")
 
 
 def validate(*arguments: object) -> Result:
@@ -66,17 +65,8 @@ def test_fid_fails_on_a_fault_of_the_bundle(
     assert fid(planted(model, "fp32", fault), "--steps", 1).exit_code == 3
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--reference", "none"),
-        ("--allow-few",),
-        ("--features", "inception", "--features-weights", "random:0", *FEW),
-        ("--bootstrap", 0),
-    ],
-)
-def test_fid_without_a_measure_gives_no_verdict(planted: Planted, options: tuple[object, ...]) -> None:
-    result = fid(planted("digits-var"), "--steps", 1, *options)
+def test_fid_without_a_reference_set_gives_no_verdict(planted: Planted) -> None:
+    result = fid(planted("digits-var"), "--steps", 1, "--reference", "none")
     assert result.exit_code == 1, result.output
     assert result.stdout.strip().splitlines()[-1].startswith("no verdict: ")
 
@@ -119,12 +109,3 @@ class TestDoctor:
         result = doctor(bundle)
         assert result.exit_code == 3, result.output
         assert "steps: 2" in result.stderr
-
-    def test_without_the_file_or_with_a_damaged_one_it_ends_with_1(self, planted: Planted) -> None:
-        bundle = planted("digits-var")
-        assert doctor(bundle).exit_code == 1
-        (bundle / "parity").mkdir()
-        (bundle / "parity" / "golden.npz").write_bytes(b"PK\x03\x04")
-        result = doctor(bundle)
-        assert result.exit_code == 1
-        assert "golden.npz" in result.stderr

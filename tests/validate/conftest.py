@@ -1,8 +1,7 @@
-"""Bundles of real checkpoints, and the toys of `toys.py` for what needs no engine."""
+"""A bundle of random weights, and limits."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,8 @@ from typing import Any
 import pytest
 
 from ddexport.recipe import Limits
-from tests.gates.faults import in_graph
-from tests.validate.toys import ToyModel
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "var-dd-small"
-
-
-@pytest.fixture
-def toy() -> type[ToyModel]:
-    return ToyModel
 
 
 @pytest.fixture
@@ -48,18 +40,3 @@ def random_bundle(cached_export: Callable[..., Any]) -> Path:
     }
     recipe, request = recipe_from_dict(content, "tiny"), WeightRequest({}, random_seed=3, teacher=True)
     return Path(cached_export("random", lambda target: export_bundle(recipe, target, request)).path)
-
-
-@pytest.fixture
-def planted(golden_bundle: Path, tmp_path: Path) -> Callable[[str, Callable[[Any], None]], Path]:
-    """planted(role, edit): a copy of the golden bundle with an edited graph, hash and size made right again.
-
-    Only a comparison with the reference can tell such a bundle from a good one.
-    """
-
-    def plant(role: str, edit: Callable[[Any], None]) -> Path:
-        bundle = Path(shutil.copytree(golden_bundle, tmp_path / "planted"))
-        in_graph(edit, role)(bundle, "fp32")
-        return bundle
-
-    return plant

@@ -3,12 +3,10 @@ wanted."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from msgspec import structs
 
 from ddexport.recipe import Limits, load_recipe
@@ -17,7 +15,6 @@ from ddexport.runtime.bundle import Source as SourceFile
 from ddexport.runtime.bundle import read_manifest, sha256_of
 from ddexport.runtime.pipeline import Pipeline, load
 from ddexport.validate.compare import compare, measure
-from ddexport.validate.parity import command
 from ddexport.validate.reference import ReferenceFilesError, build_reference, request_of
 
 TESTS = Path(__file__).parents[1]
@@ -92,16 +89,6 @@ def test_a_bundle_agrees_with_its_reference(pipe, reference):
     }
 
 
-def test_the_reference_runs_graphs_as_an_engine_does(pipe, reference):
-    """Named arrays in and out, by the contract: it takes the place of the engine, and nothing differs."""
-
-    class Torch(Faulty):
-        def run(self, graph, feeds, names=None):
-            return reference.run(graph, feeds)
-
-    assert failed(measured(pipe, reference, Torch(pipe, "", "", 0.0))) == set()
-
-
 TEACHER, ALONE = "3 steps, teacher (positions 0 to 4)", "teacher alone, teacher (positions 0 to 13)"
 STUDENT = "3 steps, student (known 5)"
 GUIDED = "guided logits, largest error"
@@ -174,19 +161,6 @@ def test_labels_are_spread_and_seeds_follow_each_other(random_bundle):
     request = request_of(read_manifest(random_bundle), 4, 2**64 - 2, 8)
     assert request.labels.tolist() == [(2**64 - 2 + step) % 10 for step in (0, 2, 5, 7)]
     assert request.seeds.tolist() == [2**64 - 2, 2**64 - 1, 0, 1]
-
-
-def test_the_command_compares_the_teacher(random_bundle, tmp_path):
-    result = CliRunner().invoke(
-        command, [str(random_bundle), "--json", "--images", "4", "--report", str(tmp_path)]
-    )
-    assert result.exit_code == 0, result.output
-    report = json.loads(result.stdout)
-    assert report["passed"]
-    rows = {(one["scope"], one["name"]) for one in report["rows"] if "limit" in one}
-    assert ("3 steps, teacher (positions 0 to 4)", "tokens that differ, drawn") in rows
-    assert ("3 steps, student (known 5)", "tokens that differ") in rows
-    assert ("teacher alone, teacher (positions 0 to 13)", "chi-square of draws, deviations") in rows
 
 
 def test_the_teachers_file_has_to_be_the_bundles(random_bundle):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image, ImageColor
+from PIL import Image
 
 from ddexport.runtime.backends import _saved
 from ddexport.runtime.bundle import read_manifest, sha256_of
@@ -164,17 +164,12 @@ def test_nothing_that_a_bundle_says_becomes_markup(copy):
 
 def test_a_report_that_cannot_be_used_is_left_out_with_a_remark(copy):
     """A whole text, or changes of the report that is there."""
-    whole = ("{", "[" * 100_000, " " * (9 << 20))
-    changed = (
-        {"schema": 1}, {"manifest": "0" * 64}, {"precision": "fp16"}, {"rows": [{"value": "x"}]},
-        {"rows": [{"value": 10**400}]}, {"rows": {}}, {"kind": "other"},
-    )  # fmt: skip
-    cases = [("parity-fp32.json", content) for content in whole + changed]
-    for name, content in [
-        *cases,
-        ("fid-fp32.json", {"kind": "other"}),
+    for name, content in (
+        ("parity-fp32.json", "{"), ("parity-fp32.json", "[" * 100_000), ("parity-fp32.json", " " * (9 << 20)),
+        ("parity-fp32.json", {"manifest": "0" * 64}), ("parity-fp32.json", {"precision": "fp16"}),
+        ("parity-fp32.json", {"rows": [{"value": 10**400}]}), ("fid-fp32.json", {"kind": "other"}),
         ("fid-fp16.json", {"precision": "fp16"}),
-    ]:
+    ):  # fmt: skip
         path, original = copy / "parity" / name, copy / "parity" / name.replace("fp16", "fp32")
         before = original.read_text()
         path.write_text(content if isinstance(content, str) else json.dumps(json.loads(before) | content))
@@ -343,10 +338,6 @@ def test_saved_times_are_shown_if_they_are_of_these_graphs(copy):
     assert "bench.json is left out" in collect(copy).remarks[0]
 
 
-def has(picture, colour: str) -> bool:
-    return bool((np.asarray(picture) == ImageColor.getrgb(colour)).all(-1).any())
-
-
 def tile(picture, column: int, top: int = plots.GAP):
     left = plots.GAP + column * (plots.TILE + plots.GAP)
     return np.asarray(picture)[top : top + plots.TILE, left : left + plots.TILE]
@@ -361,13 +352,9 @@ def test_samples_keep_their_order_and_their_pixels():
     assert (tile(large, 0) == 7).all()
 
 
-def test_fid_is_plotted_for_both_sides_with_whiskers(tmp_path):
+def test_fid_is_plotted_without_intervals_and_without_values(tmp_path):
     (tmp_path / "bundle.json").write_text("{}")
-    report = fid_report(tmp_path)
     low = Measurement("fid", "1 step", "FID, bundle", 0.1)
-    for rows, blue, orange in ((report.rows, True, True), ((low,), True, False)):
-        picture = plots.against_steps(fid_report(tmp_path, rows=rows))
-        assert has(picture, plots.BLUE) is blue and has(picture, plots.ORANGE) is orange
     broken = Measurement("fid", "2 steps", "FID, bundle", float("nan"))
-    assert has(plots.against_steps(fid_report(tmp_path, rows=(low, broken))), plots.BLUE)
-    assert list(plots.of_fid(report)) and plots.of_fid(fid_report(tmp_path, rows=report.rows[2:3])) == {}
+    assert list(plots.of_fid(fid_report(tmp_path, rows=(low, broken))))
+    assert plots.of_fid(fid_report(tmp_path, rows=fid_report(tmp_path).rows[2:3])) == {}

@@ -47,7 +47,6 @@ def test_what_cannot_run_is_listed(planned):
         {"backends": ("onnxruntime",), "steps": (7,)},
         {"backends": ("naive",), "steps": ("teacher",)},
         {"backends": ("torch-eager",), "device": "cuda"},
-        {"backends": ("openvino",), "device": "cuda"},
         {"backends": ("onnxruntime",), "device": "cuda"},
     ):
         plan = planned(**changes)

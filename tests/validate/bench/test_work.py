@@ -20,15 +20,15 @@ from ddexport.validate.bench.naive import naive_step
 FLOAT = TensorProto.FLOAT
 
 
-def write(path, nodes, inputs, outputs, weights=None, opset=20, noted=()):
+def write(path, nodes, inputs, outputs, weights):
     """A graph of float inputs and outputs, given by name and shape, and weights by name."""
     info = [
         [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in side.items()]
         for side in (inputs, outputs)
     ]
-    stored = [numpy_helper.from_array(np.asarray(array), name) for name, array in (weights or {}).items()]
-    graph = helper.make_graph(nodes, "g", *info, stored, value_info=list(noted))
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)]), path)
+    stored = [numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "g", *info, stored)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
     return path
 
 

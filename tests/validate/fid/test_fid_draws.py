@@ -14,7 +14,6 @@ from ddexport.validate.fid.draws import Order, by_pipeline, by_reference
 from ddexport.validate.reference import build_reference
 
 LENGTH, WIDTH = 6, 3
-SCHEDULES = {1: (0,), 2: (0, 1), 3: (0, 1, 4)}
 
 
 def order(images=40, seed=5, per_class=None):
@@ -43,13 +42,6 @@ def test_labels_know_nothing_of_the_noise():
     first = gaussian_noise(5, range(20_000), LENGTH, WIDTH)[:, 0, 0]
     means = np.array([first[labels == label].mean() for label in range(4)])
     assert np.abs(means).max() < 5 / np.sqrt(5_000)
-
-
-def test_so_many_of_each_class():
-    labels = order(12, per_class=3).labels(range(12))
-    assert np.bincount(labels).tolist() == [3, 3, 3, 3]
-    assert np.array_equal(order(12, per_class=3).labels(range(5, 9)), labels[5:9])
-    assert order(10).batches(4) == [range(4), range(4, 8), range(8, 10)]
 
 
 def test_both_sides_draw_the_same_images_by_different_ways(embedded_bundle):

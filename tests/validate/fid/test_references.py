@@ -15,7 +15,7 @@ from PIL import Image
 
 from ddexport.recipe import load_recipe
 from ddexport.runtime.errors import DDError
-from ddexport.validate.features._base import Extractor, FeatureError, Readings, load_extractor
+from ddexport.validate.features._base import Extractor, Readings, load_extractor
 from ddexport.validate.fid.references import ReferenceSetError, folder_images, load
 
 WIDTH = 6
@@ -43,11 +43,6 @@ def pictures(count=12, side=8, seed=0):
 def fit(seed=0):
     rows = np.random.default_rng(seed).standard_normal((40, WIDTH))
     return rows.mean(0), np.cov(rows, rowvar=False)
-
-
-def write(path, *images, **arrays):
-    np.savez(path, *images, **arrays)
-    return path
 
 
 def test_published_statistics_are_read(tmp_path):
@@ -143,8 +138,8 @@ def test_rounding_of_float32_is_no_lie(tmp_path):
     rows = np.random.default_rng(0).standard_normal((3, WIDTH)) * 100
     covariance = np.cov(rows, rowvar=False).astype(np.float32)
     assert np.linalg.eigvalsh(covariance.astype(np.float64))[0] < 0
-    path = write(tmp_path / "stats.npz", mu=rows.mean(0).astype(np.float32), sigma=covariance)
-    assert np.isfinite(load(str(path), Patches()).fit.covariance).all()
+    np.savez(tmp_path / "stats.npz", mu=rows.mean(0).astype(np.float32), sigma=covariance)
+    assert np.isfinite(load(str(tmp_path / "stats.npz"), Patches()).fit.covariance).all()
 
 
 class Evil:
@@ -157,11 +152,11 @@ class Evil:
 
 def test_pickled_objects_and_other_keys_are_never_read(tmp_path):
     evil = np.array([Evil(tmp_path / "made")], dtype=object)
-    write(tmp_path / "evil.npz", mu=evil, sigma=np.eye(WIDTH))
+    np.savez(tmp_path / "evil.npz", mu=evil, sigma=np.eye(WIDTH))
     torch.save({"m": Evil(tmp_path / "made"), "s": np.eye(WIDTH)}, tmp_path / "evil.pth")
     torch.save({"m": evil, "s": np.eye(WIDTH)}, tmp_path / "objects.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil(tmp_path / "made")))
-    write(tmp_path / "other.npz", mean=np.zeros(3))
+    np.savez(tmp_path / "other.npz", mean=np.zeros(3))
     torch.save({"mu": np.zeros(3)}, tmp_path / "other.pth")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     for name in ("evil.npz", "evil.pth", "objects.pth", "plain.pth", "other.npz", "other.pth", "tensor.pth"):
@@ -172,7 +167,7 @@ def test_pickled_objects_and_other_keys_are_never_read(tmp_path):
 
 def test_a_header_cannot_ask_for_memory(tmp_path):
     """A small file may unpack to gigabytes; what it says of itself is read first."""
-    write(tmp_path / "other.npz", mu=np.zeros(WIDTH), sigma=np.zeros((2000, 2000)))
+    np.savez(tmp_path / "other.npz", mu=np.zeros(WIDTH), sigma=np.zeros((2000, 2000)))
     with pytest.raises(ReferenceSetError):
         load(str(tmp_path / "other.npz"), Patches())
     np.savez_compressed(tmp_path / "large.npz", mu=np.zeros(WIDTH), sigma=np.zeros((5000, 5000)))
@@ -219,9 +214,6 @@ def test_folders_without_images_and_images_that_are_none_are_errors(tmp_path):
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     with pytest.raises(ReferenceSetError, match=r"b\.png"):
         load(str(tmp_path), Patches())
-    (tmp_path / "b.png").unlink()
-    with pytest.raises(FeatureError):  # of a size that the features cannot read
-        load(str(tmp_path), load_extractor("digits"))
 
 
 def test_an_image_too_large_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):

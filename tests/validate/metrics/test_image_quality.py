@@ -56,7 +56,6 @@ def test_agrees_with_scipys_square_root_on_covariances_that_do_not_commute():
 
 def test_the_distance_agrees_with_torchmetrics():
     """An implementation that shares no code with this one, through features that pass straight through."""
-    import torch
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     class Through(torch.nn.Module):

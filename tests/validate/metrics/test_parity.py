@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddexport.recipe import Limits
-from ddexport.runtime.teacher import Sampling, choose
+from ddexport.runtime.teacher import Sampling
 from ddexport.validate.metrics import embeddings, images, tokens
 from ddexport.validate.metrics._base import (
     Comparison,
@@ -104,16 +104,6 @@ class TestTokens:
         share = (logits.argmax(-1) != favoured.argmax(-1)).mean()
         assert rows["bias"]["tokens_differing"].value == share > 0
 
-    @given(st.integers(0, 2**32 - 1), st.floats(1e-3, 5.0), st.floats(1e-3, 5.0))
-    def test_a_looser_limit_never_finds_more_faults(self, seed, limit, other):
-        """And whatever differs is either a fault or excused."""
-        generator = np.random.default_rng(seed)
-        both = pair(generator.normal(size=(3, 4, 5)), generator.normal(size=(3, 4, 5)))
-        tight, loose = (tokens.differing_tokens(both, each) for each in sorted((limit, other)))
-        assert loose.value <= tight.value
-        for found in (tight, loose):
-            assert found.value + found.counts["excused"] == found.counts["differing"]
-
 
 class TestEmbeddings:
     def sequences(self, change: float = 0.0, row: int = 0, position: int = 3):
@@ -156,18 +146,6 @@ class TestEmbeddings:
         assert not found[0].passed
         assert {one.where for one in found} == {"image 5, position 3"}
 
-    @given(st.floats(0.01, 100.0), st.floats(1e-6, 1.0), st.integers(0, 2**32 - 1))
-    def test_relative_error_is_free_of_scale_and_grows_with_the_error(self, scale, size, seed):
-        generator = np.random.default_rng(seed)
-        expected, error = generator.normal(size=(2, 3, 4, 2))
-        everything = np.ones((3, 4), bool)
-        value, row = relative_error(expected, expected + size * error, everything)
-        scaled, _ = relative_error(scale * expected, scale * (expected + size * error), everything)
-        double, _ = relative_error(expected, expected + 2 * size * error, everything)
-        assert scaled == pytest.approx(value, rel=1e-6)
-        assert double == pytest.approx(2 * value, rel=1e-6)
-        assert 0 <= row < 3
-
     def test_an_error_on_a_reference_of_zeros_is_infinite(self):
         zeros = np.zeros((1, 2, 2), np.float32)
         everything = np.ones((1, 2), bool)
@@ -182,16 +160,6 @@ class TestImages:
     def test_psnr_of_a_constant_error_is_minus_twenty_decades(self, error):
         got = (self.grey.astype(np.float64) + error).astype(np.float64)
         assert images.psnr(self.grey, got) == pytest.approx(-20 * math.log10(error), abs=1e-6)
-
-    def test_one_wrong_pixel_passes_the_ratio_and_fails_the_largest_difference(self):
-        """Why both are measured."""
-        expected = np.full((1, 3, 256, 256), 0.4, np.float32)
-        got = expected.copy()
-        got[0, 0, 3, 4] += 0.2
-        limits = Limits(1e-3, 1e-4, image_psnr=60.0, image_max=2)
-        ratio, largest = images.measure(image_pair(expected, got), limits)
-        assert ratio.passed
-        assert (largest.value, largest.passed) == (51.0, False)
 
     def test_the_worst_image_is_named_and_images_of_other_tokens_are_left_out(self, limits: Limits):
         def measured(comparable=None, **changes: float):
@@ -280,28 +248,6 @@ def test_rounding_is_excused_where_a_number_lies_on_a_step() -> None:
         differing, pardoned = excused_draws(pair_of(expected, got, rng.random((40, 1000)), sampling), 1e-3)
         assert 3 <= differing.sum() <= 200
         np.testing.assert_array_equal(differing, pardoned)
-
-
-def test_another_distribution_is_not_excused() -> None:
-    """Logits that differ by more than the limit give tokens that no rounding explains."""
-    rng = np.random.default_rng(3)
-    expected = rng.standard_normal((10, 500, 20)).astype(np.float32)
-    got = (expected + 0.1 * rng.standard_normal(expected.shape)).astype(np.float32)
-    differing, pardoned = excused_draws(pair_of(expected, got, rng.random((10, 500)), SAMPLING), 1e-3)
-    assert differing.sum() > 100
-    assert pardoned.sum() < 0.1 * differing.sum()
-
-
-def test_a_token_at_the_threshold_may_come_or_go_but_no_other() -> None:
-    """Two logits on both sides of the k-th place, closer than rounding, may change places."""
-    top = Sampling(guidance_scale=1.0, top_k=2, top_p=1.0, temperature=1.0)
-    for gap, excused in ((5e-4, True), (5e-2, False)):
-        expected = np.array([[[1.0, 0.5, 0.5 + gap, -3.0]]], np.float32)
-        got = np.array([[[1.0, 0.5 + gap, 0.5, -3.0]]], np.float32)
-        numbers = np.array([[0.9]])
-        assert choose(expected, numbers, top) != choose(got, numbers, top)
-        _, pardoned = excused_draws(pair_of(expected, got, numbers, top), 1e-3)
-        assert bool(pardoned[0, 0]) is excused
 
 
 def test_the_law_of_the_draws_is_checked_by_its_chi_square() -> None:
