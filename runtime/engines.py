@@ -24,7 +24,6 @@ from ddexport.runtime.records import DAMAGED, Natural, Positive, Record, convert
 SCHEMA = 3
 FOLDER = "engines"
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-BACKENDS = tuple(MODULES)
 PRECISIONS = ("fp16", "bf16", "fp32")  # of engines, the fastest first
 MAX_SIDECARS = 512
 

@@ -55,9 +55,7 @@ bench digits-var --steps 0
 bench digits-var --against-steps 2
 bench digits-var --backend onnx
 bench digits-var --plot times.jpg
-validate parity digits-vra
 validate fid digits-var --images 8 --per-class 2
-validate limits digits-var --seeds 0
 validate distilled var-d16
 validate distilled digits-var --seeds 0,x
 distill var-d16

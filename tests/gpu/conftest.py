@@ -18,7 +18,6 @@ HOW = "on a machine with an NVIDIA GPU, run: tests/gpu/run_all.sh"
 PREPARED = "DDEXPORT_GPU_BUNDLES"
 """A folder of bundles with engines, to be used in place of new ones: `<folder>/<model>`."""
 BACKEND = "DDEXPORT_GPU_BACKEND"
-MODELS = ("digits-var", "digits-llamagen")
 PRECISIONS = ("fp32", "fp16", "bf16")
 PROFILE = (2, 4, 8)
 
@@ -82,10 +81,9 @@ def gpu_bundle(engine_backend: str, graph_bundle: Callable[[str], Path]) -> Call
     return bundle
 
 
-def ddexport(*arguments: object) -> str:
-    """Runs the command; its stdout."""
+def ddexport(*arguments: object) -> None:
+    """Runs the command."""
     code = "import sys; from ddexport.cli import main; sys.argv[0] = 'ddexport'; sys.exit(main())"
     words = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(map(str, arguments))}\n{done.stdout}\n{done.stderr}"
-    return done.stdout

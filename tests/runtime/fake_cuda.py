@@ -42,7 +42,6 @@ class FakeCuda(ModuleType):
     cudaMemcpyKind = SimpleNamespace(
         cudaMemcpyHostToDevice=("device", "host"),
         cudaMemcpyDeviceToHost=("host", "device"),
-        cudaMemcpyDeviceToDevice=("device", "device"),
     )
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
@@ -63,7 +62,6 @@ class FakeCuda(ModuleType):
         self.cudaFreeHost = partial(self._free, "cudaFreeHost", "host")
         self.cudaGraphDestroy = partial(self._forget, "cudaGraphDestroy")
         self.cudaGraphExecDestroy = partial(self._forget, "cudaGraphExecDestroy")
-        self.cudaDeviceSynchronize = partial(self._answer, "cudaDeviceSynchronize")
 
     def fail(self, name: str, error: Error, after: int = 0) -> None:
         """Makes the call `name` fail, once `after` calls have succeeded, from then on."""
@@ -150,17 +148,6 @@ class FakeCuda(ModuleType):
             self.push(stream, lambda: np.copyto(target, origin))
             self.downloaded += [size] if kinds[0] == "host" else []
         return answer
-
-    def cudaMemcpy2D(
-        self, to: int, pitch: int, source: int, other: int, width: int, rows: int, kinds: Any
-    ) -> Any:
-        for row in range(rows):
-            target = self.block(to + row * pitch, width, kinds[0])
-            origin = self.block(source + row * other, width, kinds[1])
-            if target is None or origin is None:
-                return (Error.cudaErrorInvalidValue,)
-            np.copyto(target, origin)
-        return self._answer("cudaMemcpy2D")
 
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> Any:
         answer = self._answer("cudaStreamBeginCapture")

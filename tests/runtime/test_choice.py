@@ -3,7 +3,6 @@ something else than the bundle's first precision."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -115,15 +114,11 @@ def test_the_first_precision_unless_another_is_named(bundle: Path) -> None:
 
 
 def test_a_damaged_benchmark_is_left_aside(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With a word, and is written anew; a pipe in its place is not read."""
+    """With a word, and is written anew."""
     (bundle / _saved.FILE).write_bytes(b'[{"cpu": 1}]')
     assert taken(bundle).backend == "onnxruntime" and "bench.json" in caplog.text
     save(bundle, openvino=1.0)
     assert taken(bundle).backend == "openvino"
-    if hasattr(os, "mkfifo"):
-        (bundle / _saved.FILE).unlink()
-        os.mkfifo(bundle / _saved.FILE)
-        assert taken(bundle).backend == "onnxruntime"
 
 
 def test_devices(shared_bundle: Path) -> None:
@@ -145,20 +140,8 @@ def test_devices(shared_bundle: Path) -> None:
             assert "openvino" not in caught.value.message
 
 
-def test_without_any_engine_it_says_which_line_to_type(
-    shared_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The base install brings none, because two of them overwrite each other's files."""
-    for module in ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"):
-        monkeypatch.setitem(sys.modules, module, None)
-    for backend, extra in (("auto", "cpu"), ("onnxruntime", "cpu"), ("openvino", "openvino")):
-        with pytest.raises(BackendError) as caught:
-            runtime.load(shared_bundle, backend)
-        assert f'pip install "ddexport[{extra}]"' in caught.value.message
-
-
 def test_files_without_underscore_are_the_plugins_and_are_imported_when_asked_for(
-    shared_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "toy_plugins").mkdir()
     texts = {"__init__": "", "_base": "", "second": "raise RuntimeError", "first": "VALUE = 1"}
@@ -174,6 +157,3 @@ def test_files_without_underscore_are_the_plugins_and_are_imported_when_asked_fo
             load_plugin("toy_plugins", name, kind="engine", error=BackendError)
         assert "first, second" in caught.value.hint
         assert name != "frist" or "Did you mean first?" in caught.value.hint
-    with pytest.raises(BackendError) as caught:
-        runtime.load(shared_bundle, "onnxruntme")
-    assert "onnxruntime, openvino, tensorrt" in caught.value.hint

@@ -85,14 +85,11 @@ def test_what_is_no_manifest(bundle: Path, tmp_path: Path) -> None:
 
 # Where in the manifest of the toy with a teacher, what stands there, and what the error names.
 LIES: list[tuple[str, Any, str]] = [
-    ("classes", GONE, "`classes`"),
     ("graphs.1.files.0.sha256", GONE, "`graphs[1].files[0]`"),
-    ("clases", 3, "`clases`"),
     ("sequence.depth", 1, "`depth` - at `sequence`"),
     ("classes", "3", "`classes`"),
     ("classes", 0, "`classes`"),
     ("schema", "2", "`schema`"),
-    ("graphs", {}, "`graphs`"),
     ("sequence.split", 7, "sequence.split"),
     ("schedules", {}, "schedules"),
     ("schedules.two", {"known": [0, 2]}, "schedules"),
@@ -221,11 +218,6 @@ def test_another_start_gives_another_schedule(shared_teacher_bundle: Path) -> No
         assert ": 0, 1, 2." in caught.value.hint
     with pytest.raises(ScheduleError):
         manifest.schedules[1].with_teacher_start(teacher, 0)
-    assert teacher is not None
-    many = replace(teacher, starts=(*range(200), 300))
-    with pytest.raises(ScheduleError) as caught:
-        Schedule(known=(), teacher=Span(start=0, end=300)).with_teacher_start(many, 250)
-    assert "0 to 199" in caught.value.hint
     around = Schedule(known=(0, 4), teacher=Span(start=2, end=4))
     assert schedule_fault(9, around, 6, None) == schedule_fault(1, Schedule(known=(0,)), 6, None) == ""
     assert "[0, 4]" in schedule_fault(9, replace(around, known=(4,)), 6, None)

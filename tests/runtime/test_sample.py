@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -163,17 +162,11 @@ def claims_too_much(path: Path) -> None:
         archive.writestr("noise.npy", header.getvalue())
 
 
-def truncated(path: Path) -> None:
-    save(path, noise=GOOD)
-    path.write_bytes(path.read_bytes()[:-40])
-
-
 GOOD = np.zeros((3, 6, 4), np.float32)
 BAD_NOISE: list[tuple[Callable[[Path], object], str]] = [
     (lambda path: None, "does not exist"),
     (lambda path: path.write_bytes(b"noise"), "cannot be read"),
     (lambda path: np.save(path.open("wb"), GOOD), "cannot be read"),
-    (truncated, "cannot be read"),
     (lambda path: save(path, nose=GOOD), "nose"),
     (lambda path: save(path, noise=GOOD[0]), "3 dimensions"),
     (lambda path: save(path, noise=GOOD.astype(float)), "float64"),
@@ -202,11 +195,7 @@ def test_bad_noise_is_explained(shared_bundle: Path, folder: Path) -> None:
 
 BAD_OPTIONS: list[tuple[tuple[object, ...], str]] = [
     (("--label", "tow"), "'two' (class 2)"),
-    (("--steps", 4), "1, 2, 3"),
     (("--steps", 2, "--cfg", 1), "guidance_scale"),
-    (("--backend", "onnx"), "onnxruntime"),
-    (("--precision", "int8"), "fp32"),
-    (("--device", "rocm"), "'rocm'"),
     (("-n", 10**9), "3,000,000,000"),
     (("-o", "out.tga"), ".png"),
     (("-o", "missing/out.png"), "missing/out.png"),
@@ -225,7 +214,7 @@ def test_a_bad_option_is_explained_and_nothing_is_written(shared_bundle: Path, f
     assert (folder / "out.png").read_bytes() == b"old"
 
 
-def test_what_is_wrong_with_the_rest(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_with_the_rest(bundle: Path) -> None:
     """What excludes each other; numbers out of range, which are usage errors. A changed byte is seen unless
     told not to look; in the graph's name, so that it still runs."""
     save(Path("noise.npz"), noise=GOOD, labels=[0, 1, 2])
@@ -239,8 +228,6 @@ def test_what_is_wrong_with_the_rest(bundle: Path, monkeypatch: pytest.MonkeyPat
     path.write_bytes(path.read_bytes().replace(b"student", b"STUDENT"))
     assert "student.onnx" in failed(sample(bundle))
     assert sample(bundle, "--no-verify").exit_code == 0
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert "ddexport[cpu]" in failed(sample(bundle, "--no-verify", "--backend", "onnxruntime"))
 
 
 def test_a_write_that_fails_leaves_the_old_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
