@@ -133,7 +133,7 @@ def test_the_script_runs_from_anywhere(shared_bundle: Path, tmp_path: Path) -> N
     assert done.returncode == 0 and (tmp_path / "out.png").is_file(), done.stderr
     code = f"""
 import runpy, sys
-sys.argv, sys.path[0] = ['infer.py', '--help'], {str(SCRIPT.parent)!r}
+sys.argv, sys.path[0] = ['infer.py', '-h'], {str(SCRIPT.parent)!r}
 try:
     runpy.run_path({str(SCRIPT)!r}, run_name='__main__')
 except SystemExit:
