@@ -195,12 +195,11 @@ def replayed_trace(monkeypatch: pytest.MonkeyPatch, golden_bundle: Path) -> Call
     """Exports of this test take the golden bundle's graphs in place of a new trace, which takes seconds.
 
     Everything around the trace is real: loading, staging, checking, comparing with the module. The fixture
-    is a function: give it what shall happen to the path of each graph once it is written, and another bundle
-    to take the graphs from.
+    is a function: give it what shall happen to the path of each graph once it is written.
     """
 
-    def replay(after: Callable[[Path], Any], bundle: Path = golden_bundle) -> None:
-        monkeypatch.setattr("ddexport.export.onnx_from_module", copying(bundle, after))
+    def replay(after: Callable[[Path], Any]) -> None:
+        monkeypatch.setattr("ddexport.export.onnx_from_module", copying(golden_bundle, after))
 
     replay(lambda path: None)
     return replay

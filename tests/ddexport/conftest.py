@@ -37,26 +37,6 @@ def tiny(cached_export: CachedExport, tiny_recipe: Recipe) -> Tiny:
     return Tiny(tiny_recipe, made.path, 5, opset)
 
 
-@pytest.fixture
-def wrong_tokens() -> Callable[[Path], None]:
-    """wrong_tokens(path): lets a student's graph say other tokens than those that it computes with."""
-    import numpy as np
-    import onnx
-
-    def spoil(path: Path) -> None:
-        if not path.stem.startswith("student"):
-            return
-        model = onnx.load(path)
-        for node in model.graph.node:
-            for names in (node.input, node.output):
-                names[:] = ["right" if name == "tokens" else name for name in names]
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1), "one"))
-        model.graph.node.append(onnx.helper.make_node("Add", ["right", "one"], ["tokens"]))
-        onnx.save(model, path)
-
-    return spoil
-
-
 @pytest.fixture(scope="session")
 def tiny_llamagen_recipe(tiny_recipe: Recipe) -> Recipe:
     """One block and four tokens."""

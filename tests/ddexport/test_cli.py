@@ -46,8 +46,8 @@ def failure(result: Result, code: int = 1) -> str:
 def onnx(golden_dir: Path, tmp_path: Path) -> Run:
     """onnx(...): `ddexport onnx` of the golden recipe into tmp_path/out/b; later options win."""
 
-    def run(*arguments: object, student: Path | None = None) -> Result:
-        files = ("--checkpoint", student or golden_dir / "student.pth", "--vae", golden_dir / "vae.pth")
+    def run(*arguments: object) -> Result:
+        files = ("--checkpoint", golden_dir / "student.pth", "--vae", golden_dir / "vae.pth")
         return invoke("onnx", golden_dir / "recipe.yaml", *files, "-o", tmp_path / "out" / "b", *arguments)
 
     return run
@@ -162,13 +162,6 @@ class TestModels:
         assert source in result.stdout
         assert "student: ships with ddexport" in result.stdout
 
-    def test_json(self) -> None:
-        rows = {row["name"]: row for row in json.loads(invoke("models", "--json").stdout)}
-        assert sorted(rows) == recipe_names()
-        assert rows["var-d24"]["parameters"] == 1_092_478_560
-        assert rows["var-d20"]["published_fid"] == {"1": 9.55, "2": 7.33}
-        assert rows["var-d16"]["steps"] == [1, 2, 3, 4, 6]
-
 
 class TestInspect:
     def test_text(self, golden_bundle: Path) -> None:
@@ -206,22 +199,6 @@ class TestInspect:
 
 
 class TestOnnx:
-    def test_success(self, onnx: Run, replayed_trace: object, tmp_path: Path) -> None:
-        """A summary on stdout, the stages by name on stderr."""
-        result = onnx()
-        assert result.exit_code == 0
-        for text in ("student.onnx", "decoder.onnx", "MiB", "largest error against PyTorch"):
-            assert text in result.stdout
-        for text in ("loading weights", "exporting student.onnx", "comparing decoder.onnx with PyTorch"):
-            assert text in result.stderr
-        assert read_manifest(tmp_path / "out" / "b").weights.kind == "checkpoint"
-
-    def test_json(self, onnx: Run, replayed_trace: object, tmp_path: Path) -> None:
-        data = json.loads(onnx("--json").stdout)
-        assert data["bundle"] == str(tmp_path / "out" / "b")
-        assert [g["role"] for g in data["graphs"]] == ["student", "decoder"]
-        assert all(e["relative"] <= 1e-4 for one in data["accuracy"].values() for e in one["errors"])
-
     def test_a_second_export(self, onnx: Run, replayed_trace: object) -> None:
         assert onnx().exit_code == 0
         assert "--force" in failure(onnx())
@@ -231,41 +208,6 @@ class TestOnnx:
         """The replayed graphs hold the other copy of the weights."""
         assert "differs from the PyTorch module" in failure(onnx("--weights", "model"), code=3)
         assert list((tmp_path / "out").iterdir()) == []
-
-    def test_random_weights_are_announced(self, tiny, monkeypatch, tmp_path: Path) -> None:
-        def replay(module, spec, recipe, path, opset, metadata, weights=None):  # type: ignore[no-untyped-def]
-            path.write_bytes((tiny.bundle / path.name).read_bytes())
-            return [path]
-
-        monkeypatch.setattr("ddexport.export.onnx_from_module", replay)
-        recipe = tmp_path / "tiny.yaml"
-        recipe.write_text(json.dumps(tiny.recipe.to_dict()))  # JSON is YAML
-        result = invoke("onnx", "--model", recipe, "--random-weights", tiny.seed, "-o", tmp_path / "b")
-        assert result.exit_code == 0
-        assert f"random weights, seed {tiny.seed}: the images mean nothing" in result.stdout
-
-
-class TestMistakes:
-    """Each ends in two lines, with the right exit code, and leaves nothing."""
-
-    @pytest.fixture(autouse=True)
-    def nothing_is_left(self, tmp_path: Path) -> object:
-        yield
-        assert not (tmp_path / "out" / "b").exists()
-        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
-
-    def test_damaged_checkpoints(self, onnx: Run, golden_dir: Path, tmp_path: Path) -> None:
-        """`families/test_checkpoint.py` has every way in which a file can be wrong."""
-        path = tmp_path / "cut.pth"
-        path.write_bytes((golden_dir / "student.pth").read_bytes()[:50_000])
-        text = failure(onnx(student=path))
-        assert "damaged or not a checkpoint (50,000 bytes)" in text and "download it again" in text
-
-    def test_a_place_that_is_taken(self, onnx: Run, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        assert "cannot write" in failure(onnx("-o", tmp_path / "file" / "b"))
-        assert "holds other files" in failure(onnx("-o", tmp_path, "--force"))
-        assert (tmp_path / "file").exists()
 
 
 # A shell's background jobs ignore Ctrl-C, and so do their children unless told otherwise.

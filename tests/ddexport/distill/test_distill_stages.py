@@ -16,10 +16,9 @@ from ddexport.distill.settings import PairSettings
 from ddexport.distill.student import student_loss
 from ddexport.distill.teacher import at_random, generate, log_probabilities
 from ddexport.distill.tokenizer import quiet_residuals, seed_codebook
-from ddexport.distill.trainers import llamagen_dd, trainer, var_dd
+from ddexport.distill.trainers import llamagen_dd, var_dd
 from ddexport.families._checkpoint import connect, random_part
 from ddexport.recipe import load_recipe
-from ddexport.runtime.errors import DDError
 
 
 class Model:
@@ -50,12 +49,6 @@ def model(request):
 
 def images(count: int = 6) -> torch.Tensor:
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-def test_a_trainer_is_found_by_its_family(model):
-    assert trainer(model.recipe.family) is model.trains
-    with pytest.raises(DDError):
-        trainer("pixel_cnn")
 
 
 def test_what_is_trained_is_what_is_used(model):
@@ -174,22 +167,6 @@ def test_pairs_are_the_map_of_their_noise_whatever_the_chunk(model, tmp_path):
     noise[:, 5:] = make_pairs(model.teacher, model.tokenizer, settings, Run(tmp_path, 6))["noise"][3:4, 5:]
     changed = mapped(noise)
     assert torch.equal(changed[:, :5], tokens[:, :5]) and not torch.equal(changed, tokens)
-
-
-def test_the_teachers_start(model):
-    """VAR's gates let a tenth through, LlamaGen's teacher is undecided."""
-    teacher = model.teacher
-    model.trains.initialise_teacher(teacher, torch.Generator().manual_seed(0))
-    if model.is_var:
-        width = model.recipe.model["width"]
-        for linear in teacher.conditioning.blocks:
-            assert (linear.bias[: 2 * width] == 0.1).all() and not linear.bias[2 * width :].any()
-        table = teacher.positions
-    else:
-        zeros = torch.zeros(2, model.length, dtype=torch.int64)
-        assert not teacher(zeros, torch.tensor([0, 1])).any()
-        table = teacher.blocks[0].attention.qkv.weight
-    assert table.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_the_student_starts_as_the_teacher(model):

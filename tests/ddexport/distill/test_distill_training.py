@@ -133,20 +133,14 @@ def test_install_copies_the_three_files_and_refuses_an_unfinished_run(finished, 
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "named"),
-    [
-        (["digits-var", "--stages", "techer"], 2, "techer"),
-        (["digits-var", "--quick", "--install"], 2, "--quick"),
-        (["digits-vra"], 1, "digits-var"),
-        (["digits-var", "--quick", "--out", "FILE/run"], 1, "FILE"),
-        (["digits-var", "--quick", "--stages", "pairs"], 1, "tokenizer"),
-    ],
+    ("words", "named"), [(["--out", "file/run"], "file"), (["--stages", "pairs"], "tokenizer")]
 )
-def test_wrong_options(tmp_path, words, code, named):
-    """The last one lacks the result of an earlier stage."""
-    (tmp_path / "FILE").write_text("")
-    result = run("--out", tmp_path / "out", *[str(tmp_path / w) if "FILE" in w else w for w in words])
-    assert result.exit_code == code and named in result.stderr
+def test_what_cannot_be_run(tmp_path, monkeypatch, words, named):
+    """The place cannot be written, or the result of an earlier stage is not there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    result = run("digits-var", "--quick", "--out", "out", *words)
+    assert result.exit_code == 1 and named in result.stderr
 
 
 class Line(nn.Module):
@@ -235,37 +229,21 @@ def test_the_compile_cache_is_private_and_the_environment_comes_back(monkeypatch
     [
         ("digits-var", "teacher", {"iteration": 5}, "iteration"),
         ("digits-var", "teacher", {"iterations": 1.5}, "teacher.iterations"),
-        ("digits-var", "teacher", {"drop_label": 1.1}, "teacher.drop_label"),
         ("digits-var", "tokenizer", {"rate": float("nan")}, "tokenizer.rate"),
         ("digits-var", "tokenizer", {"reseed": 0}, "tokenizer.reseed"),
-        ("digits-var", "pairs", {"guidance": -1}, "pairs.guidance"),
         ("digits-var", "student", {"timesteps": [0, 9]}, "student.timesteps"),
         ("digits-var", "student", {"timesteps": []}, "student.timesteps"),
         ("digits-llamagen", "student", {"timesteps": [0, 16]}, "student.timesteps"),
         ("digits-var", "studnet", {}, "studnet"),
         ("digits-var", "pairs", None, "pairs"),
-        ("var-d16", "pairs", None, "distill"),  # published weights cannot be trained
     ],
 )
 def test_a_mistake_in_the_settings_is_named(model, part, change, place):
     """A typing mistake is an error, not another experiment."""
     data = load_recipe(model).to_dict()
-    section = data.setdefault("distill", {}).pop(part, {})
+    section = data["distill"].pop(part, {})
     if change is not None:
         data["distill"][part] = section | change
     with pytest.raises(RecipeError) as caught:
         distill_settings(recipe_from_dict(data))
     assert place in caught.value.message
-
-
-@pytest.mark.parametrize("name", ["digits-var", "digits-llamagen"])
-def test_the_settings_that_ship_and_how_quick_shortens_them(name):
-    """Timesteps count AR steps: LlamaGen's are tokens, so its second is the recipe's `known`."""
-    recipe = load_recipe(name)
-    full = distill_settings(recipe)
-    known = recipe.schedules["2"].known[1]
-    assert full.student.timesteps == (0, 2 if name == "digits-var" else known)
-    short = quick(full)
-    loops = (short.tokenizer, short.teacher, short.student)
-    assert all(loop.iterations <= 5 for loop in loops) and short.pairs.count <= 100
-    assert short.student.timesteps == full.student.timesteps and short.pairs.guidance == full.pairs.guidance

@@ -53,18 +53,6 @@ def test_what_cannot_be_built_is_an_error(toy_bundle: Any, run: Any, rtx: Tensor
     assert code == 1 and "sm90" in err and "hint:" in err and "Traceback" not in err
 
 
-def test_slips_are_usage_errors(toy_bundle: Any, run: Any) -> None:
-    """Exit code 2, and the option is named. There is no int8 engine."""
-    folder = toy_bundle(precisions=("fp32",))
-    for words in (
-        ("--batch", "8,4,1"), ("--role", "teacher"), ("--precision", "fp8"), ("--precision", "int8"),
-        ("--precision", ""), ("--workspace", "much"),
-        ("--compute-capability", "ada"), ("--backend", "onnx"), ("--builder-optimization-level", "6"),
-    ):  # fmt: skip
-        code, _, err = run(folder, *words)
-        assert code == 2 and words[0] in err
-
-
 def test_no_package_is_an_error_with_a_remedy(
     toy_bundle: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

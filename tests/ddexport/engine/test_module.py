@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,9 +49,3 @@ def test_what_is_missing_is_named(has: Any, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "import_module", lambda name: package)
     with pytest.raises(ModuleError):
         load_tensorrt("tensorrt-rtx")
-
-
-def test_importing_the_command_imports_no_engine() -> None:
-    """--help works where no TensorRT is installed, and is fast."""
-    source = importlib.import_module("ddexport.commands.trt")
-    assert not {"onnx", "tensorrt", "tensorrt_rtx", "polygraphy", "filelock"} & set(vars(source))

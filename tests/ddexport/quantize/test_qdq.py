@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -100,15 +99,3 @@ def test_what_lies_past_the_range_is_clipped(weights: dict[str, np.ndarray], tmp
     (low, _), (least, _) = (run(model, np.full((1, 6), x, np.float32)) for x in (-9.0, RANGE[0]))
     np.testing.assert_array_equal(low, least)
     assert not np.array_equal(low, run(model, np.full((1, 6), 0.8 * RANGE[0], np.float32))[0])
-
-
-def test_the_graph_says_nothing_about_its_making(weights: dict[str, np.ndarray], tmp_path: Path) -> None:
-    """And logging stays as it was."""
-    before = logging.getLogger().level
-    model = quantised(saved(tmp_path / "g.onnx", weights, convolution=True))
-    assert logging.getLogger().level == before
-    assert model.producer_name == "pytorch"
-    assert {entry.key: entry.value for entry in model.metadata_props} == {"model": "toy", "precision": "fp32"}
-    assert {entry.domain for entry in model.opset_import} == {""}
-    assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
-    onnx.checker.check_model(model, full_check=True)
