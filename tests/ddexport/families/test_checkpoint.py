@@ -22,6 +22,7 @@ from torch import Tensor
 from ddexport.families._checkpoint import CheckpointError, copy_taken, load_part, random_part, save_part
 from ddexport.families._llamagen_blocks import rotary_table
 from ddexport.families._weight_file import fingerprint, read_weights
+from ddexport.recipe import embedded_weights, load_recipe
 from tests.goldens import BOTH, LLAMAGEN, VAR, Golden, close
 
 State = dict[str, Tensor]
@@ -185,6 +186,9 @@ class TestContent:
     def test_another_model_is_recognised(self, family: Golden, asked: str, given: str) -> None:
         path = family.files[given]
         refused(lambda: load_part(family.recipe(), asked, path), f"the {given} of {family.name}")
+        other = load_recipe("digits-llamagen")
+        file = embedded_weights(other.files["tokenizer"])
+        refused(lambda: load_part(family.recipe(), asked, file), f"the tokenizer of {other.name}")
 
     def test_what_can_be_computed_may_be_absent(self, load: Load, state: State) -> None:
         buffers = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
