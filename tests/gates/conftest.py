@@ -37,26 +37,30 @@ def planted(embedded_bundle: Callable[[str], Path], tmp_path: Path) -> Callable[
     return plant
 
 
-@pytest.fixture(scope="session", autouse=True)
+DRAWN: dict[str, Any] = {}
+LOADED: dict[tuple[str, str], Any] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
 def one_reference() -> Iterator[None]:
-    """What the PyTorch side draws depends on recipe and request alone: it is drawn once for all faults."""
-    draw, drawn = TorchReference.draw, {}
+    """In these modules what the PyTorch side draws depends on recipe and request alone: it is drawn once."""
+    draw = TorchReference.draw
 
     def draw_once(reference: Any, request: Any, advance: Any) -> Any:
         key = json.dumps([reference.recipe.to_dict(), request.labels.tolist(), request.seeds.tolist()])
-        if key not in drawn:
-            drawn[key] = draw(reference, request, advance)
-        return drawn[key]
+        if key not in DRAWN:
+            DRAWN[key] = draw(reference, request, advance)
+        return DRAWN[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchReference, "draw", draw_once)
         # The reference set of the digits too: it depends on the features alone.
-        load, loaded = fid_run.load, {}
+        load = fid_run.load
 
         def load_once(name: str, extractor: Any, recipe: Any) -> Any:
-            if (name, extractor.identity) not in loaded:
-                loaded[name, extractor.identity] = load(name, extractor, recipe)
-            return loaded[name, extractor.identity]
+            if (name, extractor.identity) not in LOADED:
+                LOADED[name, extractor.identity] = load(name, extractor, recipe)
+            return LOADED[name, extractor.identity]
 
         patch.setattr(fid_run, "load", load_once)
         yield
