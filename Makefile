@@ -58,10 +58,12 @@ test-all: $(VENV)/.dev $(PRECISE)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,notebook]"
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
 
+# mutmut names modules by their paths: it gets a copy in which everything lies under one name.
 mutants: $(VENV)/.dev
-	rm -rf mutants
-	$(BIN)/mutmut run --max-children 2
-	$(BIN)/mutmut results
+	rm -rf build/mutants && mkdir -p build/mutants
+	cp -r ddexport tests docs pyproject.toml build/mutants
+	cp -r runtime validate recipes build/mutants/ddexport
+	cd build/mutants && $(abspath $(BIN))/mutmut run --max-children 2 && $(abspath $(BIN))/mutmut results
 
 # Neither mypy nor import-linter follows __path__: they get a tree of links in which everything lies under one name.
 lint: $(VENV)/.dev
@@ -118,7 +120,7 @@ $(TIMED:%=%/bundle.json): build/%/bundle.json: $(VENV)/.export
 	env -u OMP_NUM_THREADS $(BIN)/ddexport onnx --model $* --random-weights 0 --teacher random --precision fp32,int8 -o build/$*
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis mutants
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(BUNDLES): build/%/bundle.json: runtime/bundle.py $(VENV)/.export $(wildcard recipes/digits-* recipes/weights/digits-*)
 	@echo "exporting $*, a minute or two ..."

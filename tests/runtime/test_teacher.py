@@ -260,6 +260,7 @@ def test_what_a_request_may_ask_for(teacher: Any) -> None:
             with pytest.raises(ScheduleError) as caught:
                 sampling_of(AFTER_TEACHER, teacher, {name: value})
             assert caught.value.message == f"{name} must be {rule}, but is {value}"
+            assert caught.value.hint == "Leave it out to take the bundle's own."
     with pytest.raises(TypeError) as unknown:
         sampling_of(AFTER_TEACHER, teacher, {"sead": None, "nose": 1})
     assert str(unknown.value) == "a pipeline takes no argument called nose, sead"
@@ -284,6 +285,8 @@ def test_uniform_numbers_that_are_others() -> None:
         with pytest.raises(NoiseError) as caught:
             module.check_uniforms(uniforms, 2, 3)
         assert caught.value.message == f"the uniform numbers {message}"
+        remedy = "Correct them" if "below 1" in message else "Give one for each image and position"
+        assert caught.value.hint == f"{remedy}, or leave them out."
 
 
 # Nearest codes and the codebook
