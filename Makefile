@@ -28,7 +28,7 @@ help:
 	@echo "make demo      set up, export the embedded models, draw digits in one step, compare them with PyTorch"
 	@echo "make test      set up and run the tests"
 	@echo "make test-all  the slow ones too: training, every opset, real sizes (an hour, 20 GiB)"
-	@echo "make mutants   mutation testing of the sampler, the noise and the teacher's draws (half an hour)"
+	@echo "make mutants   mutation testing of the sampler, the noise and the teacher's draws (six minutes)"
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make format    apply ruff's formatting and fixes"
 	@echo "make bundles   export the embedded models in every precision, for the tests and for parity"
