@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Nothing is compiled ahead: Python compiles what is imported, a tenth of what is installed, and a minute sooner.
+INSTALL := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
 # The embedded models, one of each family.
 MODELS  := digits-var digits-llamagen
 BUNDLES := $(MODELS:%=build/%/bundle.json)
@@ -55,7 +57,7 @@ test: $(VENV)/.dev $(PRECISE)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-all: $(VENV)/.dev $(PRECISE)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev,notebook]"
+	$(INSTALL) -e ".[dev,notebook]"
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
 
 # mutmut names modules by their paths: it gets a copy in which everything lies under one name.
@@ -135,9 +137,9 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.export: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[cpu,export,validate]"
+	$(INSTALL) -e ".[cpu,export,validate]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(INSTALL) -e ".[dev]"
 	@touch $@ $(VENV)/.export
