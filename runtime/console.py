@@ -21,7 +21,6 @@ from typing import Any, Generic, TypeVar, overload
 import click
 
 from ddexport.runtime.errors import DDError, UsageError, did_you_mean
-from ddexport.runtime.options import Argument
 
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader left, as in `ddexport models | head -1`
@@ -34,7 +33,6 @@ EXTRAS = {  # the extra of the project that brings a package
     "openvino": "openvino",
     "mlxtend": "distill",
 }
-NO_ARGUMENTS = getattr(click.exceptions, "NoArgsIsHelpError", ())  # click before 8.2 shows the help itself
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -92,17 +90,6 @@ class _ErrorHandling(click.Command):
             error.ctx = error.ctx or ctx
             raise
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The arguments with their help texts, then the options."""
-        rows = [(p.human_readable_name, p.help or "") for p in self.params if isinstance(p, Argument)]
-        if rows:
-            with formatter.section("Arguments"):
-                formatter.write_dl(rows)
-        super().format_options(ctx, formatter)
-
-    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Nothing more: click from 8.5 on would show them a second time."""
-
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -121,7 +108,7 @@ def _exit_code(run: Callable[[], Any]) -> int:
         click.echo("interrupted", err=True)
         return INTERRUPTED
     except click.UsageError as error:
-        if error.ctx is None or isinstance(error, NO_ARGUMENTS):
+        if error.ctx is None or isinstance(error, click.exceptions.NoArgsIsHelpError):
             error.show()
         else:
             show_error(

@@ -17,14 +17,6 @@ BUILD = Path("build")  # where `ddexport onnx` writes, and where a bundle is fou
 PATH, POSITIVE = click.Path(path_type=Path), click.IntRange(min=1)
 
 
-class Argument(click.Argument):
-    """An argument with a help text, which click itself has from 8.5 on."""
-
-    def __init__(self, *names: Any, help: str, **settings: Any) -> None:
-        super().__init__(*names, **settings)
-        self.help = help
-
-
 class Option(click.Option):
     """An option that shows its default in one way. show_default: words in its place, or False for none."""
 
@@ -51,24 +43,25 @@ option = partial(click.option, cls=Option)
 
 def bundles() -> list[Path]:
     """The bundles under build/ of the working directory, sorted."""
-    found = (path.parent for path in BUILD.glob("*/bundle.json"))
-    return sorted(path for path in found if not path.name.startswith("."))
+    directories = (path.parent for path in BUILD.glob("*/bundle.json"))
+    return sorted(path for path in directories if not path.name.startswith("."))
 
 
 def the_only_bundle() -> Path:
-    """What stands for a BUNDLE that was left out; it is named on stderr. Raises UsageError for several."""
-    found = bundles()
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found)
-        hint = f"Add one of these names to the command: {names}." if found else MAKE
-        how_many = f"{len(found)} bundles" if found else "no bundle"
+    """The bundle of a command without BUNDLE; stderr names it. Raises UsageError for none or several."""
+    built = bundles()
+    if len(built) != 1:
+        names = ", ".join(path.name for path in built)
+        hint = f"Add one of these names to the command: {names}." if built else MAKE
+        how_many = f"{len(built)} bundles" if built else "no bundle"
         raise UsageError(f"BUNDLE is missing, and there is no default: {BUILD}/ has {how_many}", hint)
-    click.echo(f"bundle: {found[0]}", err=True)
-    return found[0]
+    click.echo(f"bundle: {built[0]}", err=True)
+    return built[0]
 
 
 class _Bundle(click.Path):
-    """A bundle's path, else the name of one under build/, else a path that reading the bundle will fault."""
+    """The path of a bundle, or the name of one under build/. Raises BundleError for a name that is neither; a
+    longer path is taken as it is, for whoever reads the bundle to check."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = super().convert(value, param, ctx)
@@ -81,16 +74,17 @@ class _Bundle(click.Path):
             return path
         if named.is_dir():
             return named
-        guess = did_you_mean(path.name, [found.name for found in bundles()])
-        raise BundleError(f"there is no bundle {value}", f"{guess}{_what_there_is(bundles())}")
+        built = bundles()
+        guess = did_you_mean(path.name, [bundle.name for bundle in built])
+        raise BundleError(f"there is no bundle {value}", f"{guess}{_what_there_is(built)}")
 
 
 def _is_bundle(path: Path) -> bool:
     return (path / "bundle.json").is_file()
 
 
-def _what_there_is(found: list[Path]) -> str:
-    return f"Under {BUILD}/ there is: {', '.join(path.name for path in found)}." if found else MAKE
+def _what_there_is(built: list[Path]) -> str:
+    return f"Under {BUILD}/ there is: {', '.join(path.name for path in built)}." if built else MAKE
 
 
 def _or_the_only(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
@@ -172,7 +166,7 @@ def shared(
         for name in reversed(names):
             if name in ARGUMENTS:
                 settings = {**ARGUMENTS[name], **changes}
-                function = click.argument(settings.pop("name", name), cls=Argument, **settings)(function)
+                function = click.argument(settings.pop("name", name), **settings)(function)
             else:
                 settings = {**options[name], **changes}
                 function = option(*settings.pop("names", (f"--{name}",)), **settings)(function)
