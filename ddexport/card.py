@@ -51,8 +51,11 @@ def accuracy_rows(accuracy: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def model_card(recipe: Recipe, manifest: Manifest, accuracy: Mapping[str, Any]) -> str:
-    """Markdown: what the model is, where its weights are from, its use. accuracy: `read_accuracy`."""
+def model_card(recipe: Recipe, manifest: Manifest, accuracy: Mapping[str, Any], bundle: str = ".") -> str:
+    """Markdown: what the model is, where its weights are from, its use.
+
+    accuracy: `read_accuracy`. bundle: how a command is told where it is.
+    """
     *most, last = map(str, sorted(manifest.schedules))
     steps = f"{', '.join(most)} or {last}" if most else last
     lines = [
@@ -63,7 +66,7 @@ def model_card(recipe: Recipe, manifest: Manifest, accuracy: Mapping[str, Any]) 
         f" {manifest.tools['ddexport']}.",
         "",
         "```",
-        f"ddexport sample . --label 0 --steps {min(manifest.schedules)} -o out.png",
+        f"ddexport sample {bundle} --label 0 --steps {min(manifest.schedules)} -o out.png",
         "```",
         "",
         "## Weights",
@@ -84,8 +87,9 @@ def _weights(manifest: Manifest) -> list[str]:
     weights = manifest.weights
     if weights.kind == "random":
         return [f"**Random weights, seed {weights.seed}: the images mean nothing.** For tests alone."]
-    line = "- {0.role}: `{0.file}`, {0.bytes:,} bytes, SHA-256 `{0.sha256}`"
-    return [line.format(file) for file in weights.files]
+    line = "- {0.role}: `{0.file}`{1}, {0.bytes:,} bytes, SHA-256 `{0.sha256}`"
+    places = [f" of {file.repository} at {file.commit}" if file.repository else "" for file in weights.files]
+    return [line.format(file, place) for file, place in zip(weights.files, places, strict=True)]
 
 
 def _accuracy(manifest: Manifest, accuracy: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ import click
 from ddexport.runtime import console
 
 # In the order in which a user meets them; commands of other packages follow.
-ORDER = ("models", "onnx", "trt", "inspect", "sample", "doctor", "validate", "distill")
+ORDER = ("models", "onnx", "trt", "inspect", "sample", "doctor", "validate", "distill", "push")
 
 
 class EntryPointGroup(console.Group):
@@ -35,7 +35,8 @@ Examples:
   ddexport onnx digits-var
   ddexport sample digits-var -n 4 -o digits.png
   ddexport validate parity digits-var
-  ddexport onnx var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
+  ddexport onnx --model var-d16
+  ddexport sample hf://USER/NAME --steps 1
 """
 
 
@@ -44,7 +45,7 @@ Examples:
 def main() -> None:
     """Export and run Distilled Decoding models: auto-regressive image models, distilled to one or two steps.
 
-    MODEL is a recipe, a YAML file that describes a model: give its name in `ddexport models`, or the file.
-    BUNDLE is a directory with the ONNX graphs of a model, which `ddexport onnx` writes: give its path, or its
-    name under build/.
+    MODEL is a recipe, a YAML file that describes a model: give its name in `ddexport models`, the file, or a
+    directory or hf://USER/NAME with a recipe.yaml and weights. BUNDLE is a directory with the ONNX graphs of
+    a model, which `ddexport onnx` writes: give its path, its name under build/, or hf://USER/NAME.
     """

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import msgspec
+from msgspec import structs
 
+from ddexport.hub.files import SCHEME, HubFile, fetch, parse
 from ddexport.runtime.bundle import Schedule, SequenceSize, schedule_fault
 from ddexport.runtime.errors import DDError, did_you_mean
 from ddexport.runtime.records import Natural, Positive, Record, convert
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     from ddexport.runtime.bundle import Manifest
 
 SCHEMA = 1
-ROLES = ("student", "tokenizer", "teacher")
+FILE_OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", "teacher": "--teacher"}
+ROLES = tuple(FILE_OPTIONS)
+FILE_NAME = "recipe.yaml"  # of a model of a user's own, in its directory or repository
+WHAT_IS_A_MODEL = "a recipe file (YAML), or a directory or hf://USER/NAME with a recipe.yaml and weights"
 HINT = "Correct it; the recipes in recipes/ are examples."
 
 Limit = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
@@ -53,13 +58,15 @@ class Sampling(Record, frozen=True):
 class Source(Record, frozen=True):
     """Where the weights of one part come from: a published file, or one that ships with the project.
 
-    `option` is the command-line option that takes the file; `repo`, `path` its place on the Hugging Face Hub.
+    `option` is the command-line option that takes the file; `repo`, `path` and `revision` its place on the
+    Hugging Face Hub. A `file` that lies beside the recipe is taken from there.
     """
 
     option: str = ""
     file: str = ""
     repo: str = ""
     path: str = ""
+    revision: str = ""
     embedded: str = ""
 
 
@@ -130,7 +137,8 @@ class Parity(Record, frozen=True):
 class Recipe(Record, frozen=True):
     """One model. `model`, `tokenizer` and `distill` belong to the family and the trainer, who check them.
 
-    `parameters` counts the learned numbers of each part, for lists that must not import torch.
+    labels: the names of the classes, or the list in recipes/labels/ that has them. parameters: counts the
+    learned numbers of each part, for lists that must not import torch.
     """
 
     schema: int
@@ -140,7 +148,7 @@ class Recipe(Record, frozen=True):
     image: Image
     sequence: SequenceSize
     classes: Positive
-    labels: str
+    labels: str | list[str]
     schedules: dict[str, Schedule]
     model: dict[str, Size]
     tokenizer: dict[str, Size]
@@ -170,8 +178,8 @@ class Recipe(Record, frozen=True):
             source = self.files.get(role)
             if role not in ROLES:
                 raise ValueError(f"files.{role} is not one of {', '.join(ROLES)}")
-            if source is None or not (source.embedded or (source.option and source.file)):
-                raise ValueError(f"files.{role} must say where its weights are: option and file, or embedded")
+            if source is None or not (source.embedded or source.file):
+                raise ValueError(f"files.{role} must say where its weights are: file, or embedded")
 
     @property
     def embedded(self) -> bool:
@@ -190,35 +198,71 @@ def recipe_names() -> list[str]:
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_recipe(name: str) -> Recipe:
-    """The recipe called `name`, in any case, or the one in that YAML file. Raises `RecipeError`."""
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
+def load_recipe(name: str, cache: Path | None = None, revision: str | None = None) -> Recipe:
+    """The recipe called `name`, in any case; that YAML file, the recipe.yaml in that directory, or the one at
+    hf://USER/NAME[@REVISION], which is fetched into `cache`. Raises `RecipeError`, HubError.
+    """
+    names, path = recipe_names(), recipe_file(name)
+    if name.startswith(SCHEME):
+        place = parse(name)
+        [file] = fetch([HubFile(place.repository, FILE_NAME, place.revision or revision)], cache)
+        return _in_repository(_parse(file.path.read_bytes(), name), file.repository, file.commit)
+    if path is not None:
         if not path.is_file():
-            raise RecipeError(
-                f"no recipe file at {name}", "give a path to a YAML file, or a name of `ddexport models`"
-            )
-        return _parse(path.read_bytes(), name)
-    names, wanted = recipe_names(), name.lower()
-    if wanted not in names:
-        hint = f"{did_you_mean(name, names)}There is: {', '.join(names)}; or give a recipe file (YAML)."
+            hint = "give a path to a recipe file, or a name of `ddexport models`"
+            raise RecipeError(f"no recipe file at {path}", hint)
+        return _parse(path.read_bytes(), str(path))
+    if name.lower() not in names:
+        hint = f"{did_you_mean(name, names)}There is: {', '.join(names)}; or give {WHAT_IS_A_MODEL}."
         raise RecipeError(f"there is no model called {name}", hint)
-    return _parse((resources.files("ddexport.recipes") / f"{wanted}.yaml").read_bytes(), f"{wanted}.yaml")
+    name = f"{name.lower()}.yaml"
+    return _parse((resources.files("ddexport.recipes") / name).read_bytes(), name)
+
+
+def recipe_file(name: str) -> Path | None:
+    """The path of a recipe that is not one of those that ship: a YAML file, or in a directory."""
+    if name.lower().endswith((".yaml", ".yml")):
+        return Path(name)
+    is_own = name.lower() not in recipe_names() and Path(name).is_dir()
+    return Path(name) / FILE_NAME if is_own else None
+
+
+def weights_beside(recipe: Recipe, name: str) -> dict[str, Path]:
+    """The files of the recipe at `name` that lie beside it, by role."""
+    if (path := recipe_file(name)) is None:
+        return {}
+    beside = {role: path.parent / source.file for role, source in recipe.files.items() if source.file}
+    return {role: file for role, file in beside.items() if file.exists()}
+
+
+def _in_repository(recipe: Recipe, repository: str, commit: str) -> Recipe:
+    """Weights that the recipe does not place elsewhere lie where the recipe does."""
+    here = {"repo": repository, "revision": commit}
+    files = {
+        role: source if source.embedded or source.repo
+        else structs.replace(source, path=source.path or source.file, **here)
+        for role, source in recipe.files.items()
+    }  # fmt: skip
+    return structs.replace(recipe, files=files)
 
 
 def class_names(recipe: Recipe) -> dict[str, Any]:
     """The label list of the recipe as stored: {"names": [...], "aliases": {...}}. Raises `RecipeError`."""
+    if isinstance(recipe.labels, list):
+        return _checked_names(recipe, {"names": recipe.labels, "aliases": {}})
     entry = resources.files("ddexport.recipes") / "labels" / f"{recipe.labels}.json"
     if not entry.is_file():
         raise RecipeError(
             f"recipe {recipe.name}: there is no label list {recipe.labels}", "see recipes/labels/"
         )
-    data: dict[str, Any] = json.loads(entry.read_text(encoding="utf-8"))
+    return _checked_names(recipe, json.loads(entry.read_text(encoding="utf-8")))
+
+
+def _checked_names(recipe: Recipe, data: dict[str, Any]) -> dict[str, Any]:
     if len(data["names"]) != recipe.classes:
         raise RecipeError(
-            f"recipe {recipe.name}: the label list {recipe.labels} has {len(data['names'])} names,"
-            f" the model {recipe.classes} classes",
-            "name another list under `labels`",
+            f"recipe {recipe.name}: labels has {len(data['names'])} names for {recipe.classes} classes",
+            "give one name for each class, or another list of recipes/labels/",
         )
     return data
 

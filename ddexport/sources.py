@@ -1,4 +1,4 @@
-"""Which weights a bundle is made of: files, those that ship with the project, or random ones."""
+"""Which weights a bundle is made of: files, those that ship with the project, fetched or random ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import nn
 
 from ddexport.families._checkpoint import connect, copy_taken, load_part, random_part
 from ddexport.families._weight_file import fingerprint
-from ddexport.recipe import Recipe, RecipeError, Source, embedded_weights
+from ddexport.hub.files import Fetched, HubFile, fetch, licence_remark
+from ddexport.recipe import FILE_OPTIONS, Recipe, RecipeError, embedded_weights
 from ddexport.runtime.bundle import TEACHER, Weights
 from ddexport.runtime.bundle import Source as WeightFile
 from ddexport.runtime.errors import DDError
@@ -28,16 +29,20 @@ class WeightRequest:
 
     Attributes:
         files: a file for each role; roles left out take the weights that ship with the project, if there are
-            any.
+            any, else those at the recipe's place on the Hugging Face Hub.
         weights: which state dict to take of a file that holds several, as for `load_part`.
         random_seed: random weights with this seed in place of all files.
         teacher: whether the teacher is wanted. None: where its weights are given or ship with the project.
+        revision: of the student's repository, in place of the recipe's.
+        cache: the directory of fetched files, None for huggingface_hub's.
     """
 
     files: Mapping[str, Path]
     weights: str | None = None
     random_seed: int | None = None
     teacher: bool | None = None
+    revision: str | None = None
+    cache: Path | None = None
 
 
 def roles_of(recipe: Recipe, request: WeightRequest) -> tuple[str, ...]:
@@ -58,37 +63,50 @@ def roles_of(recipe: Recipe, request: WeightRequest) -> tuple[str, ...]:
     return (*ALWAYS, TEACHER)
 
 
-def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, Path]:
-    """The file of each role, none for random weights.
+def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, Path | Fetched]:
+    """The file of each role, none for random weights; what was not given is fetched.
 
     Raises:
-        MissingWeightsError: names file, Hub repository and option of all that are missing.
+        MissingWeightsError: names file and option of all that were not given and are nowhere on the Hub.
+        HubError: a file cannot be fetched.
         RecipeError: a teacher is wanted that the recipe does not have.
     """
     roles = roles_of(recipe, request)
     if request.random_seed is not None:
         return {}
-    paths: dict[str, Path] = {}
-    missing: list[Source] = []
+    sources: dict[str, Path | Fetched] = {}
+    published: dict[str, HubFile] = {}
+    missing: dict[str, str] = {}
+    repository = recipe.files["student"].repo
     for role in roles:
         source = recipe.files[role]
         if role in request.files:
-            paths[role] = request.files[role]
+            sources[role] = request.files[role]
         elif source.embedded:
-            paths[role] = embedded_weights(source)
+            sources[role] = embedded_weights(source)
+        elif source.repo:
+            revision = (request.revision if source.repo == repository else None) or source.revision or None
+            published[role] = HubFile(source.repo, source.path or source.file, revision)
         else:
-            missing.append(source)
+            missing[source.option or FILE_OPTIONS[role]] = source.file
     if missing:
         raise MissingWeightsError(
-            f"{recipe.name} needs " + " and ".join(f"{s.file}{_published_at(s)}" for s in missing),
-            f"download and give {' '.join(f'{s.option} {s.file}' for s in missing)};"
+            f"{recipe.name} needs {' and '.join(missing.values())}",
+            f"give {' '.join(f'{option} {file}' for option, file in missing.items())};"
             " or try the export without them: --random-weights 0",
         )
-    return paths
+    if published:
+        files = fetch([*published.values()], request.cache, licence_remark(recipe.licence))
+        sources |= dict(zip(published, files, strict=True))
+    return sources
+
+
+def _path(source: Path | Fetched) -> Path:
+    return source.path if isinstance(source, Fetched) else source
 
 
 def load_parts(
-    recipe: Recipe, request: WeightRequest, sources: Mapping[str, Path] | None = None
+    recipe: Recipe, request: WeightRequest, sources: Mapping[str, Path | Fetched] | None = None
 ) -> dict[str, nn.Module]:
     """Student, tokenizer and the teacher if it is wanted, connected, as torch modules.
 
@@ -102,25 +120,23 @@ def load_parts(
         parts = {role: random_part(recipe, role, request.random_seed) for role in roles}
     else:
         sources = sources or sources_of(recipe, request)
-        parts = {role: load_part(recipe, role, sources[role], request.weights) for role in roles}
+        parts = {role: load_part(recipe, role, _path(sources[role]), request.weights) for role in roles}
     connect(parts["student"], parts["tokenizer"])
     return parts
 
 
-def provenance(recipe: Recipe, request: WeightRequest, sources: Mapping[str, Path]) -> Weights:
-    """What the manifest says of the weights: the hash of every file, or the seed."""
+def provenance(recipe: Recipe, request: WeightRequest, sources: Mapping[str, Path | Fetched]) -> Weights:
+    """What the manifest says of the weights: the hash of every file and where it is from, or the seed."""
     if request.random_seed is not None:
         return Weights(kind="random", seed=request.random_seed)
     embedded = recipe.embedded and not request.files
     files = []
-    for role, path in sources.items():
+    for role, source in sources.items():
+        path = _path(source)
+        origin: dict[str, str] = {"file": path.absolute().name}
+        if isinstance(source, Fetched):
+            origin = {"file": source.file, "repository": source.repository, "commit": source.commit}
         sha256, size = fingerprint(path)
         copy = copy_taken(recipe, role, path, request.weights)
-        files.append(
-            WeightFile(role=role, file=path.absolute().name, sha256=sha256, bytes=size, weights=copy)
-        )
+        files.append(WeightFile(role=role, sha256=sha256, bytes=size, weights=copy, **origin))
     return Weights(kind="embedded" if embedded else "checkpoint", files=tuple(files))
-
-
-def _published_at(source: Source) -> str:
-    return f" (from {source.repo} on the Hugging Face Hub, {source.path})" if source.repo else ""

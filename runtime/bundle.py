@@ -141,13 +141,18 @@ class Graph(Record, frozen=True, kw_only=True):
 
 
 class Source(Record, frozen=True, kw_only=True):
-    """A checkpoint file that a part was made from; `weights` names the copy in it, such as `ema`."""
+    """A checkpoint file that a part was made from; `weights` names the copy in it, such as `ema`.
+
+    repository, commit: of a file that was fetched from the Hugging Face Hub; `file` is its path there.
+    """
 
     role: str
     file: str
     sha256: str
     bytes: Natural
     weights: str | None = None
+    repository: str | None = None
+    commit: str | None = None
 
 
 class Weights(Record, frozen=True, kw_only=True):
@@ -356,16 +361,21 @@ def read_manifest(directory: str | Path, verify: bool = True) -> Manifest:
             f"not a bundle: {root} {what}",
             "Make one with `ddexport onnx MODEL`; `ddexport models` lists the models.",
         )
-    content = read_json(path)
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if isinstance(schema, int) and schema != SCHEMA:
-        again = f"Export it again: ddexport onnx MODEL -o {root} --force"
-        remedy = "Upgrade: pip install --upgrade ddexport" if schema > SCHEMA else again
-        raise BundleError(f"the bundle has schema {schema}, and this runtime reads {SCHEMA}", remedy)
-    manifest = convert(Manifest, content, FILE_NAME, hint=DAMAGED)
+    manifest = manifest_from(path)
     for info in manifest.files():
         _check_file(root, info, verify)
     return manifest
+
+
+def manifest_from(path: Path) -> Manifest:
+    """The manifest in a bundle.json, of whose files none is looked at. Raises BundleError."""
+    content = read_json(path)
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if isinstance(schema, int) and schema != SCHEMA:
+        again = f"Export it again: ddexport onnx MODEL -o {path.parent} --force"
+        remedy = "Upgrade: pip install --upgrade ddexport" if schema > SCHEMA else again
+        raise BundleError(f"the bundle has schema {schema}, and this runtime reads {SCHEMA}", remedy)
+    return convert(Manifest, content, FILE_NAME, hint=DAMAGED)
 
 
 def resolve(root: Path, file: str) -> Path:

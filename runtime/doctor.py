@@ -146,7 +146,8 @@ Examples:
 
 
 @click.command(name="doctor", cls=console.Command, epilog=EPILOG)
-@shared("bundle", callback=None, help=f"{BUNDLE}  [default: none; with --check the only one there]")
+@shared("bundle", whole=True, callback=None,
+        help=f"{BUNDLE}  [default: none; with --check the only one there]")  # fmt: skip
 @option("--check", "checked", is_flag=True,
         help="Generate the images in parity/golden.npz of the bundle, and compare them with those of the"
         " PyTorch model.")  # fmt: skip

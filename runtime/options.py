@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
 from ddexport.runtime.errors import BundleError, UsageError, did_you_mean
+from ddexport.runtime.schemes import SEPARATOR, local_bundle
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -61,9 +62,11 @@ def the_only_bundle() -> Path:
 
 class _Bundle(click.Path):
     """The path of a bundle, or the name of one under build/. Raises BundleError for a name that is neither; a
-    longer path is taken as it is, for whoever reads the bundle to check."""
+    longer path is taken as it is, for whoever reads the bundle to check, and so is an address."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if SEPARATOR in str(value):
+            return str(value)
         path = super().convert(value, param, ctx)
         assert isinstance(path, Path)
         named = BUILD / path.name
@@ -93,13 +96,35 @@ def _or_the_only(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     return (the_only_bundle(),) if param.nargs == -1 else the_only_bundle()
 
 
+def _fetching(function: F, argument: str, whole: bool) -> F:
+    """`function` with the directories of bundles in place of their addresses.
+
+    Of a bundle elsewhere a command needs the graphs that its --precision and --steps name, else all.
+    """
+
+    @wraps(function)
+    def call(**values: Any) -> Any:
+        def named(*options: str) -> Any:
+            value = next((values[name] for name in options if name in values), ())
+            return value if isinstance(value, tuple) else (value,)
+
+        precisions, steps = ((), ()) if whole else (named("precisions", "precision"), named("steps"))
+        asked = partial(local_bundle, precisions=precisions, steps=steps)
+        value = values[argument]
+        values[argument] = tuple(map(asked, value)) if isinstance(value, tuple) else value and asked(value)
+        return function(**values)
+
+    return cast(F, call)
+
+
 MAKE = "Make one with `ddexport onnx MODEL`; `ddexport models` lists the models."
-BUNDLE = f"A bundle directory, or the name of one under {BUILD}/."
+BUNDLE = f"A bundle directory, the name of one under {BUILD}/, or hf://USER/NAME[@REVISION]."
 # fmt: off
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "bundle": {"type": _Bundle(path_type=Path), "required": False, "callback": _or_the_only,
                "help": f"{BUNDLE}  [default: the only one there]"},
-    "model": {"help": "A recipe: its name in `ddexport models`, or a recipe file (YAML)."},
+    "model": {"help": "A recipe: its name in `ddexport models`, a recipe file (YAML), or a directory or"
+              " hf://USER/NAME with a recipe.yaml and weights."},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "backend": {"metavar": "NAME", "default": "auto",
@@ -159,14 +184,19 @@ def shared(
 ) -> Callable[[F], F]:
     """Decorator: adds the arguments and options of these names in this order.
 
-    options: the settings of each, with its spellings as `names`. changes: settings that are different here.
+    options: the settings of each, with its spellings as `names`. changes: settings that are different here;
+    whole: whether a bundle elsewhere is fetched whole, whatever the precision.
     """
+    whole = changes.pop("whole", False)
 
     def add(function: F) -> F:
         for name in reversed(names):
             if name in ARGUMENTS:
                 settings = {**ARGUMENTS[name], **changes}
-                function = click.argument(settings.pop("name", name), **settings)(function)
+                argument = settings.pop("name", name)
+                if name == "bundle":
+                    function = _fetching(function, argument, whole)
+                function = click.argument(argument, **settings)(function)
             else:
                 settings = {**options[name], **changes}
                 function = option(*settings.pop("names", (f"--{name}",)), **settings)(function)

@@ -23,6 +23,7 @@ from ddexport.runtime.labels import Label, Labels, read_labels
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 from ddexport.runtime.result import Result, joined
 from ddexport.runtime.sampler import sample
+from ddexport.runtime.schemes import local_bundle
 from ddexport.runtime.teacher import (
     Arrays,
     Sampling,
@@ -309,7 +310,8 @@ def load(
     steps: int | str | None = None,
     device: str | None = None,
 ) -> Pipeline:
-    """Opens a bundle directory.
+    """Opens a bundle: a directory, or an address such as hf://USER/NAME, from which the graphs of this
+    precision and of these steps are fetched; of all steps if none are named.
 
     backend: the name of a file in runtime/backends, or "auto": a TensorRT engine that fits this machine, then
     ONNX Runtime on CUDA, then the CPU engine that `ddexport bench --save` found fastest, then ONNX Runtime on
@@ -319,7 +321,7 @@ def load(
     steps are opened now, others when they are first run.
     Raises BundleError, BackendError, ScheduleError.
     """
-    root = Path(path)
+    root = local_bundle(path, (precision,), () if steps is None else (steps,))
     if threads is not None and threads < 1:
         raise BackendError(f"the number of threads must be at least 1, but is {threads}")
     manifest = read_manifest(root, verify)

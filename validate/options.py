@@ -39,7 +39,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # fmt: on
 KINDS = {"parity": "parity", "fid": "image quality"}  # of reports
-FILE_OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", "teacher": "--teacher"}  # by role
 shared = partial(options.shared, options=OPTIONS)
 
 

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from msgspec.structs import asdict, replace
 
-from ddexport.recipe import FidGate, FidLimits
+from ddexport.recipe import FILE_OPTIONS, FidGate, FidLimits
 from ddexport.runtime import console
 from ddexport.runtime.bundle import FILE_NAME, TEACHER, Manifest, read_manifest, resolve, sha256_of
 from ddexport.runtime.errors import DDError, VerificationError
 from ddexport.runtime.options import PATH, option
 from ddexport.runtime.records import convert, read_json
 from ddexport.validate.limits import limits_of
-from ddexport.validate.options import FILE_OPTIONS, KINDS, shared
+from ddexport.validate.options import KINDS, shared
 
 if TYPE_CHECKING:
     from ddexport.runtime.backends._saved import Time
@@ -349,7 +349,7 @@ def _command(bundle: Path, manifest: Manifest, kind: str, precision: str) -> str
     """The command that makes a report."""
     words = ["ddexport", "validate", kind, str(bundle)]
     for source in manifest.weights.files if manifest.weights.kind == "checkpoint" else ():
-        if source.role in FILE_OPTIONS and (kind, source.role) != ("fid", TEACHER):
+        if source.role in FILE_OPTIONS and not source.repository and (kind, source.role) != ("fid", TEACHER):
             words += [FILE_OPTIONS[source.role], source.file]
     words += ["--precision", precision] if precision != manifest.precisions[0] else []
     return shlex.join(words)

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import structs
 
+from ddexport.recipe import FILE_OPTIONS
 from ddexport.runtime.bundle import Manifest, Source
 from ddexport.runtime.errors import DDError
 from ddexport.validate.devices import torch_device
 from ddexport.validate.metrics._base import Drawn, FloatArray, IntArray
-from ddexport.validate.options import FILE_OPTIONS
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
@@ -162,11 +162,12 @@ def build_reference(
 ) -> TorchReference:
     """Rebuilds what the bundle was exported from, by the recipe in its manifest.
 
-    files: the published files of a bundle of kind `checkpoint`, by role. weights:
+    files: the published files of a bundle of kind `checkpoint`, by role; those that the export fetched may be
+    left out. weights:
     the name of a state dict in them; by default the one that the bundle was made from. threads: of torch, for
     the whole process. teacher: whether the bundle's, if it has one, is wanted too. Raises ReferenceFilesError
-    for a file that is missing, not wanted, or has another SHA-256 than the manifest's, and DDError for a
-    recipe or a file that cannot be read.
+    for a file that is missing, not wanted, or has another SHA-256 than the manifest's, HubError for one that
+    cannot be fetched again, and DDError for a recipe or a file that cannot be read.
     """
     import torch
 
@@ -238,6 +239,11 @@ def _file_of(
     if manifest.weights.kind == "embedded" or (source and name == part.embedded and not file):
         path = Path(embedded_weights(part))
         what, hint = f"the embedded weights {path.name} are", "they have changed: export the bundle again"
+    elif file is None and source and source.repository:
+        from ddexport.hub.files import HubFile, fetch
+
+        path = fetch([HubFile(source.repository, source.file, source.commit)])[0].path
+        what, hint = f"{source.file} of {source.repository} is", "export the bundle again"
     elif file is None:
         digest = f" (sha256 {_short(source.sha256)})" if source else ""
         raise ReferenceFilesError(

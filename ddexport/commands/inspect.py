@@ -54,7 +54,9 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
         click.echo(f"  weights    random, seed {weights.seed}: the images mean nothing")
     for file in weights.files:
         copy = f", {file.weights}" if file.weights else ""
-        click.echo(f"  weights    {file.role}: {file.file} ({weights.kind}{copy}), sha256 {file.sha256[:16]}")
+        origin = f" of {file.repository} at {str(file.commit)[:7]}" if file.repository else ""
+        kind = f"{weights.kind}{copy}"
+        click.echo(f"  weights    {file.role}: {file.file}{origin} ({kind}), sha256 {file.sha256[:16]}")
     for graph in manifest.graphs:
         size = sum(file.bytes for file in graph.files) / 2**20
         what = f"{graph.role}, split {graph.split}" if graph.split else graph.role

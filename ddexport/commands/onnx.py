@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -19,27 +20,36 @@ Examples:
   ddexport onnx digits-var --precision fp32,fp16,bf16 -o build/digits-half
   ddexport onnx digits-var --precision fp32,int8 -o build/digits-int8
   ddexport onnx digits-var --precision fp16 --keep-fp32 'blocks.3.*' -o build/digits-mixed
-  ddexport onnx var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
-  ddexport onnx var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth \\
-      --teacher var_d16.pth -o build/var-d16-teacher
+  ddexport onnx --model var-d16
+  ddexport onnx --model var-d16 --teacher hub -o build/var-d16-teacher
+  ddexport onnx --model var-d16 --checkpoint my-var-d16.pth --vae vae_ch160v4096z32.pth
+  ddexport onnx --model ./my-model
   ddexport onnx var-d16 --random-weights 0 --teacher random -o build/var-d16-random
 """
 
 EMBEDDED = "the weights that ship with ddexport, if any"
+PUBLISHED = "the weights that ship with ddexport, else those on the Hugging Face Hub"
 
 
 @click.command("onnx", cls=console.Command, epilog=EPILOG)
 @shared("model", required=False)
 @option("--model", "named", metavar="MODEL", help="The same as the argument MODEL.")
-@option("--checkpoint", type=PATH, metavar="PATH", show_default=EMBEDDED,
+@option("--checkpoint", type=PATH, metavar="PATH", show_default=PUBLISHED,
         help="Weights of the student: a torch or safetensors file, or the index file or the directory of a"
         " sharded checkpoint.")  # fmt: skip
-@option("--vae", type=PATH, metavar="PATH", show_default=EMBEDDED,
+@option("--vae", type=PATH, metavar="PATH", show_default=PUBLISHED,
         help="Weights of the tokenizer (VQ-VAE), whose decoder makes the images, in the same"
         " formats.")  # fmt: skip
-@option("--teacher", metavar="PATH|random|none", show_default=EMBEDDED,
-        help="Weights of the teacher, the auto-regressive model that some schedules need. random: random"
-        " weights, with --random-weights. none: no teacher.")  # fmt: skip
+@option("--teacher", metavar="PATH|hub|random|none", show_default=EMBEDDED,
+        help="Weights of the teacher, the auto-regressive model that some schedules need. hub: those on the"
+        " Hugging Face Hub. random: random weights, with --random-weights. none: no teacher.")  # fmt: skip
+@option("--revision", metavar="NAME", show_default="main",
+        help="Branch, tag or commit of the Hub repository of the student.")  # fmt: skip
+@option("--cache-dir", type=PATH, metavar="DIR", show_default="HF_HUB_CACHE, or that of huggingface_hub",
+        help="Directory that keeps the files that were fetched from the Hub.")  # fmt: skip
+@option(
+    "--offline", is_flag=True, help="Take fetched files from that directory alone, as with HF_HUB_OFFLINE=1."
+)
 @option("--weights", metavar="NAME", show_default="the EMA weights, if there are any",
         help="State dict to load from a checkpoint that has several, such as trainer.ema_parameters. The last"
         " part of the name is enough.")  # fmt: skip
@@ -66,6 +76,9 @@ def command(
     checkpoint: Path | None,
     vae: Path | None,
     teacher: str | None,
+    revision: str | None,
+    cache_dir: Path | None,
+    offline: bool,
     weights: str | None,
     random_weights: int | None,
     output: Path | None,
@@ -84,6 +97,9 @@ def command(
     ONNX Runtime, fp16 and bf16 graphs with every rounding emulated. If an error exceeds the limit in the
     recipe, the command ends with exit code 3 and writes nothing.
 
+    Weights that are not given and do not ship with ddexport are fetched from the Hugging Face Hub. HF_HOME,
+    HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are obeyed.
+
     The teacher has no int8 graph. With --precision int8 also name fp32, or give --teacher none.
     """
     if model and named and model != named:
@@ -101,21 +117,26 @@ def command(
             "--random-weights cannot be used with files of weights: give one or the other."
         )
     _require_export_extra()
-    from ddexport.recipe import load_recipe
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # which huggingface_hub reads when it is imported
+    from ddexport.recipe import load_recipe, weights_beside
     from ddexport.runtime.bundle import FILE_NAME
     from ddexport.staging import check_target
 
-    recipe = load_recipe(model)
+    recipe = load_recipe(model, cache_dir, revision)
+    if random_weights is None:
+        files = {**weights_beside(recipe, model), **files}
     target = output or Path("build") / recipe.name
     check_target(target, force, FILE_NAME)  # before torch is imported
     from ddexport.card import accuracy_lines, read_accuracy
     from ddexport.export import export_bundle
     from ddexport.sources import WeightRequest
 
+    wanted = None if teacher is None else teacher != "none"
     exported = export_bundle(
         recipe,
         target,
-        WeightRequest(files, weights, random_weights, None if teacher is None else teacher != "none"),
+        WeightRequest(files, weights, random_weights, wanted, revision, cache_dir),
         precisions=precisions,
         keep_fp32=keep_fp32,
         opset=opset,
@@ -141,7 +162,9 @@ def command(
 def _teacher_file(teacher: str | None, random_weights: int | None) -> Path | None:
     if teacher == "random" and random_weights is None:
         raise click.UsageError("--teacher random needs --random-weights SEED.")
-    return None if teacher in (None, "random", "none") else Path(str(teacher))
+    if teacher == "hub" and random_weights is not None:
+        raise click.UsageError("--teacher hub cannot be used with --random-weights: give --teacher random.")
+    return None if teacher in (None, "hub", "random", "none") else Path(str(teacher))
 
 
 def _require_export_extra() -> None:
@@ -149,7 +172,7 @@ def _require_export_extra() -> None:
 
     from ddexport.runtime.errors import DDError
 
-    needed = ("torch", "onnx", "onnxscript", "safetensors", "yaml")
+    needed = ("torch", "onnx", "onnxscript", "safetensors", "yaml", "huggingface_hub")
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise DDError(f"exporting needs {', '.join(missing)}", 'pip install "ddexport[export]"')

