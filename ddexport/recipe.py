@@ -59,7 +59,7 @@ class Source(Record, frozen=True):
     """Where the weights of one part come from: a published file, or one that ships with the project.
 
     `option` is the command-line option that takes the file; `repo`, `path` and `revision` its place on the
-    Hugging Face Hub. A `file` that lies beside the recipe is taken from there.
+    Hugging Face Hub. A `file` that lies in the model's directory is taken from there.
     """
 
     option: str = ""
@@ -202,9 +202,11 @@ def load_recipe(name: str, cache: Path | None = None, revision: str | None = Non
     """The recipe called `name`, in any case; that YAML file, the recipe.yaml in that directory, or the one at
     hf://USER/NAME[@REVISION], which is fetched into `cache`. Raises `RecipeError`, HubError.
     """
-    names, path = recipe_names(), recipe_file(name)
+    names, path = recipe_names(), _recipe_file(name)
     if name.startswith(SCHEME):
         place = parse(name)
+        if place.revision and revision:
+            raise RecipeError(f"{name} names a revision, and so does --revision", "give one of them")
         [file] = fetch([HubFile(place.repository, FILE_NAME, place.revision or revision)], cache)
         return _in_repository(_parse(file.path.read_bytes(), name), file.repository, file.commit)
     if path is not None:
@@ -219,20 +221,22 @@ def load_recipe(name: str, cache: Path | None = None, revision: str | None = Non
     return _parse((resources.files("ddexport.recipes") / name).read_bytes(), name)
 
 
-def recipe_file(name: str) -> Path | None:
-    """The path of a recipe that is not one of those that ship: a YAML file, or in a directory."""
+def _recipe_file(name: str) -> Path | None:
+    """The path of a recipe that does not ship: a YAML file, or in a directory."""
     if name.lower().endswith((".yaml", ".yml")):
         return Path(name)
-    is_own = name.lower() not in recipe_names() and Path(name).is_dir()
-    return Path(name) / FILE_NAME if is_own else None
+    is_directory = name.lower() not in recipe_names() and Path(name).is_dir()
+    return Path(name) / FILE_NAME if is_directory else None
 
 
 def weights_beside(recipe: Recipe, name: str) -> dict[str, Path]:
-    """The files of the recipe at `name` that lie beside it, by role."""
-    if (path := recipe_file(name)) is None:
+    """Of a model that is a directory: the files in it that the recipe names, by role."""
+    file = _recipe_file(name)
+    if file is None or file == Path(name):
         return {}
-    beside = {role: path.parent / source.file for role, source in recipe.files.items() if source.file}
-    return {role: file for role, file in beside.items() if file.exists()}
+    roles = [role for role in recipe.files if role != "teacher" or recipe.teacher]
+    beside = {role: file.parent / recipe.files[role].file for role in roles if recipe.files[role].file}
+    return {role: path for role, path in beside.items() if path.exists()}
 
 
 def _in_repository(recipe: Recipe, repository: str, commit: str) -> Recipe:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import pickle
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +17,17 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
+from tests.fake_hub import FakeHub
+
 if TYPE_CHECKING:
     from ddexport.export import Exported
     from ddexport.recipe import Recipe
     from tests.goldens import Golden
+
+HUB = FakeHub.started()  # the only one that a test can reach
+# huggingface_hub reads them when it is imported; a token of the user's own is none of a test's business.
+os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=tempfile.mkdtemp(), HF_HUB_DISABLE_XET="1", HF_TOKEN="")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 settings.register_profile("ddexport", deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("ddexport")
@@ -35,6 +44,16 @@ def pytest_collection_finish() -> None:
     """What is there now stays: the collector need not walk over torch again while a graph is traced."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
+    """The Hub that this process reaches, empty, with a cache of its own; nothing waits between retries."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    HUB.reset()
+    return HUB
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +133,7 @@ def copying(bundle: Path, after: Callable[[Path], Any] = lambda path: None) -> C
     """
 
     def onnx_from_module(module, spec, recipe, path, opset, metadata, weights=None):  # type: ignore[no-untyped-def]
-        if (bundle / f"{path.name}.data").exists():
+        if any(bundle.glob("*.data")):
             import onnx_ir as ir
 
             model = ir.load(bundle / path.name)

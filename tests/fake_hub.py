@@ -6,16 +6,12 @@ import hashlib
 import json
 import re
 import threading
-import time
 from base64 import b64decode
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Files = dict[str, bytes]
-HASH = "[0-9a-f]{40}"
 
 
 def commit_of(files: Files) -> str:
@@ -51,17 +47,19 @@ class FakeHub:
         """The downloads of files whose path ends in `name`."""
         return [line for line in self.asked if line.startswith("GET") and line.endswith(name)]
 
-    @contextmanager
-    def running(self) -> Iterator[FakeHub]:
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+    @classmethod
+    def started(cls) -> FakeHub:
+        """One that answers until the process ends."""
+        hub = cls()
+        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
         server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{server.server_port}"
+        hub.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield self
-        finally:
-            server.shutdown()
-            server.server_close()
+        return hub
+
+    def reset(self) -> None:
+        """Forgets what it has, what it was asked, and its faults."""
+        self.__init__(url=self.url)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -194,6 +192,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif path in self.hub.slow:
             self.wfile.write(half)
-            time.sleep(300)
+            threading.Event().wait(300)
         else:
             self.wfile.write(content)

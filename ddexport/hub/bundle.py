@@ -1,9 +1,9 @@
-"""hf://USER/NAME[@REVISION] as a bundle: its graphs are links into the Hub's cache."""
+"""hf://USER/NAME[@REVISION] as a bundle: a directory of copies from the Hub's cache."""
 
 from __future__ import annotations
 
 import hashlib
-import uuid
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,11 +28,11 @@ def local_bundle(address: str, precisions: Sequence[str | None], steps: Sequence
     """
     from huggingface_hub import cached_assets_path
 
-    place = parse(address)
-    if place.path:
+    repository = parse(address)
+    if repository.path:
         raise HubError(f"{address} names a file or a directory in a repository", "Give hf://USER/NAME alone.")
     try:
-        [manifest_file] = fetch([place._replace(path=FILE_NAME)])
+        [manifest_file] = fetch([repository._replace(path=FILE_NAME)])
     except MissingFileError as error:
         raise MissingFileError(
             f"{address} is no bundle: {error.message}",
@@ -43,16 +43,16 @@ def local_bundle(address: str, precisions: Sequence[str | None], steps: Sequence
     whole = part == manifest
     text = manifest_file.path.read_bytes() if whole else part.to_json().encode()
     which = "whole" if whole else hashlib.sha256(text).hexdigest()[:12]
-    folder: Path = cached_assets_path("ddexport", place.repository, f"{manifest_file.commit}-{which}")
+    folder: Path = cached_assets_path("ddexport", repository.repository, f"{manifest_file.commit}-{which}")
     files = [info.file for info in part.files()]
-    links = {file: resolve(folder, file) for file in files}
-    if not (folder / FILE_NAME).is_file() or not all(link.is_file() for link in links.values()):
-        wanted = [HubFile(place.repository, file, manifest_file.commit) for file in files]
+    places = {file: resolve(folder, file) for file in files}
+    if not (folder / FILE_NAME).is_file() or not all(place.is_file() for place in places.values()):
+        wanted = [HubFile(repository.repository, file, manifest_file.commit) for file in files]
         for fetched in fetch(wanted, remark=licence_remark(manifest.licence)):
-            _link(links[fetched.file], fetched)
+            _copy(fetched, places[fetched.file])
         for file in BESIDE if whole else ():
             with suppress(MissingFileError):
-                _link(folder / file, *fetch([HubFile(place.repository, file, manifest_file.commit)]))
+                _copy(*fetch([HubFile(repository.repository, file, manifest_file.commit)]), folder / file)
         with atomic_write(folder / FILE_NAME) as stream:  # last: until then it is no bundle
             stream.write(text)
     return folder
@@ -69,6 +69,8 @@ def part_of(
     kept = {precision or first for precision in precisions}
     if not kept or not kept <= set(manifest.precisions):
         kept = set(manifest.precisions)
+    if "bf16" in kept:
+        kept.add("fp32")  # of which OpenVINO computes bf16, on CPUs alone
     splits = {schedule.split for schedule in schedules} - {manifest.sequence.split}
     teacher = not steps or any(schedule.teacher for schedule in schedules)
     if teacher and not any(graph.role == TEACHER and graph.precision in kept for graph in manifest.graphs):
@@ -86,13 +88,12 @@ def part_of(
         for number, schedule in manifest.schedules.items()
         if (schedule.split or manifest.sequence.split) in students and (teacher or schedule.teacher is None)
     }
-    part = structs.replace(manifest, graphs=graphs, schedules=possible)
-    return part if teacher else structs.replace(part, teacher=None)
+    involved = manifest.teacher if teacher else None
+    return structs.replace(manifest, graphs=graphs, schedules=possible, teacher=involved)
 
 
-def _link(link: Path, fetched: Fetched) -> None:
-    """Makes the link, in place of one that leads nowhere."""
-    link.parent.mkdir(parents=True, exist_ok=True)
-    new = link.with_name(f".{uuid.uuid4().hex}")
-    new.symlink_to(fetched.path)
-    new.replace(link)
+def _copy(fetched: Fetched, place: Path) -> None:
+    """A plain file: onnx and OpenVINO refuse weights behind a link, whether symbolic or hard."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(place) as stream, fetched.path.open("rb") as content:
+        shutil.copyfileobj(content, stream)

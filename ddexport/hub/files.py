@@ -21,8 +21,10 @@ from ddexport.hub.errors import ROOM, HubError, explained, offline
 from ddexport.runtime.bundle import sha256_of
 
 SCHEME = "hf://"
+NAMED = 2  # files of a repository that are named one by one
 
 logger = logging.getLogger(__name__)
+logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
 
 
 class HubFile(NamedTuple):
@@ -68,9 +70,10 @@ def parse(address: str) -> HubFile:
 
 
 def fetch(files: Sequence[HubFile], cache: Path | None = None, remark: str = "") -> list[Fetched]:
-    """The files, downloaded unless the cache has them; a line on stderr says which, how large, and `remark`.
+    """The files, downloaded unless the cache has them.
 
-    cache: the directory of the cache, None for huggingface_hub's.
+    cache: the directory of the cache, None for huggingface_hub's. remark: what a line on stderr says behind
+    the files and their sizes; without one it is not printed.
     Raises HubError: out of reach, not there, not allowed, too large for the disk, or other bytes than the
     Hub's hash is of, which are then removed.
     """
@@ -112,8 +115,15 @@ def _download(file: HubFile, cache: Path, dry_run: bool = False) -> Any:
 
 def _announce(sizes: dict[HubFile, int | None], cache: Path, remark: str) -> None:
     """Says what is fetched. Raises HubError where the disk has no room for it."""
-    names = [f"{file} ({size_text(size) if size else 'of unknown size'})" for file, size in sizes.items()]
-    click.echo(f"fetching {', '.join(names)}{remark and f'; {remark}'}", err=True)
+    by_repository: dict[str, list[HubFile]] = {}
+    for file in sizes:
+        by_repository.setdefault(file.repository, []).append(file)
+    parts = []
+    for repository, files in by_repository.items():
+        names = ", ".join(file.path for file in files) if len(files) <= NAMED else f"{len(files)} files"
+        parts.append(f"{names} of {repository} ({size_text(sum(sizes[file] or 0 for file in files))})")
+    if remark:
+        click.echo(f"fetching {' and '.join(parts)}; {remark}", err=True)
     place = next(parent for parent in (cache, *cache.parents) if parent.exists())
     needed, free = sum(size or 0 for size in sizes.values()), shutil.disk_usage(place).free
     if needed > free:

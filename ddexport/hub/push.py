@@ -100,7 +100,7 @@ def _results(manifest: Manifest, recipe: Recipe, reports: list[dict[str, Any]]) 
         EvalResult(
             task_type="unconditional-image-generation",
             dataset_type=recipe.labels if isinstance(recipe.labels, str) else manifest.name,
-            dataset_name=f"{report['settings']['reference']}, {report['images']:,} images",
+            dataset_name=f"{_reference(report)}, {report['images']:,} images",
             metric_type="fid",
             metric_name=f"FID ({report['settings']['features']}), {row['scope']}, {report['precision']}",
             metric_value=row["value"],
@@ -110,6 +110,11 @@ def _results(manifest: Manifest, recipe: Recipe, reports: list[dict[str, Any]]) 
         for row in report["rows"]
         if row["name"] == "FID, bundle"
     ]
+
+
+def _reference(report: dict[str, Any]) -> str:
+    name = report["settings"]["reference"]
+    return "training images" if name == "data" else Path(name).name
 
 
 def _picture(bundle: Path, manifest: Manifest) -> bytes:

@@ -198,5 +198,5 @@ def test_which_parts_a_bundle_gets() -> None:
     assert roles_of(embedded, WeightRequest({}, random_seed=0)) == few
     assert roles_of(embedded, WeightRequest({}, teacher=False)) == few
     with pytest.raises(MissingWeightsError) as caught:
-        sources_of(published, WeightRequest({}, teacher=True))
-    assert "var_d16.pth" in caught.value.message and "--teacher var_d16.pth" in (caught.value.hint or "")
+        sources_of(VAR.taught_recipe, WeightRequest({}, teacher=True))
+    assert "teacher.pth" in caught.value.message and "--teacher teacher.pth" in (caught.value.hint or "")
