@@ -17,15 +17,14 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
-from tests.fake_hub import FakeHub
+from tests.fake_hub import HUB, FakeHub
 
 if TYPE_CHECKING:
     from ddexport.export import Exported
     from ddexport.recipe import Recipe
     from tests.goldens import Golden
 
-HUB = FakeHub.started()  # the only one that a test can reach
-# huggingface_hub reads them when it is imported; a token of the user's own is none of a test's business.
+# Read when huggingface_hub is imported: a test reaches no other Hub, and has no token of the user.
 os.environ.update(HF_ENDPOINT=HUB.url, HF_HOME=tempfile.mkdtemp(), HF_HUB_DISABLE_XET="1", HF_TOKEN="")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 

@@ -45,7 +45,11 @@ class FakeHub:
 
     def gets(self, name: str = "") -> list[str]:
         """The downloads of files whose path ends in `name`."""
-        return [line for line in self.asked if line.startswith("GET") and line.endswith(name)]
+        return [
+            line
+            for line in self.asked
+            if line.startswith("GET") and "/resolve/" in line and line.endswith(name)
+        ]
 
     @classmethod
     def started(cls) -> FakeHub:
@@ -195,3 +199,6 @@ class _Handler(BaseHTTPRequestHandler):
             threading.Event().wait(300)
         else:
             self.wfile.write(content)
+
+
+HUB = FakeHub.started()

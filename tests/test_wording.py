@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from ddexport.cli import main
+from tests.fake_hub import HUB
 
 SNAPSHOT = Path(__file__).with_name("wording.txt")
 SEVERAL = """
@@ -27,6 +28,8 @@ onnx VAR-D61
 onnx none.yaml
 onnx var-d16 --model var-d20
 onnx var-d16
+onnx hf://nobody/model
+onnx hf://nobody/model@v1 --revision v2
 onnx var-d16 --random-weights 0 --vae vae.pth
 onnx var-d16 --teacher random
 onnx digits-var --precision fp8
@@ -38,6 +41,10 @@ onnx digits-var --opset 17 -o new
 onnx digits-var --checkpoint absent.pth -o new
 sample
 sample digits-vra
+sample hf://nobody/bundle
+sample hf://nobody/bundle/student.onnx
+sample hf://nobody
+sample s3://nobody/bundle
 sample build/other
 sample elsewhere/digits-var
 sample build
@@ -61,6 +68,7 @@ validate distilled digits-var --seeds 0,x
 distill var-d16
 distill digits-var --stages student,judge
 distill digits-var --quick --install
+push digits-var nobody
 """.strip().splitlines()
 NONE = ["sample", "inspect digits-var"]
 
@@ -72,9 +80,11 @@ def transcript(words: str) -> str:
     assert result.stdout == "", words
     lines = [line for line in result.stderr.splitlines() if not line.startswith("loading weights")]
     assert [line.partition(":")[0] for line in lines] == ["error", "hint"], (words, result.stderr)
+    lines = [line.replace(HUB.url, "https://huggingface.co") for line in lines]
     return "\n".join([f"$ ddexport {words}", *lines, f"exit code {result.exit_code}", ""])
 
 
+@pytest.mark.usefixtures("hub")
 def test_errors_say_what_they_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text = ["# Without a bundle under build/\n", *map(transcript, NONE)]

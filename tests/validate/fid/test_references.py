@@ -63,6 +63,16 @@ def test_published_statistics_are_read(tmp_path):
         assert (reference.features, reference.fit.count) == (None, None)
 
 
+def test_statistics_of_the_hub_are_read(hub, tmp_path):
+    mean, covariance = fit()
+    np.savez(tmp_path / "fid.npz", mu=mean, sigma=covariance)
+    hub.add("golden/statistics", {"imagenet/fid.npz": (tmp_path / "fid.npz").read_bytes()})
+    for _ in range(2):
+        got = load("hf://golden/statistics/imagenet/fid.npz", Patches()).fit
+    np.testing.assert_array_equal(got.mean, mean)
+    assert len(hub.gets()) == 1
+
+
 def test_the_torch_file_of_an_older_numpy_is_read(tmp_path):
     """NumPy moved the function that rebuilds arrays; a file says where it was when it was written."""
     mean, covariance = fit()
