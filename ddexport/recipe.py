@@ -208,7 +208,7 @@ def load_recipe(name: str, cache: Path | None = None, revision: str | None = Non
         if place.revision and revision:
             raise RecipeError(f"{name} names a revision, and so does --revision", "give one of them")
         [file] = fetch([HubFile(place.repository, FILE_NAME, place.revision or revision)], cache)
-        return _in_repository(_parse(file.path.read_bytes(), name), file.repository, file.commit)
+        return _in_repository(_parse(file.path.read_bytes(), name), place.repository, str(file.commit))
     if path is not None:
         if not path.is_file():
             hint = "give a path to a recipe file, or a name of `ddexport models`"

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import structs
 from torch import nn
 
 from ddexport.families._checkpoint import connect, copy_taken, load_part, random_part
 from ddexport.families._weight_file import fingerprint
-from ddexport.hub.files import Fetched, HubFile, fetch, licence_remark
+from ddexport.hub.files import HubFile, LocalFile, fetch, licence_remark
 from ddexport.recipe import FILE_OPTIONS, Recipe, RecipeError, embedded_weights
 from ddexport.runtime.bundle import TEACHER, Weights
 from ddexport.runtime.bundle import Source as WeightFile
@@ -63,7 +64,7 @@ def roles_of(recipe: Recipe, request: WeightRequest) -> tuple[str, ...]:
     return (*ALWAYS, TEACHER)
 
 
-def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, Path | Fetched]:
+def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, LocalFile]:
     """The file of each role, none for random weights; what was not given is fetched.
 
     Raises:
@@ -74,16 +75,16 @@ def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, Path | Fetch
     roles = roles_of(recipe, request)
     if request.random_seed is not None:
         return {}
-    sources: dict[str, Path | Fetched] = {}
+    sources: dict[str, LocalFile] = {}
     published: dict[str, HubFile] = {}
     missing: dict[str, str] = {}
     repository = recipe.files["student"].repo
     for role in roles:
         source = recipe.files[role]
         if role in request.files:
-            sources[role] = request.files[role]
+            sources[role] = _local(request.files[role])
         elif source.embedded:
-            sources[role] = embedded_weights(source)
+            sources[role] = _local(embedded_weights(source))
         elif source.repo:
             revision = (request.revision if source.repo == repository else None) or source.revision or None
             published[role] = HubFile(source.repo, source.path or source.file, revision)
@@ -101,12 +102,12 @@ def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, Path | Fetch
     return sources
 
 
-def _path(source: Path | Fetched) -> Path:
-    return source.path if isinstance(source, Fetched) else source
+def _local(path: Path) -> LocalFile:
+    return LocalFile(path, path.absolute().name)
 
 
 def load_parts(
-    recipe: Recipe, request: WeightRequest, sources: Mapping[str, Path | Fetched] | None = None
+    recipe: Recipe, request: WeightRequest, sources: Mapping[str, LocalFile] | None = None
 ) -> dict[str, nn.Module]:
     """Student, tokenizer and the teacher if it is wanted, connected, as torch modules.
 
@@ -120,23 +121,20 @@ def load_parts(
         parts = {role: random_part(recipe, role, request.random_seed) for role in roles}
     else:
         sources = sources or sources_of(recipe, request)
-        parts = {role: load_part(recipe, role, _path(sources[role]), request.weights) for role in roles}
+        parts = {role: load_part(recipe, role, sources[role].path, request.weights) for role in roles}
     connect(parts["student"], parts["tokenizer"])
     return parts
 
 
-def provenance(recipe: Recipe, request: WeightRequest, sources: Mapping[str, Path | Fetched]) -> Weights:
+def provenance(recipe: Recipe, request: WeightRequest, sources: Mapping[str, LocalFile]) -> Weights:
     """What the manifest says of the weights: the hash of every file and where it is from, or the seed."""
     if request.random_seed is not None:
         return Weights(kind="random", seed=request.random_seed)
     embedded = recipe.embedded and not request.files
     files = []
-    for role, source in sources.items():
-        path = _path(source)
-        origin: dict[str, str] = {"file": path.absolute().name}
-        if isinstance(source, Fetched):
-            origin = {"file": source.file, "repository": source.repository, "commit": source.commit}
+    for role, (path, name, repository, commit) in sources.items():
         sha256, size = fingerprint(path)
         copy = copy_taken(recipe, role, path, request.weights)
-        files.append(WeightFile(role=role, sha256=sha256, bytes=size, weights=copy, **origin))
+        file = WeightFile(role=role, file=name, sha256=sha256, bytes=size, weights=copy)
+        files.append(structs.replace(file, repository=repository, commit=commit))
     return Weights(kind="embedded" if embedded else "checkpoint", files=tuple(files))

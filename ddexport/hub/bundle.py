@@ -12,7 +12,7 @@ from msgspec import structs
 
 from ddexport.card import ACCURACY_FILE
 from ddexport.hub.errors import HubError, MissingFileError
-from ddexport.hub.files import Fetched, HubFile, fetch, licence_remark, parse
+from ddexport.hub.files import HubFile, LocalFile, fetch, licence_remark, parse
 from ddexport.runtime.bundle import FILE_NAME, TEACHER, Manifest, manifest_from, resolve
 from ddexport.runtime.check import FILE as GOLDEN
 from ddexport.runtime.files import atomic_write
@@ -49,10 +49,11 @@ def local_bundle(address: str, precisions: Sequence[str | None], steps: Sequence
     if not (folder / FILE_NAME).is_file() or not all(place.is_file() for place in places.values()):
         wanted = [HubFile(repository.repository, file, manifest_file.commit) for file in files]
         for fetched in fetch(wanted, remark=licence_remark(manifest.licence)):
-            _copy(fetched, places[fetched.file])
+            _copy(fetched, places[fetched.name])
         for file in BESIDE if whole else ():
             with suppress(MissingFileError):
-                _copy(*fetch([HubFile(repository.repository, file, manifest_file.commit)]), folder / file)
+                [beside] = fetch([HubFile(repository.repository, file, manifest_file.commit)])
+                _copy(beside, folder / file)
         with atomic_write(folder / FILE_NAME) as stream:  # last: until then it is no bundle
             stream.write(text)
     return folder
@@ -92,7 +93,7 @@ def part_of(
     return structs.replace(manifest, graphs=graphs, schedules=possible, teacher=involved)
 
 
-def _copy(fetched: Fetched, place: Path) -> None:
+def _copy(fetched: LocalFile, place: Path) -> None:
     """A plain file: onnx and OpenVINO refuse weights behind a link, whether symbolic or hard."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(place) as stream, fetched.path.open("rb") as content:

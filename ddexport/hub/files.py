@@ -21,7 +21,8 @@ from ddexport.hub.errors import ROOM, HubError, explained, offline
 from ddexport.runtime.bundle import sha256_of
 
 SCHEME = "hf://"
-NAMED = 2  # files of a repository that are named one by one
+NAMED = 3  # files: of more the number is told
+MENTIONED = 1 << 20  # bytes
 
 logger = logging.getLogger(__name__)
 logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
@@ -38,20 +39,13 @@ class HubFile(NamedTuple):
         return f"{self.path} of {self.repository}"
 
 
-class Fetched(NamedTuple):
-    """A file of a repository as it lies in the cache. commit: what its revision was, in 40 hex digits."""
+class LocalFile(NamedTuple):
+    """A file on this machine. Of one that was fetched `name` is its path in the repository at that commit."""
 
     path: Path
-    repository: str
-    commit: str
-    file: str
-
-
-def cache_directory(named: Path | None = None) -> Path:
-    """Where fetched files lie: the directory that a user names, or huggingface_hub's. It need not exist."""
-    from huggingface_hub import constants
-
-    return (named or Path(constants.HF_HUB_CACHE)).expanduser().absolute()
+    name: str
+    repository: str | None = None
+    commit: str | None = None
 
 
 def parse(address: str) -> HubFile:
@@ -69,21 +63,20 @@ def parse(address: str) -> HubFile:
     return HubFile(uri.id, uri.path_in_repo, uri.revision)
 
 
-def fetch(files: Sequence[HubFile], cache: Path | None = None, remark: str = "") -> list[Fetched]:
-    """The files, downloaded unless the cache has them.
+def fetch(files: Sequence[HubFile], cache: Path | None = None, remark: str = "") -> list[LocalFile]:
+    """The files, downloaded unless the cache has them. A line on stderr says which, how large, and `remark`.
 
-    cache: the directory of the cache, None for huggingface_hub's. remark: what a line on stderr says behind
-    the files and their sizes; without one it is not printed.
-    Raises HubError: out of reach, not there, not allowed, too large for the disk, or other bytes than the
-    Hub's hash is of, which are then removed.
+    cache: its directory, None for that of huggingface_hub. Raises HubError: out of reach, not there, not
+    allowed, too large for the disk, or other bytes than the Hub's hash is of, which are then removed.
     """
-    cache = cache_directory(cache)
+    from huggingface_hub import constants
+
+    cache = (cache or Path(constants.HF_HUB_CACHE)).expanduser().absolute()
     infos = [(file, _download(file, cache, dry_run=True)) for file in files]
     if absent := [file for file, info in infos if info is None]:
         raise offline(absent, cache)
-    sizes = {file: info.file_size for file, info in infos if info.will_download}
-    if sizes:
-        _announce(sizes, cache, remark)
+    sizes = {file: info.file_size or 0 for file, info in infos if info.will_download}
+    _announce(sizes, cache, remark)
     for repository in {file.repository for file in sizes}:
         _sweep(cache, repository)
     fetched = []
@@ -93,7 +86,7 @@ def fetch(files: Sequence[HubFile], cache: Path | None = None, remark: str = "")
             path = Path(_download(file, cache))
         _check_hash(path, file)
         commit = path.parents[file.path.count("/")].name  # .../snapshots/COMMIT/PATH
-        fetched.append(Fetched(path, file.repository, commit, file.path))
+        fetched.append(LocalFile(path, file.path, file.repository, commit))
     return fetched
 
 
@@ -113,24 +106,21 @@ def _download(file: HubFile, cache: Path, dry_run: bool = False) -> Any:
             raise
 
 
-def _announce(sizes: dict[HubFile, int | None], cache: Path, remark: str) -> None:
-    """Says what is fetched. Raises HubError where the disk has no room for it."""
-    by_repository: dict[str, list[HubFile]] = {}
-    for file in sizes:
-        by_repository.setdefault(file.repository, []).append(file)
-    parts = []
-    for repository, files in by_repository.items():
-        names = ", ".join(file.path for file in files) if len(files) <= NAMED else f"{len(files)} files"
-        parts.append(f"{names} of {repository} ({size_text(sum(sizes[file] or 0 for file in files))})")
-    if remark:
-        click.echo(f"fetching {' and '.join(parts)}; {remark}", err=True)
+def _announce(sizes: dict[HubFile, int], cache: Path, remark: str) -> None:
+    """Says what is fetched, unless it is small. Raises HubError where the disk has no room for it."""
+    needed = sum(sizes.values())
+    if needed >= MENTIONED or (sizes and remark):
+        names = ", ".join(f"{file} ({_size(size)})" for file, size in sizes.items())
+        if len(sizes) > NAMED:
+            names = f"{len(sizes)} files of {next(iter(sizes)).repository} ({_size(needed)})"
+        click.echo(f"fetching {names}{remark and f'; {remark}'}", err=True)
     place = next(parent for parent in (cache, *cache.parents) if parent.exists())
-    needed, free = sum(size or 0 for size in sizes.values()), shutil.disk_usage(place).free
+    free = shutil.disk_usage(place).free
     if needed > free:
-        raise HubError(f"{place} has {size_text(free)} of free space, {size_text(needed)} are needed", ROOM)
+        raise HubError(f"{place} has {_size(free)} of free space, {_size(needed)} are needed", ROOM)
 
 
-def size_text(size: int) -> str:
+def _size(size: int) -> str:
     """A number of bytes for people: `1.2 GiB`, `0.3 MiB`."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 

@@ -41,7 +41,7 @@ def push(bundle: Path, repository: str, private: bool = False) -> str:
     files = [FILE_NAME, *(info.file for info in manifest.files())]
     files += [name for name in (ACCURACY_FILE, GOLDEN) if (bundle / name).is_file()]
     files += [str(path.relative_to(bundle)) for path, _ in reports]
-    content: dict[str, bytes | Path] = {file: bundle / file for file in files}
+    content: dict[str, bytes | str] = {file: str(bundle / file) for file in files}
     if manifest.weights.kind != "random":
         content[PICTURE] = _picture(bundle, manifest)
     content[CARD] = card(bundle, manifest, repository, [report for _, report in reports]).encode()
@@ -49,7 +49,7 @@ def push(bundle: Path, repository: str, private: bool = False) -> str:
     with explained(HubFile(repository, FILE_NAME)):
         api.create_repo(repository, private=private, exist_ok=True)
         _refuse_other_content(api, repository)
-        operations = [CommitOperationAdd(name, _opened(value)) for name, value in content.items()]
+        operations = [CommitOperationAdd(name, value) for name, value in content.items()]
         message = f"ddexport push: {manifest.name} in {', '.join(manifest.precisions)}"
         return str(api.create_commit(repository, operations, commit_message=message).commit_url)
 
@@ -100,7 +100,7 @@ def _results(manifest: Manifest, recipe: Recipe, reports: list[dict[str, Any]]) 
         EvalResult(
             task_type="unconditional-image-generation",
             dataset_type=recipe.labels if isinstance(recipe.labels, str) else manifest.name,
-            dataset_name=f"{_reference(report)}, {report['images']:,} images",
+            dataset_name=f"{recipe.title}, {report['images']:,} images",
             metric_type="fid",
             metric_name=f"FID ({report['settings']['features']}), {row['scope']}, {report['precision']}",
             metric_value=row["value"],
@@ -110,11 +110,6 @@ def _results(manifest: Manifest, recipe: Recipe, reports: list[dict[str, Any]]) 
         for row in report["rows"]
         if row["name"] == "FID, bundle"
     ]
-
-
-def _reference(report: dict[str, Any]) -> str:
-    name = report["settings"]["reference"]
-    return "training images" if name == "data" else Path(name).name
 
 
 def _picture(bundle: Path, manifest: Manifest) -> bytes:
@@ -127,10 +122,6 @@ def _picture(bundle: Path, manifest: Manifest) -> bytes:
     stream = io.BytesIO()
     grid(to_pil(np.asarray(images)), SHOWN).save(stream, "png")
     return stream.getvalue()
-
-
-def _opened(value: bytes | Path) -> bytes | str:
-    return value if isinstance(value, bytes) else str(value)
 
 
 def _refuse_other_content(api: HfApi, repository: str) -> None:
