@@ -20,10 +20,10 @@ Examples:
   ddexport onnx digits-var --precision fp32,fp16,bf16 -o build/digits-half
   ddexport onnx digits-var --precision fp32,int8 -o build/digits-int8
   ddexport onnx digits-var --precision fp16 --keep-fp32 'blocks.3.*' -o build/digits-mixed
-  ddexport onnx --model var-d16
-  ddexport onnx --model var-d16 --teacher hub -o build/var-d16-teacher
-  ddexport onnx --model var-d16 --checkpoint my-var-d16.pth --vae vae_ch160v4096z32.pth
-  ddexport onnx --model ./my-model
+  ddexport onnx var-d16
+  ddexport onnx var-d16 --teacher hub -o build/var-d16-teacher
+  ddexport onnx var-d16 --checkpoint my-var-d16.pth -o build/my-var-d16
+  ddexport onnx ./my-model
   ddexport onnx var-d16 --random-weights 0 --teacher random -o build/var-d16-random
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ddexport.runtime import console
-from ddexport.runtime.options import BUNDLE, option, shared
+from ddexport.runtime.options import option, shared
 
 EPILOG = """
 \b
@@ -19,12 +19,14 @@ Examples:
 
 
 @click.command("push", cls=console.Command, epilog=EPILOG)
-@shared("bundle", required=True, callback=None, help=BUNDLE)
-@click.argument("repository", metavar="USER/NAME", help="Repository on the Hub, which is made if need be.")
+@shared("bundle")
+@click.argument(
+    "repository", metavar="USER/NAME", required=False, help="Repository on the Hub, made if need be."
+)
 @option("--private", is_flag=True, help="Make a new repository private.")
 @shared("json")
 @console.debug_option
-def command(bundle: Path, repository: str, private: bool, as_json: bool) -> None:
+def command(bundle: Path, repository: str | None, private: bool, as_json: bool) -> None:
     """Publish BUNDLE on the Hugging Face Hub.
 
     The graphs, the parity reports and a model card are uploaded in one commit: licence, tags, a picture that
@@ -35,6 +37,8 @@ def command(bundle: Path, repository: str, private: bool, as_json: bool) -> None
     from ddexport.hub.files import SCHEME, parse
     from ddexport.hub.push import push
 
+    if repository is None:
+        raise click.UsageError("USER/NAME is missing: the repository on the Hub.")
     address = f"{SCHEME}{repository}"
     parse(address)
     with console.stage(f"publishing {bundle}"):

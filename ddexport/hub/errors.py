@@ -18,7 +18,7 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 TRANSPORT = ("httpx2", "httpcore2", "hf_xet")  # packages whose errors need not be an OSError
 EXPLANATIONS = {  # by the name in huggingface_hub.errors, the narrower kinds first
     "GatedRepoError": (
-        "{repository} is gated: the Hub wants to know who asks",
+        "{repository} is gated, and you have no access",
         f"Ask for access at {{hub}}/{{repository}}, then {LOG_IN}.",
     ),
     "RepositoryNotFoundError": (

@@ -82,7 +82,18 @@ class TestHelp:
     def test_version_and_order(self) -> None:
         """Commands are listed in the order in which a user meets them."""
         assert invoke("--version").stdout.startswith("ddexport, version ")
-        names = ["models", "onnx", "trt", "inspect", "sample", "doctor", "validate", "distill", "bench"]
+        names = [
+            "models",
+            "onnx",
+            "trt",
+            "inspect",
+            "sample",
+            "doctor",
+            "validate",
+            "distill",
+            "bench",
+            "push",
+        ]
         assert main.list_commands(click.Context(main)) == names
 
 
