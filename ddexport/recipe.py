@@ -266,7 +266,7 @@ def _checked_names(recipe: Recipe, data: dict[str, Any]) -> dict[str, Any]:
     if len(data["names"]) != recipe.classes:
         labels = "`labels`" if isinstance(recipe.labels, list) else f"the label list {recipe.labels}"
         raise RecipeError(
-            f"recipe {recipe.name}: {labels} has {len(data['names'])} names, the model {recipe.classes} classes",
+            f"recipe {recipe.name}: {labels} has {len(data['names'])} names for {recipe.classes} classes",
             "give one name for each class, or another list of recipes/labels/",
         )
     return data

@@ -151,7 +151,7 @@ def test_a_model_that_is_none_is_said(hub: FakeHub, tmp_path: Path):
     hub.add("someone/else", {"model.bin": b""})
     assert "no file recipe.yaml" in failure(invoke("onnx", "hf://someone/else"))
     assert "hf://USER/NAME" in failure(invoke("onnx", "var-d17"))
-    with pytest.raises(RecipeError, match="3 names, the model 10 classes"):
+    with pytest.raises(RecipeError, match="3 names for 10 classes"):
         class_names(VAR.recipe(labels=["a", "b", "c"]))
 
 
