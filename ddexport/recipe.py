@@ -202,18 +202,14 @@ def load_recipe(name: str, cache: Path | None = None, revision: str | None = Non
     """The recipe called `name`, in any case; that YAML file, the recipe.yaml in that directory, or the one at
     hf://USER/NAME[@REVISION], which is fetched into `cache`. Raises `RecipeError`, HubError.
     """
-    names, path = recipe_names(), _recipe_file(name)
     if name.startswith(SCHEME):
-        place = parse(name)
-        if place.revision and revision:
-            raise RecipeError(f"{name} names a revision, and so does --revision", "give one of them")
-        [file] = fetch([HubFile(place.repository, FILE_NAME, place.revision or revision)], cache)
-        return _in_repository(_parse(file.path.read_bytes(), name), place.repository, str(file.commit))
-    if path is not None:
+        return _fetched(name, cache, revision)
+    if path := _recipe_file(name):
         if not path.is_file():
             hint = "give a path to a recipe file, or a name of `ddexport models`"
             raise RecipeError(f"no recipe file at {path}", hint)
         return _parse(path.read_bytes(), str(path))
+    names = recipe_names()
     if name.lower() not in names:
         hint = f"{did_you_mean(name, names)}There is: {', '.join(names)}; or give {WHAT_IS_A_MODEL}."
         raise RecipeError(f"there is no model called {name}", hint)
@@ -231,38 +227,37 @@ def _recipe_file(name: str) -> Path | None:
 
 def weights_beside(recipe: Recipe, name: str) -> dict[str, Path]:
     """Of a model that is a directory: the files in it that the recipe names, by role."""
-    file = _recipe_file(name)
-    if file is None or file == Path(name):
+    if _recipe_file(name) != Path(name) / FILE_NAME:
         return {}
-    roles = [role for role in recipe.files if role != "teacher" or recipe.teacher]
-    beside = {role: file.parent / recipe.files[role].file for role in roles if recipe.files[role].file}
-    return {role: path for role, path in beside.items() if path.exists()}
+    paths = {role: Path(name) / source.file for role, source in recipe.files.items() if source.file}
+    return {role: path for role, path in paths.items() if path.exists()}
 
 
-def _in_repository(recipe: Recipe, repository: str, commit: str) -> Recipe:
-    """Weights that the recipe does not place elsewhere lie where the recipe does."""
-    here = {"repo": repository, "revision": commit}
-    files = {
-        role: source if source.embedded or source.repo
-        else structs.replace(source, path=source.path or source.file, **here)
+def _fetched(address: str, cache: Path | None, revision: str | None) -> Recipe:
+    """Its weights lie in the same commit, where it does not place them elsewhere."""
+    place = parse(address)
+    if place.revision and revision:
+        raise RecipeError(f"{address} names a revision, and so does --revision", "give one of them")
+    [file] = fetch([HubFile(place.repository, FILE_NAME, place.revision or revision)], cache)
+    recipe = _parse(file.path.read_bytes(), address)
+    here = {
+        role: structs.replace(source, repo=place.repository, revision=file.commit)
         for role, source in recipe.files.items()
-    }  # fmt: skip
-    return structs.replace(recipe, files=files)
+        if not (source.embedded or source.repo)
+    }
+    return structs.replace(recipe, files=recipe.files | here)
 
 
 def class_names(recipe: Recipe) -> dict[str, Any]:
     """The label list of the recipe as stored: {"names": [...], "aliases": {...}}. Raises `RecipeError`."""
-    if isinstance(recipe.labels, list):
-        return _checked_names(recipe, {"names": recipe.labels, "aliases": {}})
-    entry = resources.files("ddexport.recipes") / "labels" / f"{recipe.labels}.json"
-    if not entry.is_file():
-        raise RecipeError(
-            f"recipe {recipe.name}: there is no label list {recipe.labels}", "see recipes/labels/"
-        )
-    return _checked_names(recipe, json.loads(entry.read_text(encoding="utf-8")))
-
-
-def _checked_names(recipe: Recipe, data: dict[str, Any]) -> dict[str, Any]:
+    data: dict[str, Any] = {"names": recipe.labels, "aliases": {}}
+    if isinstance(recipe.labels, str):
+        entry = resources.files("ddexport.recipes") / "labels" / f"{recipe.labels}.json"
+        if not entry.is_file():
+            raise RecipeError(
+                f"recipe {recipe.name}: there is no label list {recipe.labels}", "see recipes/labels/"
+            )
+        data = json.loads(entry.read_text(encoding="utf-8"))
     if len(data["names"]) != recipe.classes:
         raise RecipeError(
             f"recipe {recipe.name}: labels has {len(data['names'])} names for {recipe.classes} classes",

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from msgspec import structs
 from torch import nn
 
 from ddexport.families._checkpoint import connect, copy_taken, load_part, random_part
@@ -135,6 +134,10 @@ def provenance(recipe: Recipe, request: WeightRequest, sources: Mapping[str, Loc
     for role, (path, name, repository, commit) in sources.items():
         sha256, size = fingerprint(path)
         copy = copy_taken(recipe, role, path, request.weights)
-        file = WeightFile(role=role, file=name, sha256=sha256, bytes=size, weights=copy)
-        files.append(structs.replace(file, repository=repository, commit=commit))
+        files.append(
+            WeightFile(
+                role=role, file=name, sha256=sha256, bytes=size, weights=copy,
+                repository=repository, commit=commit,
+            )
+        )  # fmt: skip
     return Weights(kind="embedded" if embedded else "checkpoint", files=tuple(files))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import pickle
 from pathlib import Path
 
@@ -86,10 +85,12 @@ EXTRACTOR = InceptionFeatures
 def fetch_published() -> Path:
     """The published file, where pytorch-fid keeps it. Raises FeatureError: offline, out of reach, or not the
     bytes whose SHA-256 is in its name."""
+    from huggingface_hub import constants
+
     path = Path(torch.hub.get_dir()) / "checkpoints" / FILE
     if path.is_file():
         return path
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+    if constants.HF_HUB_OFFLINE:
         raise FeatureError(f"offline, and {path} is not there", WHERE)
     click.echo(f"fetching the Inception network's weights (91 MiB): {URL}", err=True)
     path.parent.mkdir(parents=True, exist_ok=True)
