@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -76,8 +77,7 @@ def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, LocalFile]:
         return {}
     sources: dict[str, LocalFile] = {}
     published: dict[str, HubFile] = {}
-    missing: dict[str, str] = {}
-    repository = recipe.files["student"].repo
+    missing: dict[str, str] = {}  # by option
     for role in roles:
         source = recipe.files[role]
         if role in request.files:
@@ -85,7 +85,8 @@ def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, LocalFile]:
         elif source.embedded:
             sources[role] = _local(embedded_weights(source))
         elif source.repo:
-            revision = (request.revision if source.repo == repository else None) or source.revision or None
+            of_student = source.repo == recipe.files["student"].repo
+            revision = (of_student and request.revision) or source.revision or None
             published[role] = HubFile(source.repo, source.path or source.file, revision)
         else:
             missing[source.option or FILE_OPTIONS[role]] = source.file
@@ -134,10 +135,6 @@ def provenance(recipe: Recipe, request: WeightRequest, sources: Mapping[str, Loc
     for role, (path, name, repository, commit) in sources.items():
         sha256, size = fingerprint(path)
         copy = copy_taken(recipe, role, path, request.weights)
-        files.append(
-            WeightFile(
-                role=role, file=name, sha256=sha256, bytes=size, weights=copy,
-                repository=repository, commit=commit,
-            )
-        )  # fmt: skip
+        origin: dict[str, Any] = {"file": name, "repository": repository, "commit": commit}
+        files.append(WeightFile(role=role, sha256=sha256, bytes=size, weights=copy, **origin))
     return Weights(kind="embedded" if embedded else "checkpoint", files=tuple(files))

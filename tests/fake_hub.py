@@ -7,10 +7,8 @@ import json
 import re
 import threading
 from base64 import b64decode
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import MappingProxyType
 from typing import Any
 
 Files = dict[str, bytes]
@@ -98,7 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._file(revisions[revision], path)
 
-    do_HEAD = do_GET
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def _file(self, files: Files, path: str) -> None:
         content = files[path]
@@ -165,16 +164,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, content: Any, status: int = 200) -> None:
         self._send(status, json.dumps(content).encode(), {"Content-Type": "application/vnd.git-lfs+json"})
 
-    def _send(
-        self,
-        status: int,
-        content: bytes = b"",
-        headers: Mapping[str, str] = MappingProxyType({}),
-        path: str = "",
-    ) -> None:
+    def _send(self, status: int, content: bytes = b"", headers: Any = (), path: str = "") -> None:
         """path: of a file, whose answer may be cut or slow."""
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+        for name, value in {"Content-Length": str(len(content)), **dict(headers)}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":

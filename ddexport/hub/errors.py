@@ -29,10 +29,8 @@ def offline(absent: Sequence[HubFile], cache: Path) -> MissingFileError:
     """The error for files that are not in the cache, where nothing but the cache may be asked."""
     revisions = [f" --revision {file.revision}" if file.revision else "" for file in absent]
     commands = [f"hf download {f.repository} {f.path}{r}" for f, r in zip(absent, revisions, strict=True)]
-    return MissingFileError(
-        f"offline, and not in {cache}: {', '.join(map(str, absent))}",
-        f"Where there is a network, run `{' && '.join(commands)}`, and copy that directory here.",
-    )
+    hint = f"Where there is a network, run `{' && '.join(commands)}`, and copy that directory here."
+    return MissingFileError(f"offline, and not in {cache}: {', '.join(map(str, absent))}", hint)
 
 
 @contextmanager

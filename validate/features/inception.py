@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 from ddexport.runtime import console
@@ -85,8 +86,6 @@ EXTRACTOR = InceptionFeatures
 def fetch_published() -> Path:
     """The published file, where pytorch-fid keeps it. Raises FeatureError: offline, out of reach, or not the
     bytes whose SHA-256 is in its name."""
-    from huggingface_hub import constants
-
     path = Path(torch.hub.get_dir()) / "checkpoints" / FILE
     if path.is_file():
         return path
