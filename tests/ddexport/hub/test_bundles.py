@@ -30,8 +30,9 @@ def bundle(embedded_bundle: Callable[[str], Path], tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def published(hub: FakeHub, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+def published(hub: FakeHub, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
     monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.chdir(tmp_path)  # where `sample` writes out.png
     assert invoke("push", bundle, NAME).exit_code == 0
     hub.asked.clear()
     return hub
