@@ -29,6 +29,7 @@ FILE_OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", "teacher": "--t
 ROLES = tuple(FILE_OPTIONS)
 FILE_NAME = "recipe.yaml"  # of a model of a user's own, in its directory or repository
 WHAT_IS_A_MODEL = "a recipe file (YAML), or a directory or hf://USER/NAME with a recipe.yaml and weights"
+MAX_BYTES = 1 << 20
 HINT = "Correct it; the recipes in recipes/ are examples."
 
 Limit = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
@@ -174,12 +175,18 @@ class Recipe(Record, frozen=True):
                 raise ValueError(f"schedules.{steps} is not a number of steps")
             if fault := schedule_fault(int(steps), schedule, length, starts):
                 raise ValueError(f"schedules.{steps}{fault}")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):  # it becomes a directory under build/
+            raise ValueError(f"name must be letters, digits, '.', '-' and '_', but is {self.name!r}")
+        if isinstance(self.labels, str) and not re.fullmatch(r"[\w-]+", self.labels):
+            raise ValueError(f"labels must be a list of names, or name one, but is {self.labels!r}")
         for role in (*ROLES[:2], *self.files):
             source = self.files.get(role)
             if role not in ROLES:
                 raise ValueError(f"files.{role} is not one of {', '.join(ROLES)}")
             if source is None or not (source.embedded or source.file):
                 raise ValueError(f"files.{role} must say where its weights are: file, or embedded")
+            if Path(source.embedded).name != source.embedded:
+                raise ValueError(f"files.{role}.embedded must be the name of a file, not {source.embedded!r}")
 
     @property
     def embedded(self) -> bool:
@@ -202,18 +209,14 @@ def load_recipe(name: str, cache: Path | None = None, revision: str | None = Non
     """The recipe called `name`, in any case; that YAML file, the recipe.yaml in that directory, or the one at
     hf://USER/NAME[@REVISION], which is fetched into `cache`. Raises `RecipeError`, HubError.
     """
-    names, path = recipe_names(), _recipe_file(name)
     if name.startswith(SCHEME):
-        place = parse(name)
-        if place.revision and revision:
-            raise RecipeError(f"{name} names a revision, and so does --revision", "give one of them")
-        [file] = fetch([HubFile(place.repository, FILE_NAME, place.revision or revision)], cache)
-        return _in_repository(_parse(file.path.read_bytes(), name), place.repository, str(file.commit))
-    if path is not None:
+        return _fetched(name, cache, revision)
+    if path := _recipe_file(name):
         if not path.is_file():
             hint = "give a path to a recipe file, or a name of `ddexport models`"
             raise RecipeError(f"no recipe file at {path}", hint)
         return _parse(path.read_bytes(), str(path))
+    names = recipe_names()
     if name.lower() not in names:
         hint = f"{did_you_mean(name, names)}There is: {', '.join(names)}; or give {WHAT_IS_A_MODEL}."
         raise RecipeError(f"there is no model called {name}", hint)
@@ -231,38 +234,37 @@ def _recipe_file(name: str) -> Path | None:
 
 def weights_beside(recipe: Recipe, name: str) -> dict[str, Path]:
     """Of a model that is a directory: the files in it that the recipe names, by role."""
-    file = _recipe_file(name)
-    if file is None or file == Path(name):
+    if _recipe_file(name) != Path(name) / FILE_NAME:
         return {}
-    roles = [role for role in recipe.files if role != "teacher" or recipe.teacher]
-    beside = {role: file.parent / recipe.files[role].file for role in roles if recipe.files[role].file}
-    return {role: path for role, path in beside.items() if path.exists()}
+    paths = {role: Path(name) / source.file for role, source in recipe.files.items() if source.file}
+    return {role: path for role, path in paths.items() if path.exists()}
 
 
-def _in_repository(recipe: Recipe, repository: str, commit: str) -> Recipe:
-    """Weights that the recipe does not place elsewhere lie where the recipe does."""
-    here = {"repo": repository, "revision": commit}
-    files = {
-        role: source if source.embedded or source.repo
-        else structs.replace(source, path=source.path or source.file, **here)
+def _fetched(address: str, cache: Path | None, revision: str | None) -> Recipe:
+    """Its weights lie in the same commit, where it does not place them elsewhere."""
+    place = parse(address)
+    if place.revision and revision:
+        raise RecipeError(f"{address} names a revision, and so does --revision", "give one of them")
+    [file] = fetch([HubFile(place.repository, FILE_NAME, place.revision or revision)], cache)
+    recipe = _parse(file.path.read_bytes(), address)
+    here = {
+        role: structs.replace(source, repo=place.repository, revision=file.commit)
         for role, source in recipe.files.items()
-    }  # fmt: skip
-    return structs.replace(recipe, files=files)
+        if not (source.embedded or source.repo)
+    }
+    return structs.replace(recipe, files=recipe.files | here)
 
 
 def class_names(recipe: Recipe) -> dict[str, Any]:
     """The label list of the recipe as stored: {"names": [...], "aliases": {...}}. Raises `RecipeError`."""
-    if isinstance(recipe.labels, list):
-        return _checked_names(recipe, {"names": recipe.labels, "aliases": {}})
-    entry = resources.files("ddexport.recipes") / "labels" / f"{recipe.labels}.json"
-    if not entry.is_file():
-        raise RecipeError(
-            f"recipe {recipe.name}: there is no label list {recipe.labels}", "see recipes/labels/"
-        )
-    return _checked_names(recipe, json.loads(entry.read_text(encoding="utf-8")))
-
-
-def _checked_names(recipe: Recipe, data: dict[str, Any]) -> dict[str, Any]:
+    data: dict[str, Any] = {"names": recipe.labels, "aliases": {}}
+    if isinstance(recipe.labels, str):
+        entry = resources.files("ddexport.recipes") / "labels" / f"{recipe.labels}.json"
+        if not entry.is_file():
+            raise RecipeError(
+                f"recipe {recipe.name}: there is no label list {recipe.labels}", "see recipes/labels/"
+            )
+        data = json.loads(entry.read_text(encoding="utf-8"))
     if len(data["names"]) != recipe.classes:
         labels = "`labels`" if isinstance(recipe.labels, list) else f"the label list {recipe.labels}"
         raise RecipeError(
@@ -317,6 +319,8 @@ def _parse(text: bytes, where: str) -> Recipe:
         hint = 'pip install pyyaml; an export needs all of pip install "ddexport[export]"'
         raise RecipeError("reading recipes needs PyYAML", hint) from error
     try:
+        if len(text) > MAX_BYTES or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("it is larger than 1 MiB, or has aliases, which can make it so")
         data = yaml.safe_load(text)
     except Exception as error:  # also a value that is not what its tag says, or nested thousands deep
         raise RecipeError(f"{where} is not YAML: {str(error).partition(chr(10))[0]}", HINT) from error

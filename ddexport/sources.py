@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from msgspec import structs
 from torch import nn
 
 from ddexport.families._checkpoint import connect, copy_taken, load_part, random_part
-from ddexport.families._weight_file import fingerprint
+from ddexport.families._weight_file import CheckpointError, fingerprint
 from ddexport.hub.files import HubFile, LocalFile, fetch, licence_remark
 from ddexport.recipe import FILE_OPTIONS, Recipe, RecipeError, embedded_weights
 from ddexport.runtime.bundle import TEACHER, Weights
@@ -77,16 +77,18 @@ def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, LocalFile]:
         return {}
     sources: dict[str, LocalFile] = {}
     published: dict[str, HubFile] = {}
-    missing: dict[str, str] = {}
-    repository = recipe.files["student"].repo
+    missing: dict[str, str] = {}  # by option
     for role in roles:
         source = recipe.files[role]
         if role in request.files:
             sources[role] = _local(request.files[role])
+            if not sources[role].path.exists():  # known before anything is fetched
+                raise CheckpointError(f"there is no file {request.files[role]}", "check the path")
         elif source.embedded:
             sources[role] = _local(embedded_weights(source))
         elif source.repo:
-            revision = (request.revision if source.repo == repository else None) or source.revision or None
+            of_student = source.repo == recipe.files["student"].repo
+            revision = (of_student and request.revision) or source.revision or None
             published[role] = HubFile(source.repo, source.path or source.file, revision)
         else:
             missing[source.option or FILE_OPTIONS[role]] = source.file
@@ -135,6 +137,6 @@ def provenance(recipe: Recipe, request: WeightRequest, sources: Mapping[str, Loc
     for role, (path, name, repository, commit) in sources.items():
         sha256, size = fingerprint(path)
         copy = copy_taken(recipe, role, path, request.weights)
-        file = WeightFile(role=role, file=name, sha256=sha256, bytes=size, weights=copy)
-        files.append(structs.replace(file, repository=repository, commit=commit))
+        origin: dict[str, Any] = {"file": name, "repository": repository, "commit": commit}
+        files.append(WeightFile(role=role, sha256=sha256, bytes=size, weights=copy, **origin))
     return Weights(kind="embedded" if embedded else "checkpoint", files=tuple(files))

@@ -97,21 +97,19 @@ def _or_the_only(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 
 
 def _fetching(function: F, argument: str, whole: bool) -> F:
-    """`function` with the directories of bundles in place of their addresses.
-
-    Of a bundle elsewhere a command needs the graphs that its --precision and --steps name, else all.
-    """
+    """`function` with directories in place of the addresses of bundles: of one elsewhere a command needs the
+    graphs that its --precision and --steps name, else all."""
 
     @wraps(function)
     def call(**values: Any) -> Any:
-        def named(*options: str) -> Any:
-            value = next((values[name] for name in options if name in values), ())
-            return value if isinstance(value, tuple) else (value,)
-
-        precisions, steps = ((), ()) if whole else (named("precisions", "precision"), named("steps"))
-        asked = partial(local_bundle, precisions=precisions, steps=steps)
-        value = values[argument]
-        values[argument] = tuple(map(asked, value)) if isinstance(value, tuple) else value and asked(value)
+        precisions = values.get("precisions", values.get("precision", ()))
+        needed = () if whole else (precisions, values.get("steps", ()))
+        asked = [value if isinstance(value, tuple) else (value,) for value in needed]
+        bundle = values[argument]
+        if isinstance(bundle, tuple):
+            values[argument] = tuple(local_bundle(name, *asked) for name in bundle)
+        elif bundle is not None:
+            values[argument] = local_bundle(bundle, *asked)
         return function(**values)
 
     return cast(F, call)
@@ -185,15 +183,14 @@ def shared(
     """Decorator: adds the arguments and options of these names in this order.
 
     options: the settings of each, with its spellings as `names`. changes: settings that are different here;
-    whole: whether a bundle elsewhere is fetched whole, whatever the precision.
+    whole: a bundle elsewhere is fetched whole, whatever the precision.
     """
-    whole = changes.pop("whole", False)
 
     def add(function: F) -> F:
         for name in reversed(names):
             if name in ARGUMENTS:
                 settings = {**ARGUMENTS[name], **changes}
-                argument = settings.pop("name", name)
+                argument, whole = settings.pop("name", name), settings.pop("whole", False)
                 if name == "bundle":
                     function = _fetching(function, argument, whole)
                 function = click.argument(argument, **settings)(function)

@@ -23,9 +23,8 @@ def local_bundle(
     scheme, separator, _ = str(name).partition(SEPARATOR)
     if isinstance(name, Path) or not separator:
         return Path(name)
-    for entry in entry_points(group="ddexport.schemes", name=scheme):
-        directory: Path = entry.load()(name, precisions, steps)
-        return directory
-    known = ", ".join(f"{entry.name}{SEPARATOR}" for entry in entry_points(group="ddexport.schemes"))
-    hint = f"Give a path, or an address that starts with {known}." if known else "Give a path."
-    raise BundleError(f"nothing here fetches {scheme}{SEPARATOR} addresses such as {name}", hint)
+    schemes = entry_points(group="ddexport.schemes")
+    if scheme in schemes.names:
+        return Path(schemes[scheme].load()(name, precisions, steps))
+    hint = f"Give a path, or an address that starts with {', '.join(f'{s}://' for s in schemes.names)}."
+    raise BundleError(f"nothing here fetches {scheme}:// addresses such as {name}", hint)

@@ -45,11 +45,7 @@ class FakeHub:
 
     def gets(self, name: str = "") -> list[str]:
         """The downloads of files whose path ends in `name`."""
-        return [
-            line
-            for line in self.asked
-            if line.startswith("GET") and "/resolve/" in line and line.endswith(name)
-        ]
+        return [line for line in self.asked if re.fullmatch(rf"GET .*/resolve/.*{re.escape(name)}", line)]
 
     @classmethod
     def started(cls) -> FakeHub:
@@ -73,56 +69,43 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self._answer()
-
     def do_GET(self) -> None:
-        self._answer()
-
-    def _answer(self) -> None:
-        self.hub.asked.append(f"{self.command} {self.path}")
-        if self.hub.page:
-            self._send(200, b"<html>Please log in</html>", {"Content-Type": "text/html"})
-        elif self.hub.status:
-            self._send(self.hub.status, b"")
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path):
-            self._file(*match.groups())
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(?:tree|revision)/([^/?]+).*", self.path):
-            self._listing(*match.groups())
-        else:
-            self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
-
-    def _repository(self, name: str, revision: str) -> Files | None:
-        """The files; None after an answer that says why not."""
         hub = self.hub
+        hub.asked.append(f"{self.command} {self.path}")
+        place = r"(?:/api/models)?/([^/]+/[^/]+)/(resolve|tree|revision)/([^/?]+)/?([^?]*).*"
+        match = re.fullmatch(place, self.path)
+        name, kind, revision, path = match.groups() if match else ("", "", "", "")
+        revisions = hub.repositories.get(name, {})
         allowed = self.headers.get("Authorization") == f"Bearer {hub.token}"
-        if name not in hub.repositories or (name in hub.private and not allowed):
-            self._send(401, b"", {"X-Error-Code": "RepoNotFound"})
+        if hub.page:
+            self._send(200, b"<html>Please log in</html>", {"Content-Type": "text/html"})
+        elif hub.status:
+            self._send(hub.status)
+        elif not revisions or (name in hub.private and not allowed):
+            self._send(401, headers={"X-Error-Code": "RepoNotFound"})
         elif name in hub.gated and not allowed:
-            self._send(401, b"", {"X-Error-Code": "GatedRepo"})
-        elif revision not in hub.repositories[name]:
-            self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
+            self._send(401, headers={"X-Error-Code": "GatedRepo"})
+        elif revision not in revisions:
+            self._send(404, headers={"X-Error-Code": "RevisionNotFound"})
+        elif kind != "resolve":
+            listed = [{"type": "file", "path": path, "size": 0, "oid": ""} for path in revisions[revision]]
+            info = {"id": name, "sha": commit_of(revisions[revision])}
+            self._json(listed if kind == "tree" else info)
+        elif path not in revisions[revision]:
+            self._send(404, headers={"X-Error-Code": "EntryNotFound"})
         else:
-            return hub.repositories[name][revision]
-        return None
+            self._file(revisions[revision], path)
 
-    def _file(self, name: str, revision: str, path: str) -> None:
-        files = self._repository(name, revision)
-        if files is None:
-            return
-        commit = {"X-Repo-Commit": commit_of(files)}
-        if path not in files:
-            return self._send(404, b"", {"X-Error-Code": "EntryNotFound", **commit})
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def _file(self, files: Files, path: str) -> None:
         content = files[path]
         etag = hashlib.sha1(b"blob %d\0%b" % (len(content), content)).hexdigest()
-        headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes", **commit}
-        if not path.endswith((".json", ".yaml", ".md")):
-            headers |= {
-                "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
-                "X-Linked-Size": str(len(content)),
-            }
-        if self.hub.size is not None:
-            headers["X-Linked-Size"] = str(self.hub.size)
+        headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes", "X-Repo-Commit": commit_of(files)}
+        if not path.endswith((".json", ".yaml", ".md")):  # in LFS
+            headers["X-Linked-Etag"] = f'"{hashlib.sha256(content).hexdigest()}"'
+            headers["X-Linked-Size"] = str(self.hub.size or len(content))
         if path in self.hub.lies:
             content = content[:-1] + bytes([content[-1] ^ 1])
         start = int((self.headers.get("Range") or "bytes=0-")[6:].partition("-")[0])
@@ -130,44 +113,40 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         self._send(206 if start else 200, content[start:], headers, path)
 
-    def _listing(self, name: str, revision: str) -> None:
-        files = self._repository(name, revision)
-        if files is not None:
-            listed = [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in files.items()]
-            siblings = [{"rfilename": path} for path in files]
-            info = {"id": name, "sha": commit_of(files), "siblings": siblings, "tags": [], "private": False}
-            self._send(200, json.dumps(listed if "/tree/" in self.path else info).encode())
-
     def do_POST(self) -> None:
         """What an upload asks: a repository, which files go to LFS, where to, and a commit."""
-        self.hub.asked.append(f"{self.command} {self.path}")
+        hub = self.hub
+        hub.asked.append(f"{self.command} {self.path}")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
-            return self._send(401, b"")
-        if self.path == "/api/repos/create":
+        if self.headers.get("Authorization") != f"Bearer {hub.token}":
+            self._send(401)
+        elif self.path == "/api/repos/create":
             asked = json.loads(body)
-            name = f"{asked.get('organization') or 'someone'}/{asked['name']}"
-            known = name in self.hub.repositories
+            name = f"{asked['organization']}/{asked['name']}"
+            known = name in hub.repositories
             if not known:
-                self.hub.add(name, {})
-            return self._send(409 if known else 200, json.dumps({"url": f"{self.hub.url}/{name}"}).encode())
-        if self.path == "/api/validate-yaml":
-            return self._send(200, b'{"errors": [], "warnings": []}')
-        name = re.sub(r"^/(?:api/models/)?([^/]+/[^/.]+).*", r"\1", self.path)
-        if "/preupload/" in self.path:
-            asked = [file["path"] for file in json.loads(body)["files"]]
-            modes = [{"path": path, "uploadMode": "lfs" if ".onnx" in path else "regular"} for path in asked]
-            answer = [{"shouldIgnore": False, **mode} for mode in modes]
-            return self._send(200, json.dumps({"files": answer}).encode())
-        if self.path.endswith("/info/lfs/objects/batch"):
-            objects = [
-                {**one, "actions": {"upload": {"href": f"{self.hub.url}/put/{one['oid']}", "header": {}}}}
-                for one in json.loads(body)["objects"]
+                hub.add(name, {})
+            self._json({"url": f"{hub.url}/{name}"}, 409 if known else 200)
+        elif self.path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            modes = {path: "lfs" if ".onnx" in path else "regular" for path in paths}
+            answer = [
+                {"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()
             ]
-            return self._send(200, json.dumps({"transfer": "basic", "objects": objects}).encode(),
-                              {"Content-Type": "application/vnd.git-lfs+json"})  # fmt: skip
+            self._json({"files": answer})
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for one in objects:
+                one["actions"] = {"upload": {"href": f"{hub.url}/put/{one['oid']}", "header": {}}}
+            self._json({"transfer": "basic", "objects": objects})
+        else:
+            self._commit(self.path.removeprefix("/api/models/").partition("/commit/")[0], body)
+
+    def _commit(self, name: str, body: bytes) -> None:
         files = dict(self.hub.repositories[name]["main"])
-        for line in map(json.loads, body.decode().splitlines()):
+        for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = b64decode(value["content"])
@@ -175,14 +154,18 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.uploads[value["oid"]]
         commit = self.hub.add(name, files)
         url = f"{self.hub.url}/{name}/commit/{commit}"
-        self._send(200, json.dumps({"commitUrl": url, "commitOid": commit, "success": True}).encode())
+        self._json({"commitUrl": url, "commitOid": commit, "success": True})
 
     def do_PUT(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
         self.hub.uploads[self.path.rpartition("/")[2]] = content
-        self._send(200, b"")
+        self._send(200)
 
-    def _send(self, status: int, content: bytes, headers: Any = (), path: str = "") -> None:
+    def _json(self, content: Any, status: int = 200) -> None:
+        self._send(status, json.dumps(content).encode(), {"Content-Type": "application/vnd.git-lfs+json"})
+
+    def _send(self, status: int, content: bytes = b"", headers: Any = (), path: str = "") -> None:
+        """path: of a file, whose answer may be cut or slow."""
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **dict(headers)}.items():
             self.send_header(name, value)

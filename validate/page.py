@@ -386,7 +386,7 @@ def _make_fid(facts: Facts, options: Mapping[str, Any]) -> None:
 
 
 @click.command("report", cls=console.Command, epilog=EPILOG)
-@shared("bundle")
+@shared("bundle", whole=True)
 @option("-o", "--output", type=PATH, metavar="FILE", show_default="BUNDLE/parity/index.html",
         help="File to write the page to.")  # fmt: skip
 @option("--run", is_flag=True, help="First make the reports that are missing, with the options below.")

@@ -162,12 +162,11 @@ def build_reference(
 ) -> TorchReference:
     """Rebuilds what the bundle was exported from, by the recipe in its manifest.
 
-    files: the published files of a bundle of kind `checkpoint`, by role; those that the export fetched may be
-    left out. weights:
-    the name of a state dict in them; by default the one that the bundle was made from. threads: of torch, for
-    the whole process. teacher: whether the bundle's, if it has one, is wanted too. Raises ReferenceFilesError
-    for a file that is missing, not wanted, or has another SHA-256 than the manifest's, HubError for one that
-    cannot be fetched again, and DDError for a recipe or a file that cannot be read.
+    files: the published files of a bundle of kind `checkpoint`, by role, but for those that the export
+    fetched. weights: the name of a state dict in them; by default the one that the bundle was made from.
+    threads: of torch, for the whole process. teacher: whether the bundle's, if it has one, is wanted too.
+    Raises ReferenceFilesError for a file that is missing, not wanted, or has another SHA-256 than the
+    manifest's, HubError for one that cannot be fetched, and DDError for what cannot be read.
     """
     import torch
 

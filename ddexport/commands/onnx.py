@@ -47,9 +47,8 @@ PUBLISHED = "the weights that ship with ddexport, else those on the Hugging Face
         help="Branch, tag or commit of the Hub repository of the student.")  # fmt: skip
 @option("--cache-dir", type=PATH, metavar="DIR", show_default="HF_HUB_CACHE, or that of huggingface_hub",
         help="Directory that keeps the files that were fetched from the Hub.")  # fmt: skip
-@option(
-    "--offline", is_flag=True, help="Take fetched files from that directory alone, as with HF_HUB_OFFLINE=1."
-)
+@option("--offline", is_flag=True,
+        help="Take fetched files from that directory alone, as with HF_HUB_OFFLINE=1.")  # fmt: skip
 @option("--weights", metavar="NAME", show_default="the EMA weights, if there are any",
         help="State dict to load from a checkpoint that has several, such as trainer.ema_parameters. The last"
         " part of the name is enough.")  # fmt: skip
@@ -133,10 +132,14 @@ def command(
     from ddexport.sources import WeightRequest
 
     wanted = None if teacher is None else teacher != "none"
+    if "://" in model:
+        revision = None  # it was the recipe's repository's
     exported = export_bundle(
         recipe,
         target,
-        WeightRequest(files, weights, random_weights, wanted, revision, cache_dir),
+        WeightRequest(
+            files, weights, random_weights, wanted, None if "://" in model else revision, cache_dir
+        ),
         precisions=precisions,
         keep_fp32=keep_fp32,
         opset=opset,

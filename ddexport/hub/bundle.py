@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from filelock import FileLock
 from msgspec import structs
 
 from ddexport.card import ACCURACY_FILE
-from ddexport.hub.errors import HubError, MissingFileError
-from ddexport.hub.files import HubFile, LocalFile, fetch, licence_remark, parse
+from ddexport.hub.errors import MissingFileError, explained
+from ddexport.hub.files import HubFile, fetch, licence_remark, parse, require_room
 from ddexport.runtime.bundle import FILE_NAME, TEACHER, Manifest, manifest_from, resolve
 from ddexport.runtime.check import FILE as GOLDEN
 from ddexport.runtime.files import atomic_write
 
-BESIDE = ("README.md", ACCURACY_FILE, GOLDEN)  # of a whole bundle: what the manifest does not list
+BESIDE = (ACCURACY_FILE, GOLDEN)  # files of a whole bundle that the manifest does not list; and its reports
 
 
 def local_bundle(address: str, precisions: Sequence[str | None], steps: Sequence[int | str | None]) -> Path:
@@ -28,32 +29,29 @@ def local_bundle(address: str, precisions: Sequence[str | None], steps: Sequence
     """
     from huggingface_hub import cached_assets_path
 
-    repository = parse(address)
-    if repository.path:
-        raise HubError(f"{address} names a file or a directory in a repository", "Give hf://USER/NAME alone.")
-    try:
-        [manifest_file] = fetch([repository._replace(path=FILE_NAME)])
-    except MissingFileError as error:
-        raise MissingFileError(
-            f"{address} is no bundle: {error.message}",
-            f"`ddexport push` publishes bundles; export a model with `ddexport onnx --model {address}`.",
-        ) from error
-    manifest = manifest_from(manifest_file.path)
+    repository, _, revision = parse(address)
+    [listing] = fetch([HubFile(repository, FILE_NAME, revision)])
+    manifest = manifest_from(listing.path)
     part = part_of(manifest, precisions, steps)
     whole = part == manifest
-    text = manifest_file.path.read_bytes() if whole else part.to_json().encode()
-    which = "whole" if whole else hashlib.sha256(text).hexdigest()[:12]
-    folder: Path = cached_assets_path("ddexport", repository.repository, f"{manifest_file.commit}-{which}")
-    files = [info.file for info in part.files()]
-    places = {file: resolve(folder, file) for file in files}
-    if not (folder / FILE_NAME).is_file() or not all(place.is_file() for place in places.values()):
-        wanted = [HubFile(repository.repository, file, manifest_file.commit) for file in files]
+    text = listing.path.read_bytes() if whole else part.to_json().encode()
+    digest = hashlib.sha256(text).hexdigest()[:12]
+    with explained(HubFile(repository, FILE_NAME)):
+        folder: Path = cached_assets_path("ddexport", repository, f"{listing.commit}-{digest}")
+    places = {info.file: resolve(folder, info.file) for info in part.files()}
+    with FileLock(folder / ".lock"):
+        for partial in folder.rglob(".ddexport-*.part"):  # of a copy that was killed
+            partial.unlink()
+        absent = [info for info in part.files() if not _is_there(places[info.file], info.bytes)]
+        wanted = [HubFile(repository, info.file, listing.commit) for info in absent]
+        if wanted:
+            require_room(folder, sum(info.bytes for info in absent))
         for fetched in fetch(wanted, remark=licence_remark(manifest.licence)):
-            _copy(fetched, places[fetched.name])
-        for file in BESIDE if whole else ():
+            _copy(fetched.path, places[fetched.name])
+        for file in _beside(manifest) if whole and wanted else ():
             with suppress(MissingFileError):
-                [beside] = fetch([HubFile(repository.repository, file, manifest_file.commit)])
-                _copy(beside, folder / file)
+                [fetched] = fetch([HubFile(repository, file, listing.commit)])
+                _copy(fetched.path, folder / file)
         with atomic_write(folder / FILE_NAME) as stream:  # last: until then it is no bundle
             stream.write(text)
     return folder
@@ -66,35 +64,46 @@ def part_of(
 
     A precision that the bundle has no graphs of needs all: an engine may compute in it by itself.
     """
-    first, schedules = manifest.precisions[0], [manifest.schedule(number) for number in steps]
+    first = manifest.precisions[0]
     kept = {precision or first for precision in precisions}
     if not kept or not kept <= set(manifest.precisions):
         kept = set(manifest.precisions)
     if "bf16" in kept:
         kept.add("fp32")  # of which OpenVINO computes bf16, on CPUs alone
-    splits = {schedule.split for schedule in schedules} - {manifest.sequence.split}
-    teacher = not steps or any(schedule.teacher for schedule in schedules)
+    schedules = [manifest.schedule(number) for number in steps] or [*manifest.schedules.values()]
+    splits = {None, manifest.sequence.split, *(schedule.split for schedule in schedules)}
+    teacher = manifest.teacher if not steps or any(schedule.teacher for schedule in schedules) else None
     if teacher and not any(graph.role == TEACHER and graph.precision in kept for graph in manifest.graphs):
         kept.add(first)  # a teacher is not reduced as far as its student
-    graphs = tuple(
-        graph
-        for graph in manifest.graphs
-        if graph.precision in kept
-        and (graph.role != TEACHER or teacher)
-        and (graph.split is None or not steps or graph.split in splits)
+    return structs.replace(
+        manifest,
+        teacher=teacher,
+        graphs=tuple(
+            graph
+            for graph in manifest.graphs
+            if graph.precision in kept and graph.split in splits and (teacher or graph.role != TEACHER)
+        ),
+        schedules={
+            number: schedule
+            for number, schedule in manifest.schedules.items()
+            if schedule.split in splits and (teacher or not schedule.teacher)
+        },
     )
-    students = {graph.split or manifest.sequence.split for graph in graphs if graph.role == "student"}
-    possible = {
-        number: schedule
-        for number, schedule in manifest.schedules.items()
-        if (schedule.split or manifest.sequence.split) in students and (teacher or schedule.teacher is None)
-    }
-    involved = manifest.teacher if teacher else None
-    return structs.replace(manifest, graphs=graphs, schedules=possible, teacher=involved)
 
 
-def _copy(fetched: LocalFile, place: Path) -> None:
+def _beside(manifest: Manifest) -> list[str]:
+    reports = [
+        f"parity/{kind}-{precision}.json" for kind in ("parity", "fid") for precision in manifest.precisions
+    ]
+    return [*BESIDE, *reports]
+
+
+def _is_there(place: Path, size: int) -> bool:
+    return place.is_file() and place.stat().st_size == size
+
+
+def _copy(source: Path, place: Path) -> None:
     """A plain file: onnx and OpenVINO refuse weights behind a link, whether symbolic or hard."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(place) as stream, fetched.path.open("rb") as content:
+    with atomic_write(place) as stream, source.open("rb") as content:
         shutil.copyfileobj(content, stream)

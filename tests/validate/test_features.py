@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from ddexport.runtime.errors import DDError
@@ -220,10 +221,10 @@ def test_the_published_file_is_fetched_once_and_compared(hub: FakeHub, tmp_path,
     with pytest.raises(FeatureError, match="cannot be fetched"):
         inception.fetch_published()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(FeatureError, match="offline"):
         inception.fetch_published()
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(inception, "PUBLISHED", hashlib.sha256(b"weights").hexdigest()[:8])
     assert [inception.fetch_published().read_bytes() for _ in range(2)] == [b"weights"] * 2
     assert len(hub.gets()) == 2 and capsys.readouterr().err.count("fetching the Inception") == 2

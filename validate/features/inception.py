@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import pickle
+from http.client import HTTPException
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 from ddexport.runtime import console
@@ -87,15 +88,15 @@ def fetch_published() -> Path:
     """The published file, where pytorch-fid keeps it. Raises FeatureError: offline, out of reach, or not the
     bytes whose SHA-256 is in its name."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / FILE
-    if path.is_file():
+    if path.is_file() and sha256_of(path).startswith(PUBLISHED):
         return path
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+    if constants.HF_HUB_OFFLINE:
         raise FeatureError(f"offline, and {path} is not there", WHERE)
     click.echo(f"fetching the Inception network's weights (91 MiB): {URL}", err=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(URL, str(path), PUBLISHED, progress=console.is_terminal())
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, HTTPException) as error:
         raise FeatureError(f"{URL} cannot be fetched: {error}", WHERE) from error
     return path
 

