@@ -9,19 +9,22 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from msgspec import structs
 from torch import nn
 
 from ddexport.card import ACCURACY_FILE, model_card
 from ddexport.families import family
 from ddexport.families._base import Teacher as TeacherModule
 from ddexport.graph.external import SharedWeights
+from ddexport.graph.pipeline import check_steps, write_pipeline
 from ddexport.graph.spec import GraphSpec, graph_specs, image_size
 from ddexport.graph.to_onnx import check_onnx, check_opset, default_opset, onnx_from_module
-from ddexport.graph.verify import verify
+from ddexport.graph.verify import verify, verify_pipeline
 from ddexport.graph.wrappers import graph_module, graph_part
 from ddexport.precision.cast import PrecisionError, check_patterns
 from ddexport.precision.policy import FLOAT32, HALVES, INT8, PRECISIONS
@@ -69,6 +72,7 @@ def export_bundle(
     force: bool = False,
     stage: Stage = lambda name: nullcontext(),
     calibration: int = IMAGES,
+    pipelines: Sequence[int] = (),
 ) -> Exported:
     """Writes the bundle of `recipe` to the directory `target`, or nothing if it cannot be verified.
 
@@ -78,6 +82,7 @@ def export_bundle(
         opset: of the graphs; by default 20, and 22 in bf16.
         stage: called with the name of each stage; a context manager that shows progress.
         calibration: number of images from which the value ranges of int8 graphs are measured.
+        pipelines: numbers of steps, for each of which one graph from noise to images is added.
 
     Raises:
         PrecisionError: a precision is unknown, a pattern matches nothing, or a weight exceeds fp16.
@@ -85,11 +90,13 @@ def export_bundle(
         CheckpointError: a file does not hold the recipe's model.
         ExportError: the opset is not supported, or lacks the operators of a precision.
         RecipeError: the label list does not fit the recipe.
+        ScheduleError: a pipeline has steps that the recipe does not have, or that involve the teacher.
         OutputError: `target` exists and `force` is false, or is no bundle, or cannot be written.
         VerificationError: a graph differs from its module; nothing is written.
     """
     check_precisions(precisions, recipe)
     check_opset(opset, precisions)
+    check_steps(recipe, pipelines)
     sources, roles, labels = sources_of(recipe, request), roles_of(recipe, request), class_names(recipe)
     if INT8 in precisions:
         check_int8(roles, calibration, keep_float=FLOAT32 in precisions)
@@ -101,13 +108,18 @@ def export_bundle(
         (folder / LABELS).write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         teacher = _teacher(parts, recipe, folder) if TEACHER in parts else None
         specs = graph_specs(recipe, teacher)
-        tracer = _Tracer(recipe, folder, weights, tuple(keep_fp32), opset, stage)
+        tracer = _Tracer(recipe, folder, weights, tuple(keep_fp32), opset, stage, bool(pipelines))
         graphs = [graph for name in _traced(precisions) for graph in tracer.trace(parts, specs, name)]
         if INT8 in precisions:
-            graphs += int8_graphs(folder, graphs, recipe, calibration, stage)
+            graphs += int8_graphs(folder, graphs, recipe, calibration, stage, bool(pipelines))
             graphs = _wanted(graphs, precisions, folder)
         manifest = _manifest(recipe, weights, teacher, graphs, file_info(folder / LABELS, folder))
         accuracy = verify(folder, manifest, parts, specs, recipe, stage)
+        for steps, precision in product(pipelines, precisions):
+            with stage(f"writing and comparing the pipeline of {steps} steps in {precision}"):
+                pipeline = write_pipeline(folder, manifest, steps, precision)
+                verify_pipeline(folder, manifest, pipeline)
+            manifest = structs.replace(manifest, pipelines=(*manifest.pipelines, pipeline))
         (folder / ACCURACY_FILE).parent.mkdir()
         (folder / ACCURACY_FILE).write_text(to_json(accuracy), encoding="utf-8")
         (folder / FILE_NAME).write_text(manifest.to_json(), encoding="utf-8")
@@ -145,7 +157,7 @@ def tool_versions() -> dict[str, str]:
 @dataclass(frozen=True)
 class _Tracer:
     """Writes the traced graphs of one bundle. weights: what the manifest says of them; opset: None for the
-    default of each precision."""
+    default of each precision; shared: the weights lie beside every graph, for others to read them too."""
 
     recipe: Recipe
     folder: Path
@@ -153,6 +165,7 @@ class _Tracer:
     keep_fp32: tuple[str, ...]
     opset: int | None
     stage: Stage
+    shared: bool
 
     def trace(self, parts: Parts, specs: Sequence[GraphSpec], precision: str) -> Iterator[Graph]:
         """The graphs of one precision. Several graphs of one part share a file of weights."""
@@ -160,7 +173,7 @@ class _Tracer:
             part = graph_part(parts[role], precision, self.keep_fp32, role)
             same = [spec for spec in specs if spec.part == role]
             data = self.folder / f"{same[0].role}{_suffix(precision)}.onnx.data"
-            shared = SharedWeights(data) if len(same) > 1 else None
+            shared = SharedWeights(data) if len(same) > 1 or (self.shared and role != TEACHER) else None
             for spec in same:
                 yield self._write(graph_module(spec, part, parts["tokenizer"]), spec, precision, shared)
             del part  # one cast copy at a time beside the float32 parts

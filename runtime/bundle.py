@@ -140,6 +140,15 @@ class Graph(Record, frozen=True, kw_only=True):
         return hashlib.sha256(content.encode()).hexdigest()
 
 
+class PipelineGraph(Record, frozen=True, kw_only=True):
+    """A graph from noise to 8-bit images, for those who do not use the runtime; `files` as of a `Graph`."""
+
+    steps: Positive
+    precision: str
+    file: str
+    files: tuple[FileInfo, ...]
+
+
 class Source(Record, frozen=True, kw_only=True):
     """A checkpoint file that a part was made from; `weights` names the copy in it, such as `ema`.
 
@@ -180,6 +189,7 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
     schedules: Mapping[int, Schedule]
     teacher: Teacher | None = None
     graphs: tuple[Graph, ...]
+    pipelines: tuple[PipelineGraph, ...] = ()
     weights: Weights
     licence: Mapping[str, Any]
     published: Mapping[str, Any]
@@ -271,7 +281,8 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
 
     def files(self) -> tuple[FileInfo, ...]:
         """Every file of the bundle that the runtime may open, each once."""
-        listed = [self.labels, *(info for graph in self.graphs for info in graph.files)]
+        graphs: tuple[Graph | PipelineGraph, ...] = (*self.graphs, *self.pipelines)
+        listed = [self.labels, *(info for graph in graphs for info in graph.files)]
         return tuple(dict.fromkeys(listed + ([self.teacher.codebook] if self.teacher else [])))
 
     def to_json(self) -> str:

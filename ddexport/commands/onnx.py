@@ -11,7 +11,7 @@ import click
 from ddexport.precision.policy import FLOAT32, HALVES, INT8, PRECISIONS
 from ddexport.quantize.policy import IMAGES
 from ddexport.runtime import console
-from ddexport.runtime.options import PATH, comma_list, known, option, shared
+from ddexport.runtime.options import PATH, comma_list, known, number, option, shared
 
 EPILOG = """
 \b
@@ -66,6 +66,9 @@ PUBLISHED = "the weights that ship with ddexport, else those on the Hugging Face
         help="Number of images from which the value ranges of int8 graphs are measured. They are generated"
         " from noise; no data set is needed.")  # fmt: skip
 @option("--opset", type=int, metavar="N", show_default="20; 22 with bf16", help="ONNX opset version.")
+@option("--pipeline", "pipelines", callback=comma_list(number), metavar="N,...",
+        help="Also write pipeline_N.onnx: one graph from noise and label to 8-bit images in N"
+        " steps.")  # fmt: skip
 @option("--force", is_flag=True, help="Replace an existing bundle, after the new one is complete.")
 @shared("json")
 @console.debug_option
@@ -85,6 +88,7 @@ def command(
     keep_fp32: tuple[str, ...],
     calibration: int | None,
     opset: int | None,
+    pipelines: tuple[int, ...],
     force: bool,
     as_json: bool,
 ) -> None:
@@ -146,14 +150,15 @@ def command(
         force=force,
         stage=console.stage,
         calibration=IMAGES if calibration is None else calibration,
+        pipelines=pipelines,
     )
     manifest, accuracy = exported.manifest, read_accuracy(exported.path)
     if as_json:
-        graphs = {"weights": manifest.weights, "graphs": manifest.graphs, "accuracy": accuracy}
-        console.emit_json({"bundle": str(exported.path), **graphs})
+        written = {"weights": manifest.weights, "graphs": manifest.graphs, "pipelines": manifest.pipelines}
+        console.emit_json({"bundle": str(exported.path), **written, "accuracy": accuracy})
         return
     click.echo(f"{exported.path}: {recipe.title}")
-    for file in dict.fromkeys(file for graph in manifest.graphs for file in graph.files):
+    for file in (file for file in manifest.files() if file.file.partition(".")[2].startswith("onnx")):
         click.echo(f"  {file.file:24} {file.bytes / 2**20:9.1f} MiB")
     click.echo("  largest error against PyTorch in float32, on random inputs:")
     for line in accuracy_lines(accuracy):

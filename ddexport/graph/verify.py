@@ -28,8 +28,11 @@ from ddexport.precision.policy import FLOAT32, HALVES, INT8
 from ddexport.recipe import Limits, Recipe
 from ddexport.runtime.backends import CPU, Configuration
 from ddexport.runtime.backends.onnxruntime import OnnxRuntime
-from ddexport.runtime.bundle import Graph, Manifest, TensorSpec
+from ddexport.runtime.bundle import Graph, Manifest, PipelineGraph, TensorSpec
 from ddexport.runtime.errors import VerificationError
+from ddexport.runtime.images import to_uint8
+from ddexport.runtime.noise import gaussian_noise
+from ddexport.runtime.sampler import sample
 
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Arrays], Arrays]
@@ -115,6 +118,28 @@ def verify(
             errors = [error for errors in compared for error in errors]
             accuracy[graph.file] = Accuracy(ENGINE + emulated, weights_by_type(folder / graph.file), errors)
     return accuracy
+
+
+def verify_pipeline(folder: Path, manifest: Manifest, pipeline: PipelineGraph) -> None:
+    """Compares a pipeline with its graphs, run one by one by the runtime's sampler, on the first images of
+    seed 0. Raises VerificationError unless all tokens are equal, and all bytes of images to rounding."""
+    schedule, size = manifest.schedule(pipeline.steps), manifest.sequence
+    noise = gaussian_noise(0, range(max(BATCHES)), size.length, size.width)
+    labels = np.arange(len(noise), dtype=np.int64) % manifest.classes
+    student = manifest.graph("student", pipeline.precision, schedule.split)
+    decoder = manifest.graph("decoder", pipeline.precision)
+    with _opened(folder, manifest, student) as run:
+        wanted = sample(run, noise, labels, schedule)[-1]  # type: ignore[arg-type]
+    with _opened(folder, manifest, decoder) as run:
+        images = to_uint8(run({"sequence": wanted.sequence})["image"])
+    got = EmulatedGraph(folder / pipeline.file).run({"noise": noise, "label": labels})
+    differing = int((got["tokens"] != wanted.tokens).sum())
+    largest = int(np.abs(got["image"].astype(np.int64) - images).max())
+    if differing or largest > 1:
+        raise VerificationError(
+            f"{pipeline.file} is not its graphs run one by one: {differing} tokens, {largest} of 255 differ",
+            HINTS.get(pipeline.precision, HINTS[FLOAT32]),
+        )
 
 
 def trial(

@@ -78,6 +78,7 @@ def part_of(
     return structs.replace(
         manifest,
         teacher=teacher,
+        pipelines=() if steps or precisions else manifest.pipelines,
         graphs=tuple(
             graph
             for graph in manifest.graphs

@@ -38,22 +38,24 @@ def check_int8(roles: Sequence[str], images: int, keep_float: bool) -> None:
 
 
 def int8_graphs(
-    folder: Path, graphs: Sequence[Graph], recipe: Recipe, images: int, stage: Stage
+    folder: Path, graphs: Sequence[Graph], recipe: Recipe, images: int, stage: Stage, shared: bool = False
 ) -> list[Graph]:
     """Writes the int8 graphs of student and decoder, and the students of other splits, into `folder`.
 
     Args:
         graphs: of the bundle; those that are not float32, and of other roles, are passed over.
         images: how many to take the ranges from.
+        shared: the weights lie beside every graph.
 
     Returns them in the order of `graphs`.
     """
     floats = [graph for graph in graphs if graph.role in ROLES and graph.precision == FLOAT32]
     with stage(f"calibrating on {images} images of noise"):
         ranges = _ranges(folder, {g.role: g for g in floats if g.split is None}, recipe, images)
-    shared = None
-    if sum(graph.role == "student" for graph in floats) > 1:
-        shared = SharedWeights(folder / f"student_{INT8}.onnx.data")
+    several = {graph.role for graph in floats if graph.split is not None}
+    beside = {
+        role: SharedWeights(folder / f"{role}_{INT8}.onnx.data") for role in (ROLES if shared else several)
+    }
     made = []
     for graph in floats:
         path = folder / f"{Path(graph.file).stem}_{INT8}.onnx"
@@ -63,7 +65,7 @@ def int8_graphs(
             model = quantised_model(folder / graph.file, nodes, reads)
             model.metadata_props["precision"] = INT8
             model.metadata_props["calibration"] = f"{images} images of noise, seed {SEED}"
-            files = save_graph(model, path, shared if graph.role == "student" else None)
+            files = save_graph(model, path, beside.get(graph.role))
         with stage(f"checking {path.name}"):
             check_onnx(path)
             infos = tuple(file_info(file, folder) for file in files)
