@@ -101,7 +101,7 @@ class TestManifest:
     def test_embedded_weights(self, tmp_path: Path) -> None:
         """A bundle of the project's own weights says so, unless files were given in their place."""
         recipe = load_recipe("digits-var")
-        embedded = sources_of(recipe, WeightRequest({}))
+        embedded = {role: file.path for role, file in sources_of(recipe, WeightRequest({})).items()}
         for files, kind in (({}, "embedded"), ({"student": embedded["student"]}, "checkpoint")):
             request = WeightRequest(files)
             weights = provenance(recipe, request, sources_of(recipe, request))
