@@ -14,7 +14,7 @@ from msgspec import structs
 from ddexport.card import ACCURACY_FILE
 from ddexport.hub.errors import MissingFileError, explained
 from ddexport.hub.files import HubFile, fetch, licence_remark, parse, require_room
-from ddexport.runtime.bundle import FILE_NAME, TEACHER, Manifest, manifest_from, resolve
+from ddexport.runtime.bundle import FILE_NAME, TEACHER, FileInfo, Manifest, manifest_from, resolve
 from ddexport.runtime.check import FILE as GOLDEN
 from ddexport.runtime.files import atomic_write
 
@@ -39,20 +39,25 @@ def local_bundle(address: str, precisions: Sequence[str | None], steps: Sequence
     with explained(HubFile(repository, FILE_NAME)):
         folder: Path = cached_assets_path("ddexport", repository, f"{listing.commit}-{digest}")
     places = {info.file: resolve(folder, info.file) for info in part.files()}
+    listed = folder / FILE_NAME
+
+    def absent() -> list[FileInfo]:
+        return [info for info in part.files() if not _is_there(places[info.file], info.bytes)]
+
+    if not absent() and listed.is_file() and listed.read_bytes() == text:
+        return folder  # which may be read-only
     with FileLock(folder / ".lock"):
         for partial in folder.rglob(".ddexport-*.part"):  # of a copy that was killed
             partial.unlink()
-        absent = [info for info in part.files() if not _is_there(places[info.file], info.bytes)]
-        wanted = [HubFile(repository, info.file, listing.commit) for info in absent]
-        if wanted:
-            require_room(folder, sum(info.bytes for info in absent))
+        require_room(folder, sum(info.bytes for info in absent()))
+        wanted = [HubFile(repository, info.file, listing.commit) for info in absent()]
         for fetched in fetch(wanted, remark=licence_remark(manifest.licence)):
             _copy(fetched.path, places[fetched.name])
-        for file in _beside(manifest) if whole and wanted else ():
+        for file in _beside(manifest) if whole else ():
             with suppress(MissingFileError):
                 [fetched] = fetch([HubFile(repository, file, listing.commit)])
                 _copy(fetched.path, folder / file)
-        with atomic_write(folder / FILE_NAME) as stream:  # last: until then it is no bundle
+        with atomic_write(listed) as stream:  # last: until then it is no bundle
             stream.write(text)
     return folder
 
