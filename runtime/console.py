@@ -27,10 +27,10 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader left, as in `ddexport models | he
 BAR_AFTER_SECONDS = 2.0
 EXTRAS = {  # the extra of the project that brings a package
     **dict.fromkeys(("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "yaml"), "export"),
-    "huggingface_hub": "hub",
+    **dict.fromkeys(("huggingface_hub", "filelock"), "hub"),
     **dict.fromkeys(("jinja2", "matplotlib"), "validate"),
     **dict.fromkeys(("onnxruntime",), "cpu"),
-    **dict.fromkeys(("tensorrt_rtx", "polygraphy", "filelock"), "tensorrt-rtx"),
+    **dict.fromkeys(("tensorrt_rtx", "polygraphy"), "tensorrt-rtx"),
     "openvino": "openvino",
     "mlxtend": "distill",
 }
