@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ddexport.runtime import console
-from ddexport.runtime.options import option, shared
+from ddexport.runtime.options import BUNDLE, option, shared
 
 EPILOG = """
 \b
@@ -19,7 +19,7 @@ Examples:
 
 
 @click.command("push", cls=console.Command, epilog=EPILOG)
-@shared("bundle")
+@shared("bundle", metavar="BUNDLE", help=BUNDLE)
 @click.argument(
     "repository", metavar="USER/NAME", required=False, help="Repository on the Hub, made if need be."
 )

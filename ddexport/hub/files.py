@@ -137,7 +137,7 @@ def _check_hash(path: Path, file: HubFile) -> None:
 
     wanted: str | None = path.readlink().name if path.is_symlink() else None
     if wanted is None and not constants.HF_HUB_OFFLINE:  # a cache without links, as on exFAT
-        with explained(file):
+        with suppress(HubError), explained(file):
             url = hf_hub_url(file.repository, file.path, revision=file.revision)
             wanted = get_hf_file_metadata(url).etag
     if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", wanted or ""):

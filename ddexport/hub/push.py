@@ -57,9 +57,8 @@ def push(bundle: Path, repository: str, private: bool) -> str:
                 "Name another repository: this one's files and its card stay as they are.",
             )
         operations: list[Any] = [CommitOperationAdd(name, value) for name, value in content.items()]
-        stale = [
-            file for file in there if file.startswith("parity/") or file == PICTURE
-        ]  # of an earlier push
+        # Reports and picture of an earlier push would be of another bundle.
+        stale = [file for file in there if file.startswith("parity/") or file == PICTURE]
         operations += [CommitOperationDelete(file) for file in stale if file not in content]
         message = f"ddexport push: {manifest.name} in {', '.join(manifest.precisions)}"
         return str(api.create_commit(repository, operations, commit_message=message).commit_url)
