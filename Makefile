@@ -17,7 +17,7 @@ LAST    := sh -c 'out=$$("$$@" 2>&1) && echo "$$out" | tail -n 1 || { echo "$$ou
 # Small models run fastest on one thread per process; real ones choose for themselves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo bundles test test-all mutants lint format parity quality distill docs performance clean help
+.PHONY: demo bundles test test-all mutants lint format parity quality decoders distill docs performance clean help
 # Pages with generated help texts and tables.
 PAGES    := README.md $(wildcard docs/*.md)
 COG      := $(BIN)/cog -I docs
@@ -91,6 +91,16 @@ parity: $(VENV)/.dev $(PRECISE)
 quality: $(VENV)/.dev $(PRECISE)
 	for precision in fp32 fp16 int8; do echo $$precision; done | xargs -P 2 -L 1 $(BIN)/python -m validate fid \
 	    build/precisions/digits-var --images 2000 --batch 200 --threads 1 --backend onnxruntime --precision
+
+# What the small decoders cost (docs/small-decoders.md): ten minutes.
+decoders: $(VENV)/.dev $(PRECISE)
+	for model in $(MODELS); do for seed in 0 1 2; do echo $$model $$seed; done; done | xargs -P 2 -L 1 sh -c \
+	    '$(RECORD) decoder-$$0-$$1 $(BIN)/ddexport validate fid build/precisions/$$0 --decoder small --steps 1,2 --seed $$1 \
+	    --precision fp32 --batch 200 --threads 1 --backend onnxruntime --report build/decoders/$$0-$$1 --json'
+	for model in $(MODELS); do \
+	    $(BIN)/python docs/decoder_grid.py build/precisions/$$model docs/images/decoder-$$model.png || exit; \
+	done
+	$(COG) -r $(PAGES)
 
 distill: $(VENV)/.dev
 	for model in $(MODELS); do \

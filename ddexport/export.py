@@ -21,10 +21,10 @@ from ddexport.card import ACCURACY_FILE, model_card
 from ddexport.families import family
 from ddexport.families._base import Teacher as TeacherModule
 from ddexport.graph.external import SharedWeights
-from ddexport.graph.pipeline import check_steps, write_pipeline
+from ddexport.graph.pipeline import check_pipelines, write_pipeline
 from ddexport.graph.spec import GraphSpec, graph_specs, image_size
 from ddexport.graph.to_onnx import check_onnx, check_opset, default_opset, onnx_from_module
-from ddexport.graph.verify import verify, verify_pipeline
+from ddexport.graph.verify import compare_decoders, verify, verify_pipeline
 from ddexport.graph.wrappers import graph_module, graph_part
 from ddexport.precision.cast import PrecisionError, check_patterns
 from ddexport.precision.policy import FLOAT32, HALVES, INT8, PRECISIONS
@@ -41,6 +41,7 @@ from ddexport.runtime.bundle import (
     Manifest,
     Teacher,
     Weights,
+    decoder_role,
     file_info,
     read_manifest,
 )
@@ -72,7 +73,7 @@ def export_bundle(
     force: bool = False,
     stage: Stage = lambda name: nullcontext(),
     calibration: int = IMAGES,
-    pipelines: Sequence[int] = (),
+    pipelines: Sequence[tuple[int, str]] = (),
 ) -> Exported:
     """Writes the bundle of `recipe` to the directory `target`, or nothing if it cannot be verified.
 
@@ -82,7 +83,7 @@ def export_bundle(
         opset: of the graphs; by default 20, and 22 in bf16.
         stage: called with the name of each stage; a context manager that shows progress.
         calibration: number of images from which the value ranges of int8 graphs are measured.
-        pipelines: numbers of steps, for each of which one graph from noise to images is added.
+        pipelines: numbers of steps with decoders, for each of which one graph from noise to images is added.
 
     Raises:
         PrecisionError: a precision is unknown, a pattern matches nothing, or a weight exceeds fp16.
@@ -96,8 +97,9 @@ def export_bundle(
     """
     check_precisions(precisions, recipe)
     check_opset(opset, precisions)
-    check_steps(recipe, pipelines)
-    sources, roles, labels = sources_of(recipe, request), roles_of(recipe, request), class_names(recipe)
+    roles, labels = roles_of(recipe, request), class_names(recipe)
+    check_pipelines(recipe, roles, pipelines)
+    sources = sources_of(recipe, request)
     if INT8 in precisions:
         check_int8(roles, calibration, keep_float=FLOAT32 in precisions)
     with staged_directory(target, force, _expected_bytes(recipe, roles), marker=FILE_NAME) as folder:
@@ -107,7 +109,8 @@ def export_bundle(
             weights = provenance(recipe, request, sources)
         (folder / LABELS).write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         teacher = _teacher(parts, recipe, folder) if TEACHER in parts else None
-        specs = graph_specs(recipe, teacher)
+        decoders = {name: role for name in recipe.decoders if (role := decoder_role(name)) in parts}
+        specs = graph_specs(recipe, teacher, decoders.values())
         tracer = _Tracer(recipe, folder, weights, tuple(keep_fp32), opset, stage, bool(pipelines))
         graphs = [graph for name in _traced(precisions) for graph in tracer.trace(parts, specs, name)]
         if INT8 in precisions:
@@ -115,9 +118,13 @@ def export_bundle(
             graphs = _wanted(graphs, precisions, folder)
         manifest = _manifest(recipe, weights, teacher, graphs, file_info(folder / LABELS, folder))
         accuracy = verify(folder, manifest, parts, specs, recipe, stage)
-        for steps, precision in product(pipelines, precisions):
+        for name in decoders:
+            with stage(f"comparing the decoder {name} with the full one"):
+                cost = compare_decoders(folder, manifest, name, recipe)
+            manifest = structs.replace(manifest, decoders={**manifest.decoders, name: cost})
+        for (steps, decoder), precision in product(pipelines, precisions):
             with stage(f"writing and comparing the pipeline of {steps} steps in {precision}"):
-                pipeline = write_pipeline(folder, manifest, steps, precision)
+                pipeline = write_pipeline(folder, manifest, steps, precision, decoder)
                 verify_pipeline(folder, manifest, pipeline)
             manifest = structs.replace(manifest, pipelines=(*manifest.pipelines, pipeline))
         (folder / ACCURACY_FILE).parent.mkdir()

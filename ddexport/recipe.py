@@ -17,7 +17,7 @@ import msgspec
 from msgspec import structs
 
 from ddexport.hub.files import SCHEME, HubFile, fetch, parse
-from ddexport.runtime.bundle import Schedule, SequenceSize, schedule_fault
+from ddexport.runtime.bundle import FULL, Schedule, SequenceSize, decoder_role, schedule_fault
 from ddexport.runtime.errors import DDError, did_you_mean
 from ddexport.runtime.records import Natural, Positive, Record, convert
 
@@ -25,14 +25,20 @@ if TYPE_CHECKING:
     from ddexport.runtime.bundle import Manifest
 
 SCHEMA = 1
-FILE_OPTIONS = {"student": "--checkpoint", "tokenizer": "--vae", "teacher": "--teacher"}
-ROLES = tuple(FILE_OPTIONS)
+FILE_OPTIONS = {
+    "student": "--checkpoint",
+    "tokenizer": "--vae",
+    "teacher": "--teacher",
+    "decoder_small": "--small-decoder",
+}
+ROLES = tuple(FILE_OPTIONS)[:3]
 FILE_NAME = "recipe.yaml"  # of a model of a user's own, in its directory or repository
 WHAT_IS_A_MODEL = "a recipe file (YAML), or a directory or hf://USER/NAME with a recipe.yaml and weights"
 MAX_BYTES = 1 << 20
 HINT = "Correct it; the recipes in recipes/ are examples."
 
 Limit = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+DecoderName: TypeAlias = Annotated[str, msgspec.Meta(pattern=f"^(?!{FULL}$)[a-z0-9]+$")]
 Size: TypeAlias = Positive | Annotated[list[Positive], msgspec.Meta(min_length=1)]
 
 
@@ -107,17 +113,29 @@ class FidLimits(Record, frozen=True):
     provisional: bool = False
 
 
+class DecoderLimits(Record, frozen=True):
+    """What `validate fid --decoder NAME` allows.
+
+    increase: of the FID, as a share, by the upper end of its 95 % interval. read: the difference of the
+    shares of images that are read as the class asked for.
+    """
+
+    increase: Limit
+    read: Limit | None = None
+
+
 class FidGate(Record, frozen=True):
     """How `validate fid` measures a model unless told otherwise.
 
     `reference` is `data`, the model's own data set, or empty where the user has to name one. The limits hold
-    for so many `images`.
+    for so many `images`. decoders: of those that are distilled, in every precision.
     """
 
     features: str
     images: Positive
     limits: dict[Literal["fp32", "fp16", "bf16", "int8"], FidLimits]
     reference: str = ""
+    decoders: DecoderLimits | None = None
 
 
 class Parity(Record, frozen=True):
@@ -133,6 +151,21 @@ class Parity(Record, frozen=True):
     def limits(self, precision: str) -> Limits | None:
         """Those of a precision, None where none are stated."""
         return {"fp32": self.fp32, "fp16": self.fp16, "bf16": self.bf16, "int8": self.int8}.get(precision)
+
+
+class DecoderSize(Record, frozen=True):
+    """A decoder with fewer operations than the tokenizer's, distilled from it (docs/small-decoders.md).
+
+    widths: the channels at each side, from the latent's to half the image's, which doubles between two.
+    blocks: how many residual blocks there are at each. distill: the numbers of its training, which the
+    trainer checks. fid: by number of steps, the change of the FID that `validate fid` measured, as a share,
+    and its 95 % interval.
+    """
+
+    widths: tuple[Positive, ...]
+    blocks: tuple[Natural, ...]
+    distill: dict[str, Any] = {}
+    fid: dict[str, tuple[float, float, float]] = {}
 
 
 class Recipe(Record, frozen=True):
@@ -156,6 +189,7 @@ class Recipe(Record, frozen=True):
     files: dict[str, Source]
     parity: Parity
     teacher: Sampling | None = None
+    decoders: dict[DecoderName, DecoderSize] = {}
     parameters: dict[str, Positive] = {}
     licence: dict[str, str] = {}
     published: dict[str, Any] = {}
@@ -181,12 +215,17 @@ class Recipe(Record, frozen=True):
             raise ValueError(f"labels must be a list of names, or name one, but is {self.labels!r}")
         for role in (*ROLES[:2], *self.files):
             source = self.files.get(role)
-            if role not in ROLES:
-                raise ValueError(f"files.{role} is not one of {', '.join(ROLES)}")
+            if role not in self.roles:
+                raise ValueError(f"files.{role} is not one of {', '.join(self.roles)}")
             if source is None or not (source.embedded or source.file):
                 raise ValueError(f"files.{role} must say where its weights are: file, or embedded")
             if Path(source.embedded).name != source.embedded:
                 raise ValueError(f"files.{role}.embedded must be the name of a file, not {source.embedded!r}")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The parts that the model can have."""
+        return (*ROLES, *map(decoder_role, self.decoders))
 
     @property
     def embedded(self) -> bool:
@@ -278,9 +317,11 @@ def embedded_weights(source: Source) -> Path:
     """The file of weights that ships with the project. Raises `RecipeError` if it is not there."""
     path = Path(str(resources.files("ddexport.recipes") / "weights" / source.embedded))
     if not path.is_file():
+        name, small, _ = source.embedded.rpartition("-decoder")
+        command = f"decoder --model {name}" if small else source.embedded.rsplit("-", 1)[0]
         raise RecipeError(
             f"the embedded weights {source.embedded} are missing",
-            f"train them: ddexport distill {source.embedded.rsplit('-', 1)[0]} --install",
+            f"train them: ddexport distill {command} --install",
         )
     return path
 

@@ -12,7 +12,7 @@ from torch import nn
 from ddexport.families._checkpoint import connect, copy_taken, load_part, random_part
 from ddexport.families._weight_file import CheckpointError, fingerprint
 from ddexport.hub.files import HubFile, LocalFile, fetch, licence_remark
-from ddexport.recipe import FILE_OPTIONS, Recipe, RecipeError, embedded_weights
+from ddexport.recipe import FILE_OPTIONS, Recipe, RecipeError, Source, embedded_weights
 from ddexport.runtime.bundle import TEACHER, Weights
 from ddexport.runtime.bundle import Source as WeightFile
 from ddexport.runtime.errors import DDError
@@ -47,21 +47,32 @@ class WeightRequest:
 
 
 def roles_of(recipe: Recipe, request: WeightRequest) -> tuple[str, ...]:
-    """The parts that the bundle will hold. Raises `RecipeError` for a teacher that the recipe does not have.
+    """The parts that the bundle will hold. Raises `RecipeError` for one that the recipe does not have.
 
     Random weights come with a teacher only where it is asked for: it doubles the bundle.
     """
+    parts = (*ALWAYS, *(role for role in recipe.roles if _is_decoder_at_hand(recipe, request, role)))
     source = recipe.files.get(TEACHER)
+    if unknown := [role for role in request.files if role not in recipe.roles]:
+        raise RecipeError(f"recipe {recipe.name} has no {unknown[0]}", "state its size under decoders")
     at_hand = source is not None and (TEACHER in request.files or bool(source.embedded))
     wanted = request.random_seed is None and at_hand if request.teacher is None else request.teacher
     if not wanted:
-        return ALWAYS
+        return parts
     if source is None or recipe.teacher is None:
         raise RecipeError(
             f"recipe {recipe.name} has no sampling settings for its teacher",
             "state files.teacher and teacher: {cfg, top_k, top_p, temperature}",
         )
-    return (*ALWAYS, TEACHER)
+    return (*parts, TEACHER)
+
+
+def _is_decoder_at_hand(recipe: Recipe, request: WeightRequest, role: str) -> bool:
+    """Whether there are weights of a further decoder. That of one tokenizer is of no use to another one."""
+    if not role.startswith("decoder") or request.random_seed is not None or role in request.files:
+        return role.startswith("decoder")
+    source = recipe.files.get(role)
+    return source is not None and "tokenizer" not in request.files and bool(source.embedded or source.repo)
 
 
 def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, LocalFile]:
@@ -79,7 +90,7 @@ def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, LocalFile]:
     published: dict[str, HubFile] = {}
     missing: dict[str, str] = {}  # by option
     for role in roles:
-        source = recipe.files[role]
+        source = recipe.files.get(role, Source())
         if role in request.files:
             sources[role] = _local(request.files[role])
             if not sources[role].path.exists():  # known before anything is fetched
@@ -124,7 +135,8 @@ def load_parts(
     else:
         sources = sources or sources_of(recipe, request)
         parts = {role: load_part(recipe, role, sources[role].path, request.weights) for role in roles}
-    connect(parts["student"], parts["tokenizer"])
+    for part in parts.values():
+        connect(part, parts["tokenizer"])
     return parts
 
 

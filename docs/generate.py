@@ -37,6 +37,14 @@ DISTILLED = {
 }  # fmt: skip
 
 
+# Of `pivot`: what `validate fid --decoder small` measured, a line for each seed and number of steps.
+DECODER_ROWS = ("FID, bundle", "FID, PyTorch", "FID, increase", "share read as the class, difference")
+DECODERS = (
+    "seed {of[seed]}, {scope}", "{name}", "{value:.3f} ({note})|{value:.3f}",
+    lambda row: row["name"] in DECODER_ROWS,
+)  # fmt: skip
+
+
 def usage(command: str) -> None:
     """The `--help` text of a command of `ddexport`."""
     _write(f"```\n{help_text(command)}```\n")

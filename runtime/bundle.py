@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -18,8 +18,12 @@ SCHEMA = 2
 FILE_NAME = "bundle.json"
 TEACHER: Final = "teacher"
 ROLES = ("student", "decoder")  # what every precision of a bundle has
+FULL: Final = "full"  # the name of the tokenizer's own decoder, where others are beside it
 DAMAGED = "The bundle is damaged or incomplete: copy it again, or export it again."
 SHOWN_STARTS = 20
+
+
+Role: TypeAlias = Annotated[str, msgspec.Meta(pattern="^(student|teacher|decoder(_[a-z0-9]+)?)$")]
 
 
 class TensorSpec(NamedTuple):
@@ -126,7 +130,7 @@ class Graph(Record, frozen=True, kw_only=True):
     float32 in a half graph.
     """
 
-    role: Literal["student", "decoder", "teacher"]
+    role: Role
     precision: str
     file: str
     files: tuple[FileInfo, ...]
@@ -147,6 +151,26 @@ class PipelineGraph(Record, frozen=True, kw_only=True):
     precision: str
     file: str
     files: tuple[FileInfo, ...]
+    decoder: str = FULL
+
+
+class Decoder(Record, frozen=True, kw_only=True):
+    """What a further decoder saves and what it costs, in comparison with the tokenizer's own.
+
+    operations: its share of the floating-point operations. psnr: dB, of its images of the student's own
+    sequences. fid: by number of steps, the change of the FID as a share, and its 95 % interval.
+    """
+
+    operations: Annotated[float, msgspec.Meta(gt=0)]
+    psnr: float
+    fid: Mapping[int, tuple[float, float, float]] = {}
+
+    def __str__(self) -> str:
+        changes = [
+            f"FID {value:+.1%} [{low:+.1%}, {high:+.1%}] in {steps} step{'s' * (steps != 1)}"
+            for steps, (value, low, high) in self.fid.items()
+        ]
+        return ", ".join([f"{self.operations:.1%} of the operations", f"PSNR {self.psnr:.1f} dB", *changes])
 
 
 class Source(Record, frozen=True, kw_only=True):
@@ -190,6 +214,7 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
     teacher: Teacher | None = None
     graphs: tuple[Graph, ...]
     pipelines: tuple[PipelineGraph, ...] = ()
+    decoders: Mapping[str, Decoder] = {}
     weights: Weights
     licence: Mapping[str, Any]
     published: Mapping[str, Any]
@@ -221,7 +246,8 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
         if not self.precisions:
             raise ValueError(f"graphs needs a {' and a '.join(ROLES)} in one precision")
         splits = {schedule.split for schedule in self.schedules.values()} - {self.sequence.split, None}
-        needed = [("student", split) for split in sorted(splits, key=str)]
+        needed: list[tuple[str, int | None]] = [("student", split) for split in sorted(splits, key=str)]
+        needed += [(decoder_role(name), None) for name in self.decoders]
         for role, split in needed + ([(TEACHER, None)] if self.teacher else []):
             if (role, split, self.precisions[0]) not in self._index:
                 of = f" of split {split}" if split else ""
@@ -253,6 +279,13 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
                 f"bundle {self.name} has no {what} in precision {wanted}", f"It has: {have or 'none'}."
             )
         return graph
+
+    def decoder(self, name: str = FULL, precision: str | None = None) -> Graph:
+        """The graph of a decoder. BundleError if there is none."""
+        have = [FULL, *(other for other in self.decoders)]
+        if name not in have:
+            raise BundleError(f"bundle {self.name} has no decoder {name!r}", f"It has: {', '.join(have)}.")
+        return self.graph(decoder_role(name), precision)
 
     def tensors(self, graph: Graph) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """The inputs and outputs that a graph must have; see `contract`."""
@@ -288,6 +321,11 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
     def to_json(self) -> str:
         """The text of bundle.json."""
         return to_json(self)
+
+
+def decoder_role(name: str) -> str:
+    """The role of the graph of a decoder, which is FULL or one of `Manifest.decoders`."""
+    return "decoder" if name == FULL else f"decoder_{name}"
 
 
 def schedule_fault(steps: int, schedule: Schedule, length: int, starts: tuple[int, ...] | None) -> str:
@@ -335,7 +373,7 @@ def contract(
             TensorSpec("tokens", "int64", ("batch", codes)),
             TensorSpec("logits", "float32", ("batch", codes, sequence.codebook)),
         )
-    if role == "decoder":
+    if role.startswith("decoder"):
         shape = ("batch", image.channels, image.height, image.width)
         return (latent,), (TensorSpec("image", "float32", shape),)
     assert teacher is not None  # `Manifest` has seen to it

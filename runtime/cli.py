@@ -30,6 +30,7 @@ EPILOG = """
 Examples:
   ddexport sample digits-var
   ddexport sample digits-var --label seven --steps 2 -n 16 -o seven.png
+  ddexport sample digits-var --decoder small -o small.png
   ddexport sample digits-var --steps 3 --guidance-scale 1.5 --top-p 0.9 -o three-steps.png
   ddexport sample digits-var --steps teacher --top-k 1 -o teacher.png --dump teacher.npz
   ddexport sample build/var-d16 --label 207 --label "ice bear" -n 4 -o dogs-and-bears/
@@ -63,7 +64,7 @@ def _steps(ctx: click.Context, param: click.Parameter, value: Any) -> int | str 
         help="Divides the teacher's logits.")  # fmt: skip
 @shared("seed")
 @option("-n", "--num-images", type=POSITIVE, metavar="N", default=1, help="Number of images per label.")
-@shared("backend", "device", "threads", "precision")
+@shared("decoder", "backend", "device", "threads", "precision")
 @option("--batch-size", type=POSITIVE, metavar="N", show_default="chosen by the image size",
         help="Number of images per batch.")  # fmt: skip
 @option("--noise", type=PATH, metavar="FILE.npz",
@@ -98,6 +99,7 @@ def sample(
     steps: int | str | None,
     seed: int | None,
     num_images: int,
+    decoder: str,
     backend: str,
     device: str | None,
     threads: int | None,
@@ -128,7 +130,8 @@ def sample(
         )
     began = time.perf_counter()
     with console.stage(f"loading {bundle}", keep=False):
-        pipe = load(bundle, backend, threads, precision, not no_verify, steps=steps, device=device)
+        how: dict[str, Any] = {"steps": steps, "device": device, "decoder": decoder}
+        pipe = load(bundle, backend, threads, precision, not no_verify, **how)
     with pipe:
         loaded = time.perf_counter() - began
         numbers = pipe.labels.indices(_labels(replay.labels, labels, pipe)).tolist()
@@ -150,6 +153,7 @@ def sample(
                 batch_size=batch_size,
                 output="numpy",
                 noise=replay.noise,
+                decoder=decoder,
                 on_pass=bar.advance,
                 **sampling,
             )
@@ -167,20 +171,24 @@ def sample(
             "backend": chosen.backend,
             "device": chosen.device,
             "precision": chosen.precision,
+            "decoder": decoder,
+            "decoder_cost": pipe.manifest.decoders.get(decoder),
             "random_weights": pipe.manifest.weights.kind == "random",
             "seconds": {"load": loaded, **result.seconds},
         }
 
 
 def report_line(report: dict[str, Any]) -> str:
-    """The report for people, in one line."""
+    """The report for people, in one line, and in another what a further decoder costs."""
     parts = {what: spent for what, spent in report["seconds"].items() if what != "load" and spent}
     times = ", ".join(f"{what} {console.duration(spent)}" for what, spent in parts.items())
     engine = ", ".join((report["backend"], report["device"], report["precision"]))
     image = console.duration(sum(parts.values()) / report["images"])
+    cost = report["decoder_cost"]
+    shown = f"\ndecoder {report['decoder']}, against the full one: {cost}" if cost else ""
     return (
         f"{report['output']}: {_count(report['images'], 'image')} in {_count(report['steps'], 'step')}; "
-        f"{times}, {image} per image; {engine}"
+        f"{times}, {image} per image; {engine}{shown}"
     )
 
 

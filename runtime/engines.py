@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from msgspec import Meta
 
 from ddexport.runtime import machine
-from ddexport.runtime.bundle import ROLES, Manifest, resolve
+from ddexport.runtime.bundle import ROLES, Manifest, Role, resolve
 from ddexport.runtime.errors import BundleError
 from ddexport.runtime.records import DAMAGED, Natural, Positive, Record, convert, read_json
 
@@ -69,7 +69,7 @@ class Engine(Record, frozen=True, kw_only=True):
     """
 
     schema: int
-    role: Literal["student", "decoder"]
+    role: Role
     split: Positive | None = None
     precision: str
     file: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]+\.plan$")]

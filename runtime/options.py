@@ -134,6 +134,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "precision": {"metavar": "NAME",
                   "show_default": "that of the TensorRT engines if they run, else the bundle's first",
                   "help": "Precision to compute in: fp32, fp16, bf16 or int8."},
+    "decoder": {"metavar": "NAME", "default": "full",
+                "help": "Decoder that makes the images: full, or small, which is faster and less exact."},
     "threads": {"type": POSITIVE, "metavar": "N", "show_default": "the engine's choice",
                 "help": "Number of CPU threads."},
     "seed": {"type": click.IntRange(0, 2**64 - 1), "metavar": "N", "default": 0,

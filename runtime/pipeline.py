@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ddexport.runtime.backends import AUTO, UNSUPPORTED, Backend, choose, open_backend
 from ddexport.runtime.backends.onnxruntime import OnnxRuntime
-from ddexport.runtime.bundle import TEACHER, Manifest, Schedule, Span, read_manifest, resolve
+from ddexport.runtime.bundle import FULL, TEACHER, Manifest, Schedule, Span, read_manifest, resolve
 from ddexport.runtime.errors import BackendError, DDError, NoiseError
 from ddexport.runtime.images import to_pil, to_uint8
 from ddexport.runtime.labels import Label, Labels, read_labels
@@ -106,6 +106,7 @@ class Pipeline:
         noise: NDArray[np.float32] | None = None,
         output: Output = "pil",
         batch_size: int | None = None,
+        decoder: str = FULL,
         on_pass: Callable[[int], None] = lambda images: None,
         **teacher: Any,
     ) -> Result:
@@ -116,11 +117,13 @@ class Pipeline:
         a random one, which the result holds. first_image: image i gets noise first_image + i of the seed.
         noise: float32 (N, L, Cv) in place of the seed's. output: "pil", "numpy" (uint8 N, H, W, C) or
         "sequence" (float32 N, L, Cv, not decoded). batch_size: images per pass, chosen by their size if None.
-        on_pass: called with the number of images after each pass through student or teacher.
+        decoder: one of the manifest's, such as "small", in place of the full one. on_pass: called with the
+        number of images after each pass through student or teacher.
 
         For steps that involve the teacher: teacher_start, the position at which it starts; guidance_scale,
         top_k, top_p, temperature, how it chooses tokens; uniforms, float64 (N, L) in place of the seed's.
-        Names of diffusers are accepted. Raises LabelError, ScheduleError, NoiseError, BackendError.
+        Names of diffusers are accepted. Raises LabelError, ScheduleError, NoiseError, BackendError, and
+        BundleError for a decoder that there is not.
         """
         if output not in OUTPUTS:
             raise DDError(f"unknown output {output!r}", f"There is: {', '.join(OUTPUTS)}.")
@@ -132,9 +135,9 @@ class Pipeline:
         batch_size = self._batch_size(batch_size, schedule)
         seed = secrets.randbits(32) if seed is None else seed
         self._check_noise(len(numbers), noise, teacher.get("uniforms"))
-        self.open(schedule, min(len(numbers), batch_size))
+        self.open(schedule, min(len(numbers), batch_size), decoder)
         student_graph = manifest.graph("student", precision, schedule.split)
-        decoder_graph = manifest.graph("decoder", precision)
+        decoder_graph = manifest.decoder(decoder, precision)
 
         parts = []
         for start in range(0, len(numbers), batch_size):
@@ -182,13 +185,14 @@ class Pipeline:
     ) -> Iterator[Result]:
         """Like a call, but yields the result batch by batch and keeps nothing, for any number of images.
 
-        Labels, steps, sizes and noise are checked at once, not when the first batch is asked for.
+        Labels, steps, decoder, sizes and noise are checked at once, not when the first batch is asked for.
         """
         _check_at_least_one("num_images", num_images)
         indices = self.labels.indices(labels)
         count = len(indices) * num_images
         size = self._batch_size(batch_size, self.schedule(steps, request.get("teacher_start")))
         seed = secrets.randbits(32) if seed is None else seed
+        self.manifest.decoder(request.get("decoder", FULL))
         arrays = {name: request.pop(name) for name in ("noise", "uniforms") if request.get(name) is not None}
         self._check_noise(count, **arrays)
 
@@ -209,12 +213,12 @@ class Pipeline:
             return schedule
         return schedule.with_teacher_start(self.manifest.teacher, teacher_start)
 
-    def open(self, schedule: Schedule, batch: int = 1) -> None:
-        """Opens the graphs of a schedule for batches of `batch` images. Raises BackendError."""
+    def open(self, schedule: Schedule, batch: int = 1, decoder: str = FULL) -> None:
+        """Opens the graphs of a schedule for batches of `batch` images. Raises BackendError, BundleError."""
         graphs = self.backend.configuration.graphs
         if schedule.known:
             self.backend.open(self.manifest.graph("student", graphs, schedule.split), batch)
-        self.backend.open(self.manifest.graph("decoder", graphs), batch)
+        self.backend.open(self.manifest.decoder(decoder, graphs), batch)
         if schedule.teacher is not None:
             if self.teacher_backend is None:
                 raise BackendError(
@@ -309,6 +313,7 @@ def load(
     *,
     steps: int | str | None = None,
     device: str | None = None,
+    decoder: str = FULL,
 ) -> Pipeline:
     """Opens a bundle: a directory, or an address such as hf://USER/NAME, from which the graphs of this
     precision and of these steps are fetched; of all steps if none are named.
@@ -317,8 +322,8 @@ def load(
     ONNX Runtime on CUDA, then the CPU engine that `ddexport bench --save` found fastest, then ONNX Runtime on
     the CPU, then OpenVINO (docs/runtime.md). precision: to compute in; None takes that of the TensorRT
     engine, or the bundle's first. device: "cpu", "cuda", "cuda:1"; None leaves the choice to the engine.
-    threads: number of CPU threads. verify: compare every SHA-256. steps: as in a call; the graphs of these
-    steps are opened now, others when they are first run.
+    threads: number of CPU threads. verify: compare every SHA-256. steps, decoder: as in a call; the graphs
+    of these are opened now, others when they are first run.
     Raises BundleError, BackendError, ScheduleError.
     """
     root = local_bundle(path, (precision,), () if steps is None else (steps,))
@@ -330,7 +335,7 @@ def load(
     chosen = choose(root, manifest, backend, precision, device)
     pipe = Pipeline(root, manifest, labels, open_backend(root, manifest, chosen, threads))
     try:
-        pipe.open(schedule)
+        pipe.open(schedule, decoder=decoder)
     except BaseException:
         pipe.close()
         raise
@@ -338,6 +343,8 @@ def load(
         logger.log(
             logging.WARNING if chosen.rank == UNSUPPORTED else logging.INFO, "%s: %s", chosen, chosen.note
         )
+    if decoder in manifest.decoders:
+        logger.info("decoder %s, against the full one: %s", decoder, manifest.decoders[decoder])
     if manifest.weights.kind == "random":
         logger.warning(
             "%s holds random weights (seed %s): its images show nothing", manifest.name, manifest.weights.seed

@@ -39,6 +39,12 @@ onnx digits-var -o notes.txt
 onnx digits-var -o build --force
 onnx digits-var --opset 17 -o new
 onnx digits-var --checkpoint absent.pth -o new
+onnx digits-var --decoder small
+onnx digits-var --random-weights 0 --pipeline 1 --decoder tiny -o new
+onnx digits-var --random-weights 0 --small-decoder x
+distill decoder
+distill decoder digits-var --device tpu
+distill decoder digits-var --quick --install
 sample
 sample digits-vra
 sample hf://nobody/bundle

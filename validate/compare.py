@@ -10,6 +10,7 @@ Shapes: N images, L positions, Cv width of a code, S split, V codebook.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from ddexport.recipe import Limits
 from ddexport.runtime.backends import Arrays
-from ddexport.runtime.bundle import Graph, Span
+from ddexport.runtime.bundle import FULL, Graph, Span, decoder_role
 from ddexport.runtime.errors import BackendError, BundleError, ScheduleError, VerificationError
 from ddexport.runtime.pipeline import Pipeline
 from ddexport.runtime.registry import load_plugin, plugins
@@ -61,13 +62,14 @@ def compare(
                 if history not in seen:  # schedules share their first steps
                     seen[history] = step
                     comparison.steps.append(bundle.student(run, number))
-            comparison.images.append(bundle.decoded(run))
+            comparison.images.extend(bundle.decoded(run, name) for name in (FULL, *run.others))
             advance(count)
-            comparison.drawn.append(bundle.end_to_end(run))
+            comparison.drawn.extend(bundle.end_to_end(run, name) for name in (FULL, *_first(runs, run)))
             advance(count)
         for split, steps in students.items():
             comparison.steps.append(bundle.mixed(split, list(steps.values())))
-        comparison.images.append(bundle.decoded_alone(runs[-1], comparison.images[-1]))
+        for name in (FULL, *runs[-1].others):
+            comparison.images.append(bundle.decoded_alone(runs[-1], name))
         bundle.check_seed(next((run for run in runs if run.plan.teacher), runs[0]))
     except (BackendError, BundleError, ScheduleError) as error:
         raise VerificationError(f"the bundle does not run: {error.message}", error.hint) from error
@@ -138,22 +140,28 @@ class _Bundle:
             ),
         ]  # fmt: skip
 
-    def decoded(self, run: ReferenceRun) -> ImagePair:
-        """Both decoders on the reference's sequence."""
-        images = self._decode(run.drawn.sequence, self.request.batch)
+    def decoded(self, run: ReferenceRun, decoder: str) -> ImagePair:
+        """Both sides' decoders of that name on the reference's sequence."""
+        images = self._decode(run.drawn.sequence, self.request.batch, decoder)
         everything = np.ones(len(images), dtype=np.bool_)
-        scope = f"{run.title}, decoder on the same sequence"
-        return ImagePair(scope, run.images, images, everything, self.request.places)
+        scope = f"{run.title}, {_called(decoder)} on the same sequence"
+        return ImagePair(scope, run.decoded(decoder), images, everything, self.request.places)
 
-    def end_to_end(self, run: ReferenceRun) -> DrawnPair:
+    def end_to_end(self, run: ReferenceRun, decoder: str) -> DrawnPair:
         """What users get from the reference's noise."""
         request, by_teacher = self.request, run.plan.teacher is not None
         how: dict[str, Any] = {"uniforms": request.uniforms} if by_teacher else {}
-        how |= {"noise": request.noise, "output": "numpy", "batch_size": request.batch}
+        how |= {"noise": request.noise, "output": "numpy", "batch_size": request.batch, "decoder": decoder}
         result = self.pipe(request.labels.tolist(), _steps(run), **how)
         tokens = np.concatenate([step.tokens for step in result.steps], axis=1)
         got, expected = Drawn(tokens, result.steps[-1].sequence, np.asarray(result.images)), run.drawn
-        return DrawnPair(f"{run.title}, end to end", expected, got, request.places, by_teacher)
+        scope = f"{run.title}, end to end"
+        if decoder != FULL:
+            from ddexport.validate.sampling import pixels_of  # with torch
+
+            scope = f"{run.title}, {_called(decoder)}, end to end"
+            expected = replace(expected, pixels=pixels_of(run.others[decoder]))
+        return DrawnPair(scope, expected, got, request.places, by_teacher)
 
     def mixed(self, split: int, steps: list[Pass]) -> StepPair:
         """A batch that mixes rows of all steps, and its rows one by one: none may depend on the others."""
@@ -167,13 +175,13 @@ class _Bundle:
         scope = f"student, split {split}: batch of {size} against single images"
         return StepPair(scope, batch, alone, known, places, itself=True)
 
-    def decoded_alone(self, run: ReferenceRun, decoded: ImagePair) -> ImagePair:
+    def decoded_alone(self, run: ReferenceRun, decoder: str) -> ImagePair:
         """The first batch of images, and each of them alone."""
-        first = slice(self.request.batch)
-        alone = self._decode(run.drawn.sequence[first], 1)
-        scope = f"decoder: batch of {len(alone)} against single images"
-        places = self.request.places[first]
-        return ImagePair(scope, decoded.got[first], alone, decoded.comparable[first], places, itself=True)
+        sequence, places = run.drawn.sequence[: self.request.batch], self.request.places[: self.request.batch]
+        together, alone = (self._decode(sequence, size, decoder) for size in (self.request.batch, 1))
+        everything = np.ones(len(alone), dtype=np.bool_)
+        scope = f"{_called(decoder)}: batch of {len(alone)} against single images"
+        return ImagePair(scope, together, alone, everything, places, itself=True)
 
     def check_seed(self, run: ReferenceRun) -> None:
         """Raises VerificationError where the seed that users give is not the noise that was compared."""
@@ -201,12 +209,21 @@ class _Bundle:
             )
         return StepOutput(logits, outputs["sequence"])
 
-    def _decode(self, sequence: FloatArray, size: int) -> FloatArray:
-        return np.asarray(self._run("decoder", {"sequence": sequence}, size)["image"])
+    def _decode(self, sequence: FloatArray, size: int, decoder: str) -> FloatArray:
+        return np.asarray(self._run(decoder_role(decoder), {"sequence": sequence}, size)["image"])
 
     def _run(self, role: str, feeds: Arrays, size: int, split: int | None = None) -> dict[str, Any]:
         graph: Graph = self.manifest.graph(role, self.pipe.backend.configuration.graphs, split)
         return in_batches(partial(self.pipe.backend.run, graph), feeds, size)
+
+
+def _called(decoder: str) -> str:
+    return "decoder" if decoder == FULL else f"decoder {decoder}"
+
+
+def _first(runs: list[ReferenceRun], run: ReferenceRun) -> list[str]:
+    """The further decoders, of the first schedule alone: the way from noise to them is the same in all."""
+    return list(run.others) if run is runs[0] else []
 
 
 def _steps(run: ReferenceRun) -> int | str:

@@ -21,7 +21,7 @@ from msgspec.structs import asdict, replace
 
 from ddexport.recipe import FILE_OPTIONS, FidGate, FidLimits
 from ddexport.runtime import console
-from ddexport.runtime.bundle import FILE_NAME, TEACHER, Manifest, read_manifest, resolve, sha256_of
+from ddexport.runtime.bundle import FILE_NAME, FULL, TEACHER, Manifest, read_manifest, resolve, sha256_of
 from ddexport.runtime.errors import DDError, VerificationError
 from ddexport.runtime.options import PATH, option
 from ddexport.runtime.records import convert, read_json
@@ -38,6 +38,8 @@ FID_LIMITS = {  # the field of the manifest's limits by the name of a row
     "FID, difference": "difference",
     "feature distance, paired": "distance",
     "images that differ": "changed",
+    "FID, increase": "increase",
+    "share read as the class, difference": "read",
 }
 CARDS = {  # the measurements that are shown large, what the page calls them, and their unit
     "tokens that differ": ("tokens that differ", ""),
@@ -46,6 +48,7 @@ CARDS = {  # the measurements that are shown large, what the page calls them, an
     "image PSNR, dB": ("worst image", " dB"),
     "image, largest 8-bit difference": ("8-bit difference", ""),
     "FID, difference": ("FID difference", ""),
+    "FID, increase": ("FID increase", ""),
 }
 MAX_BYTES, MAX_SIDE = 16 << 20, 4096  # of a picture
 AT_ONCE, FEWER = 5000, 500  # of --run: the recipe's images for FID up to so many, else so many
@@ -90,7 +93,7 @@ class Facts:
             return "bad", f"{failed} of {gated} measurements past their limits"
         if not counted:
             return "open", "no verdict: no report compares this bundle with its limits"
-        measured = ", ".join(_title(report.kind, report.precision) for report in counted)
+        measured = ", ".join(_title(report.kind, report.variant) for report in counted)
         return "good", f"{gated} of {gated} measurements within their limits: {measured}"
 
     @property
@@ -106,7 +109,7 @@ class Facts:
                     worst = max(rows, key=way)
                     kind = "bad" if not worst.passed else "open" if report.no_verdict else "good"
                     limit = f"{worst.direction} {worst.limit:g}{unit}"
-                    of = f"{report.precision}, {report.images:,} images"
+                    of = f"{report.variant}, {report.images:,} images"
                     value = f"{worst.value:.3g}{unit}"
                     cards.append({"title": title, "value": value, "limit": limit, "of": of, "kind": kind})
         return cards
@@ -114,7 +117,7 @@ class Facts:
     @property
     def missing(self) -> list[tuple[str, str]]:
         """What was not measured, and the command that measures it."""
-        have = {(report.kind, report.precision) for report in self.reports}
+        have = {(report.kind, report.variant) for report in self.reports}
         missing = [
             (_title(kind, precision), _command(self.bundle, self.manifest, kind, precision))
             for precision in self.manifest.precisions
@@ -189,7 +192,7 @@ def make_missing(facts: Facts, **options: Any) -> Facts:
     options: those of the command. Raises DDError where not even parity can be measured.
     """
     precision = options["precision"] or facts.manifest.precisions[0]
-    have = {(report.kind, report.precision) for report in facts.reports}
+    have = {(report.kind, report.variant) for report in facts.reports}
     troubles = []
     if ("parity", precision) not in have:
         _make_parity(facts, options)
@@ -245,8 +248,8 @@ def _add_report(facts: Facts, name: str) -> None:
     from ddexport.validate.report import read
 
     report = read(_file(facts.bundle, name))
-    if name != f"{report.kind}-{report.precision}.json":
-        raise PageError(f"it is a report of {report.kind} in {report.precision}")
+    if name != f"{report.kind}-{report.variant}.json":
+        raise PageError(f"it is a report of {report.kind} in {report.variant}")
     if report.precision not in facts.manifest.precisions:
         raise PageError(f"the bundle has no precision {report.precision}")
     if report.manifest != facts.digest:
@@ -288,7 +291,7 @@ def _with_limits(report: Report, manifest: Manifest) -> Report:
     else:
         gate = _fid_gate(manifest)
         by_precision: Mapping[Any, FidLimits] = gate.limits if gate else {}
-        stated = by_precision.get(report.precision)
+        stated = by_precision.get(report.precision) if report.decoder == FULL else gate and gate.decoders
         limits = asdict(stated) if stated else {}
         # In other features than the manifest's, FID has another unit: such a row has no limit.
         rules = [FID_LIMITS.get(row.name, "") if row.gated else "" for row in report.rows]
@@ -379,7 +382,7 @@ def _make_fid(facts: Facts, options: Mapping[str, Any]) -> None:
 
     gate = _fid_gate(facts.manifest)
     images = gate.images if gate and gate.images <= AT_ONCE else FEWER
-    own = {name: options[name] for name in ("precision", "checkpoint", "vae")}
+    own = {name: options[name] for name in ("precision", "checkpoint", "vae", "small_decoder")}
     with console.stage("image quality"):
         report = run_fid(Options(bundle=facts.bundle, images=images, **own), None)
     write(report, _inside(facts.bundle, FOLDER), plots.of_fid(report))
@@ -391,7 +394,7 @@ def _make_fid(facts: Facts, options: Mapping[str, Any]) -> None:
         help="File to write the page to.")  # fmt: skip
 @option("--run", is_flag=True, help="First make the reports that are missing, with the options below.")
 @shared("images", help="Number of images for parity.")
-@shared("precision", "checkpoint", "vae", "teacher")
+@shared("precision", "checkpoint", "vae", "teacher", "small-decoder")
 @option("--open", "opened", is_flag=True, help="Open the page in a browser.")
 @shared("json")
 @console.debug_option

@@ -41,6 +41,7 @@ class Options:
     backend: str = "auto"
     checkpoint: Path | None = None
     vae: Path | None = None
+    small_decoder: Path | None = None
     teacher: Path | None = None
     weights: str | None = None
     threads: int | None = None
@@ -67,7 +68,12 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
     with console.stage(f"loading {options.bundle}", keep=False):
         manifest, digest = open_manifest(options.bundle)
     with console.stage("loading the PyTorch model", keep=False):
-        files = {"student": options.checkpoint, "tokenizer": options.vae, "teacher": options.teacher}
+        files = {
+            "student": options.checkpoint,
+            "tokenizer": options.vae,
+            "teacher": options.teacher,
+            "decoder_small": options.small_decoder,
+        }
         reference = build_reference(
             manifest, files, options.weights, options.threads, teacher=True, device=options.device
         )
@@ -117,7 +123,9 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
 
 @click.command("parity", cls=console.Command, epilog=EPILOG)
 @shared("bundle", "images", "seed", "batch", "precision", "backend", "emulate")
-@shared("checkpoint", "vae", "teacher", "weights", "threads", "torch-device", "report", "json")
+@shared(
+    "checkpoint", "vae", "teacher", "small-decoder", "weights", "threads", "torch-device", "report", "json"
+)
 @console.debug_option
 def command(report: Path | None, as_json: bool, **options: Any) -> None:
     """Compare outputs of BUNDLE with those of the PyTorch model.

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import structs
 
+from ddexport.devices import torch_device
 from ddexport.recipe import FILE_OPTIONS
-from ddexport.runtime.bundle import Manifest, Source
+from ddexport.runtime.bundle import FULL, Manifest, Source, decoder_role
 from ddexport.runtime.errors import DDError
-from ddexport.validate.devices import torch_device
 from ddexport.validate.metrics._base import Drawn, FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class ReferenceRun:
     passes: list[Pass]
     images: FloatArray
     pixels: npt.NDArray[np.uint8]
+    others: Mapping[str, FloatArray]  # images of further decoders, by name
 
     @property
     def title(self) -> str:
@@ -86,6 +87,10 @@ class ReferenceRun:
         if self.steps == "teacher":
             return "teacher alone"
         return f"{self.steps} step{'s' if self.steps != '1' else ''}"
+
+    def decoded(self, decoder: str) -> FloatArray:
+        """The images (N, 3, H, W) in [0, 1] of a decoder."""
+        return self.images if decoder == FULL else self.others[decoder]
 
     @property
     def drawn(self) -> Drawn:
@@ -101,9 +106,16 @@ class TorchReference:
     """
 
     def __init__(
-        self, student: Any, tokenizer: Any, teacher: Any, recipe: Recipe, device: str = "cpu"
+        self,
+        student: Any,
+        tokenizer: Any,
+        teacher: Any,
+        recipe: Recipe,
+        device: str = "cpu",
+        decoders: Mapping[str, Any] | None = None,
     ) -> None:
-        """teacher: the auto-regressive module, or None."""
+        """teacher: the auto-regressive module, or None. decoders: further ones, by name."""
+        self.decoders = decoders or {}
         self._student, self._tokenizer, self.teacher = student, tokenizer, teacher
         self.recipe, self.device = recipe, device
         self.plans = plans_of(recipe, teacher is not None)
@@ -115,8 +127,13 @@ class TorchReference:
 
     def weights(self, role: str) -> dict[str, npt.NDArray[Any]]:
         """The parameters and buffers of the module that a graph was made from, by name."""
-        module = {"student": self._student, "decoder": self._tokenizer, "teacher": self.teacher}[role]
-        return {name: tensor.cpu().numpy() for name, tensor in module.state_dict().items()}
+        return {name: tensor.cpu().numpy() for name, tensor in self.module(role).state_dict().items()}
+
+    def module(self, role: str) -> Any:
+        """The module that a graph was made from."""
+        others = {decoder_role(name): decoder for name, decoder in self.decoders.items()}
+        own = {"student": self._student, "decoder": self._tokenizer, "teacher": self.teacher}
+        return (own | others)[role]
 
     @property
     def sampler(self) -> Sampler:
@@ -134,7 +151,7 @@ class TorchReference:
 
     def draw(self, request: Request, advance: Callable[[int], None]) -> list[ReferenceRun]:
         """Every schedule, in batches; `advance` is told how many images are done."""
-        from ddexport.validate.sampling import Pass, pixels_of
+        from ddexport.validate.sampling import Pass, Sampler, pixels_of
 
         sampler, runs = self.sampler, []
         for steps, plan in self.plans.items():
@@ -147,8 +164,15 @@ class TorchReference:
                 images.append(sampler.decode(parts[-1][-1].sequence))
                 advance(len(labels))
             passes = [Pass.joined(same) for same in zip(*parts, strict=True)]
-            decoded = np.concatenate(images)
-            runs.append(ReferenceRun(steps, plan, passes, decoded, pixels_of(decoded)))
+            decoded, sequences = (
+                np.concatenate(images),
+                np.split(passes[-1].sequence, range(request.batch, len(request.labels), request.batch)),
+            )
+            others = {
+                name: np.concatenate([Sampler(None, module, device=self.device).decode(s) for s in sequences])
+                for name, module in self.decoders.items()
+            }
+            runs.append(ReferenceRun(steps, plan, passes, decoded, pixels_of(decoded), others))
         return runs
 
 
@@ -176,7 +200,8 @@ def build_reference(
     torch_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    roles = (*ROLES, "teacher") if teacher and manifest.teacher is not None else ROLES
+    others = {name: decoder_role(name) for name in manifest.decoders}
+    roles = (*ROLES, *others.values(), *(["teacher"] if teacher and manifest.teacher is not None else []))
     recipe = recipe_of(manifest)
     origin = manifest.weights
     if origin.kind == "random":
@@ -192,9 +217,12 @@ def build_reference(
             path = _file_of(manifest, recipe, role, sources.get(role), files)
             copy = weights or (sources[role].weights if role in sources else None)
             parts[role] = load_part(recipe, role, path, copy)
-    connect(parts["student"], parts["tokenizer"])
+    for part in parts.values():
+        connect(part, parts["tokenizer"])
     parts = {role: part.to(device) for role, part in parts.items()}
-    return TorchReference(parts["student"], parts["tokenizer"], parts.get("teacher"), recipe, device)
+    decoders = {name: parts[role] for name, role in others.items()}
+    own = (parts["student"], parts["tokenizer"], parts.get("teacher"))
+    return TorchReference(*own, recipe, device, decoders)
 
 
 def plans_of(recipe: Recipe, teacher: bool) -> dict[str, Plan]:
@@ -228,9 +256,10 @@ def _file_of(
 ) -> Path:
     """The file that `role` is loaded from, its SHA-256 checked against the manifest's."""
     from ddexport.families._weight_file import fingerprint
+    from ddexport.recipe import Source as Entry
     from ddexport.recipe import embedded_weights
 
-    part, option = recipe.files[role], _option(recipe, role)
+    part, option = recipe.files.get(role, Entry()), _option(recipe, role)
     name, file = source.file if source else part.file, files.get(role)
     if manifest.weights.kind == "embedded":
         _refuse_files(manifest, recipe, files)
@@ -273,7 +302,7 @@ def _refuse_files(manifest: Manifest, recipe: Recipe, files: Mapping[str, Path |
 
 
 def _option(recipe: Recipe, role: str) -> str:
-    return recipe.files[role].option or FILE_OPTIONS[role]
+    return (role in recipe.files and recipe.files[role].option) or FILE_OPTIONS[role]
 
 
 def _short(digest: str) -> str:

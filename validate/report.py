@@ -16,6 +16,7 @@ from typing import Any, Literal
 from msgspec import to_builtins
 from PIL import Image
 
+from ddexport.runtime.bundle import FULL
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.files import atomic_write, make_directory, write_image
 from ddexport.runtime.machine import version_of
@@ -115,7 +116,13 @@ class Report(Record, frozen=True):
     rows: tuple[Measurement, ...]
     no_verdict: str = ""
     provisional: bool = False
+    decoder: str = FULL
     pictures: dict[str, str] = {}
+
+    @property
+    def variant(self) -> str:
+        """What was measured of the bundle: `fp32`, or `fp32-small` with a further decoder."""
+        return self.precision if self.decoder == FULL else f"{self.precision}-{self.decoder}"
 
     @property
     def failures(self) -> tuple[Measurement, ...]:
@@ -177,14 +184,15 @@ def wide_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def write(report: Report, directory: Path, pictures: Mapping[str, Image.Image] | None = None) -> Report:
-    """Writes `KIND-PRECISION.json` and the pictures beside it; `pictures`: what each shows, and the picture.
+    """Writes `KIND-PRECISION.json`, or `KIND-PRECISION-DECODER.json`, and the pictures beside it; `pictures`:
+    what each shows, and the picture.
 
     Returns the report with their names. Raises OutputError where the directory cannot be written.
     """
     from msgspec.structs import replace
 
     make_directory(directory)
-    stem = f"{report.kind}-{report.precision}"
+    stem = f"{report.kind}-{report.variant}"
     names = {title: f"{stem}-{number}.png" for number, title in enumerate(pictures or {})}
     for title, picture in (pictures or {}).items():
         write_image(directory / names[title], picture)

@@ -1,20 +1,46 @@
-"""`ddexport distill`: train tokenizer, teacher and student of a recipe."""
+"""`ddexport distill`: train tokenizer, teacher and student of a recipe, or a small decoder."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ddexport.commands.weights import OPTIONS, recipe_and_weights
 from ddexport.runtime import console
 from ddexport.runtime.options import option, shared
 
 if TYPE_CHECKING:
     from ddexport.distill.train import StageReport
+    from ddexport.recipe import Recipe
 
+
+SMALL = "small"
 
 EPILOG = """
+\b
+Examples:
+  ddexport distill digits-var --quick
+  ddexport distill decoder --model digits-var
+"""
+
+
+class _ModelByDefault(console.Group):
+    """`distill digits-var` is short for `distill model digits-var`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = (*self.commands, *ctx.help_option_names)
+        return super().parse_args(ctx, args if not args or args[0] in own else ["model", *args])
+
+
+@click.group("distill", cls=_ModelByDefault, epilog=EPILOG)
+def command() -> None:
+    """Train a model. `distill MODEL` is short for `distill model MODEL`."""
+
+
+MODEL_EPILOG = """
 \b
 Examples:
   ddexport distill digits-var --quick
@@ -23,7 +49,7 @@ Examples:
 """
 
 
-@click.command("distill", cls=console.Command, epilog=EPILOG)
+@command.command("model", cls=console.Command, epilog=MODEL_EPILOG)
 @shared("model")
 @option("--out", type=click.Path(path_type=Path), metavar="DIR", show_default="runs/MODEL",
         help="Directory of the run.")  # fmt: skip
@@ -40,7 +66,7 @@ Examples:
         help="Afterwards copy the weights to recipes/weights, from where MODEL is exported.")  # fmt: skip
 @shared("json")
 @console.debug_option
-def command(
+def model_command(
     model: str,
     out: Path | None,
     seed: int,
@@ -65,17 +91,25 @@ def command(
     folder = out or Path("runs") / (f"{recipe.name}-quick" if quick else recipe.name)
     reports = run(model, folder, seed, stages, quick, threads, compile, student_seed)
     if install:
-        from importlib import resources
+        from ddexport.distill.train import ROLES
 
-        from ddexport.distill.train import install as install_weights
-
-        for path in install_weights(
-            recipe, folder, Path(str(resources.files("ddexport.recipes") / "weights"))
-        ):
-            click.echo(f"installed {path}", err=True)
+        _install(recipe, folder, {role: recipe.files[role].embedded for role in ROLES.values()})
     if as_json:
         console.emit_json({"model": recipe.name, "folder": folder, "seed": seed, "stages": reports})
         return
+    _show(reports)
+
+
+def _install(recipe: Recipe, folder: Path, files: Mapping[str, str]) -> None:
+    from importlib import resources
+
+    from ddexport.distill.train import install
+
+    for path in install(recipe, folder, files, Path(str(resources.files("ddexport.recipes") / "weights"))):
+        click.echo(f"installed {path}", err=True)
+
+
+def _show(reports: list[StageReport]) -> None:
     for report in reports:
         size = f"{report.bytes / 1e6:6.2f} MB" if report.bytes else ""
         click.echo(
@@ -116,3 +150,73 @@ def run(
         return train(recipe, settings, folder, seed, chosen, compile and not quick, student_seed)
     finally:
         torch.set_num_threads(before)
+
+
+DECODER_EPILOG = """
+\b
+Examples:
+  ddexport distill decoder --model digits-var
+  ddexport distill decoder --model var-d16 --checkpoint my-var-d16.pth --device cuda
+  ddexport onnx var-d16 --checkpoint my-var-d16.pth \\
+      --small-decoder runs/var-d16-decoder/decoder_small.safetensors
+"""
+
+
+@command.command("decoder", cls=console.Command, epilog=DECODER_EPILOG)
+@shared("model", required=False)
+@shared("named", "checkpoint", "vae", "teacher", "revision", "cache-dir", "offline", "weights",
+        "random-weights", options=OPTIONS)  # fmt: skip
+@option("--out", type=click.Path(path_type=Path), metavar="DIR", show_default="runs/MODEL-decoder",
+        help="Directory of the run.")  # fmt: skip
+@shared("seed", type=int, help="Seed of all random numbers.")
+@option("--quick", is_flag=True, help="Train for a few iterations only, to test the setup.")
+@option("--device", default="cpu", metavar="NAME", help="Device of PyTorch: cpu, cuda or cuda:N.")
+@shared("threads", default=1, show_default=None)
+@option("--install", is_flag=True, help="Afterwards copy the weights to recipes/weights.")
+@shared("json")
+@console.debug_option
+def decoder_command(
+    out: Path | None,
+    seed: int,
+    quick: bool,
+    device: str,
+    threads: int,
+    install: bool,
+    as_json: bool,
+    **weights: Any,
+) -> None:
+    """Train the small decoder of MODEL.
+
+    It learns to make the images that the full decoder makes, from sequences that the student draws, some that
+    the teacher draws, if there is one, and some of random codes. No data is needed. The recipe says how large
+    it is and how it is trained: decoders.small. To continue a run that was interrupted, repeat the same
+    command.
+    """
+    if quick and install:
+        raise click.UsageError("--install cannot be used with --quick, which does not train to the end.")
+    recipe, requested = recipe_and_weights(**weights)
+    import torch
+
+    from ddexport.devices import torch_device
+    from ddexport.distill.loop import Run
+    from ddexport.distill.settings import decoder_settings, quick_decoder
+    from ddexport.distill.small_decoder import distil_decoder
+    from ddexport.runtime.bundle import decoder_role
+    from ddexport.sources import WeightRequest
+
+    settings = decoder_settings(recipe, SMALL)
+    folder = out or Path("runs") / f"{recipe.name}-decoder{'-quick' if quick else ''}"
+    run = Run(folder, seed, device=str(torch_device(device)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        settings = quick_decoder(settings) if quick else settings
+        report = distil_decoder(recipe, SMALL, WeightRequest(**requested), settings, run)
+    finally:
+        torch.set_num_threads(before)
+    if install:
+        _install(recipe, folder, {decoder_role(SMALL): report.file})
+    if as_json:
+        console.emit_json({"model": recipe.name, "folder": folder, "seed": seed, "stages": [report]})
+    else:
+        _show([report])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from ddexport.runtime import console
 from ddexport.runtime.options import shared
 
 if TYPE_CHECKING:
-    from ddexport.runtime.bundle import Schedule, TensorSpec
+    from ddexport.runtime.bundle import Manifest, Schedule, TensorSpec
 
 EPILOG = """
 \b
@@ -38,7 +39,7 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(json.loads(manifest.to_json()), indent=2))
         return
-    s, weights = manifest.sequence, manifest.weights
+    s = manifest.sequence
     click.echo(f"{manifest.name}: {manifest.title}")
     click.echo(f"  images     {manifest.image.width}x{manifest.image.height}, {manifest.classes} classes")
     click.echo(
@@ -50,13 +51,8 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
         click.echo(f"  {f'{steps} step' + ('s' if steps > 1 else ''):10} {_schedule(schedule)}")
     if manifest.teacher is not None:
         click.echo(f"  teacher    all {s.length} positions in {len(manifest.teacher.starts) - 1} AR steps")
-    if weights.kind == "random":
-        click.echo(f"  weights    random, seed {weights.seed}: the images mean nothing")
-    for file in weights.files:
-        copy = f", {file.weights}" if file.weights else ""
-        origin = f" of {file.repository} at {str(file.commit)[:7]}" if file.repository else ""
-        kind = f"{weights.kind}{copy}"
-        click.echo(f"  weights    {file.role}: {file.file}{origin} ({kind}), sha256 {file.sha256[:16]}")
+    for line in _weights(manifest):
+        click.echo(line)
     for graph in manifest.graphs:
         size = sum(file.bytes for file in graph.files) / 2**20
         what = f"{graph.role}, split {graph.split}" if graph.split else graph.role
@@ -76,6 +72,20 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
     tools = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
     click.echo(f"  made       {manifest.created} by {tools}")
     click.echo("  hashes     not checked" if no_verify else "  hashes     all match")
+
+
+def _weights(manifest: Manifest) -> Iterator[str]:
+    """Where the weights are from, and what further decoders cost."""
+    weights = manifest.weights
+    if weights.kind == "random":
+        yield f"  weights    random, seed {weights.seed}: the images mean nothing"
+    for file in weights.files:
+        copy = f", {file.weights}" if file.weights else ""
+        origin = f" of {file.repository} at {str(file.commit)[:7]}" if file.repository else ""
+        kind = f"{weights.kind}{copy}"
+        yield f"  weights    {file.role}: {file.file}{origin} ({kind}), sha256 {file.sha256[:16]}"
+    for name, cost in manifest.decoders.items():
+        yield f"  decoder    {name}, against the full one: {cost}"
 
 
 def _is_repeated(tensor: TensorSpec) -> bool:

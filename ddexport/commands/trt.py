@@ -53,8 +53,8 @@ def _read_by(reader: str) -> Callable[[click.Context, click.Parameter, Any], Any
 @option("--precision", "precisions", metavar="NAME,...", show_default="fp16",
         callback=comma_list(partial(known, names=PRECISIONS)),
         help="Precisions of the engines, separated by commas: fp32, fp16, bf16.")  # fmt: skip
-@option("--role", "roles", multiple=True, type=click.Choice(["student", "decoder"]), metavar="ROLE",
-        show_default="both", help="Graphs to build: student or decoder. Can be repeated.")  # fmt: skip
+@option("--role", "roles", multiple=True, metavar="ROLE", show_default="all but the teacher",
+        help="Graphs to build: student, decoder or decoder_small. Can be repeated.")  # fmt: skip
 @option("--batch", "profiles", multiple=True, metavar="MIN,OPT,MAX", default=["1,4,8"],
         callback=_read_by("profile_from_text"),
         help="Batch sizes of an optimization profile: the smallest, the one to optimize for, the largest."

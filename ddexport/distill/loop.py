@@ -37,6 +37,7 @@ class Run:
     folder: Path
     seed: int
     compile: bool = True
+    device: str = "cpu"
 
     def generator(self, stage: str, number: int = 0) -> torch.Generator:
         """The random numbers of one iteration (or chunk, or use) of one stage."""
@@ -159,7 +160,7 @@ def _resume(
     """Restore a saved state; returns the iteration to go on with and the seconds already spent."""
     if not path.is_file():
         return 0, 0.0
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location="cpu")
     if state["key"] != key:
         return 0, 0.0
     module.load_state_dict(state["module"])

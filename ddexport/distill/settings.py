@@ -83,6 +83,20 @@ class StudentSettings(Loop, frozen=True):
     regression: Weight = 1.0
 
 
+class SmallDecoderSettings(Loop, frozen=True):
+    """The newest `chunks` chunks of `chunk` sequences are trained on; every `refresh` iterations another one
+    is drawn and decoded. `random` is the share of sequences of random codes, `teacher` that of the teacher's,
+    if there is one, with that `guidance`; the student draws the others.
+    """
+
+    chunk: Positive = 1000
+    chunks: Positive = 16
+    refresh: Positive = 500
+    random: Share = 0.08
+    teacher: Share = 0.12
+    guidance: Weight = 1.0
+
+
 class DistillSettings(Record, frozen=True):
     """All stages of one run."""
 
@@ -109,6 +123,26 @@ def distill_settings(recipe: Recipe) -> DistillSettings:
             f"each from 0 to {steps - 1}",
         )
     return settings
+
+
+def decoder_settings(recipe: Recipe, name: str) -> SmallDecoderSettings:
+    """The settings of a decoder of `recipe`. Raises RecipeError for none, or a wrong key."""
+    size = recipe.decoders.get(name)
+    if size is None or not size.distill:
+        raise RecipeError(
+            f"the recipe {recipe.name} does not say how its decoder {name} is trained",
+            f"state decoders.{name}.distill; recipes/digits-var.yaml is an example",
+        )
+    where = f"{recipe.name}: decoders.{name}.distill"
+    settings = convert(SmallDecoderSettings, size.distill, where, RecipeError, HINT)
+    if settings.random + settings.teacher > 1:
+        raise RecipeError(f"{where}: random and teacher are more than 1 together", HINT)
+    return settings
+
+
+def quick_decoder(settings: SmallDecoderSettings) -> SmallDecoderSettings:
+    """A few iterations, as `quick`."""
+    return replace(settings, iterations=3, batch=8, warmup=1, chunk=8, chunks=2, refresh=2)
 
 
 def quick(settings: DistillSettings) -> DistillSettings:

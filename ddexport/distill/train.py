@@ -22,7 +22,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +43,8 @@ from ddexport.distill.trainers import trainer
 from ddexport.families import family
 from ddexport.families._checkpoint import load_part, save_part
 from ddexport.runtime.console import stage as announce
-from ddexport.runtime.errors import DDError, OutputError
-from ddexport.runtime.files import atomic_write
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.files import atomic_write, make_directory
 from ddexport.runtime.records import Record, convert, read_json, to_json
 
 if TYPE_CHECKING:
@@ -76,6 +76,33 @@ class StageReport:
     seconds: float
     file: str
     bytes: int
+
+
+def run_stage(stage: str, run: Run, key: str, path: Path, work: Callable[[], None]) -> StageReport:
+    """Does the work of a stage, which writes `path`, unless it is there for this key already."""
+    finished = _finished(run)
+    if _is_finished(stage, run, key, path):
+        return StageReport(stage, "unchanged", finished[stage].seconds, path.name, path.stat().st_size)
+    start = time.monotonic()
+    with announce(stage):
+        work()
+    seconds = round(time.monotonic() - start, 1)
+    finished[stage] = Finished(key, seconds)
+    with atomic_write(run.folder / STAGES_FILE) as stream:
+        stream.write(to_json(finished).encode())
+    finish(stage, run)
+    return StageReport(stage, "trained", seconds, path.name, path.stat().st_size)
+
+
+def _is_finished(stage: str, run: Run, key: str, path: Path) -> bool:
+    return _finished(run).get(stage, NEVER).key == key and path.is_file()
+
+
+def _finished(run: Run) -> dict[str, Finished]:
+    path = run.folder / STAGES_FILE
+    if not path.is_file():
+        return {}
+    return convert(dict[str, Finished], read_json(path, DDError), str(path), DDError)
 
 
 class Training:
@@ -120,24 +147,12 @@ class Training:
         return [self._stage(stage, stage in stages) for stage in STAGES]
 
     def _stage(self, stage: str, wanted: bool) -> StageReport:
-        path, finished = self.path(stage), self._finished()
-        before = finished.get(stage, NEVER)
-        current = before.key == self.key(stage) and path.is_file()
-        if current or not wanted:
-            outcome = "unchanged" if current else "left out"
-            size = path.stat().st_size if current else 0
-            return StageReport(stage, outcome, before.seconds if current else 0.0, path.name, size)
-        start = time.monotonic()
-        self._need_stages_before(stage)
-        with announce(stage):
-            work: Callable[[], None] = getattr(self, f"_{stage}")
-            work()
-        seconds = round(time.monotonic() - start, 1)
-        finished[stage] = Finished(self.key(stage), seconds)
-        with atomic_write(self.run.folder / STAGES_FILE) as stream:
-            stream.write(to_json(finished).encode())
-        finish(stage, self.run)
-        return StageReport(stage, "trained", seconds, path.name, path.stat().st_size)
+        path = self.path(stage)
+        if not _is_finished(stage, self.run, self.key(stage), path):
+            if not wanted:
+                return StageReport(stage, "left out", 0.0, path.name, 0)
+            self._need_stages_before(stage)
+        return run_stage(stage, self.run, self.key(stage), path, getattr(self, f"_{stage}"))
 
     def _tokenizer(self) -> None:
         tokenizer = self._new("tokenizer")
@@ -195,8 +210,7 @@ class Training:
         }
 
     def _new(self, role: str) -> Any:
-        torch.manual_seed(int(hashlib.sha256(f"{self.run.seed}/{role}".encode()).hexdigest()[:12], 16))
-        return family(self.recipe.family).build(self.recipe, role)
+        return new_part(self.recipe, role, self.run.seed)
 
     def _load(self, role: str, stage: str) -> Any:
         return load_part(self.recipe, role, self.path(stage)).requires_grad_(True)
@@ -205,23 +219,22 @@ class Training:
         save_part(module, self.recipe, role, self.path(stage))
 
     def _need_stages_before(self, stage: str) -> None:
-        finished = self._finished()
         needed: list[str] = []
         while stage in FOLLOWS:
             needed.insert(0, stage := FOLLOWS[stage])
         for before in needed:
-            if finished.get(before, NEVER).key != self.key(before) or not self.path(before).is_file():
+            if not _is_finished(before, self.run, self.key(before), self.path(before)):
                 raise DDError(
                     f"the stage {stage} needs the result of {before}, which {self.run.folder} does not hold"
                     " for these settings and this seed",
                     f"run that stage too: --stages {before},{stage}; or leave --stages out",
                 )
 
-    def _finished(self) -> dict[str, Finished]:
-        path = self.run.folder / STAGES_FILE
-        if not path.is_file():
-            return {}
-        return convert(dict[str, Finished], read_json(path, DDError), str(path), DDError)
+
+def new_part(recipe: Recipe, role: str, seed: int) -> Any:
+    """The untrained module of a role."""
+    torch.manual_seed(int(hashlib.sha256(f"{seed}/{role}".encode()).hexdigest()[:12], 16))
+    return family(recipe.family).build(recipe, role)
 
 
 def train(
@@ -240,24 +253,25 @@ def train(
 
     Raises OutputError when the folder cannot be made, DDError for data or earlier stages that are missing.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot make the folder {folder}: {error.strerror}", "name another with --out"
-        ) from error
+    make_directory(folder)
     keep_freed_memory()
     with private_compile_cache():
         return Training(recipe, settings, Run(folder, seed, compile), student_seed).run_stages(stages)
 
 
-def install(recipe: Recipe, folder: Path, target: Path) -> list[Path]:
-    """Copy the trained files of `folder` to `target`, each atomically. Raises DDError when one is missing."""
-    names = [recipe.files[role].embedded for role in ROLES.values()]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise DDError(f"{folder} does not hold {', '.join(missing)}", "run all stages before --install")
-    for name in names:
-        with atomic_write(target / name) as stream, (folder / name).open("rb") as source:
+def install(recipe: Recipe, folder: Path, files: Mapping[str, str], target: Path) -> list[Path]:
+    """Copies trained files from `folder` to `target`, each atomically, under the names of the recipe.
+
+    files: by role. Raises DDError when one is missing, or the recipe has no name for it.
+    """
+    for role, name in files.items():
+        if not (folder / name).is_file():
+            raise DDError(f"{folder} does not hold {name}", "run all stages before --install")
+        if role not in recipe.files or not recipe.files[role].embedded:
+            raise DDError(f"recipe {recipe.name} has no name for {name}", f"state files.{role}.embedded")
+    paths = []
+    for role, name in files.items():
+        paths.append(target / recipe.files[role].embedded)
+        with atomic_write(paths[-1]) as stream, (folder / name).open("rb") as source:
             shutil.copyfileobj(source, stream)
-    return [target / name for name in names]
+    return paths

@@ -13,7 +13,7 @@ from ddexport.engine.builder import Stage, build_plan
 from ddexport.engine.module import TensorRT
 from ddexport.engine.options import BuildOptions, resolve
 from ddexport.runtime import __version__, machine
-from ddexport.runtime.bundle import ROLES, Graph, Manifest, read_manifest, sha256_of
+from ddexport.runtime.bundle import TEACHER, Graph, Manifest, read_manifest, sha256_of
 from ddexport.runtime.engines import SCHEMA, BuiltOn, Engine, engine_folder, read_engine
 from ddexport.runtime.errors import BundleError
 from ddexport.runtime.files import atomic_write, make_directory
@@ -48,7 +48,7 @@ def build_engines(
 
     Args:
         precisions: fp16 alone if none is named.
-        roles: student and decoder if none is named.
+        roles: all but the teacher if none is named.
         force: build even what is in the bundle.
 
     Raises:
@@ -81,11 +81,15 @@ def select_graphs(
             f"bundle {manifest.name} has no graphs in {', '.join(missing)}; it has {available}",
             f"export them: ddexport onnx {manifest.name} --precision {needed} ...",
         )
+    possible = dict.fromkeys(graph.role for graph in manifest.graphs if graph.role != TEACHER)
+    if unknown := [role for role in roles if role not in possible]:
+        have = f"it has: {', '.join(possible)}"
+        raise BundleError(f"bundle {manifest.name} has no graph {unknown[0]} to build", have)
     return [
         graph
         for precision in wanted
         for graph in manifest.graphs
-        if graph.precision == precision and graph.role in (roles or ROLES)
+        if graph.precision == precision and graph.role in (roles or possible)
     ]
 
 

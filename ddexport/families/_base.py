@@ -116,19 +116,30 @@ class Teacher(nn.Module):
 class Family(ABC):
     """One model family. Stateless: a recipe goes in, modules and layouts come out."""
 
-    roles: tuple[str, ...] = ("student", "tokenizer", "teacher")
-
     @abstractmethod
     def geometry(self, recipe: Recipe) -> Any:
         """Sizes of the transformer, with `starts` as in `Teacher`. Raises `GeometryError`."""
 
-    @abstractmethod
     def build(self, recipe: Recipe, role: str) -> nn.Module:
-        """The module of `role`, initialised, float32. Raises `GeometryError` if the recipe does not fit."""
+        """The module of `role`, initialised, float32: "student", "tokenizer", "teacher" or "decoder_NAME".
 
-    @abstractmethod
+        Raises `GeometryError` if the recipe does not fit.
+        """
+        from ddexport.families._small_decoder import small_decoder
+
+        return small_decoder(recipe, role) if role.startswith("decoder") else self._build(recipe, role)
+
     def layout(self, recipe: Recipe, role: str) -> Layout:
         """How published files spell the weights of `role`."""
+        return Layout(lambda key: (key,)) if role.startswith("decoder") else self._layout(recipe, role)
+
+    @abstractmethod
+    def _build(self, recipe: Recipe, role: str) -> nn.Module:
+        """`build` of the three roles that are the family's own."""
+
+    @abstractmethod
+    def _layout(self, recipe: Recipe, role: str) -> Layout:
+        """`layout` of these."""
 
 
 def check_steps(recipe: Recipe, starts: Sequence[int]) -> None:

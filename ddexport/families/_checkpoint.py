@@ -11,13 +11,14 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ddexport.families import family
 from ddexport.families._base import Layout, Student
+from ddexport.families._small_decoder import SmallDecoder
 from ddexport.families._weight_file import SHARD, CheckpointError, read_weights
 from ddexport.runtime.files import atomic_write
 
@@ -102,10 +103,13 @@ def random_part(recipe: Recipe, role: str, seed: int) -> nn.Module:
     return _ready(module)
 
 
-def connect(student: nn.Module, tokenizer: nn.Module) -> None:
-    """Gives the student the tokenizer's codebook, which its sequence is composed of."""
-    if isinstance(student, Student):
-        student.codebook = tokenizer.codebook.detach()
+def connect(part: nn.Module, tokenizer: Any) -> None:
+    """Gives a part what it needs of the tokenizer: a student the codebook, which its sequence is composed of;
+    a small decoder the way from sequences to latents."""
+    if isinstance(part, Student):
+        part.codebook = tokenizer.codebook.detach()
+    elif isinstance(part, SmallDecoder):
+        part.reader = tokenizer.without_codec()
 
 
 def save_part(
@@ -302,7 +306,7 @@ def _guess(state: Mapping[str, Tensor], recipe: Recipe) -> str:
     from ddexport.recipe import load_recipe, recipe_names
 
     for candidate in (recipe, *map(load_recipe, recipe_names())):
-        for role in family(candidate.family).roles:
+        for role in candidate.roles:
             if any(not copy.faults for copy in _copies(state, *_expected(candidate, role))):
                 return f"this looks like the {role} of {candidate.name}"
     return ""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,6 +45,12 @@ class RasterTokenizer(nn.Module):
         """sequence [B, L, Cv] -> [B, Cv, h, w]; nothing is normalised, regressed embeddings stay as long as
         they are."""
         return sequence.transpose(1, 2).unflatten(2, (self.side, self.side))
+
+    def without_codec(self) -> RasterTokenizer:
+        """This tokenizer with its codes alone, shared: enough for `embed` and `latent`."""
+        bare = copy.copy(self)
+        bare._modules = {"embedding": self._modules["embedding"]}
+        return bare
 
     def decode(self, latent: Tensor) -> Tensor:
         """latent [B, Cv, h, w] -> images [B, 3, H, W] in [0, 1]."""

@@ -261,7 +261,7 @@ class LlamaGenFamily(Family):
         check_steps(recipe, geometry.starts)
         return geometry
 
-    def build(self, recipe: Recipe, role: str) -> nn.Module:
+    def _build(self, recipe: Recipe, role: str) -> nn.Module:
         geometry = self.geometry(recipe)
         if role == "student":
             return LlamaGenStudent(geometry).eval()
@@ -270,7 +270,7 @@ class LlamaGenFamily(Family):
         codec = codec_of_recipe(recipe, geometry.side)
         return RasterTokenizer(codec, geometry.codebook, geometry.code_width, geometry.side).eval()
 
-    def layout(self, recipe: Recipe, role: str) -> Layout:
+    def _layout(self, recipe: Recipe, role: str) -> Layout:
         if role == "tokenizer":
             return Layout(
                 published=_published_tokenizer_keys,

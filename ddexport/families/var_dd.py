@@ -309,7 +309,7 @@ class VarFamily(Family):
         check_steps(recipe, geometry.starts)
         return geometry
 
-    def build(self, recipe: Recipe, role: str) -> nn.Module:
+    def _build(self, recipe: Recipe, role: str) -> nn.Module:
         geometry = self.geometry(recipe)
         if role == "student":
             return VarStudent(geometry).eval()
@@ -318,7 +318,7 @@ class VarFamily(Family):
         codec = codec_of_recipe(recipe, geometry.scales[-1], latent_channels=geometry.code_width)
         return MultiScaleTokenizer(codec, geometry.codebook, geometry.scales).eval()
 
-    def layout(self, recipe: Recipe, role: str) -> Layout:
+    def _layout(self, recipe: Recipe, role: str) -> Layout:
         if role == "tokenizer":
             multipliers = recipe.tokenizer["multipliers"]
             assert isinstance(multipliers, list)  # `build` has seen to it

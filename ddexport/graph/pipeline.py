@@ -14,21 +14,24 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ddexport.recipe import Recipe
-from ddexport.runtime.bundle import Manifest, PipelineGraph, Schedule, file_info
+from ddexport.recipe import Recipe, RecipeError
+from ddexport.runtime.bundle import FULL, Manifest, PipelineGraph, Schedule, decoder_role, file_info
 from ddexport.runtime.errors import ScheduleError
 
 
-def write_pipeline(folder: Path, manifest: Manifest, steps: int, precision: str) -> PipelineGraph:
-    """Writes `pipeline_STEPS.onnx`, in other precisions than float32 with a suffix, from graphs of a bundle.
+def write_pipeline(
+    folder: Path, manifest: Manifest, steps: int, precision: str, decoder: str = FULL
+) -> PipelineGraph:
+    """Writes `pipeline_STEPS.onnx`, in other precisions than float32 and with another decoder with a suffix,
+    from graphs of a bundle.
 
     Inputs: noise float32 (batch, L, Cv), label int64 (batch,). Outputs: image uint8 (batch, H, W, C), tokens
-    int64 (batch, S), as the runtime's sampler makes them. steps: as `check_steps` lets pass.
+    int64 (batch, S), as the runtime's sampler makes them. steps, decoder: as `check_pipelines` lets pass.
     """
     schedule = manifest.schedule(steps)
     student = manifest.graph("student", precision, schedule.split)
-    decoder = manifest.graph("decoder", precision)
-    models = [onnx.load(folder / graph.file, load_external_data=False) for graph in (student, decoder)]
+    last = manifest.graph(decoder_role(decoder), precision)
+    models = [onnx.load(folder / graph.file, load_external_data=False) for graph in (student, last)]
     body = _Body(schedule, manifest)
     nodes = [*body.steps(models[0].graph), *body.images(models[1].graph)]
     size, image = manifest.sequence, manifest.image
@@ -52,17 +55,23 @@ def write_pipeline(folder: Path, manifest: Manifest, steps: int, precision: str)
     model = helper.make_model(graph, opset_imports=models[0].opset_import, ir_version=models[0].ir_version)
     properties = {entry.key: entry.value for entry in models[0].metadata_props} | {"role": "pipeline"}
     helper.set_model_props(model, properties)
-    suffix = Path(decoder.file).stem.removeprefix("decoder")
+    suffix = Path(last.file).stem.removeprefix("decoder")
     path = folder / f"pipeline_{steps}{suffix}.onnx"
     path.write_bytes(model.SerializeToString())
-    files = dict.fromkeys([file_info(path, folder), *student.files[1:], *decoder.files[1:]])
-    return PipelineGraph(steps=steps, precision=precision, file=path.name, files=tuple(files))
+    files = dict.fromkeys([file_info(path, folder), *student.files[1:], *last.files[1:]])
+    return PipelineGraph(
+        steps=steps, precision=precision, file=path.name, files=tuple(files), decoder=decoder
+    )
 
 
-def check_steps(recipe: Recipe, pipelines: Sequence[int]) -> None:
-    """Raises ScheduleError for numbers of steps that the recipe does not have, or that a teacher takes."""
+def check_pipelines(recipe: Recipe, roles: Sequence[str], pipelines: Sequence[tuple[int, str]]) -> None:
+    """Raises ScheduleError for numbers of steps that the recipe does not have, or that a teacher takes, and
+    RecipeError for a decoder that is not among the roles of the bundle."""
     possible = [int(steps) for steps, schedule in recipe.schedules.items() if schedule.teacher is None]
-    for steps in pipelines:
+    for steps, decoder in pipelines:
+        if decoder != FULL and decoder_role(decoder) not in roles:
+            how = "`ddexport distill decoder` makes them: --small-decoder FILE"
+            raise RecipeError(f"there are no weights of a decoder {decoder} of {recipe.name}", how)
         if steps not in possible:
             raise ScheduleError(
                 f"{recipe.name} has no pipeline of {steps} steps",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -27,7 +26,7 @@ class GraphSpec:
     trials; the first ones are traced with.
     """
 
-    role: Literal["student", "decoder", "teacher"]
+    role: str
     part: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -45,8 +44,11 @@ def image_size(recipe: Recipe) -> ImageSize:
     return ImageSize(height=recipe.image.size, width=recipe.image.size, channels=recipe.image.channels)
 
 
-def graph_specs(recipe: Recipe, teacher: Teacher | None = None) -> tuple[GraphSpec, ...]:
-    """The graphs of a bundle: student, decoder, and with a teacher its own and the students of other splits.
+def graph_specs(
+    recipe: Recipe, teacher: Teacher | None = None, decoders: Iterable[str] = ()
+) -> tuple[GraphSpec, ...]:
+    """The graphs of a bundle: student, decoder, those of the roles `decoders`, and with a teacher its own and
+    the students of other splits.
 
     Schedules that involve a teacher are left out where there is none.
     """
@@ -57,6 +59,8 @@ def graph_specs(recipe: Recipe, teacher: Teacher | None = None) -> tuple[GraphSp
         GraphSpec("student", "student", *contract("student", sequence, image), tolerance=1e-4),
         GraphSpec("decoder", "tokenizer", *contract("decoder", sequence, image), tolerance=1e-4),
     ]
+    for role in decoders:
+        specs.append(GraphSpec(role, role, *contract(role, sequence, image), tolerance=1e-4))
     for split in splits:
         tensors = contract("student", sequence, image, split=split)
         specs.append(GraphSpec("student", "student", *tensors, tolerance=1e-4, split=split))

@@ -22,13 +22,22 @@ import torch
 from torch import nn
 
 from ddexport.graph.emulate import EmulatedGraph
+from ddexport.graph.flops import count_flops
 from ddexport.graph.spec import BATCHES, GraphSpec, rows, sample_inputs
 from ddexport.graph.wrappers import graph_module
 from ddexport.precision.policy import FLOAT32, HALVES, INT8
 from ddexport.recipe import Limits, Recipe
 from ddexport.runtime.backends import CPU, Configuration
 from ddexport.runtime.backends.onnxruntime import OnnxRuntime
-from ddexport.runtime.bundle import Graph, Manifest, PipelineGraph, TensorSpec
+from ddexport.runtime.bundle import (
+    Decoder,
+    Graph,
+    Manifest,
+    PipelineGraph,
+    Schedule,
+    TensorSpec,
+    decoder_role,
+)
 from ddexport.runtime.errors import VerificationError
 from ddexport.runtime.images import to_uint8
 from ddexport.runtime.noise import gaussian_noise
@@ -41,6 +50,7 @@ ENGINE = "onnxruntime"
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 """The operators that the time goes into."""
 TYPES = {ir.DataType.FLOAT: FLOAT32, ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+DRAWN = 16  # images whose decoders are compared
 LARGEST_PSNR = 200.0  # of equal images, which JSON has no number for
 WRITTEN = "nothing was written; "
 KEEP = f"{WRITTEN}docs/export.md shows how to find the layer: give it to --keep-fp32, or take bf16"
@@ -127,7 +137,7 @@ def verify_pipeline(folder: Path, manifest: Manifest, pipeline: PipelineGraph) -
     noise = gaussian_noise(0, range(max(BATCHES)), size.length, size.width)
     labels = np.arange(len(noise), dtype=np.int64) % manifest.classes
     student = manifest.graph("student", pipeline.precision, schedule.split)
-    decoder = manifest.graph("decoder", pipeline.precision)
+    decoder = manifest.graph(decoder_role(pipeline.decoder), pipeline.precision)
     with _opened(folder, manifest, student) as run:
         wanted = sample(run, noise, labels, schedule)[-1]  # type: ignore[arg-type]
     with _opened(folder, manifest, decoder) as run:
@@ -140,6 +150,29 @@ def verify_pipeline(folder: Path, manifest: Manifest, pipeline: PipelineGraph) -
             f"{pipeline.file} is not its graphs run one by one: {differing} tokens, {largest} of 255 differ",
             HINTS.get(pipeline.precision, HINTS[FLOAT32]),
         )
+
+
+def compare_decoders(folder: Path, manifest: Manifest, name: str, recipe: Recipe) -> Decoder:
+    """What a further decoder saves and costs, by its graph in the bundle's first precision, on the images of
+    seed 0 in one step."""
+    size, schedule = manifest.sequence, Schedule(known=(0,))
+    student, full, other = map(manifest.graph, ("student", "decoder", decoder_role(name)))
+    sequences: list[np.ndarray] = []
+    with _opened(folder, manifest, student) as run:
+        for first in range(0, DRAWN, max(BATCHES)):
+            images = range(first, first + max(BATCHES))
+            labels = np.array(images, dtype=np.int64) % manifest.classes
+            noise = gaussian_noise(0, images, size.length, size.width)
+            sequences.append(sample(run, noise, labels, schedule)[-1].sequence)  # type: ignore[arg-type]
+    pictures = []
+    for graph in (full, other):
+        with _opened(folder, manifest, graph) as run:
+            pictures.append(np.stack([run({"sequence": s})["image"].clip(0, 1) for s in sequences]))
+    mse = float(np.square(pictures[0] - pictures[1], dtype=np.float64).mean())
+    share = count_flops(folder / other.file, batch=1) / count_flops(folder / full.file, batch=1)
+    fid = {int(steps): figures for steps, figures in recipe.decoders[name].fid.items()}
+    psnr = round(-10 * math.log10(max(mse, 1e-20)), 2)
+    return Decoder(operations=round(share, 4), psnr=psnr, fid=fid)
 
 
 def trial(

@@ -31,6 +31,10 @@ REGIONS = (
     "decoder.*.qkv",
     "decoder.*.proj",
     "decoder.*.resample.conv",
+    # A small decoder, in the same way.
+    "conv_in",
+    "levels.*.conv[12]",
+    "narrow.*",
 )
 """Paths of the modules that compute in half."""
 

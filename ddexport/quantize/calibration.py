@@ -52,11 +52,11 @@ class Observed:
         return dict(zip(self._outputs, results, strict=False))
 
 
-def calibrate(student: Observed, decoder: Observed, recipe: Recipe, images: int) -> None:
-    """Draws `images` images and lets both graphs note what they see.
+def calibrate(student: Observed, decoders: Sequence[Observed], recipe: Recipe, images: int) -> None:
+    """Draws `images` images and lets the graphs note what they see.
 
     Every image passes the student once for each `known` of the schedules: first with noise alone, then with
-    as many of its own positions kept. The decoder sees the sequence of one of these passes, in turn.
+    as many of its own positions kept. A decoder sees the sequence of one of these passes, in turn.
     """
     passes = student_passes(recipe)
     for noise, labels, first in _batches(recipe, images):
@@ -71,7 +71,8 @@ def calibrate(student: Observed, decoder: Observed, recipe: Recipe, images: int)
             drawn = outputs["sequence"] if drawn is None else drawn
             sequences.append(outputs["sequence"])
         turn = (first + np.arange(len(labels))) % len(passes)
-        decoder.run({"sequence": np.stack(sequences)[turn, np.arange(len(labels))]})
+        for decoder in decoders:
+            decoder.run({"sequence": np.stack(sequences)[turn, np.arange(len(labels))]})
 
 
 def student_passes(recipe: Recipe) -> tuple[int, ...]:

@@ -21,9 +21,6 @@ from ddexport.recipe import Recipe
 from ddexport.runtime.bundle import TEACHER, Graph, file_info
 
 Stage = Callable[[str], AbstractContextManager[None]]
-ROLES = ("student", "decoder")
-"""The parts that are quantised. A teacher stays float32: its passes are many and small, and what it draws is
-the data of all that follows."""
 
 
 def check_int8(roles: Sequence[str], images: int, keep_float: bool) -> None:
@@ -40,22 +37,22 @@ def check_int8(roles: Sequence[str], images: int, keep_float: bool) -> None:
 def int8_graphs(
     folder: Path, graphs: Sequence[Graph], recipe: Recipe, images: int, stage: Stage, shared: bool = False
 ) -> list[Graph]:
-    """Writes the int8 graphs of student and decoder, and the students of other splits, into `folder`.
+    """Writes the int8 graphs of student and decoders, and the students of other splits, into `folder`.
+
+    A teacher stays float32: its passes are many and small, and what it draws is the data of all that follows.
 
     Args:
-        graphs: of the bundle; those that are not float32, and of other roles, are passed over.
+        graphs: of the bundle; those that are not float32, and the teacher's, are passed over.
         images: how many to take the ranges from.
         shared: the weights lie beside every graph.
 
     Returns them in the order of `graphs`.
     """
-    floats = [graph for graph in graphs if graph.role in ROLES and graph.precision == FLOAT32]
+    floats = [graph for graph in graphs if graph.role != TEACHER and graph.precision == FLOAT32]
     with stage(f"calibrating on {images} images of noise"):
         ranges = _ranges(folder, {g.role: g for g in floats if g.split is None}, recipe, images)
-    several = {graph.role for graph in floats if graph.split is not None}
-    beside = {
-        role: SharedWeights(folder / f"{role}_{INT8}.onnx.data") for role in (ROLES if shared else several)
-    }
+    together = {graph.role for graph in floats if shared or graph.split is not None}
+    beside = {role: SharedWeights(folder / f"{role}_{INT8}.onnx.data") for role in together}
     made = []
     for graph in floats:
         path = folder / f"{Path(graph.file).stem}_{INT8}.onnx"
@@ -74,14 +71,16 @@ def int8_graphs(
 
 
 def _ranges(folder: Path, graphs: dict[str, Graph], recipe: Recipe, images: int) -> Ranges:
-    """What each quantised product of student and decoder reads, by the SHA-256 of its weight: students of
+    """What each quantised product of student and decoders reads, by the SHA-256 of its weight: students of
     other splits have the same weights, whatever their values are called."""
     products = {role: _products(folder / graph.file) for role, graph in graphs.items()}
     observed = {
-        role: Observed(folder / graphs[role].file, [read for _, read, _ in products[role]]) for role in ROLES
+        role: Observed(folder / graph.file, [read for _, read, _ in products[role]])
+        for role, graph in graphs.items()
     }
-    calibrate(observed["student"], observed["decoder"], recipe, images)
-    return {key: observed[role].ranges[read] for role in ROLES for _, read, key in products[role]}
+    decoders = [graph for role, graph in observed.items() if role != "student"]
+    calibrate(observed["student"], decoders, recipe, images)
+    return {key: observed[role].ranges[read] for role in graphs for _, read, key in products[role]}
 
 
 def _products(path: Path) -> list[tuple[str, str, str]]:

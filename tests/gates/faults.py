@@ -185,11 +185,18 @@ def next_token(graph: onnx.GraphProto) -> None:
 
 def perturbed_weight(graph: onnx.GraphProto) -> None:
     """One number of a matrix in a block's attention, by twice the largest of it."""
+    _perturb(graph, [t for t in graph.initializer if len(t.dims) == 2 and min(t.dims) >= 96])
+
+
+def perturbed_kernel(graph: onnx.GraphProto) -> None:
+    """One number of a convolution's kernel, likewise."""
+    _perturb(graph, [t for t in graph.initializer if len(t.dims) == 4 and t.dims[0] >= 24])
+
+
+def _perturb(graph: onnx.GraphProto, tensors: list[onnx.TensorProto]) -> None:
     types = ("FLOAT", "FLOAT16", "BFLOAT16", "INT8")
     accepted = {getattr(onnx.TensorProto, name) for name in types}
-    wide = [
-        t for t in graph.initializer if len(t.dims) == 2 and min(t.dims) >= 96 and t.data_type in accepted
-    ]
+    wide = [tensor for tensor in tensors if tensor.data_type in accepted]
     name = wide[len(wide) // 2].name
     array, put = initializer(graph, lambda tensor: tensor.name == name)
     if array.dtype == np.int8:

@@ -65,6 +65,16 @@ def test_fid_fails_on_a_fault_of_the_bundle(
     assert fid(planted(model, "fp32", fault), "--steps", 1).exit_code == 3
 
 
+@ci_model
+def test_fid_fails_on_a_small_decoder_that_costs_too_much(planted: Planted, model: str) -> None:
+    """A tenth of the FID is allowed; the full decoder's images are as good as before."""
+    bundle = planted(model, "fp32", faults.in_graph(faults.brighter, "decoder_small"))
+    result = fid(bundle, "--steps", 1, "--decoder", "small")
+    assert result.exit_code == 3, result.output
+    assert "FID, increase" in result.stderr
+    assert fid(bundle, "--steps", 1).exit_code != 3
+
+
 def test_fid_without_a_reference_set_gives_no_verdict(planted: Planted) -> None:
     result = fid(planted("digits-var"), "--steps", 1, "--reference", "none")
     assert result.exit_code == 1, result.output

@@ -71,6 +71,20 @@ def test_a_fault_of_the_graph_fails_in_every_precision(
 
 
 @ci_model
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_fault_of_the_small_decoder_fails(
+    planted: Planted, parity: Parity, model: str, precision: str
+) -> None:
+    fault = faults.in_graph(faults.perturbed_kernel, "decoder_small")
+    result = parity(planted(model, precision, fault), precision)
+    assert result.exit_code == 3, result.output
+    row = "image PSNR, dB" if precision == "fp32" else "weights that differ"
+    assert row in failed_rows(result)
+    failures = [line for line in result.stderr.splitlines() if line.startswith("failed")]
+    assert all("decoder small" in line or "decoder_small" in line for line in failures)
+
+
+@ci_model
 @pytest.mark.parametrize(
     ("edit", "row"),
     [

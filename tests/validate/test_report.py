@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from PIL import Image
 
+from ddexport.devices import torch_device
 from ddexport.runtime.errors import DDError
-from ddexport.validate.devices import torch_device
 from ddexport.validate.limits import command, rows_of
 from ddexport.validate.report import SCHEMA, Measurement, Report, ReportError, read, table, write
 

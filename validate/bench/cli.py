@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ddexport.runtime import console
+from ddexport.runtime.bundle import FULL
 from ddexport.runtime.errors import BackendError, DDError, VerificationError
 from ddexport.runtime.options import PATH, comma_list, known, number, option
 from ddexport.validate.options import shared
@@ -26,6 +27,7 @@ Examples:
   ddexport bench digits-var --save
   ddexport bench digits-var --backend openvino,torch-eager,naive --against naive
   ddexport bench digits-var --steps 1,2,teacher --against torch-eager --against-steps teacher
+  ddexport bench digits-var --decoder full,small
   ddexport bench digits-var digits-llamagen --batch 1,8 --plot bench.png --json
 """
 
@@ -72,7 +74,9 @@ _precision = partial(known, names=("fp32", "fp16", "bf16", "int8"))
         help="Time for each row. A row is run at least five times, or once if a run takes"
         " minutes.")  # fmt: skip
 @shared("seed", help="Seed of the noise, the labels and the order of the runs.")
-@shared("checkpoint", "vae", "teacher", "weights")
+@option("--decoder", "decoders", callback=comma_list(str), default=FULL, metavar="NAME,...",
+        help="Decoders, separated by commas: full, small.")  # fmt: skip
+@shared("checkpoint", "vae", "teacher", "small-decoder", "weights")
 @option("--roofline/--no-roofline", default=True, help="Also measure the peak speed of this machine.")
 @option("--save", is_flag=True,
         help="Store in the bundle which engine is the fastest on this CPU, for --backend auto.")  # fmt: skip
@@ -84,6 +88,7 @@ def command(
     plot: Path | None,
     as_json: bool,
     checkpoint: Path | None,
+    small_decoder: Path | None,
     vae: Path | None,
     teacher: Path | None,
     **asked: Any,
@@ -102,9 +107,12 @@ def command(
 
     if asked["against"] is None and asked["against_steps"] is not None:
         raise click.UsageError("--against-steps needs --against.")
+    if save and asked["decoders"] != (FULL,):
+        raise click.UsageError("--save needs the full decoder: its times choose the engine for all.")
     if plot is not None and plot.suffix.lower() != ".png":
         raise click.BadParameter(f"{plot} does not end in .png.", param_hint="--plot")
-    request = Request(files={"student": checkpoint, "tokenizer": vae, "teacher": teacher}, **asked)
+    files = {"student": checkpoint, "tokenizer": vae, "teacher": teacher, "decoder_small": small_decoder}
+    request = Request(files=files, **asked)
     for path in [*([plot] if plot else []), *(root / "bench.json" for root in request.bundles if save)]:
         check_writable(path)
     rows, peaks = _measure(request, plot is not None)

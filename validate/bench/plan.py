@@ -12,7 +12,7 @@ from pathlib import Path
 from ddexport.recipe import FILE_OPTIONS
 from ddexport.runtime import backends
 from ddexport.runtime.backends import CPU, Configuration
-from ddexport.runtime.bundle import Manifest
+from ddexport.runtime.bundle import FULL, Manifest
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.machine import cpu
 from ddexport.runtime.registry import plugins
@@ -43,16 +43,23 @@ class Request:
     roofline: bool = True
     files: Mapping[str, Path | None] = field(default_factory=dict)
     weights: str | None = None
+    decoders: tuple[str, ...] = (FULL,)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A row to be: an engine in one configuration, threads of the CPU, images at once, and steps."""
+    """A row to be: an engine in one configuration, threads of the CPU, images at once, steps and decoder."""
 
     configuration: Configuration
     threads: int
     batch: int
     steps: Steps
+    decoder: str = FULL
+
+    @property
+    def work(self) -> tuple[int, Steps, str]:
+        """What a session draws."""
+        return self.batch, self.steps, self.decoder
 
     @property
     def runner(self) -> tuple[Configuration, int]:
@@ -77,11 +84,15 @@ def backend_names() -> list[str]:
 
 
 def make_plan(root: Path, manifest: Manifest, request: Request, packages: tuple[str, ...] = PACKAGES) -> Plan:
-    """packages: that are needed. Raises BackendError for an unknown device."""
+    """packages: that are needed. Raises BackendError for an unknown device, BundleError for a decoder."""
+    for decoder in request.decoders:
+        manifest.decoder(decoder)
     missing = dict.fromkeys(f"the package {name}" for name in packages if find_spec(name) is None)
     skipped: dict[str, None] = {}
 
-    def entry(backend: str, precision: str, threads: int, batch: int, steps: Steps) -> Entry | None:
+    def entry(
+        backend: str, precision: str, threads: int, batch: int, steps: Steps, decoder: str = FULL
+    ) -> Entry | None:
         chosen = configuration_of(root, manifest, backend, precision, request.device)
         unfit = _unfit(manifest, chosen, steps)
         if backend in (*request.backends, request.against) and chosen.obstacle.startswith("missing: "):
@@ -90,16 +101,17 @@ def make_plan(root: Path, manifest: Manifest, request: Request, packages: tuple[
             skipped[f"{backend} {precision}: {chosen.obstacle.removeprefix('missing: ')}"] = None
         elif unfit:
             skipped[f"{backend} {precision}, steps {steps}: {unfit}"] = None
-        return None if chosen.obstacle or unfit else Entry(chosen, threads, batch, steps)
+        return None if chosen.obstacle or unfit else Entry(chosen, threads, batch, steps, decoder)
 
     usual = dict.fromkeys((*manifest.precisions, "fp32", "bf16", "int8"))
     asked = [
-        entry(backend, precision, threads, batch, steps)
+        entry(backend, precision, threads, batch, steps, decoder)
         for batch in sorted(request.batches)
         for steps in request.steps
         for backend in request.backends or plugins(backends.__name__)
         for threads in request.threads or (cpu().cores,)
         for precision in request.precisions or IN_TORCH.get(backend) or usual
+        for decoder in request.decoders
     ]
     entries, baselines = dict.fromkeys(one for one in asked if one), {}
     for one in list(entries) if request.against else ():
@@ -163,10 +175,12 @@ def missing_files(manifest: Manifest, files: Mapping[str, Path | None], by_teach
 
     for source in manifest.weights.files if manifest.weights.kind == "checkpoint" else ():
         path, option = files.get(source.role), FILE_OPTIONS[source.role]
+        part = recipe_of(manifest).files.get(source.role)
+        embedded = part.embedded if part else ""
         if source.role == "teacher" and not by_teacher:
             continue
         if path is None:
-            if not source.repository and source.file != recipe_of(manifest).files[source.role].embedded:
+            if not source.repository and source.file != embedded:
                 yield f"{option} {source.file}, which {manifest.name} was made from"
         elif not path.exists():
             yield f"{option}: there is no file {path}"

@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, TypeAlias
 
+from ddexport.graph.flops import CountError, count_flops
 from ddexport.runtime import console
 from ddexport.runtime.backends import CPU, Configuration
-from ddexport.runtime.bundle import TEACHER, Manifest
+from ddexport.runtime.bundle import TEACHER, Manifest, decoder_role
 from ddexport.runtime.errors import BundleError
 from ddexport.validate.bench.agreement import agreement
-from ddexport.validate.bench.flops import CountError, count_flops
 from ddexport.validate.bench.plan import Entry, Plan, Request
 from ddexport.validate.bench.roofline import ENGINES
 from ddexport.validate.bench.rounds import LEAST_ROUNDS, LONG, interleave, speedup, summary, wants_round
@@ -54,7 +54,7 @@ class Timing:
     def call(self, method: str) -> Any:
         """What the worker returns; None, and the reason in `error`, where it fails or has failed."""
         try:
-            return None if self.error else self.worker.call(method, self.entry.batch, self.entry.steps)
+            return None if self.error else self.worker.call(method, *self.entry.work)
         except WorkerError as error:
             self.error = str(error)
             return None
@@ -76,7 +76,7 @@ class Timing:
         """The outputs of the last run with the reference's."""
         if (got := self.call("outputs")) is not None:
             try:
-                expected = reference.call("expected", self.entry.batch, self.entry.steps, got.steps)
+                expected = reference.call("expected", *self.entry.work[:2], got.steps, self.entry.decoder)
             except WorkerError as error:
                 self.error = f"not compared: {error}"
             else:
@@ -89,7 +89,13 @@ class Timing:
         runs = [] if self.error else [*self.runs.values()]
         row: Row = {"bundle": str(root), "model": manifest.name}
         row |= {name: getattr(chosen, name) for name in ("backend", "precision", "device")}
-        row |= {"threads": entry.threads, "batch": entry.batch, "steps": entry.steps, **dict.fromkeys(FIELDS)}
+        row |= {
+            "threads": entry.threads,
+            "batch": entry.batch,
+            "steps": entry.steps,
+            "decoder": entry.decoder,
+        }
+        row |= dict.fromkeys(FIELDS)
         row |= {"version": self.version, "rounds": len(runs), "error": self.error or None, **self.parity}
         if runs:
             parts = {name: [getattr(run, name) for run in runs] for name in ("student", "teacher", "decoder")}
@@ -172,7 +178,9 @@ def gflop_of(root: Path, manifest: Manifest, entry: Entry) -> float:
             graph = manifest.graph(role, None, split)
         return count_flops(root / graph.file, batch=1, **sizes)
 
-    total = count("decoder") + (len(schedule.known) * count("student") if schedule.known else 0)
+    total = count(decoder_role(entry.decoder)) + (
+        len(schedule.known) * count("student") if schedule.known else 0
+    )
     for _, end in teacher.steps(schedule.teacher) if teacher and schedule.teacher else ():
         total += count(TEACHER, new=end - filled, capacity=schedule.teacher.end if schedule.teacher else 0)
         filled = end

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddexport.runtime.backends import Configuration
-from ddexport.runtime.bundle import TEACHER, Manifest, Schedule, read_manifest
+from ddexport.runtime.bundle import FULL, TEACHER, Manifest, Schedule, read_manifest
 from ddexport.runtime.images import to_uint8
 from ddexport.runtime.machine import version_of
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
@@ -85,7 +85,7 @@ class Session:
     def open(self, job: Job) -> str:
         """Opens a bundle as a user does, or the modules that it was made from; the engine's version."""
         self.manifest, self.seed = read_manifest(job.bundle, verify=False), job.seed
-        self.results: dict[tuple[int, Steps], Result] = {}
+        self.results: dict[tuple[int, Steps, str], Result] = {}
         chosen, names = job.configuration, ["torch"]
         if chosen.backend in (*IN_TORCH, REFERENCE):
             engine = TorchEngine(job.bundle, self.manifest, chosen, job.threads, job.files, job.weights)
@@ -96,21 +96,22 @@ class Session:
             names = [chosen.backend + tail for tail in ("", "-gpu", "-rtx")]
         return next(filter(None, map(version_of, names)), "")
 
-    def run(self, batch: int, steps: Steps) -> Run:
+    def run(self, batch: int, steps: Steps, decoder: str = FULL) -> Run:
         """Draws once, as a user does."""
         inputs, schedule = inputs_of(self.manifest, batch, self.seed), self.manifest.schedule(steps)
         options: dict[str, Any] = {"noise": inputs.noise, "output": "numpy", "batch_size": batch}
+        options["decoder"] = decoder
         options |= {"uniforms": inputs.uniforms} if schedule.teacher else {}
         labels = inputs.labels.tolist()
         reset_peak()
         began = time.perf_counter()
-        result = self.results[batch, steps] = self.pipe(labels, steps, **options)
+        result = self.results[batch, steps, decoder] = self.pipe(labels, steps, **options)
         total, seconds = time.perf_counter() - began, result.seconds
         return Run(seconds["student"], seconds.get(TEACHER, 0.0), seconds["decoder"], total, peak_mib())
 
-    def outputs(self, batch: int, steps: Steps) -> Outputs:
+    def outputs(self, batch: int, steps: Steps, decoder: str = FULL) -> Outputs:
         """What the last run gave. Logits, which users do not ask for, are computed once more."""
-        result = self.results[batch, steps]
+        result = self.results[batch, steps, decoder]
         again = self._again(batch, steps, result.steps)
         timed = [
             StepOutput(one.logits, None if one.sequence is None else step.sequence)
@@ -118,9 +119,9 @@ class Session:
         ]
         return Outputs(result.steps, timed, np.asarray(result.images))
 
-    def expected(self, batch: int, steps: Steps, done: Sequence[Step]) -> Outputs:
+    def expected(self, batch: int, steps: Steps, done: Sequence[Step], decoder: str = FULL) -> Outputs:
         """What this pipeline gives where each step, and the decoder, has the input that it had in `done`."""
-        graph = self.manifest.graph("decoder", self.pipe.backend.configuration.graphs)
+        graph = self.manifest.decoder(decoder, self.pipe.backend.configuration.graphs)
         image = self.pipe.backend.run(graph, {"sequence": done[-1].sequence})["image"]
         return Outputs(done, self._again(batch, steps, done), to_uint8(image))
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ddexport.runtime.bundle import FULL
 from ddexport.validate.bench.plan import IN_TORCH
 from ddexport.validate.report import wide_table
 
@@ -20,7 +21,8 @@ TIMES = {
 def name_of(row: dict[str, Any]) -> str:
     """`onnxruntime bf16, batch 1, steps 2`."""
     device = "" if row["device"] == "cpu" else f", {row['device']}"
-    return f"{row['backend']} {row['precision']}{device}, batch {row['batch']}, steps {row['steps']}"
+    decoder = "" if row["decoder"] == FULL else f", decoder {row['decoder']}"
+    return f"{row['backend']} {row['precision']}{device}, batch {row['batch']}, steps {row['steps']}{decoder}"
 
 
 def verdict(row: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ class TorchEngine(Backend):
         self._reference = partial(build_reference, manifest, files, weights, threads)
         parts: TorchReference = self._reference()
         self._kind, self._recipe = configuration.backend, parts.recipe
-        self._student, self._tokenizer = parts._student, parts._tokenizer
+        self._student, self._tokenizer, self._module = parts._student, parts._tokenizer, parts.module
         keep = manifest.graph("student", configuration.graphs).keep_fp32
         self._cast = partial(in_precision, precision=configuration.precision, keep_fp32=keep)
         if self._kind not in (REFERENCE, NAIVE):
@@ -58,7 +58,7 @@ class TorchEngine(Backend):
         """A module; the teacher's is loaded only here, else it would count as memory of every row."""
         if graph.role == "teacher":
             return self._cast(self._reference(teacher=True).teacher)
-        module = self._cast(self._tokenizer if graph.role == "decoder" else self._student)
+        module = self._cast(self._module(graph.role))
         if graph.role == "student":
             module = module.at_split(graph.split) if graph.split else module
             module = self._naive(module) if self._kind == NAIVE else module

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ddexport.runtime import console
+from ddexport.runtime.bundle import FULL
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.options import PATH, POSITIVE, comma_list, number, option
 from ddexport.validate.options import (
@@ -26,6 +27,7 @@ EPILOG = """
 Examples:
   ddexport validate fid digits-var
   ddexport validate fid digits-var --images 500 --steps 2 --no-reference-model --report fid-500 --json
+  ddexport validate fid digits-var --decoder small --steps 1,2 --seed 1
   ddexport validate fid var-d16
   ddexport validate fid build/var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth \\
       --features-weights pt_inception-2015-12-05-6726825d.pth --reference statistic.pth
@@ -54,6 +56,8 @@ class Options:
     device: str = "cpu"
     checkpoint: Path | None = None
     vae: Path | None = None
+    small_decoder: Path | None = None
+    decoder: str = FULL
     weights: str | None = None
     allow_few: bool = False
     bootstrap: int | None = None
@@ -93,7 +97,8 @@ def run_fid(options: Options, state: Path | None = None) -> Report:
         help="Also generate the images with PyTorch, and compare. Without, no limit is checked.")  # fmt: skip
 @shared("batch", default=None, type=POSITIVE, show_default="chosen by the image size",
         help="Number of images per batch.")  # fmt: skip
-@shared("precision", "backend", "emulate", "threads", "torch-device", "checkpoint", "vae", "weights")
+@shared("decoder", "precision", "backend", "emulate", "threads", "torch-device", "checkpoint", "vae",
+        "small-decoder", "weights")  # fmt: skip
 @option("--allow-few", is_flag=True,
         help="Allow fewer images than the features need. The figures mean nothing then.")  # fmt: skip
 @option("--bootstrap", type=click.IntRange(min=0), metavar="N", show_default="200; 40 for inception",
@@ -106,7 +111,8 @@ def run_fid(options: Options, state: Path | None = None) -> Report:
 def command(report: Path | None, as_json: bool, **options: Any) -> None:
     """Measure FID, Inception Score, precision and recall of BUNDLE.
 
-    The images of the PyTorch model are measured too, from the same labels and noise. Exit code 3 if the two
+    The images of the PyTorch model are measured too, from the same labels and noise. With --decoder small the
+    PyTorch model has its full decoder, and the limits are those of the small decoder. Exit code 3 if the two
     differ by more than a limit in the manifest, 1 if the limits do not apply, for example with too few
     images. To continue an interrupted run, repeat the same command.
     """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ddexport.runtime.bundle import Schedule
+from ddexport.runtime.bundle import FULL, Schedule
 from ddexport.runtime.errors import BackendError, VerificationError
 from ddexport.runtime.noise import gaussian_noise, philox4x32
 from ddexport.runtime.pipeline import Pipeline
@@ -81,12 +81,17 @@ Draw: TypeAlias = Callable[[Order, range], dict[int, ByteImages]]
 """The images of some indices, uint8 (N, H, W, 3), by the number of steps."""
 
 
-def by_pipeline(pipe: Pipeline, schedules: Schedules) -> Draw:
+def by_pipeline(pipe: Pipeline, schedules: Schedules, decoder: str = FULL) -> Draw:
     """As users draw them."""
 
     def drawn(order: Order, indices: range) -> dict[int, ByteImages]:
         labels, noise = order.labels(indices).tolist(), order.noise(indices)
-        how: dict[str, Any] = {"noise": noise, "output": "numpy", "batch_size": len(labels)}
+        how: dict[str, Any] = {
+            "noise": noise,
+            "output": "numpy",
+            "batch_size": len(labels),
+            "decoder": decoder,
+        }
         try:
             return {steps: np.asarray(pipe(labels, steps, **how).images) for steps in schedules}
         except BackendError as error:

@@ -29,6 +29,7 @@ FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 
 METRIC, FID = "fid", "FID"
 DIFFERENCE, DISTANCE, CHANGED = "FID, difference", "feature distance, paired", "images that differ"
+INCREASE, READ = "FID, increase", "share read as the class"
 VISIBLE = 2  # an 8-bit difference that rounding at a tie cannot make: `image_max` of the float32 limits
 WIDE = 512  # features: the moments of a group of images take memory, their resampled distances time
 GROUPS, GROUPS_WIDE = 100, 20
@@ -42,17 +43,21 @@ APART = (
 
 @dataclass(frozen=True)
 class Limits:
-    """What is allowed in one precision: the manifest's `parity.fid.limits`; None: shown, but not held."""
+    """What is allowed in one precision: the manifest's `parity.fid.limits`, or with a further decoder
+    `parity.fid.decoders`; None: shown, but not held."""
 
     difference: float | None = None
     distance: float | None = None
     changed: float | None = None
     provisional: bool = False
+    increase: float | None = None
+    read: float | None = None
 
 
 def measure(
     scope: str,
     sides: Sequence[Readings],
+    labels: npt.NDArray[np.int64],
     apart: npt.NDArray[np.uint8] | None,
     compared: Reference | None,
     limits: Limits,
@@ -61,8 +66,9 @@ def measure(
 ) -> list[Measurement]:
     """All rows of one schedule.
 
-    sides: of the bundle, and of PyTorch if it was run. apart (N,): the largest 8-bit difference of each
-    image. resamples: below 2 there are no intervals. published: FID, shown beside the measured one.
+    sides: of the bundle, and of PyTorch if it was run. labels (N,): what was asked for. apart (N,): the
+    largest 8-bit difference of each image. resamples: below 2 there are no intervals.
+    published: FID, shown beside the measured one.
     """
     rows: list[Measurement] = []
     if compared is None:
@@ -73,6 +79,7 @@ def measure(
             note = f"measured minus published: {rows[0].value - published:+.2f}; {APART}"
             rows.append(Measurement(METRIC, scope, "FID, published", published, note=note))
     rows += _scores(scope, sides, resamples)
+    rows += _read(scope, sides, labels, limits, resamples)
     if compared is not None and compared.features is not None:
         rows += _neighbours(scope, sides, compared.features, resamples)
     if apart is not None:
@@ -101,8 +108,35 @@ def _fid(
         values.append(value)
     rows = _figure(scope, FID, values, np.array(resampled))
     if len(sides) > 1:
-        rows[-1] = _held(rows[-1], limits)
+        rows[-1:] = [_held(rows[-1], limits), *_increase(rows[-1], values[1], limits)]
     return fits, rows
+
+
+def _increase(row: Measurement, full: float, limits: Limits) -> list[Measurement]:
+    """With a further decoder: the upper end of the interval of the FID's difference, as a share of the FID
+    with the full decoder."""
+    if limits.increase is None or row.low is None or row.high is None:
+        return []
+    note = f"upper end of {row.value / full:+.3g} [{row.low / full:+.3g}, {row.high / full:+.3g}]"
+    return [
+        Measurement(METRIC, row.scope, INCREASE, row.high / full, limits.increase, note=note, rule=INCREASE)
+    ]
+
+
+def _read(
+    scope: str, sides: Sequence[Readings], labels: npt.NDArray[np.int64], limits: Limits, resamples: int
+) -> list[Measurement]:
+    """The share of the images that a classifier reads as the class that was asked for."""
+    if limits.read is None or any(side.probabilities is None for side in sides):
+        return []
+    right = [np.asarray(side.probabilities).argmax(1) == labels for side in sides]
+    rng = np.random.default_rng(SEED)
+    drawn = [rng.integers(len(labels), size=len(labels)) for _ in range(resamples)]
+    resampled = np.array([[side[chosen].mean() for chosen in drawn] for side in right])
+    rows = _figure(scope, READ, [float(side.mean()) for side in right], resampled)
+    held, note = abs(rows[-1].value), f"{rows[-1].value:+.4f} [{rows[-1].low:+.4f}, {rows[-1].high:+.4f}]"
+    rows[-1] = Measurement(METRIC, scope, f"{READ}, difference", held, limits.read, note=note, rule=READ)
+    return rows
 
 
 def _held(row: Measurement, limits: Limits) -> Measurement:

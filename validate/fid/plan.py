@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ddexport.runtime.bundle import Manifest
+from ddexport.runtime.bundle import FULL, Manifest
 from ddexport.runtime.errors import DDError, VerificationError
 from ddexport.runtime.pipeline import default_batch_size
 from ddexport.validate.features._base import Extractor, load_extractor
@@ -62,6 +62,7 @@ def plan_of(manifest: Manifest, precision: str, options: Options) -> Plan:
             " hf://microsoft/distilled_decoding/ImageNet-256_FID_Statistic/statistic.pth); with `none` the"
             " bundle is only compared with PyTorch",
         )
+    manifest.decoder(options.decoder)  # said before the work
     schedules = _schedules(manifest, options.steps)
     extractor = load_extractor(features, options.features_weights, options.device)
     require_enough(images, extractor, options.allow_few)
@@ -74,7 +75,7 @@ def plan_of(manifest: Manifest, precision: str, options: Options) -> Plan:
         schedules,
         options.batch or default_batch_size(manifest),
         resamples if options.bootstrap is None else options.bootstrap,
-        _limits(manifest, entry, precision, own) if options.reference_model else Limits(),
+        _limits(manifest, entry, precision, own, options.decoder) if options.reference_model else Limits(),
         _published(manifest, images, extractor, schedules) if options.per_class is None else {},
     )
 
@@ -90,8 +91,12 @@ def _schedules(manifest: Manifest, steps: tuple[int, ...]) -> Schedules:
     return {count: alone[count] for count in sorted(steps or alone)}
 
 
-def _limits(manifest: Manifest, entry: Mapping[str, Any], precision: str, own: bool) -> Limits:
-    """Those of a precision; a comparison that has none is no pass. own: the features are the recipe's."""
+def _limits(manifest: Manifest, entry: Mapping[str, Any], precision: str, own: bool, decoder: str) -> Limits:
+    """Those of a precision, or of a further decoder in all; a comparison that has none is no pass. own: the
+    features are the recipe's."""
+    if decoder != FULL:
+        shares = entry.get("decoders") or {}
+        return Limits(increase=shares.get("increase") if own else None, read=shares.get("read"))
     stated = (entry.get("limits") or {}).get(precision)
     if not stated or not isinstance(stated.get("difference"), (int, float)):
         raise VerificationError(
@@ -135,7 +140,7 @@ def why_no_verdict(options: Options, plan: Plan) -> str:
         "with --allow-few the figures mean nothing": options.allow_few,
         "with random feature weights the figures mean nothing": random,
         f"the limits are not for the features {plan.extractor.name}": compared
-        and plan.limits.difference is None
+        and (plan.limits.difference, plan.limits.increase) == (None, None)
         and not random,
         f"no interval of the FID difference (--bootstrap {LEAST_RESAMPLES} at least)": plan.resamples
         < LEAST_RESAMPLES,

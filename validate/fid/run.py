@@ -12,13 +12,13 @@ from typing import Any
 
 import click
 
+from ddexport.devices import torch_device
 from ddexport.recipe import recipe_of
 from ddexport.runtime import console
-from ddexport.runtime.bundle import Manifest
+from ddexport.runtime.bundle import FULL, Manifest
 from ddexport.runtime.files import make_directory, write_image
 from ddexport.runtime.images import to_pil
 from ddexport.validate.contents import check_contents, open_manifest
-from ddexport.validate.devices import torch_device
 from ddexport.validate.fid.command import Options
 from ddexport.validate.fid.draws import ByteImages, Draw, Order, by_pipeline, by_reference
 from ddexport.validate.fid.figures import measure
@@ -48,7 +48,7 @@ def run(options: Options, state: Path | None) -> Report:
     with opened(options.bundle, manifest, *how) as pipe, ExitStack() as closing:
         plan = plan_of(manifest, pipe.precision, options)
         compared = _reference_set(manifest, plan, options.allow_few)
-        sides = {BUNDLE: by_pipeline(pipe, plan.schedules)}
+        sides = {BUNDLE: by_pipeline(pipe, plan.schedules, options.decoder)}
         if options.reference_model:
             sides[REFERENCE] = _reference_model(manifest, plan, options)
         backend, precision = pipe.backend.name, pipe.precision
@@ -68,12 +68,15 @@ def run(options: Options, state: Path | None) -> Report:
     if state:
         with suppress(OSError):  # holds the states of other runs, or was never made
             state.rmdir()
+    decoder = "" if options.decoder == FULL else f", decoder {options.decoder}"
     against = " against PyTorch" if options.reference_model else ""
     return Report(
         schema=SCHEMA,
         kind="fid",
         name=manifest.name,
-        title=f"{manifest.name}: {backend} in {precision}{against}, {_title(manifest, plan, compared)}",
+        decoder=options.decoder,
+        title=f"{manifest.name}: {backend} in {precision}{decoder}{against},"
+        f" {_title(manifest, plan, compared)}",
         manifest=digest,
         precision=precision,
         backend=backend,
@@ -107,6 +110,7 @@ def _reference_set(manifest: Manifest, plan: Plan, allow_few: bool) -> Reference
 def _reference_model(manifest: Manifest, plan: Plan, options: Options) -> Draw:
     with console.stage("building the PyTorch reference", keep=False):
         files = {"student": options.checkpoint, "tokenizer": options.vae}
+        files["decoder_small"] = options.small_decoder
         reference = build_reference(manifest, files, options.weights, options.threads, device=options.device)
         check_contents(options.bundle, manifest, reference)
     return by_reference(reference, plan.schedules)
@@ -118,6 +122,7 @@ def _settings(manifest: Manifest, plan: Plan, options: Options, backend: str) ->
         "weights": describe_weights(manifest),
         "copy of the weights": options.weights,
         "reference_model": options.reference_model,
+        "decoder": options.decoder,
         "images": plan.order.images,
         "seed": plan.order.seed,
         "labels": plan.order.label_rule,
@@ -169,7 +174,9 @@ def _rows(plan: Plan, sides: list[str], files: FeatureFiles, compared: Reference
         apart = files.arrays.get(f"difference-{steps}")
         # Published figures are measured against published statistics.
         published = plan.published.get(steps) if compared and compared.features is None else None
-        rows += measure(_scope(steps), readings, apart, compared, plan.limits, plan.resamples, published)
+        labels = plan.order.labels(range(plan.order.images))
+        how = (plan.limits, plan.resamples, published)
+        rows += measure(_scope(steps), readings, labels, apart, compared, *how)
     return rows
 
 

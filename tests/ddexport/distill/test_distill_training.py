@@ -125,11 +125,12 @@ def test_changed_settings_train_their_stage_and_those_after_it(small, finished):
 def test_install_copies_the_three_files_and_refuses_an_unfinished_run(finished, tmp_path):
     recipe, target = load_recipe("digits-var"), tmp_path / "weights"
     target.mkdir()
-    copied = install(recipe, finished, target)
+    files = {role: recipe.files[role].embedded for role in ("tokenizer", "teacher", "student")}
+    copied = install(recipe, finished, files, target)
     assert len(copied) == 3
     assert all(path.read_bytes() == (finished / path.name).read_bytes() for path in copied)
     with pytest.raises(DDError):
-        install(recipe, tmp_path, target)
+        install(recipe, tmp_path, files, target)
 
 
 @pytest.mark.parametrize(

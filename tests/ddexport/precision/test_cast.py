@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddexport.families import family
 from ddexport.families._checkpoint import connect, random_part
 from ddexport.precision.cast import DTYPES, PrecisionError, check_patterns, in_precision, regions
 from ddexport.precision.policy import lies_in
@@ -25,7 +24,7 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
 
 @pytest.fixture(scope="module")
 def parts(recipe: Recipe) -> Parts:
-    found = {role: random_part(recipe, role, 0) for role in family(recipe.family).roles}
+    found = {role: random_part(recipe, role, 0) for role in recipe.roles}
     connect(found["student"], found["tokenizer"])
     found["student"].tabulate()  # type: ignore[operator]
     return found

@@ -8,8 +8,8 @@ import json
 
 import pytest
 
+from ddexport.graph.flops import count_flops
 from ddexport.validate.bench import run as module
-from ddexport.validate.bench.flops import count_flops
 from ddexport.validate.bench.plan import Request, make_plan
 from ddexport.validate.bench.run import gflop_of, run_bench
 from ddexport.validate.bench.session import Run

@@ -12,9 +12,9 @@ from msgspec import structs
 from onnx import TensorProto, helper, numpy_helper
 
 from ddexport.families._checkpoint import connect, random_part
+from ddexport.graph.flops import CountError, count_flops
 from ddexport.recipe import load_recipe
 from ddexport.runtime.errors import DDError
-from ddexport.validate.bench.flops import CountError, count_flops
 from ddexport.validate.bench.naive import naive_step
 
 FLOAT = TensorProto.FLOAT
