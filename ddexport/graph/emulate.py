@@ -79,6 +79,7 @@ def session_of(model: ir.Model, folder: Path, threads: int | None = None) -> Any
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
+    options.enable_mem_pattern = options.enable_cpu_mem_arena = False  # else it holds all values twice
     options.add_session_config_entry(FOLDER_OPTION, str(folder.resolve()))
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -34,10 +34,11 @@ class Observed:
     """
 
     def __init__(self, path: Path, values: Sequence[str]) -> None:
-        """values: names of values of the graph at `path`, whose weights may lie beside it."""
+        """values: names of values of the graph at `path`, in its order; its weights may lie beside it."""
         model = ir.load(path)
         self._outputs = [str(value.name) for value in model.graph.outputs]
-        self._values = list(dict.fromkeys(values))
+        # ONNX Runtime first computes what the last node needs: in this order no value waits to be read.
+        self._values = list(dict.fromkeys(values))[::-1]
         _add_extremes(model.graph, self._values)
         self._session = session_of(model, path.parent)
         self.ranges: dict[str, tuple[float, float]] = {}

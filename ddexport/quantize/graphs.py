@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -56,6 +57,7 @@ def int8_graphs(
     made = []
     for graph in floats:
         path = folder / f"{Path(graph.file).stem}_{INT8}.onnx"
+        gc.collect()  # graphs that were read are full of cycles, and hold their weights
         with stage(f"quantising {path.name}"):
             products = _products(folder / graph.file)
             nodes, reads = [name for name, *_ in products], {read: ranges[key] for _, read, key in products}

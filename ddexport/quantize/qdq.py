@@ -35,10 +35,12 @@ def quantised_model(path: Path, nodes: Sequence[str], ranges: Ranges) -> ir.Mode
     """
     from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType
     from onnxruntime.quantization.calibrate import TensorsData
+    from onnxruntime.quantization.quant_utils import add_infer_metadata
 
     proto = onnx.load(path)
     producer, version = proto.producer_name, proto.producer_version
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
+    add_infer_metadata(proto)  # its values have types: else the quantiser writes and reads all to infer them
     extremes = {name: (np.float32(low), np.float32(high)) for name, (low, high) in ranges.items()}
     quantizer = QDQQuantizer(
         proto,

@@ -2,8 +2,9 @@
 
 `configurations` lists what could run a bundle in the order of preference, with what stands in its way: a
 TensorRT engine of the bundle that fits this machine (building it was naming its precision), ONNX Runtime
-on CUDA, the CPU engine that `ddexport bench --save` found fastest here, ONNX Runtime on the CPU, and last
-what is left. All but the first compute in the bundle's first precision unless another one is named.
+on CUDA, the CPU engine that `ddexport bench --save` found fastest here, ONNX Runtime on the CPU unless it
+is int8, and last what is left. All but the first compute in the bundle's first precision unless another one
+is named.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ddexport.runtime.errors import BackendError
 from ddexport.runtime.registry import load_plugin, plugins
 
 AUTO = "auto"
-ENGINE, CUDA, SAVED, CPU, OTHER, UNSUPPORTED = range(6)  # ranks of configurations
+ENGINE, CUDA, SAVED, CPU, OTHER, SLOW, UNSUPPORTED = range(7)  # ranks of configurations
 
 Arrays = Mapping[str, NDArray[Any]]
 

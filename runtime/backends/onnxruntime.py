@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ddexport.runtime.backends import CPU, CUDA, Arrays, Backend, Configuration, check_signature, said
+from ddexport.runtime.backends import CPU, CUDA, SLOW, Arrays, Backend, Configuration, check_signature, said
 from ddexport.runtime.bundle import Graph, Manifest, Teacher, TensorSpec
 from ddexport.runtime.errors import BackendError
 from ddexport.runtime.machine import gpu_fault, import_fault, version_of
@@ -22,6 +22,7 @@ from ddexport.runtime.teacher import Cache, HostCache
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 ERRORS_ONLY = 3
+SLOW_INT8 = "its int8 decoder is slower than its fp32 one: openvino is faster in int8"
 RECORD_NODES = "session.record_ep_graph_assignment_info"
 GPU_PACKAGE = 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "ddexport[gpu]"'
 # ONNX Runtime itself keeps arithmetic of shapes on the CPU. Any other operator there is a fallback.
@@ -88,12 +89,14 @@ class OnnxRuntime(Backend):
         elif wanted not in manifest.precisions:
             obstacle = f"the bundle has no graphs in {wanted}"
         configurations = []
-        for place, rank, extra in (("cuda", CUDA, "gpu"), ("cpu", CPU, "cpu")):
+        on_cpu = SLOW if wanted == "int8" else CPU
+        for place, rank, extra in (("cuda", CUDA, "gpu"), ("cpu", on_cpu, "cpu")):
             if device is None or device.startswith(place):
                 where = device or ("cuda:0" if place == "cuda" else "cpu")
                 missing = import_fault("onnxruntime", extra)
                 fault = missing or obstacle or (_cuda_fault(where) if place == "cuda" else _cpu_fault(wanted))
-                configurations.append(Configuration(cls.name, where, wanted, wanted, rank, fault))
+                note = SLOW_INT8 if rank == SLOW else ""
+                configurations.append(Configuration(cls.name, where, wanted, wanted, rank, fault, note))
         return configurations
 
     def new_cache(self, teacher: Teacher, count: int, capacity: int) -> Cache:

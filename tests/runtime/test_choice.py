@@ -101,7 +101,7 @@ def test_the_first_precision_unless_another_is_named(bundle: Path) -> None:
     """Also where a benchmark was saved, which says nothing of another one."""
     toy.add_precision(bundle, "int8")
     save(bundle, openvino=0.1)
-    for asked, wanted in ((None, "openvino"), ("fp32", "openvino"), ("int8", "onnxruntime")):
+    for asked, wanted in ((None, "openvino"), ("fp32", "openvino"), ("int8", "openvino")):
         chosen = taken(bundle, "auto", asked)
         assert (chosen.backend, chosen.precision, chosen.graphs) == (wanted, *[asked or "fp32"] * 2)
     toy.add_precision(bundle, "fp16", first=True)
@@ -111,6 +111,21 @@ def test_the_first_precision_unless_another_is_named(bundle: Path) -> None:
     for asked, precision in ((None, "fp16"), ("int8", "int8")):
         with runtime.load(bundle, precision=asked) as pipe:
             assert pipe.precision == precision
+
+
+def test_onnxruntime_computes_int8_on_the_cpu_where_nothing_else_does(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a bundle of int8 alone; a benchmark and a user may take it first."""
+    toy.add_precision(bundle, "int8", first=True)
+    for asked in (("auto",), ("auto", "int8")):
+        assert taken(bundle, *asked).backend == "openvino"
+    assert taken(bundle, "auto", "fp32").backend == "onnxruntime"
+    save(bundle, onnxruntime=1.0)
+    assert (taken(bundle).backend, taken(bundle).rank) == ("onnxruntime", backends.SAVED)
+    (bundle / _saved.FILE).unlink()
+    monkeypatch.setattr("ddexport.runtime.backends.openvino.import_fault", lambda *names: "not installed")
+    assert taken(bundle).backend == "onnxruntime" and "int8 decoder" in taken(bundle).note
 
 
 def test_a_damaged_benchmark_is_left_aside(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:

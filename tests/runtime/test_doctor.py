@@ -55,7 +55,7 @@ def test_what_a_bundle_runs_on_and_why(bundle: Path) -> None:
     assert "fp32, int8" in text and "auto takes      onnxruntime, cpu, fp32" in text
     assert "    yes  onnxruntime, cpu, fp32\n    yes  openvino, cpu, fp32\n" in text
     assert "    no   onnxruntime, cuda:0, fp32: " in text or not gpu_fault(0)
-    assert "also possible   onnxruntime, cpu, int8" in text
+    assert "also possible   openvino, cpu, int8; onnxruntime, cpu, int8" in text
     _saved.save(bundle, read_manifest(bundle), {"openvino": 1.5})
     chosen = json.loads(doctor(bundle, "--json").stdout)["bundle"]
     assert (chosen["auto"], chosen["precisions"]) == ("openvino, cpu, fp32", ["fp32", "int8"])
