@@ -84,7 +84,8 @@ class Limits(Record, frozen=True):
     decided. histogram_bias: total variation of the mean probabilities of the tokens. embedding_error: rms
     error / rms. image_psnr: dB, of the decoder's images in [0, 1]; pixel_psnr: of the 8-bit images that users
     get. image_max: largest difference of an 8-bit value. images_left_out: share of the images whose tokens
-    differ. provisional: guessed, not measured. None: shown, without a limit; `validate parity` wants all.
+    differ. decoder_psnr: dB, of a further decoder's images, if not image_psnr. provisional: guessed, not
+    measured. None: shown, without a limit; `validate parity` wants all.
     """
 
     token_margin: Limit
@@ -97,6 +98,7 @@ class Limits(Record, frozen=True):
     pixel_psnr: Limit | None = None
     images_left_out: Limit | None = None
     drawn_left_out: Limit | None = None
+    decoder_psnr: Limit | None = None
     provisional: bool = False
 
 

@@ -40,7 +40,7 @@ DISTILLED = {
 # Of `pivot`: what `validate fid --decoder small` measured, a line for each seed and number of steps.
 DECODER_ROWS = ("FID, bundle", "FID, PyTorch", "FID, increase", "share read as the class, difference")
 DECODERS = (
-    "seed {of[seed]}, {scope}", "{name}", "{value:.3f} ({note})|{value:.3f}",
+    "seed {of[seed]}, {scope}", "{name}", "{value:.3f} {note}",
     lambda row: row["name"] in DECODER_ROWS,
 )  # fmt: skip
 

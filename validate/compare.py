@@ -145,7 +145,8 @@ class _Bundle:
         images = self._decode(run.drawn.sequence, self.request.batch, decoder)
         everything = np.ones(len(images), dtype=np.bool_)
         scope = f"{run.title}, {_called(decoder)} on the same sequence"
-        return ImagePair(scope, run.decoded(decoder), images, everything, self.request.places)
+        sides = (run.decoded(decoder), images)
+        return ImagePair(scope, *sides, everything, self.request.places, further=decoder != FULL)
 
     def end_to_end(self, run: ReferenceRun, decoder: str) -> DrawnPair:
         """What users get from the reference's noise."""

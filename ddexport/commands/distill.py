@@ -211,12 +211,12 @@ def decoder_command(
     torch.set_num_threads(threads)
     try:
         settings = quick_decoder(settings) if quick else settings
-        report = distil_decoder(recipe, SMALL, WeightRequest(**requested), settings, run)
+        reports = distil_decoder(recipe, SMALL, WeightRequest(**requested), settings, run)
     finally:
         torch.set_num_threads(before)
     if install:
-        _install(recipe, folder, {decoder_role(SMALL): report.file})
+        _install(recipe, folder, {decoder_role(SMALL): reports[-1].file})
     if as_json:
-        console.emit_json({"model": recipe.name, "folder": folder, "seed": seed, "stages": [report]})
+        console.emit_json({"model": recipe.name, "folder": folder, "seed": seed, "stages": reports})
     else:
-        _show([report])
+        _show(reports)

@@ -86,7 +86,8 @@ class StudentSettings(Loop, frozen=True):
 class SmallDecoderSettings(Loop, frozen=True):
     """The newest `chunks` chunks of `chunk` sequences are trained on; every `refresh` iterations another one
     is drawn and decoded. `random` is the share of sequences of random codes, `teacher` that of the teacher's,
-    if there is one, with that `guidance`; the student draws the others.
+    if there is one, with that `guidance`; the student draws the others. `finish` is a second loop, in which
+    errors are squared and the worst images weigh most.
     """
 
     chunk: Positive = 1000
@@ -95,6 +96,7 @@ class SmallDecoderSettings(Loop, frozen=True):
     random: Share = 0.08
     teacher: Share = 0.12
     guidance: Weight = 1.0
+    finish: Loop | None = None
 
 
 class DistillSettings(Record, frozen=True):
@@ -142,7 +144,9 @@ def decoder_settings(recipe: Recipe, name: str) -> SmallDecoderSettings:
 
 def quick_decoder(settings: SmallDecoderSettings) -> SmallDecoderSettings:
     """A few iterations, as `quick`."""
-    return replace(settings, iterations=3, batch=8, warmup=1, chunk=8, chunks=2, refresh=2)
+    short: dict[str, Any] = {"iterations": 3, "batch": 8, "warmup": 1}
+    finish = replace(settings.finish, **short) if settings.finish else None
+    return replace(settings, **short, chunk=8, chunks=2, refresh=2, finish=finish)
 
 
 def quick(settings: DistillSettings) -> DistillSettings:

@@ -1,8 +1,10 @@
 """Trains a small decoder to make the images that the tokenizer's own makes, without data: what it learns from
 are sequences that the student draws from noise, some that the teacher draws, and some of random codes.
 
-Losses: absolute and squared error of the pixels, absolute error of their differences to the next pixel, and
-squared error of the means of squares of 4x4 pixels. What else was tried is in docs/log.md.
+First loop: absolute and squared error of the pixels, absolute error of their differences to the next pixel,
+and squared error of the means of squares of 4x4 pixels. Second loop: all squared, and the worst images of a
+batch weigh most, for what a small decoder changes are the unusual images, and by these a Frechet distance
+grows. What else was tried is in docs/log.md.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,12 +25,12 @@ from torch import Tensor
 
 from ddexport.distill.loop import Run, fit
 from ddexport.distill.machine import keep_freed_memory
-from ddexport.distill.settings import SmallDecoderSettings
+from ddexport.distill.settings import Loop, SmallDecoderSettings
 from ddexport.distill.teacher import at_random, generate
 from ddexport.distill.train import StageReport, new_part, run_stage
 from ddexport.distill.trainers import Tokenizer
 from ddexport.families._base import Student, Teacher
-from ddexport.families._checkpoint import connect, save_part
+from ddexport.families._checkpoint import connect, load_part, save_part
 from ddexport.families._small_decoder import SmallDecoder
 from ddexport.recipe import Recipe
 from ddexport.runtime.bundle import decoder_role
@@ -34,10 +38,13 @@ from ddexport.runtime.files import make_directory
 from ddexport.runtime.sampler import sample
 from ddexport.sources import WeightRequest, load_parts, provenance, sources_of
 
+Losses: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 VERSION = 1  # raise it when the code here changes what it computes
 
 BEYOND = 1.02  # targets are cut a little outside [-1, 1]: how far they are past it shows in no image
 SQUARE = 4
+HEAVIEST = 8.0  # the most that an image of a batch weighs, in means
 
 
 class Sequences:
@@ -122,24 +129,36 @@ def decoder_loss(pixels: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     return error.abs().mean() + 2 * squared + edges + 2 * coarse, squared
 
 
+def finishing_loss(pixels: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """As `decoder_loss`, squared; each image weighs as much as its error."""
+    error = pixels - images
+
+    def squared(values: Tensor) -> Tensor:
+        return values.square().flatten(1).mean(1)
+
+    edges = squared(error.diff(dim=2)) + squared(error.diff(dim=3))
+    each = 6 * squared(error) + 4 * edges + 6 * squared(F.avg_pool2d(error, SQUARE))
+    weight = (each.detach() / each.detach().mean()).clamp(max=HEAVIEST)
+    return (weight * each).mean(), error.square().mean()
+
+
 def train_small_decoder(
     decoder: SmallDecoder,
-    recipe: Recipe,
-    parts: Mapping[str, Any],
-    settings: SmallDecoderSettings,
+    sequences: Sequences,
+    loop: Loop,
+    losses: Losses,
     run: Run,
     stage: str,
     key: str,
 ) -> None:
-    """Trains `decoder`, in place. parts: as of `Sequences`. stage: its role, under which the run logs."""
-    sequences = Sequences(recipe, parts, settings, run, stage)
+    """Trains `decoder`, in place, by one of the losses above. The run logs under the name of the stage."""
 
     def loss(i: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         latents, images = sequences.batch(i, generator)
-        value, squared = decoder_loss(decoder.pixels(latents), images)
+        value, squared = losses(decoder.pixels(latents), images)
         return value, {"psnr": -10 * torch.log10(squared.detach() / 4)}
 
-    fit(stage, run, settings, decoder, loss, key)
+    fit(stage, run, loop, decoder, loss, key)
 
 
 def distil_decoder(
@@ -148,7 +167,7 @@ def distil_decoder(
     request: WeightRequest,
     settings: SmallDecoderSettings,
     run: Run,
-) -> StageReport:
+) -> list[StageReport]:
     """Trains the decoder `name` of a recipe for the weights of the request, in the run's folder, going on
     where an earlier run stopped; its weights are in `decoder_NAME.safetensors`.
 
@@ -157,28 +176,53 @@ def distil_decoder(
         RecipeError: the recipe has no such decoder.
         OutputError: the folder cannot be made.
     """
-    role = decoder_role(name)
+    role, size = decoder_role(name), recipe.decoders[name]
     decoder = new_part(recipe, role, run.seed)
-    before = {role: source for role, source in recipe.files.items() if not role.startswith("decoder")}
-    recipe = structs.replace(recipe, files=before)
-    sources = sources_of(recipe, request)
+    others = {role: source for role, source in recipe.files.items() if not role.startswith("decoder")}
+    bare = structs.replace(recipe, files=others)
+    sources = sources_of(bare, request)
     make_directory(run.folder)
+    first, second = run.folder / f"{role}-begun.safetensors", run.folder / f"{role}.safetensors"
     values = {
         "version": VERSION,
         "seed": run.seed,
-        "settings": structs.asdict(settings),
-        "size": [structs.asdict(recipe.decoders[name]) | {"distill": None, "fid": None}],
+        "settings": {key: v for key, v in structs.asdict(settings).items() if key != "finish"},
+        "size": [structs.asdict(size) | {"distill": None, "fid": None}],
         "schedules": to_builtins(recipe.schedules),
-        "weights": to_builtins(provenance(recipe, request, sources)),
+        "weights": to_builtins(provenance(bare, request, sources)),
     }
-    key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    path = run.folder / f"{role}.safetensors"
+    begun = key_of(values)
+    finished = key_of({"before": begun, "settings": to_builtins(settings.finish)})
 
-    def work() -> None:
-        parts = {k: part.to(run.device) for k, part in load_parts(recipe, request, sources).items()}
-        connect(parts["student"], parts["tokenizer"])  # its codebook is now on the device
-        train_small_decoder(decoder.to(run.device), recipe, parts, settings, run, role, key)
-        save_part(decoder.cpu(), recipe, role, path)
+    @cache
+    def parts() -> dict[str, Any]:
+        loaded = {k: part.to(run.device) for k, part in load_parts(bare, request, sources).items()}
+        connect(loaded["student"], loaded["tokenizer"])  # its codebook is now on the device
+        return loaded
+
+    def train(stage: str, loop: Loop, losses: Losses, key: str, module: SmallDecoder, path: Path) -> None:
+        of_chunks = structs.replace(settings, batch=loop.batch)
+        sequences = Sequences(recipe, parts(), of_chunks, run, stage)
+        module.to(run.device).requires_grad_(True)
+        train_small_decoder(module, sequences, loop, losses, run, stage, key)
+        save_part(module.cpu(), recipe, role, path)
+
+    def begin() -> None:
+        train(role, settings, decoder_loss, begun, decoder, first if settings.finish else second)
+
+    def finish() -> None:
+        assert settings.finish is not None
+        module: Any = load_part(recipe, role, first)
+        train(f"{role}-finish", settings.finish, finishing_loss, finished, module, second)
 
     keep_freed_memory()
-    return run_stage(role, run, key, path, work)
+    if settings.finish is None:
+        return [run_stage(role, run, begun, second, begin)]
+    return [
+        run_stage(role, run, begun, first, begin),
+        run_stage(f"{role}-finish", run, finished, second, finish),
+    ]
+
+
+def key_of(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

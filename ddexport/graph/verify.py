@@ -21,6 +21,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from ddexport.families._small_decoder import SmallDecoder
 from ddexport.graph.emulate import EmulatedGraph
 from ddexport.graph.flops import count_flops
 from ddexport.graph.spec import BATCHES, GraphSpec, rows, sample_inputs
@@ -50,7 +51,6 @@ ENGINE = "onnxruntime"
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 """The operators that the time goes into."""
 TYPES = {ir.DataType.FLOAT: FLOAT32, ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
-DRAWN = 16  # images whose decoders are compared
 LARGEST_PSNR = 200.0  # of equal images, which JSON has no number for
 WRITTEN = "nothing was written; "
 KEEP = f"{WRITTEN}docs/export.md shows how to find the layer: give it to --keep-fp32, or take bf16"
@@ -145,7 +145,9 @@ def verify_pipeline(folder: Path, manifest: Manifest, pipeline: PipelineGraph) -
     got = EmulatedGraph(folder / pipeline.file).run({"noise": noise, "label": labels})
     differing = int((got["tokens"] != wanted.tokens).sum())
     largest = int(np.abs(got["image"].astype(np.int64) - images).max())
-    if differing or largest > 1:
+    # In int8 a float that differs in its last bit can be rounded to the next of 256 numbers.
+    most = manifest.parity[INT8]["image_max"] if pipeline.precision == INT8 else 1
+    if differing or largest > most:
         raise VerificationError(
             f"{pipeline.file} is not its graphs run one by one: {differing} tokens, {largest} of 255 differ",
             HINTS.get(pipeline.precision, HINTS[FLOAT32]),
@@ -157,17 +159,14 @@ def compare_decoders(folder: Path, manifest: Manifest, name: str, recipe: Recipe
     seed 0 in one step."""
     size, schedule = manifest.sequence, Schedule(known=(0,))
     student, full, other = map(manifest.graph, ("student", "decoder", decoder_role(name)))
-    sequences: list[np.ndarray] = []
+    noise = gaussian_noise(0, range(max(BATCHES)), size.length, size.width)
+    labels = np.arange(len(noise), dtype=np.int64) % manifest.classes
     with _opened(folder, manifest, student) as run:
-        for first in range(0, DRAWN, max(BATCHES)):
-            images = range(first, first + max(BATCHES))
-            labels = np.array(images, dtype=np.int64) % manifest.classes
-            noise = gaussian_noise(0, images, size.length, size.width)
-            sequences.append(sample(run, noise, labels, schedule)[-1].sequence)  # type: ignore[arg-type]
+        sequence = sample(run, noise, labels, schedule)[-1].sequence  # type: ignore[arg-type]
     pictures = []
     for graph in (full, other):
         with _opened(folder, manifest, graph) as run:
-            pictures.append(np.stack([run({"sequence": s})["image"].clip(0, 1) for s in sequences]))
+            pictures.append(run({"sequence": sequence})["image"].clip(0, 1))
     mse = float(np.square(pictures[0] - pictures[1], dtype=np.float64).mean())
     share = count_flops(folder / other.file, batch=1) / count_flops(folder / full.file, batch=1)
     fid = {int(steps): figures for steps, figures in recipe.decoders[name].fid.items()}
@@ -178,12 +177,19 @@ def compare_decoders(folder: Path, manifest: Manifest, name: str, recipe: Recipe
 def trial(
     module: nn.Module, spec: GraphSpec, recipe: Recipe, sizes: Mapping[str, int] | None = None
 ) -> tuple[Arrays, Arrays]:
-    """Random inputs of a graph, with mixed `known`, and what the module makes of them, at the largest batch.
+    """Random inputs of a graph, with mixed `known`, and what the module makes of them, at the largest batch;
+    of a small decoder random entries of the codebook.
 
     sizes: one of the graph's, the first by default. Smaller batches are the first rows of both: no row of the
     module depends on another, and it is slower than its graphs.
     """
     inputs = sample_inputs(spec, recipe, max(BATCHES), seed=1, sizes=sizes)
+    if isinstance(module, SmallDecoder):
+        # It has no norms: on what it is never given its int8 graph would leave the range of the numbers.
+        tokens = np.random.default_rng(1).integers(
+            recipe.sequence.codebook, size=inputs["sequence"].shape[:2]
+        )
+        inputs["sequence"] = module.reader.codebook.detach().numpy()[tokens]
     with torch.no_grad():
         outputs = module(*(torch.from_numpy(value) for value in inputs.values()))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)

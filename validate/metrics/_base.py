@@ -84,6 +84,7 @@ class ImagePair:
 
     comparable (N,): False for an image whose tokens differ already, so that it shows another picture, not
     an error of the decoder. Such images are counted, and left out. pixels: they were 8-bit images.
+    further: by a decoder beside the full one.
     """
 
     scope: str
@@ -93,6 +94,7 @@ class ImagePair:
     places: Sequence[str]
     itself: bool = False
     pixels: bool = False
+    further: bool = False
 
 
 @dataclass(frozen=True)

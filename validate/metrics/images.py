@@ -56,6 +56,8 @@ def measure(pair: ImagePair, limits: Limits) -> list[Measurement]:
     counts = {"compared": len(chosen), "left_out": left_out}
     note = f"{left_out} of {len(pair.comparable)} left out: a token differs" if left_out else ""
     rule = "pixel_psnr" if pair.pixels else "image_psnr"
+    if pair.further and limits.decoder_psnr is not None:
+        rule = "decoder_psnr"
     names = ("8-bit image PSNR, dB" if pair.pixels else "image PSNR, dB", "image, largest 8-bit difference")
     if not len(chosen):
         return [Measurement("images", pair.scope, name, math.nan, note=note, counts=counts) for name in names]

@@ -18,10 +18,11 @@ import ddexport
 from ddexport.export import Exported, WeightRequest, export_bundle
 from ddexport.graph.verify import verify_pipeline
 from ddexport.recipe import Recipe, load_recipe, recipe_from_dict
-from ddexport.runtime.bundle import read_manifest
+from ddexport.runtime.bundle import FULL, decoder_role, read_manifest
 from ddexport.runtime.errors import ScheduleError, VerificationError
 from ddexport.runtime.noise import gaussian_noise
 
+ASKED = ((1, FULL), (2, FULL), (1, "small"))
 EXAMPLE = Path(__file__).parents[3] / "examples" / "draw.py"
 
 
@@ -29,8 +30,9 @@ EXAMPLE = Path(__file__).parents[3] / "examples" / "draw.py"
 def exported(cached_export: Callable[..., Exported], tiny_recipe: Recipe) -> Path:
     loose = {"token_margin": 10.0, "embedding_error": 1.0, "image_psnr": 10.0, "image_max": 255}
     parity = {"fp32": loose, "fp16": loose, "int8": loose}
-    recipe = recipe_from_dict(tiny_recipe.to_dict() | {"parity": parity})
-    asked: dict[str, Any] = {"precisions": ("fp32", "fp16", "int8"), "pipelines": (1, 2), "calibration": 8}
+    decoders = {"small": {"widths": [32], "blocks": [1]}}
+    recipe = recipe_from_dict(tiny_recipe.to_dict() | {"parity": parity, "decoders": decoders})
+    asked: dict[str, Any] = {"precisions": ("fp32", "fp16", "int8"), "pipelines": ASKED, "calibration": 8}
     request = WeightRequest({}, random_seed=5)
     return cached_export("pipelines", lambda target: export_bundle(recipe, target, request, **asked)).path
 
@@ -40,23 +42,27 @@ def test_they_draw_what_the_runtime_draws(exported: Path):
     size = manifest.sequence
     noise = gaussian_noise(7, range(3), size.length, size.width)
     labels = np.array([1, 0, 2])
-    assert [(p.steps, p.precision) for p in manifest.pipelines] == [
-        (steps, precision) for steps in (1, 2) for precision in ("fp32", "fp16", "int8")
+    assert [(p.steps, p.decoder, p.precision) for p in manifest.pipelines] == [
+        (*asked, precision) for asked in ASKED for precision in ("fp32", "fp16", "int8")
     ]
+    assert manifest.pipelines[-1].file == "pipeline_1_small_int8.onnx"
     for pipeline in (p for p in manifest.pipelines if p.precision != "fp16"):  # which has no engine here
         session = onnxruntime.InferenceSession(exported / pipeline.file)
         images, tokens = session.run(None, {"noise": noise, "label": labels})
         with ddexport.load(exported, precision=pipeline.precision) as pipe:
-            wanted = pipe(labels, steps=pipeline.steps, noise=noise, output="numpy")
+            wanted = pipe(labels, steps=pipeline.steps, noise=noise, output="numpy", decoder=pipeline.decoder)
         np.testing.assert_array_equal(tokens, wanted.steps[-1].tokens)
         assert images.dtype == np.uint8
-        assert np.abs(images.astype(int) - wanted.images).max() <= 1
+        most = 40 if (pipeline.decoder, pipeline.precision) == ("small", "int8") else 1  # a rounding of 256
+        assert np.abs(images.astype(int) - wanted.images).max() <= most
 
 
 def test_the_weights_are_those_of_the_other_graphs(exported: Path):
     manifest = read_manifest(exported)
     for pipeline in manifest.pipelines:
-        parts = [manifest.graph(role, pipeline.precision) for role in ("student", "decoder")]
+        parts = [
+            manifest.graph(role, pipeline.precision) for role in ("student", decoder_role(pipeline.decoder))
+        ]
         assert {*pipeline.files[1:]} == {file for graph in parts for file in graph.files[1:]}
         graph = onnx.load(exported / pipeline.file, load_external_data=False).graph
         inside = [tensor for tensor in graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL]
@@ -99,4 +105,4 @@ def test_steps_without_a_pipeline_are_refused_before_the_export(tiny_recipe: Rec
     request = WeightRequest({}, random_seed=0)
     for recipe, steps in ((tiny_recipe, 3), (load_recipe("digits-var"), 4)):
         with pytest.raises(ScheduleError, match=f"no pipeline of {steps} steps"):
-            export_bundle(recipe, tmp_path / "bundle", request, pipelines=(1, steps))
+            export_bundle(recipe, tmp_path / "bundle", request, pipelines=((1, FULL), (steps, FULL)))
