@@ -382,7 +382,8 @@ def _make_fid(facts: Facts, options: Mapping[str, Any]) -> None:
 
     gate = _fid_gate(facts.manifest)
     images = gate.images if gate and gate.images <= AT_ONCE else FEWER
-    own = {name: options[name] for name in ("precision", "checkpoint", "vae", "small_decoder")}
+    names = ("precision", "checkpoint", "vae", "small_decoder")
+    own = {name: options[name] for name in names if name in options}
     with console.stage("image quality"):
         report = run_fid(Options(bundle=facts.bundle, images=images, **own), None)
     write(report, _inside(facts.bundle, FOLDER), plots.of_fid(report))

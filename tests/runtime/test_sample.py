@@ -104,6 +104,7 @@ def test_json_reports_everything(bundle: Path) -> None:
     assert report == {
         "bundle": "toy", "output": "a.jpg", "images": 2, "labels": [1], "steps": 1, "seed": 0,
         "backend": "onnxruntime", "device": "cpu", "precision": "fp32", "random_weights": True,
+        "decoder": "full", "decoder_cost": None,
     }  # fmt: skip
     assert Image.open("a.jpg").format == "JPEG"
 

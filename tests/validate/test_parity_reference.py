@@ -33,7 +33,7 @@ def manifest_of(kind: str, **changes: Any) -> Any:
     )
     beside = {"parity": recipe.pop("parity"), "licence": {}, "published": {}}
     return SimpleNamespace(
-        name="golden", recipe=recipe, **beside, **{"weights": weights, "teacher": None} | changes
+        decoders={}, name="golden", recipe=recipe, **beside, **{"weights": weights, "teacher": None} | changes
     )
 
 

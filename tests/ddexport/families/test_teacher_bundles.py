@@ -190,13 +190,14 @@ def test_which_parts_a_bundle_gets() -> None:
     """Random weights have a teacher only if asked; embedded ones unless told otherwise; files where given."""
     published, embedded = load_recipe("var-d16"), load_recipe("digits-var")
     every, few = ("student", "tokenizer", "teacher"), ("student", "tokenizer")
-    assert roles_of(published, WeightRequest({}, random_seed=0)) == few
-    assert roles_of(published, WeightRequest({}, random_seed=0, teacher=True)) == every
+    small = (*few, "decoder_small")
+    assert roles_of(published, WeightRequest({}, random_seed=0)) == small
+    assert roles_of(published, WeightRequest({}, random_seed=0, teacher=True)) == (*small, "teacher")
     assert roles_of(published, WeightRequest({})) == few
     assert roles_of(published, WeightRequest({"teacher": Path("t.pth")})) == every
-    assert roles_of(embedded, WeightRequest({})) == every
-    assert roles_of(embedded, WeightRequest({}, random_seed=0)) == few
-    assert roles_of(embedded, WeightRequest({}, teacher=False)) == few
+    assert roles_of(embedded, WeightRequest({})) == (*small, "teacher")
+    assert roles_of(embedded, WeightRequest({}, random_seed=0)) == small
+    assert roles_of(embedded, WeightRequest({}, teacher=False)) == small
     with pytest.raises(MissingWeightsError) as caught:
         sources_of(VAR.taught_recipe, WeightRequest({}, teacher=True))
     assert "teacher.pth" in caught.value.message and "--teacher teacher.pth" in (caught.value.hint or "")

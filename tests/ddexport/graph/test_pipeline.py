@@ -53,7 +53,9 @@ def test_they_draw_what_the_runtime_draws(exported: Path):
             wanted = pipe(labels, steps=pipeline.steps, noise=noise, output="numpy", decoder=pipeline.decoder)
         np.testing.assert_array_equal(tokens, wanted.steps[-1].tokens)
         assert images.dtype == np.uint8
-        most = 40 if (pipeline.decoder, pipeline.precision) == ("small", "int8") else 1  # a rounding of 256
+        most = (
+            40 if pipeline.precision == "int8" else 1
+        )  # a float at a tie is rounded to either of 256 numbers
         assert np.abs(images.astype(int) - wanted.images).max() <= most
 
 

@@ -85,7 +85,8 @@ def test_it_draws_the_same_pictures(published: FakeHub, bundle: Path, tmp_path: 
 
 
 def test_only_the_graphs_that_are_asked_for_are_fetched(published: FakeHub, monkeypatch: pytest.MonkeyPatch):
-    asked = ["student_int8.onnx", "student_int8.onnx.data", "decoder_int8.onnx", "labels.json", "bundle.json"]
+    graphs = ["student_int8.onnx", "student_int8.onnx.data", "decoder_int8.onnx", "decoder_small_int8.onnx"]
+    asked = [*graphs, "labels.json", "bundle.json"]
     assert invoke("sample", f"hf://{NAME}", "--precision", "int8", "--steps", 1).exit_code == 0
     assert sorted(line.rpartition("/")[2] for line in published.gets()) == sorted(asked)
     monkeypatch.setattr("ddexport.hub.bundle.FileLock", None)  # what is there may be read-only
@@ -105,7 +106,8 @@ def test_only_the_graphs_that_are_asked_for_are_fetched(published: FakeHub, monk
 )
 def test_the_part_of_a_bundle(precision: str, steps: int, graphs: str, published: FakeHub):
     manifest = read_manifest(local_bundle(f"hf://{NAME}", (precision,), (steps,)))
-    assert {graph.file.removesuffix(".onnx") for graph in manifest.graphs} == set(graphs.split())
+    small = {name.replace("decoder", "decoder_small") for name in graphs.split() if "decoder" in name}
+    assert {graph.file.removesuffix(".onnx") for graph in manifest.graphs} == {*graphs.split(), *small}
     assert steps in manifest.schedules
 
 

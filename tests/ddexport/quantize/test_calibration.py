@@ -28,7 +28,7 @@ class Recorder:
 
 def drawn(recipe: Recipe, images: int) -> tuple[Recorder, Recorder]:
     student, decoder = Recorder(), Recorder()
-    calibrate(student, decoder, recipe, images)  # type: ignore[arg-type]
+    calibrate(student, [decoder], recipe, images)  # type: ignore[arg-type]
     return student, decoder
 
 

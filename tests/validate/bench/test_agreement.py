@@ -114,10 +114,10 @@ def test_a_step_is_given_what_it_had(reference, drawn):
     other = reference.expected(3, 2, moved)
     assert np.abs(other.outputs[1].sequence - expected.outputs[1].sequence).max() > 0.1
     # And what is compared is what was timed, not what the same input gives once more.
-    timed = reference.results[3, 2]
-    reference.results[3, 2] = dataclasses.replace(timed, steps=moved)
+    timed = reference.results[3, 2, "full"]
+    reference.results[3, 2, "full"] = dataclasses.replace(timed, steps=moved)
     np.testing.assert_array_equal(reference.outputs(3, 2).outputs[0].sequence, moved[0].sequence)
-    reference.results[3, 2] = timed
+    reference.results[3, 2, "full"] = timed
 
 
 def test_without_limits_there_is_no_verdict(drawn, compared, manifest):

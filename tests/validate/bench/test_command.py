@@ -120,7 +120,7 @@ def test_what_is_missing_is_one_error_before_the_work(bench, bundle, monkeypatch
 
 
 def test_a_row_that_could_not_be_timed_ends_with_1(monkeypatch, bench, bundle, in_process):
-    def fail(self, batch, steps):
+    def fail(self, batch, steps, decoder):
         raise WorkerError("the worker was ended by SIGSEGV")
 
     monkeypatch.setattr("ddexport.validate.bench.session.Session.run", fail)
@@ -141,7 +141,8 @@ def test_unknown_names_are_usage_errors(bench, bundle):
 def row(backend="openvino", precision="fp32", total=10.0, batch=1, steps=1, **more):
     made = {
         "bundle": "b", "model": "var-d16", "backend": backend, "precision": precision, "device": "cpu",
-        "threads": 2, "batch": batch, "steps": steps, **dict.fromkeys(FIELDS), "student_ms": 0.6 * total,
+        "threads": 2, "batch": batch, "steps": steps, "decoder": "full", **dict.fromkeys(FIELDS),
+        "student_ms": 0.6 * total,
         "decoder_ms": 0.3 * total, "total_ms": total, "rounds": 7, "roofline": 0.42, "passed": True,
     }  # fmt: skip
     return made | more

@@ -42,7 +42,8 @@ def rows_of(bundle, reference, compared, limits=LIMITS, resamples=60, apart=None
     sides = [bundle] if reference is None else [bundle, reference]
     if reference is not None and apart is None:
         apart = np.where((bundle.features != reference.features).any(1), 9, 0).astype(np.uint8)
-    rows = measure("1 step", sides, apart, compared, limits, resamples, **more)
+    labels = np.zeros(len(bundle.features), np.int64)
+    rows = measure("1 step", sides, labels, apart, compared, limits, resamples, **more)
     return {row.name: row for row in rows}
 
 
