@@ -254,6 +254,7 @@ def _add_report(facts: Facts, name: str) -> None:
         raise PageError(f"the bundle has no precision {report.precision}")
     if report.manifest != facts.digest:
         again = _command(facts.bundle, facts.manifest, report.kind, report.precision)
+        again += "" if report.decoder == FULL else f" --decoder {report.decoder}"
         raise PageError(f"it is not of this {FILE_NAME}; make it again: {again}")
     report = _with_limits(report, facts.manifest)
     if report.no_verdict:

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -103,7 +103,7 @@ class Sequences:
         yield self.tokenizer.embed(codes.to(device))
         taught = round(count * settings.teacher) if self.teacher else 0
         if self.teacher and taught:
-            choose, guidance = at_random(generator), self.settings.guidance
+            choose, guidance = at_random(generator), settings.guidance
             yield self.tokenizer.embed(
                 generate(self.teacher, self.tokenizer, labels[:taught].to(device), choose, guidance)
             )
@@ -111,12 +111,13 @@ class Sequences:
         rest = torch.arange(random + taught, count)
         for schedule, rows in zip(alone, rest.tensor_split(len(alone)), strict=True):
             if len(rows):
-                step = sample(self._student, noise[rows].numpy(), labels[rows].numpy(), schedule)[-1]
+                student = partial(self._step, self.student.at_split(schedule.split or size.split))
+                step = sample(student, noise[rows].numpy(), labels[rows].numpy(), schedule)[-1]
                 yield torch.from_numpy(step.sequence)
 
-    def _student(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    def _step(self, student: Student, feeds: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
         inputs = (torch.from_numpy(feeds[name]).to(self.run.device) for name in ("latents", "label", "known"))
-        sequence, tokens, _ = self.student(*inputs)
+        sequence, tokens, _ = student(*inputs)
         return {"sequence": sequence.cpu().numpy(), "tokens": tokens.cpu().numpy()}
 
 
@@ -137,9 +138,9 @@ def finishing_loss(pixels: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         return values.square().flatten(1).mean(1)
 
     edges = squared(error.diff(dim=2)) + squared(error.diff(dim=3))
-    each = 6 * squared(error) + 4 * edges + 6 * squared(F.avg_pool2d(error, SQUARE))
-    weight = (each.detach() / each.detach().mean()).clamp(max=HEAVIEST)
-    return (weight * each).mean(), error.square().mean()
+    losses = 6 * squared(error) + 4 * edges + 6 * squared(F.avg_pool2d(error, SQUARE))
+    weight = (losses.detach() / losses.detach().mean()).clamp(max=HEAVIEST)
+    return (weight * losses).mean(), error.square().mean()
 
 
 def train_small_decoder(
@@ -191,8 +192,8 @@ def distil_decoder(
         "schedules": to_builtins(recipe.schedules),
         "weights": to_builtins(provenance(bare, request, sources)),
     }
-    begun = key_of(values)
-    finished = key_of({"before": begun, "settings": to_builtins(settings.finish)})
+    begun = _key(values)
+    finished = _key({"before": begun, "settings": to_builtins(settings.finish)})
 
     @cache
     def parts() -> dict[str, Any]:
@@ -224,5 +225,5 @@ def distil_decoder(
     ]
 
 
-def key_of(values: dict[str, Any]) -> str:
+def _key(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

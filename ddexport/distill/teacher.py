@@ -97,7 +97,7 @@ def at_random(generator: torch.Generator) -> Choose:
     """Ordinary sampling, to compare the map with."""
 
     def choose(log_p: Tensor, positions: slice) -> Tensor:
-        flat = log_p.exp().flatten(0, 1)
-        return torch.multinomial(flat, 1, generator=generator).view(log_p.shape[:-1])
+        flat = log_p.exp().flatten(0, 1).cpu()  # where the generator is
+        return torch.multinomial(flat, 1, generator=generator).view(log_p.shape[:-1]).to(log_p.device)
 
     return choose
