@@ -17,9 +17,10 @@ import msgspec
 from msgspec import structs
 
 from ddexport.hub.files import SCHEME, HubFile, fetch, parse
-from ddexport.runtime.bundle import FULL, Schedule, SequenceSize, decoder_role, schedule_fault
+from ddexport.runtime.bundle import FULL, SequenceSize, decoder_role
 from ddexport.runtime.errors import DDError, did_you_mean
 from ddexport.runtime.records import Natural, Positive, Record, convert
+from ddexport.runtime.schedule import Schedule, schedule_fault
 
 if TYPE_CHECKING:
     from ddexport.runtime.bundle import Manifest

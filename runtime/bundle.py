@@ -13,6 +13,7 @@ import msgspec
 
 from ddexport.runtime.errors import BundleError, ScheduleError
 from ddexport.runtime.records import Natural, Positive, Record, convert, read_json, to_json
+from ddexport.runtime.schedule import Schedule, Span, rises, schedule_fault
 
 SCHEMA = 2
 FILE_NAME = "bundle.json"
@@ -20,7 +21,6 @@ TEACHER: Final = "teacher"
 ROLES = ("student", "decoder")  # what every precision of a bundle has
 FULL: Final = "full"  # the name of the tokenizer's own decoder, where others are beside it
 DAMAGED = "The bundle is damaged or incomplete: copy it again, or export it again."
-SHOWN_STARTS = 20
 
 
 Role: TypeAlias = Annotated[str, msgspec.Meta(pattern="^(student|teacher|decoder(_[a-z0-9]+)?)$")]
@@ -55,37 +55,6 @@ class ImageSize(Record, frozen=True, kw_only=True):
     height: Positive
     width: Positive
     channels: Positive
-
-
-class Span(Record, frozen=True, kw_only=True):
-    """The positions from `start` to `end` (not included) that the teacher generates."""
-
-    start: Natural
-    end: Natural
-
-
-class Schedule(Record, frozen=True, kw_only=True):
-    """For each student step `known`, the number of leading positions that hold data and pass through.
-
-    split: positions before it are codebook entries; None is the manifest's own. teacher: what the teacher
-    generates, before the last student step, or to the end where it is the last of all.
-    """
-
-    known: tuple[Natural, ...]
-    split: Positive | None = None
-    teacher: Span | None = None
-
-    def with_teacher_start(self, teacher: Teacher | None, start: int) -> Schedule:
-        """The schedule with a teacher that starts at another position. Raises ScheduleError if it cannot."""
-        if self.teacher is None or teacher is None:
-            raise ScheduleError("teacher_start needs a schedule that uses the teacher", "Choose other steps.")
-        starts = [number for number in teacher.starts if number < self.teacher.end]
-        if start not in starts:
-            have = ", ".join(map(str, starts)) if len(starts) <= SHOWN_STARTS else f"0 to {starts[-1]}"
-            raise ScheduleError(f"the teacher cannot start at position {start}", f"It can start at: {have}.")
-        after = self.known[-1:] if self.teacher.end in self.known else ()
-        span = Span(start=start, end=self.teacher.end)
-        return Schedule(known=((0,) if start else ()) + after, split=self.split, teacher=span)
 
 
 class Teacher(Record, frozen=True, kw_only=True):
@@ -230,7 +199,7 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
         if not self.schedules:
             raise ValueError("schedules is empty")
         starts = self.teacher.starts if self.teacher else ()
-        if self.teacher and not (starts[:1] == (0,) and starts[-1:] == (length,) and _rises(starts)):
+        if self.teacher and not (starts[:1] == (0,) and starts[-1:] == (length,) and rises(starts)):
             raise ValueError(f"teacher.starts must rise from 0 to {length}, but is {list(starts)}")
         for steps, schedule in self.schedules.items():
             if fault := schedule_fault(steps, schedule, length, starts):
@@ -251,7 +220,9 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
         for role, split in needed + ([(TEACHER, None)] if self.teacher else []):
             if (role, split, self.precisions[0]) not in self._index:
                 of = f" of split {split}" if split else ""
-                raise ValueError(f"graphs lacks the {role}{of} in {self.precisions[0]}, which schedules need")
+                raise ValueError(
+                    f"graphs lacks the {role}{of} in {self.precisions[0]}, which schedules and decoders need"
+                )
 
     @cached_property
     def precisions(self) -> tuple[str, ...]:
@@ -326,30 +297,6 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
 def decoder_role(name: str) -> str:
     """The role of the graph of a decoder, which is FULL or one of `Manifest.decoders`."""
     return "decoder" if name == FULL else f"decoder_{name}"
-
-
-def schedule_fault(steps: int, schedule: Schedule, length: int, starts: tuple[int, ...] | None) -> str:
-    """What is wrong with a schedule that is said to have so many steps, as `.key must ...`; "" if nothing.
-
-    starts: where the teacher's AR steps start, and the length; () without a teacher, None if not known yet.
-    """
-    known, split, span = schedule.known, schedule.split, schedule.teacher
-    if split is not None and not 1 <= split <= length:
-        return f".split must be from 1 to {length}, but is {split}"
-    if span is None:
-        whole = len(known) == steps and known[:1] == (0,) and _rises(known) and known[-1] < length
-        rule = f".known must be {steps} rising numbers from 0 to below {length}, but is {list(known)}"
-        return "" if whole else rule
-    if starts == ():
-        return " involves a teacher, and there is none"
-    ends = {span.start, span.end}
-    if not (span.start < span.end <= length and (starts is None or ends <= set(starts))):
-        return f".teacher must go from one AR step's start to a later one's, not {span.start} to {span.end}"
-    wanted = ((0,) if span.start else ()) + ((span.end,) if span.end < length else ())
-    if known != wanted:
-        return f".known must be {list(wanted)} around that teacher, but is {list(known)}"
-    count = len(known) + starts.index(span.end) - starts.index(span.start) if starts else steps
-    return "" if count == steps else f" has {count} steps: call it {count}"
 
 
 def contract(
@@ -469,7 +416,3 @@ def _check_file(root: Path, info: FileInfo, verify: bool) -> None:
     linked = not path.resolve().is_relative_to(root.resolve())
     if (verify or linked) and sha256_of(path) != info.sha256:
         raise BundleError(f"the SHA-256 of {info.file} is not the one in bundle.json", DAMAGED)
-
-
-def _rises(numbers: tuple[int, ...]) -> bool:
-    return all(before < after for before, after in itertools.pairwise(numbers))

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from ddexport.runtime.backends import AUTO, UNSUPPORTED, Backend, choose, open_backend
 from ddexport.runtime.backends.onnxruntime import OnnxRuntime
-from ddexport.runtime.bundle import FULL, TEACHER, Manifest, Schedule, Span, read_manifest, resolve
+from ddexport.runtime.bundle import FULL, TEACHER, Manifest, read_manifest, resolve
 from ddexport.runtime.errors import BackendError, DDError, NoiseError
 from ddexport.runtime.images import to_pil, to_uint8
 from ddexport.runtime.labels import Label, Labels, read_labels
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 from ddexport.runtime.result import Result, joined
 from ddexport.runtime.sampler import sample
+from ddexport.runtime.schedule import Schedule, Span
 from ddexport.runtime.schemes import local_bundle
 from ddexport.runtime.teacher import (
     Arrays,

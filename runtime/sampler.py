@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ddexport.runtime.bundle import Schedule, Span
+from ddexport.runtime.schedule import Schedule, Span
 from ddexport.runtime.teacher import Run, nearest_codes
 
 # Tokens (N, start) of a prefix -> tokens (N, end) of a span behind it, from the teacher.

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ddexport.runtime.bundle import DAMAGED, Manifest, Schedule, Span, Teacher, resolve
+from ddexport.runtime.bundle import DAMAGED, Manifest, Teacher, resolve
 from ddexport.runtime.errors import BackendError, BundleError, NoiseError, ScheduleError
+from ddexport.runtime.schedule import Schedule, Span
 
 Arrays = Mapping[str, Any]
 Run = Callable[[Arrays], Arrays]

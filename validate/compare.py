@@ -18,10 +18,11 @@ import numpy as np
 
 from ddexport.recipe import Limits
 from ddexport.runtime.backends import Arrays
-from ddexport.runtime.bundle import FULL, Graph, Span, decoder_role
+from ddexport.runtime.bundle import FULL, Graph, decoder_role
 from ddexport.runtime.errors import BackendError, BundleError, ScheduleError, VerificationError
 from ddexport.runtime.pipeline import Pipeline
 from ddexport.runtime.registry import load_plugin, plugins
+from ddexport.runtime.schedule import Span
 from ddexport.runtime.teacher import Sampling, generate
 from ddexport.validate.metrics._base import (
     Comparison,

@@ -14,7 +14,8 @@ from ddexport.runtime import console
 from ddexport.runtime.options import shared
 
 if TYPE_CHECKING:
-    from ddexport.runtime.bundle import Manifest, Schedule, TensorSpec
+    from ddexport.runtime.bundle import Manifest, TensorSpec
+    from ddexport.runtime.schedule import Schedule
 
 EPILOG = """
 \b

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ddexport.runtime.bundle import schedule_fault
 from ddexport.runtime.errors import DDError
+from ddexport.runtime.schedule import schedule_fault
 
 if TYPE_CHECKING:
     from ddexport.families._explicit_cache import ExplicitCache

@@ -15,8 +15,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ddexport.recipe import Recipe, RecipeError
-from ddexport.runtime.bundle import FULL, Manifest, PipelineGraph, Schedule, decoder_role, file_info
+from ddexport.runtime.bundle import FULL, Manifest, PipelineGraph, decoder_role, file_info
 from ddexport.runtime.errors import ScheduleError
+from ddexport.runtime.schedule import Schedule
 
 
 def write_pipeline(

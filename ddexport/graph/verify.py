@@ -30,19 +30,12 @@ from ddexport.precision.policy import FLOAT32, HALVES, INT8
 from ddexport.recipe import Limits, Recipe
 from ddexport.runtime.backends import CPU, Configuration
 from ddexport.runtime.backends.onnxruntime import OnnxRuntime
-from ddexport.runtime.bundle import (
-    Decoder,
-    Graph,
-    Manifest,
-    PipelineGraph,
-    Schedule,
-    TensorSpec,
-    decoder_role,
-)
+from ddexport.runtime.bundle import Decoder, Graph, Manifest, PipelineGraph, TensorSpec, decoder_role
 from ddexport.runtime.errors import VerificationError
 from ddexport.runtime.images import to_uint8
 from ddexport.runtime.noise import gaussian_noise
 from ddexport.runtime.sampler import sample
+from ddexport.runtime.schedule import Schedule
 
 Arrays = Mapping[str, np.ndarray]
 Run = Callable[[Arrays], Arrays]

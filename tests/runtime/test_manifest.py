@@ -12,8 +12,9 @@ import pytest
 from msgspec.structs import replace
 
 from ddexport.runtime import bundle as module
-from ddexport.runtime.bundle import FILE_NAME, Schedule, Span, read_manifest, schedule_fault
+from ddexport.runtime.bundle import FILE_NAME, read_manifest
 from ddexport.runtime.errors import BundleError, ScheduleError
+from ddexport.runtime.schedule import Schedule, Span, schedule_fault
 
 DOCS = Path(__file__).parents[2] / "docs"
 GONE = object()

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
-from ddexport.runtime.bundle import Schedule
 from ddexport.runtime.sampler import sample
+from ddexport.runtime.schedule import Schedule
 
 
 class FakeStudent:

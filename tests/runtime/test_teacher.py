@@ -15,9 +15,10 @@ from hypothesis.strategies import DrawFn
 from msgspec.structs import replace
 
 from ddexport.runtime import teacher as module
-from ddexport.runtime.bundle import Schedule, Span, read_manifest
+from ddexport.runtime.bundle import read_manifest
 from ddexport.runtime.errors import BackendError, BundleError, NoiseError, ScheduleError
 from ddexport.runtime.noise import uniform_numbers
+from ddexport.runtime.schedule import Schedule, Span
 from ddexport.runtime.teacher import (
     Sampling,
     by_uniforms,

@@ -17,7 +17,8 @@ from msgspec.structs import replace
 from onnx import numpy_helper
 
 from ddexport.runtime import bundle as module
-from ddexport.runtime.bundle import FILE_NAME, TEACHER, Graph, Schedule, Span, file_info
+from ddexport.runtime.bundle import FILE_NAME, TEACHER, Graph, file_info
+from ddexport.runtime.schedule import Schedule, Span
 
 # logits = latents W + label row; regressed = latents A + sum of the known positions; composed.
 STUDENT = """<ir_version: 8, opset_import: ["": 18]>

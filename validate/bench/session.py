@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddexport.runtime.backends import Configuration
-from ddexport.runtime.bundle import FULL, TEACHER, Manifest, Schedule, read_manifest
+from ddexport.runtime.bundle import FULL, TEACHER, Manifest, read_manifest
 from ddexport.runtime.images import to_uint8
 from ddexport.runtime.machine import version_of
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 from ddexport.runtime.pipeline import Pipeline, load
 from ddexport.runtime.result import Result
 from ddexport.runtime.sampler import Step
+from ddexport.runtime.schedule import Schedule
 from ddexport.runtime.teacher import generate
 from ddexport.validate.bench.plan import IN_TORCH, Steps
 from ddexport.validate.bench.torch_engine import REFERENCE, TorchEngine, TorchPipeline

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from ddexport.runtime.backends import Arrays, Backend, Configuration
-from ddexport.runtime.bundle import Graph, Manifest, Span, resolve
+from ddexport.runtime.bundle import Graph, Manifest, resolve
 from ddexport.runtime.labels import read_labels
 from ddexport.runtime.pipeline import Pipeline
+from ddexport.runtime.schedule import Span
 from ddexport.runtime.teacher import Pick, by_uniforms
 from ddexport.validate.bench.plan import COMPILED, NAIVE
 from ddexport.validate.metrics._base import IntArray

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ddexport.runtime.bundle import FULL, Schedule
+from ddexport.runtime.bundle import FULL
 from ddexport.runtime.errors import BackendError, VerificationError
 from ddexport.runtime.noise import gaussian_noise, philox4x32
 from ddexport.runtime.pipeline import Pipeline
+from ddexport.runtime.schedule import Schedule
 
 if TYPE_CHECKING:
     from ddexport.validate.reference import TorchReference

@@ -16,18 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 from ddexport.engine.build import Built, build_engines
 from ddexport.engine.module import ModuleError, TensorRT, load_tensorrt
 from ddexport.engine.options import BuildOptions
-from ddexport.runtime.bundle import (
-    FILE_NAME,
-    Graph,
-    ImageSize,
-    Manifest,
-    Schedule,
-    SequenceSize,
-    Weights,
-    file_info,
-)
+from ddexport.runtime.bundle import FILE_NAME, Graph, ImageSize, Manifest, SequenceSize, Weights, file_info
 from ddexport.runtime.engines import Profile
 from ddexport.runtime.machine import Gpu
+from ddexport.runtime.schedule import Schedule
 
 SEQUENCE = SequenceSize(length=6, width=16, codebook=16, split=2)
 IMAGE = ImageSize(height=8, width=8, channels=3)

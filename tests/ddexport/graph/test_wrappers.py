@@ -9,7 +9,8 @@ import torch
 
 from ddexport.graph.wrappers import TeacherGraph
 from ddexport.precision.cast import in_precision
-from ddexport.runtime.bundle import FileInfo, Span, Teacher
+from ddexport.runtime.bundle import FileInfo, Teacher
+from ddexport.runtime.schedule import Span
 from ddexport.runtime.teacher import generate
 from tests.goldens import BOTH, LLAMAGEN, VAR, Golden, close
 
