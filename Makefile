@@ -86,7 +86,6 @@ parity: $(VENV)/.dev $(PRECISE)
 	for model in $(MODELS); do for engine in $(ENGINES); do echo $$model $$engine; done; done | xargs -P 2 -L 1 sh -c \
 	    'out=$$($(BIN)/python -m validate parity build/precisions/$$0 --precision $${1%:*} --backend $${1#*:} 2>&1) \
 	    && echo "$$0 $$1: $$(echo "$$out" | tail -n 1)" || { echo "$$0 $$1"; echo "$$out"; exit 1; }'
-	for model in $(MODELS); do $(BIN)/ddexport doctor build/precisions/$$model --check || exit; done
 
 # The precision that loses most, and a decoder that is distilled.
 quality: $(VENV)/.dev $(PRECISE)

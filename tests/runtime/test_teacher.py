@@ -302,7 +302,8 @@ def test_nearest_codes(seed: int, codes: int, width: int) -> None:
     distances = ((vectors[:, :, None].astype(np.float64) - codebook) ** 2).sum(-1)
     nearest = np.take_along_axis(distances, nearest_codes(vectors, codebook)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(nearest, distances.min(-1), rtol=1e-4, atol=1e-5)
-    assert nearest_codes(codebook[None], codebook).tolist() == [list(range(codes))]
+    itself = nearest_codes(codebook[None], codebook)[0]
+    np.testing.assert_allclose(codebook[itself], codebook, atol=1e-3)  # or one that is as near in float32
     assert nearest_codes(vectors[:, :0], codebook).shape == (2, 0)
 
 

