@@ -17,7 +17,7 @@ import msgspec
 from msgspec import structs
 
 from ddexport.hub.files import SCHEME, HubFile, fetch, parse
-from ddexport.runtime.bundle import FULL, SequenceSize, decoder_role
+from ddexport.runtime.bundle import SequenceSize, decoder_role
 from ddexport.runtime.errors import DDError, did_you_mean
 from ddexport.runtime.records import Natural, Positive, Record, convert
 from ddexport.runtime.schedule import Schedule, schedule_fault
@@ -39,7 +39,6 @@ MAX_BYTES = 1 << 20
 HINT = "Correct it; the recipes in recipes/ are examples."
 
 Limit = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
-DecoderName: TypeAlias = Annotated[str, msgspec.Meta(pattern=f"^(?!{FULL}$)[a-z0-9]+$")]
 Size: TypeAlias = Positive | Annotated[list[Positive], msgspec.Meta(min_length=1)]
 
 
@@ -192,7 +191,7 @@ class Recipe(Record, frozen=True):
     files: dict[str, Source]
     parity: Parity
     teacher: Sampling | None = None
-    decoders: dict[DecoderName, DecoderSize] = {}
+    decoders: dict[Annotated[str, msgspec.Meta(pattern="^small$")], DecoderSize] = {}
     parameters: dict[str, Positive] = {}
     licence: dict[str, str] = {}
     published: dict[str, Any] = {}

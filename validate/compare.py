@@ -18,7 +18,7 @@ import numpy as np
 
 from ddexport.recipe import Limits
 from ddexport.runtime.backends import Arrays
-from ddexport.runtime.bundle import FULL, Graph, decoder_role
+from ddexport.runtime.bundle import DAMAGED, FULL, Graph, PipelineGraph, decoder_role, resolve
 from ddexport.runtime.errors import BackendError, BundleError, ScheduleError, VerificationError
 from ddexport.runtime.pipeline import Pipeline
 from ddexport.runtime.registry import load_plugin, plugins
@@ -71,6 +71,10 @@ def compare(
             comparison.steps.append(bundle.mixed(split, list(steps.values())))
         for name in (FULL, *runs[-1].others):
             comparison.images.append(bundle.decoded_alone(runs[-1], name))
+        for pipeline in bundle.manifest.pipelines:
+            if pipeline.precision == pipe.backend.configuration.graphs:
+                run = next(run for run in runs if run.steps == str(pipeline.steps))
+                comparison.drawn.append(bundle.one_graph(pipeline, run))
         bundle.check_seed(next((run for run in runs if run.plan.teacher), runs[0]))
     except (BackendError, BundleError, ScheduleError) as error:
         raise VerificationError(f"the bundle does not run: {error.message}", error.hint) from error
@@ -143,7 +147,7 @@ class _Bundle:
 
     def decoded(self, run: ReferenceRun, decoder: str) -> ImagePair:
         """Both sides' decoders of that name on the reference's sequence."""
-        images = self._decode(run.drawn.sequence, self.request.batch, decoder)
+        images = self._decode(run.passes[-1].sequence, self.request.batch, decoder)
         everything = np.ones(len(images), dtype=np.bool_)
         scope = f"{run.title}, {_called(decoder)} on the same sequence"
         sides = (run.decoded(decoder), images)
@@ -165,6 +169,21 @@ class _Bundle:
             expected = replace(expected, pixels=pixels_of(run.others[decoder]))
         return DrawnPair(scope, expected, got, request.places, by_teacher)
 
+    def one_graph(self, pipeline: PipelineGraph, run: ReferenceRun) -> DrawnPair:
+        """What they get from the reference's noise who do not use the runtime."""
+        from ddexport.graph.emulate import EmulatedGraph
+        from ddexport.validate.sampling import pixels_of
+
+        feeds: Arrays = {"noise": self.request.noise, "label": self.request.labels}
+        try:
+            graph = EmulatedGraph(resolve(self.pipe.root, pipeline.file))
+            outputs = in_batches(graph.run, feeds, self.request.batch)
+        except Exception as error:  # of ONNX Runtime or of what reads the file
+            raise VerificationError(f"{pipeline.file} does not run: {error}", DAMAGED) from error
+        expected = Drawn(run.passes[-1].tokens, None, pixels_of(run.decoded(pipeline.decoder)))
+        got = Drawn(outputs["tokens"], None, outputs["image"])
+        return DrawnPair(pipeline.file, expected, got, self.request.places)
+
     def mixed(self, split: int, steps: list[Pass]) -> StepPair:
         """A batch that mixes rows of all steps, and its rows one by one: none may depend on the others."""
         size, count, labels = self.request.batch, len(self.request.labels), self.request.labels
@@ -179,8 +198,9 @@ class _Bundle:
 
     def decoded_alone(self, run: ReferenceRun, decoder: str) -> ImagePair:
         """The first batch of images, and each of them alone."""
-        sequence, places = run.drawn.sequence[: self.request.batch], self.request.places[: self.request.batch]
-        together, alone = (self._decode(sequence, size, decoder) for size in (self.request.batch, 1))
+        size = self.request.batch
+        sequence, places = run.passes[-1].sequence[:size], self.request.places[:size]
+        together, alone = (self._decode(sequence, rows, decoder) for rows in (size, 1))
         everything = np.ones(len(alone), dtype=np.bool_)
         scope = f"{_called(decoder)}: batch of {len(alone)} against single images"
         return ImagePair(scope, together, alone, everything, places, itself=True)

@@ -82,6 +82,11 @@ def _manifest_faults(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
         wanted["teacher"] = structs.asdict(recipe.teacher) if recipe.teacher else {}
         said["teacher"] = {key: getattr(manifest.teacher, key) for key in wanted["teacher"]}
         keys.append("teacher")
+    for name, decoder in manifest.decoders.items():
+        stated = wanted.get("decoders", {}).get(name, {}).get("fid")
+        if decoder.fid:  # of other weights nothing is known
+            fid = said["decoders"][name]["fid"]
+            yield from _differences(fid, stated, f"decoders.{name}.fid", "its recipe has")
     for key in keys:
         yield from _differences(said[key], wanted[key], f"bundle.json: {key}", "its recipe has")
 

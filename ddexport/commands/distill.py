@@ -195,6 +195,8 @@ def decoder_command(
     if quick and install:
         raise click.UsageError("--install cannot be used with --quick, which does not train to the end.")
     recipe, requested = recipe_and_weights(**weights)
+    if install and (requested["files"] or requested["random_seed"] is not None):
+        raise click.UsageError("--install is for decoders of the weights that ship.")
     import torch
 
     from ddexport.devices import torch_device

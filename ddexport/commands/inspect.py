@@ -66,6 +66,9 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
                 if not _is_repeated(tensor):
                     shape = ", ".join(map(str, tensor.shape))
                     click.echo(f"             {arrow:3} {tensor.name:9} {tensor.dtype} [{shape}]")
+    for pipeline in manifest.pipelines:
+        what = f"{pipeline.steps} step{'s' if pipeline.steps > 1 else ''}, decoder {pipeline.decoder}"
+        click.echo(f"  pipeline   {what}, {pipeline.precision}, in {pipeline.file}")
     for line in accuracy_lines(read_accuracy(bundle)):
         click.echo(f"  {line}")
     for steps, fid in manifest.published.get("fid", {}).items():

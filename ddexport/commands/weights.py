@@ -84,7 +84,10 @@ def recipe_and_weights(
 
     recipe = load_recipe(model, cache_dir, revision)
     if random_weights is None:
-        files = {**weights_beside(recipe, model), **files}
+        beside = weights_beside(recipe, model)
+        if vae:
+            beside.pop("decoder_small", None)  # which is of the tokenizer beside it
+        files = beside | files
     if "://" in model:
         revision = None  # it was the recipe's repository's
     wanted = None if teacher is None else teacher != "none"

@@ -139,6 +139,8 @@ def decoder_settings(recipe: Recipe, name: str) -> SmallDecoderSettings:
     settings = convert(SmallDecoderSettings, size.distill, where, RecipeError, HINT)
     if settings.random + settings.teacher > 1:
         raise RecipeError(f"{where}: random and teacher are more than 1 together", HINT)
+    if all(schedule.teacher for schedule in recipe.schedules.values()):
+        raise RecipeError(f"{where}: the recipe has no schedule of the student alone", "state one")
     return settings
 
 

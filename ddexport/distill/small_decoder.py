@@ -101,7 +101,7 @@ class Sequences:
         random = round(count * settings.random)
         codes = torch.randint(size.codebook, (random, size.length), generator=generator)
         yield self.tokenizer.embed(codes.to(device))
-        taught = round(count * settings.teacher) if self.teacher else 0
+        taught = min(round(count * settings.teacher), count - random) if self.teacher else 0
         if self.teacher and taught:
             choose, guidance = at_random(generator), settings.guidance
             yield self.tokenizer.embed(

@@ -127,7 +127,8 @@ def save_part(
         if not value.isfinite().all():
             raise CheckpointError(f"{role}: {name} overflows {dtype}", "store it in float32")
     with atomic_write(Path(path)) as stream:
-        stream.write(save(state, {"model": recipe.name, "role": role}))
+        # One key: safetensors writes several in any order.
+        stream.write(save(state, {"ddexport": f"{role} of {recipe.name}"}))
 
 
 def published_state(module: nn.Module, recipe: Recipe, role: str) -> dict[str, Tensor]:

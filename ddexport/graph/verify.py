@@ -45,6 +45,7 @@ PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 """The operators that the time goes into."""
 TYPES = {ir.DataType.FLOAT: FLOAT32, ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 LARGEST_PSNR = 200.0  # of equal images, which JSON has no number for
+LEAST_PSNR = 15.0  # dB, of a decoder that makes the images of the full one
 WRITTEN = "nothing was written; "
 KEEP = f"{WRITTEN}docs/export.md shows how to find the layer: give it to --keep-fp32, or take bf16"
 HINTS = {
@@ -149,7 +150,7 @@ def verify_pipeline(folder: Path, manifest: Manifest, pipeline: PipelineGraph) -
 
 def compare_decoders(folder: Path, manifest: Manifest, name: str, recipe: Recipe) -> Decoder:
     """What a further decoder saves and costs, by its graph in the bundle's first precision, on the images of
-    seed 0 in one step."""
+    seed 0 in one step; the FID is the recipe's, if the weights are. VerificationError for other images."""
     size, schedule = manifest.sequence, Schedule(known=(0,))
     student, full, other = map(manifest.graph, ("student", "decoder", decoder_role(name)))
     noise = gaussian_noise(0, range(max(BATCHES)), size.length, size.width)
@@ -162,8 +163,15 @@ def compare_decoders(folder: Path, manifest: Manifest, name: str, recipe: Recipe
             pictures.append(run({"sequence": sequence})["image"].clip(0, 1))
     mse = float(np.square(pictures[0] - pictures[1], dtype=np.float64).mean())
     share = count_flops(folder / other.file, batch=1) / count_flops(folder / full.file, batch=1)
-    fid = {int(steps): figures for steps, figures in recipe.decoders[name].fid.items()}
-    psnr = round(-10 * math.log10(max(mse, 1e-20)), 2)
+    psnr, weights = round(-10 * math.log10(max(mse, 1e-20)), 2), manifest.weights
+    if weights.kind != "random" and psnr < LEAST_PSNR:
+        raise VerificationError(
+            f"the images of the decoder {name} are not those of the full one: PSNR {psnr} dB",
+            "give one that was distilled for this tokenizer, to the end: `ddexport distill decoder`",
+        )
+    own = {role: {source.embedded, source.file} for role, source in recipe.files.items()}
+    measured = weights.kind != "random" and all(f.file in own.get(f.role, ()) for f in weights.files)
+    fid = {int(steps): change for steps, change in recipe.decoders[name].fid.items() if measured}
     return Decoder(operations=round(share, 4), psnr=psnr, fid=fid)
 
 

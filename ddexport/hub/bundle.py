@@ -98,9 +98,8 @@ def part_of(
 
 
 def _beside(manifest: Manifest) -> list[str]:
-    reports = [
-        f"parity/{kind}-{precision}.json" for kind in ("parity", "fid") for precision in manifest.precisions
-    ]
+    kinds = ("parity-{}", "fid-{}", *(f"fid-{{}}-{name}" for name in manifest.decoders))
+    reports = [f"parity/{kind.format(p)}.json" for kind in kinds for p in manifest.precisions]
     return [*BESIDE, *reports]
 
 

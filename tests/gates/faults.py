@@ -15,7 +15,8 @@ import onnx
 from msgspec import structs
 from onnx import helper, numpy_helper
 
-from ddexport.runtime.bundle import file_info
+from ddexport.graph.pipeline import write_pipeline
+from ddexport.runtime.bundle import file_info, read_manifest
 
 Edit = Callable[[onnx.GraphProto], None]
 
@@ -221,3 +222,15 @@ def brighter(graph: onnx.GraphProto) -> None:
     """Half of the range on every pixel."""
     array, put = initializer(graph, lambda t: t.name.endswith("conv_out.bias"))
     put(array + 0.5)
+
+
+def one_graph(said: str) -> Callable[[Path, str], None]:
+    """Adds a pipeline of one step with the small decoder, of which the manifest says `said`."""
+
+    def plant(bundle: Path, precision: str) -> None:
+        manifest = read_manifest(bundle)
+        pipeline = write_pipeline(bundle, manifest, 1, precision, "small")
+        pipelines = (structs.replace(pipeline, decoder=said),)
+        (bundle / "bundle.json").write_text(structs.replace(manifest, pipelines=pipelines).to_json())
+
+    return plant

@@ -86,6 +86,18 @@ def test_a_fault_of_the_small_decoder_fails(
 
 
 @ci_model
+@pytest.mark.parametrize(("said", "precision"), [("small", "fp32"), ("small", "int8"), ("full", "fp32")])
+def test_a_pipeline_in_one_graph_is_compared_too(
+    planted: Planted, parity: Parity, model: str, said: str, precision: str
+) -> None:
+    """With the small decoder: it fails where the manifest says another."""
+    result = parity(planted(model, precision, faults.one_graph(said)), precision)
+    assert "pipeline_1_small" in result.output
+    assert result.exit_code == (0 if said == "small" else 3), result.output
+    assert said == "small" or "8-bit image PSNR, dB" in failed_rows(result)
+
+
+@ci_model
 @pytest.mark.parametrize(
     ("edit", "row"),
     [

@@ -95,7 +95,12 @@ def _limits(manifest: Manifest, entry: Mapping[str, Any], precision: str, own: b
     """Those of a precision, or of a further decoder in all; a comparison that has none is no pass. own: the
     features are the recipe's."""
     if decoder != FULL:
-        shares = entry.get("decoders") or {}
+        shares = entry.get("decoders")
+        if not shares:
+            raise VerificationError(
+                f"bundle {manifest.name} states no limits of image quality for its further decoders",
+                "state them in the recipe under parity.fid.decoders and export again",
+            )
         return Limits(increase=shares.get("increase") if own else None, read=shares.get("read"))
     stated = (entry.get("limits") or {}).get(precision)
     if not stated or not isinstance(stated.get("difference"), (int, float)):

@@ -100,10 +100,10 @@ class ImagePair:
 @dataclass(frozen=True)
 class Drawn:
     """What a whole schedule gave: tokens (N, T) of all steps, the sequence (N, L, Cv) float32 that was
-    decoded, pixels (N, H, W, C) uint8."""
+    decoded, pixels (N, H, W, C) uint8. A graph of all of it gives the last tokens and no sequence."""
 
     tokens: IntArray
-    sequence: FloatArray
+    sequence: FloatArray | None
     pixels: npt.NDArray[np.uint8]
 
     @property

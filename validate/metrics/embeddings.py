@@ -23,13 +23,16 @@ def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
     rows: list[Measurement] = []
     for pair in comparison.students:
         rows += [*regressed(pair, limits.embedding_error), copied(pair, limits.embedding_error)]
-    return rows + [drawn(pair, limits.embedding_error) for pair in comparison.drawn]
+    return rows + [
+        drawn(pair, limits.embedding_error) for pair in comparison.drawn if pair.got.sequence is not None
+    ]
 
 
 def drawn(pair: DrawnPair, limit: float) -> Measurement:
     """The sequences that were decoded, of the images whose tokens all agree; the others are counted
     elsewhere."""
     expected, got = pair.expected.sequence, pair.got.sequence
+    assert expected is not None and got is not None
     mask = np.broadcast_to(pair.comparable[:, None], expected.shape[:2])
     error, row = relative_error(expected, got, mask)
     where, name = pair.places[row] if error else "", "sequence, relative error"

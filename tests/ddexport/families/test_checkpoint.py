@@ -273,7 +273,7 @@ def test_what_is_written(family: Golden, tmp_path: Path) -> None:
     with safe_open(path, "pt") as file:
         keys = set(file.keys())
         assert HEAD[family.name] in keys and keys <= set(state_of(family))
-        assert file.metadata() == {"model": family.name, "role": "student"}
+        assert file.metadata() == {"ddexport": f"student of {family.name}"}
         assert {file.get_slice(key).get_dtype() for key in keys} == {"F16"}
     before = path.read_bytes()
     module.logits_head.weight.view(-1)[3] = 1e6
