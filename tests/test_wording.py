@@ -45,6 +45,7 @@ onnx digits-var --random-weights 0 --small-decoder x
 distill decoder
 distill decoder digits-var --device tpu
 distill decoder digits-var --quick --install
+distill decoder digits-var --random-weights 0 --install
 sample
 sample digits-vra
 sample hf://nobody/bundle

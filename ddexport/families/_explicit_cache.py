@@ -29,7 +29,8 @@ class ExplicitCache:
 
         Both parts meet in one softmax. The scores are joined, which are small; the cache is not.
         """
-        q, k, v = (t.unflatten(0, (2, -1)) for t in (q, k, v))
+        shape = q.shape
+        q, k, v = (t.reshape(2, -1, *shape[1:]) for t in (q, k, v))
         self.new = k.float(), v.float()
         among = q @ k.transpose(-2, -1)
         if mask is not None:
@@ -37,7 +38,7 @@ class ExplicitCache:
         before = q @ self.keys.to(q.dtype).transpose(-2, -1) + self.hidden.to(q.dtype)
         weights = torch.cat([before, among], dim=-1).softmax(-1)
         old, fresh = weights.split([self.keys.shape[3], k.shape[3]], dim=-1)
-        return (old @ self.values.to(q.dtype) + fresh @ v).flatten(0, 1)
+        return (old @ self.values.to(q.dtype) + fresh @ v).reshape(shape)
 
 
 def causal(positions: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ class RmsNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:  # [..., C]
-        return x / (x.square().mean(-1, keepdim=True) + RMS_EPSILON).sqrt() * self.weight
+        return x / (x.pow(2).mean(-1, keepdim=True) + RMS_EPSILON).sqrt() * self.weight
 
 
 class Block(nn.Module):

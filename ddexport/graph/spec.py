@@ -10,9 +10,8 @@ import numpy as np
 from ddexport.recipe import Recipe
 from ddexport.runtime.bundle import TEACHER, ImageSize, Teacher, TensorSpec, contract
 
-BATCHES = (1, 8)
-"""What a graph is compared at: one, which traces get wrong, and the largest that engines are built for unless
-told otherwise. Traces are made with 2: what holds for these holds in between."""
+BATCHES = (1, 3)
+"""What a graph is compared at: one, which traces get wrong, and another than that of the trace, 2."""
 LARGEST = 1 << 16  # of any dynamic dimension
 
 

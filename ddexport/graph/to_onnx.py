@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import rewriter
+from onnxscript.function_libs.torch_lib.ops import core
 from torch import nn
+from torch.onnx._internal.exporter import _fx_passes
 
 from ddexport.graph.external import SharedWeights, save_graph
 from ddexport.graph.spec import LARGEST, GraphSpec, sample_inputs
@@ -45,7 +47,7 @@ def onnx_from_module(
     `check_opset` lets pass.
     """
     inputs = sample_inputs(spec, recipe, batch=2, seed=0)
-    with torch.no_grad(), _quiet(), _without_pairs_of_slices():
+    with torch.no_grad(), _quiet(), _one_trace():
         program = torch.onnx.export(
             module.eval(),
             tuple(torch.from_numpy(value) for value in inputs.values()),
@@ -54,6 +56,7 @@ def onnx_from_module(
             input_names=[t.name for t in spec.inputs],
             output_names=[t.name for t in spec.outputs],
             dynamic_shapes=_dynamic_shapes(module, spec),
+            custom_translation_table=TRANSLATIONS,
             verbose=False,
         )
     assert program is not None
@@ -129,13 +132,48 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(levels[name])
 
 
+def _to(self: Any, dtype: int, non_blocking: bool = False, copy: bool = False, form: Any = None) -> Any:
+    return core.aten__to_copy(self, dtype)
+
+
+def _conv_transpose2d(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    output_padding: Sequence[int] = (0, 0),
+    groups: int = 1,
+    dilation: Sequence[int] = (1, 1),
+) -> Any:
+    return core.aten_convolution(input, weight, bias, stride, padding, dilation, True, output_padding, groups)
+
+
+# Operators that the exporter knows under another name alone.
+TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.aten.to.dtype: _to,
+    torch.ops.aten.conv_transpose2d.input: _conv_transpose2d,
+}
+
+
 @contextmanager
-def _without_pairs_of_slices() -> Iterator[None]:
-    """Leaves one of the optimiser's rules out. It makes a split of two slices that are halves, of which no
-    graph has any, and compares all pairs of slices: half of the time that a VAR student takes."""
-    rules = rewriter._DEFAULT_REWRITE_RULES
+def _one_trace() -> Iterator[None]:
+    """Leaves out two steps of the exporter that change no graph here and take more than half of its time.
+
+    One traces the traced program again, to take apart operators that have no translation: it is done where
+    there is one. One is a rule of the optimiser that makes a split of two slices that are halves, of which no
+    graph has any, and compares all pairs of slices.
+    """
+    rules, decompose = rewriter._DEFAULT_REWRITE_RULES, _fx_passes.decompose_with_registry
+
+    def where_needed(program: Any, registry: Any) -> Any:
+        calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+        known = all(registry.is_registered(call) or "_assert" in str(call) for call in calls)
+        return program if known else decompose(program, registry)
+
     rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if rule.name != "SlicesSplit")
+    _fx_passes.decompose_with_registry = where_needed
     try:
         yield
     finally:
-        rewriter._DEFAULT_REWRITE_RULES = rules
+        rewriter._DEFAULT_REWRITE_RULES, _fx_passes.decompose_with_registry = rules, decompose

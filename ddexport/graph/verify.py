@@ -153,7 +153,8 @@ def compare_decoders(folder: Path, manifest: Manifest, name: str, recipe: Recipe
     seed 0 in one step; the FID is the recipe's, if the weights are. VerificationError for other images."""
     size, schedule = manifest.sequence, Schedule(known=(0,))
     student, full, other = map(manifest.graph, ("student", "decoder", decoder_role(name)))
-    noise = gaussian_noise(0, range(max(BATCHES)), size.length, size.width)
+    images = min(8, max(2, 512 // manifest.image.width))  # two of 256 x 256 have pixels enough
+    noise = gaussian_noise(0, range(images), size.length, size.width)
     labels = np.arange(len(noise), dtype=np.int64) % manifest.classes
     with _opened(folder, manifest, student) as run:
         sequence = sample(run, noise, labels, schedule)[-1].sequence  # type: ignore[arg-type]

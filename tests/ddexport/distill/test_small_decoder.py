@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -12,6 +16,7 @@ from msgspec.structs import replace
 from torch import nn
 
 from ddexport.commands.distill import command
+from ddexport.commands.weights import recipe_and_weights
 from ddexport.distill import loop as loop_module
 from ddexport.distill.loop import Run
 from ddexport.distill.settings import decoder_settings, quick_decoder
@@ -19,7 +24,10 @@ from ddexport.distill.small_decoder import Sequences, distil_decoder
 from ddexport.families import family
 from ddexport.families._base import GeometryError
 from ddexport.families._checkpoint import load_part
+from ddexport.graph.verify import compare_decoders
 from ddexport.recipe import RecipeError, load_recipe, recipe_from_dict, recipe_names
+from ddexport.runtime.bundle import read_manifest
+from ddexport.runtime.errors import VerificationError
 from ddexport.sources import WeightRequest, load_parts, roles_of
 
 MODELS = ("digits-var", "digits-llamagen")
@@ -125,9 +133,12 @@ def test_what_a_recipe_must_say() -> None:
     data["decoders"]["small"]["widths"] = [80, 40]
     with pytest.raises(GeometryError, match="3 numbers"):
         family("var_dd").build(recipe_from_dict(data), "decoder_small")
-    data["decoders"] = {"full": data["decoders"]["small"]}
-    with pytest.raises(RecipeError, match="full"):
+    data["decoders"] = {"large": data["decoders"]["small"]}
+    with pytest.raises(RecipeError, match="small"):
         recipe_from_dict(data)
+    taught = replace(recipe, schedules={"4": recipe.schedules["4"]})
+    with pytest.raises(RecipeError, match="student alone"):
+        decoder_settings(taught, "small")
 
 
 def test_a_decoder_of_another_tokenizer_is_left_out() -> None:
@@ -138,3 +149,42 @@ def test_a_decoder_of_another_tokenizer_is_left_out() -> None:
     assert "decoder_small" in roles_of(recipe, WeightRequest(files))
     assert "decoder_small" in roles_of(load_recipe("var-d16"), WeightRequest({}, random_seed=0))
     assert "decoder_small" not in roles_of(load_recipe("var-d16"), WeightRequest({}))
+
+
+def test_that_of_a_directory_is_of_the_tokenizer_in_it(tmp_path: Path) -> None:
+    recipe = load_recipe("digits-var").to_dict()
+    recipe["schedules"] = {"1": recipe["schedules"]["1"]}
+    recipe["files"] = {role: {"file": role} for role in ("student", "tokenizer", "decoder_small")}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    for role in recipe["files"]:
+        (tmp_path / role).touch()
+    rest: dict[str, Any] = dict.fromkeys(
+        ("named", "checkpoint", "teacher", "revision", "cache_dir", "weights", "random_weights")
+    )
+    for vae, small, files in (
+        (None, None, {"student", "tokenizer", "decoder_small"}),
+        (Path("vae"), None, {"student", "tokenizer"}),
+        (Path("vae"), Path("small"), {"student", "tokenizer", "decoder_small"}),
+    ):
+        chosen = recipe_and_weights(str(tmp_path), vae=vae, small_decoder=small, offline=False, **rest)[1]
+        assert set(chosen["files"]) == files
+
+
+def test_what_the_manifest_says_is_of_these_weights(
+    embedded_bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """No FID where other weights are; and no bundle with the decoder of another tokenizer."""
+    bundle, recipe = embedded_bundle("digits-var"), load_recipe("digits-var")
+    manifest = read_manifest(bundle)
+    assert compare_decoders(bundle, manifest, "small", recipe) == manifest.decoders["small"]
+    others = tuple(replace(file, file="other.pth") for file in manifest.weights.files)
+    other = replace(manifest, weights=replace(manifest.weights, kind="checkpoint", files=others))
+    assert compare_decoders(bundle, other, "small", recipe).fid == {}
+    for path in (*bundle.glob("student.onnx*"), *bundle.glob("decoder.onnx*")):
+        shutil.copyfile(path, tmp_path / path.name)
+    model = onnx.load(bundle / "decoder_small.onnx")
+    [last] = (weight for weight in model.graph.initializer if weight.name.endswith("conv_out.weight"))
+    last.raw_data = bytes(len(last.raw_data))
+    onnx.save(model, tmp_path / "decoder_small.onnx")
+    with pytest.raises(VerificationError, match="PSNR"):
+        compare_decoders(tmp_path, manifest, "small", recipe)
