@@ -169,7 +169,13 @@ def _one_trace() -> Iterator[None]:
     def where_needed(program: Any, registry: Any) -> Any:
         calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
         known = all(registry.is_registered(call) or "_assert" in str(call) for call in calls)
-        return program if known else decompose(program, registry)
+        if not known:
+            return decompose(program, registry)
+        for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype):
+            if node.args[0].meta["val"].dtype == node.args[1]:  # it would give its constant another name
+                node.replace_all_uses_with(node.args[0])
+                program.graph.erase_node(node)
+        return program
 
     rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if rule.name != "SlicesSplit")
     _fx_passes.decompose_with_registry = where_needed
