@@ -172,7 +172,8 @@ def _one_trace() -> Iterator[None]:
         if not known:
             return decompose(program, registry)
         for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype):
-            if node.args[0].meta["val"].dtype == node.args[1]:  # it would give its constant another name
+            given = any(user.op == "output" for user in node.users)
+            if node.args[0].meta["val"].dtype == node.args[1] and not given:  # it would rename its constant
                 node.replace_all_uses_with(node.args[0])
                 program.graph.erase_node(node)
         return program
