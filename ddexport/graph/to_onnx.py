@@ -132,7 +132,9 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(levels[name])
 
 
-def _to(self: Any, dtype: int, non_blocking: bool = False, copy: bool = False, form: Any = None) -> Any:
+def _to(
+    self: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None
+) -> Any:
     return core.aten__to_copy(self, dtype)
 
 
