@@ -31,6 +31,7 @@ FILE_OPTIONS = {
     "tokenizer": "--vae",
     "teacher": "--teacher",
     "decoder_small": "--small-decoder",
+    "text_encoder": "--text-encoder",
 }
 ROLES = tuple(FILE_OPTIONS)[:3]
 FILE_NAME = "recipe.yaml"  # of a model of a user's own, in its directory or repository
@@ -53,6 +54,19 @@ class Image(Record, frozen=True):
     channels: Positive = 3
 
 
+class TextCondition(Record, frozen=True):
+    """Images of a text: `tokens` rows of features of that `width` at most, left-padded.
+
+    vector: the row of the embedded text that the student's embeddings are conditioned on, the last one or the
+    mean of all; None where no student is known.
+    """
+
+    kind: Literal["text"]
+    tokens: Positive
+    width: Positive
+    vector: Literal["last", "mean"] | None = None
+
+
 class Sampling(Record, frozen=True):
     """How the teacher chooses tokens unless a request says otherwise: guidance, and which are possible."""
 
@@ -66,7 +80,8 @@ class Source(Record, frozen=True):
     """Where the weights of one part come from: a published file, or one that ships with the project.
 
     `option` is the command-line option that takes the file; `repo`, `path` and `revision` its place on the
-    Hugging Face Hub. A `file` that lies in the model's directory is taken from there.
+    Hugging Face Hub. A `file` that lies in the model's directory is taken from there. beside: further files
+    of the repository, where the part is the directory that they lie in.
     """
 
     option: str = ""
@@ -75,6 +90,7 @@ class Source(Record, frozen=True):
     path: str = ""
     revision: str = ""
     embedded: str = ""
+    beside: tuple[str, ...] = ()
 
 
 class Limits(Record, frozen=True):
@@ -173,8 +189,9 @@ class DecoderSize(Record, frozen=True):
 class Recipe(Record, frozen=True):
     """One model. `model`, `tokenizer` and `distill` belong to the family and the trainer, who check them.
 
-    labels: the names of the classes, or the list in recipes/labels/ that has them. parameters: counts the
-    learned numbers of each part, for lists that must not import torch.
+    labels: the names of the classes, or the list in recipes/labels/ that has them. condition: a text, in
+    place of classes; then a student may be unknown, which has no schedules. parameters: counts the learned
+    numbers of each part, for lists that must not import torch.
     """
 
     schema: int
@@ -183,13 +200,14 @@ class Recipe(Record, frozen=True):
     family: str
     image: Image
     sequence: SequenceSize
-    classes: Positive
-    labels: str | list[str]
-    schedules: dict[str, Schedule]
     model: dict[str, Size]
     tokenizer: dict[str, Size]
     files: dict[str, Source]
     parity: Parity
+    classes: Natural = 0
+    labels: str | list[str] = ""
+    condition: TextCondition | None = None
+    schedules: dict[str, Schedule] = {}
     teacher: Sampling | None = None
     decoders: dict[Annotated[str, msgspec.Meta(pattern="^small$")], DecoderSize] = {}
     parameters: dict[str, Positive] = {}
@@ -202,8 +220,12 @@ class Recipe(Record, frozen=True):
         length = self.sequence.length
         if self.sequence.split > length:
             raise ValueError(f"sequence.split is {self.sequence.split}, past the length {length}")
-        if not self.schedules:
+        if (self.classes and self.labels) if self.condition else not (self.classes and self.labels):
+            raise ValueError("it must have either classes and labels, or condition: {kind: text, ...}")
+        if not self.schedules and "student" in self.files or not (self.schedules or self.condition):
             raise ValueError('schedules is empty: give at least "1": {known: [0]}')
+        if self.condition and self.schedules and not self.condition.vector:
+            raise ValueError("condition.vector must be last or mean where there are schedules of a student")
         # Where the AR steps of a teacher start is for the family to say.
         starts = () if self.teacher is None or "teacher" not in self.files else None
         for steps, schedule in self.schedules.items():
@@ -213,9 +235,10 @@ class Recipe(Record, frozen=True):
                 raise ValueError(f"schedules.{steps}{fault}")
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):  # it becomes a directory under build/
             raise ValueError(f"name must be letters, digits, '.', '-' and '_', but is {self.name!r}")
-        if isinstance(self.labels, str) and not re.fullmatch(r"[\w-]+", self.labels):
+        if isinstance(self.labels, str) and self.classes and not re.fullmatch(r"[\w-]+", self.labels):
             raise ValueError(f"labels must be a list of names, or name one, but is {self.labels!r}")
-        for role in (*ROLES[:2], *self.files):
+        needed = ("teacher", "tokenizer") if self.condition else ROLES[:2]
+        for role in (*needed, *self.files):
             source = self.files.get(role)
             if role not in self.roles:
                 raise ValueError(f"files.{role} is not one of {', '.join(self.roles)}")
@@ -227,17 +250,34 @@ class Recipe(Record, frozen=True):
     @property
     def roles(self) -> tuple[str, ...]:
         """The parts that the model can have."""
-        return (*ROLES, *map(decoder_role, self.decoders))
+        return (*ROLES, *map(decoder_role, self.decoders), *(["text_encoder"] if self.condition else []))
 
     @property
     def embedded(self) -> bool:
         """Whether the weights ship with the project."""
-        return bool(self.files["student"].embedded)
+        return bool(self.files.get("student", Source()).embedded)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data without defaults; `recipe_from_dict` reads it back."""
         data: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
         return data
+
+
+def with_student(recipe: Recipe, settings: Any, where: str) -> Recipe:
+    """The recipe of a text model with what its student was trained for: where the recipe has no schedules,
+    the checkpoint's `config` says {schedules, split, vector}. Raises `RecipeError` where neither does.
+    """
+    if recipe.schedules or recipe.condition is None:
+        return recipe
+    keys = ("schedules", "split", "vector")
+    if not isinstance(settings, Mapping) or any(key not in settings for key in keys):
+        hint = f"state {', '.join(keys)} in the recipe (docs/text-to-image.md), or as `config` in the file"
+        raise RecipeError(f"neither {recipe.name} nor {where} says what the student was trained for", hint)
+    data = recipe.to_dict()
+    data["schedules"] = settings["schedules"]
+    data["sequence"] = {**data["sequence"], "split": settings["split"]}
+    data["condition"] = {**data["condition"], "vector": settings["vector"]}
+    return recipe_from_dict(data, f"the config in {where}")
 
 
 def recipe_names() -> list[str]:
@@ -297,8 +337,11 @@ def _fetched(address: str, cache: Path | None, revision: str | None) -> Recipe:
 
 
 def class_names(recipe: Recipe) -> dict[str, Any]:
-    """The label list of the recipe as stored: {"names": [...], "aliases": {...}}. Raises `RecipeError`."""
+    """The label list of the recipe as stored: {"names": [...], "aliases": {...}}; of a text model it is empty.
+    Raises `RecipeError`."""
     data: dict[str, Any] = {"names": recipe.labels, "aliases": {}}
+    if recipe.condition is not None:
+        return {"names": [], "aliases": {}}
     if isinstance(recipe.labels, str):
         entry = resources.files("ddexport.recipes") / "labels" / f"{recipe.labels}.json"
         if not entry.is_file():
@@ -332,9 +375,12 @@ def recipe_from_dict(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Builds and checks a recipe from plain data. Raises `RecipeError` that names the key at fault."""
     if data.get("schema", SCHEMA) != SCHEMA:
         raise RecipeError(f"{where}: recipe schema {data['schema']} is not {SCHEMA}", "upgrade ddexport")
-    schedules = data.get("schedules")
+    schedules, sequence = data.get("schedules"), data.get("sequence")
     if isinstance(schedules, Mapping):  # YAML reads `1:` as a number
         data = {**data, "schedules": {str(steps): value for steps, value in schedules.items()}}
+    if not schedules and data.get("condition") and isinstance(sequence, Mapping):
+        # Of a teacher every position is a token.
+        data = {**data, "sequence": {"split": sequence.get("length"), **sequence}}
     return convert(Recipe, data, where, RecipeError, HINT)
 
 

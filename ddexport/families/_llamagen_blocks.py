@@ -6,12 +6,12 @@ Shapes: B batch, N positions (class position and tokens), C width, H heads, D he
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from ddexport.families._explicit_cache import ExplicitCache
 
 ROTARY_BASE = 10000.0
 RMS_EPSILON = 1e-5
@@ -85,6 +85,13 @@ class LayerCache:
         return self._kept[0, :, :, :end], self._kept[1, :, :, :end]
 
 
+class Attends(Protocol):
+    """What attends in place of the plain softmax: a cache of a graph, or a text in front."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q, k, v [B, H, N, D], mask [N, n] additive -> [B, H, N, D]."""
+
+
 class Attention(nn.Module):
     """Multi-head attention with rotary positions, no bias."""
 
@@ -95,7 +102,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x: Tensor, turn: Tensor, mask: Tensor, cache: LayerCache | ExplicitCache | None = None
+        self, x: Tensor, turn: Tensor, mask: Tensor, cache: LayerCache | Attends | None = None
     ) -> Tensor:
         # x [B, N, C]; turn [2, N, D]; mask [N, n] additive, n the positions seen, cached ones included
         B, N, C = x.shape
@@ -107,11 +114,15 @@ class Attention(nn.Module):
         q, k = qk.chunk(2, dim=1)
         if isinstance(cache, LayerCache):
             k, v = cache.extend(k, v)
-        if isinstance(cache, ExplicitCache):
+        if cache is not None and not isinstance(cache, LayerCache):
             x = cache.attend(q, k, v, mask)
         else:
             x = (q @ k.transpose(-2, -1) + mask.to(q.dtype)).softmax(-1) @ v
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
+
+    def values(self, x: Tensor) -> Tensor:
+        """The values alone, of all heads: [B, N, C] -> [B, N, C]."""
+        return F.linear(x, self.qkv.weight[-x.shape[-1] :])
 
 
 class SwiGlu(nn.Module):
@@ -150,7 +161,7 @@ class Block(nn.Module):
         self.mlp = SwiGlu(width, hidden)
 
     def forward(
-        self, x: Tensor, turn: Tensor, mask: Tensor, cache: LayerCache | ExplicitCache | None = None
+        self, x: Tensor, turn: Tensor, mask: Tensor, cache: LayerCache | Attends | None = None
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), turn, mask, cache)  # [B, N, C]
         return x + self.mlp(self.mlp_norm(x))

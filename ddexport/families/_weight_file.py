@@ -54,6 +54,23 @@ def read_weights(path: Path) -> Any:
     return state
 
 
+def config_of(path: Path) -> Any:
+    """What a checkpoint says beside its weights: its entry `config`; of safetensors that of the metadata, which
+    is JSON. None where there is none. Raises `CheckpointError`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("config")
+    except (SafetensorError, OSError):  # torch's, or several files
+        data = read_weights(path)
+        return data.get("config") if isinstance(data, dict) else None
+    try:
+        return None if text is None else msgspec.json.decode(text)
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{path}: the config in its metadata is not JSON", DOWNLOAD) from error
+
+
 def fingerprint(path: Path) -> tuple[str, int]:
     """SHA-256 in hex and size in bytes of a checkpoint.
 

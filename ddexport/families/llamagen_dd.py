@@ -35,6 +35,14 @@ from ddexport.families._llamagen_blocks import (
     rotary_table,
     rotation,
 )
+from ddexport.families._llamagen_text import (
+    CaptionEmbedding,
+    TextKey,
+    TextSize,
+    text_mask,
+    text_prefix,
+    with_text_rows,
+)
 from ddexport.families._llamagen_tokenizer import RasterTokenizer
 from ddexport.families._vq_codec import codec_of_recipe
 
@@ -46,7 +54,7 @@ HIDDEN_MULTIPLE = 256
 
 @dataclass(frozen=True)
 class LlamaGenGeometry:
-    """Sizes of a LlamaGen transformer: `side` is that of the token map."""
+    """Sizes of a LlamaGen transformer: `side` is that of the token map; `text` takes the place of classes."""
 
     depth: int
     width: int
@@ -56,6 +64,7 @@ class LlamaGenGeometry:
     codebook: int
     code_width: int
     split: int
+    text: TextSize | None = None
 
     @property
     def length(self) -> int:
@@ -78,6 +87,12 @@ class LlamaGenGeometry:
     def blocks(self) -> nn.ModuleList:
         return nn.ModuleList(Block(self.width, self.heads, self.hidden) for _ in range(self.depth))
 
+    def condition_embedding(self) -> nn.Module:
+        """Of a class, whose table has a last row for guidance's null class; or of a text."""
+        if self.text is None:
+            return nn.Embedding(self.classes + 1, self.width)
+        return CaptionEmbedding(self.text, self.width)
+
 
 class LlamaGenStudent(Student):
     """From noise (or noise behind known data) to the whole token sequence in one pass.
@@ -93,7 +108,7 @@ class LlamaGenStudent(Student):
         super().__init__()
         C, L = geometry.width, geometry.length
         self.geometry = geometry
-        self.class_embedding = nn.Embedding(geometry.classes + 1, C)  # the last row is unused: the null class
+        self.condition_embedding = geometry.condition_embedding()  # its null condition is not used
         self.token_embedding = nn.Linear(geometry.code_width, C)
         self.noise_or_data_embedding = nn.Embedding(2, C)
         self.blocks = geometry.blocks()
@@ -122,7 +137,7 @@ class LlamaGenStudent(Student):
 
     def trunk(self, tokens: Tensor, label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """What both heads start from [B, L, C], and the class embedding [B, C]."""
-        embedding = self.class_embedding(label)
+        embedding = self.condition_embedding(label)
         noise, data = self.noise_or_data_embedding.weight.chunk(2)
         # The class position is one more known position in front.
         is_data = (torch.arange(tokens.shape[1] + 1, device=tokens.device) <= known[:, None])[:, :, None]
@@ -139,6 +154,68 @@ class LlamaGenStudent(Student):
         shift, scale = (self.embedding_modulation + embedding[:, None]).chunk(2, dim=1)
         normal = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6)
         return self.embedding_head(normal * (1 + scale) + shift)
+
+
+class LlamaGenTextStudent(LlamaGenStudent):
+    """A student of a text: as published, but for what was never published there (docs/text-to-image.md).
+
+    Rows of the text count as data, and the condition of the embeddings is one row of the embedded text.
+    """
+
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, features: Tensor, mask: Tensor, known: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens [B, L, Cv], features [B, T, W], mask [B, T], known [B] -> as that of a class."""
+        S = self.geometry.split
+        hidden, condition = self.trunk(tokens, features, mask, known)
+        return self._composed(tokens, hidden[:, :S], hidden[:, S:], condition, known)
+
+    def heads(  # type: ignore[override]
+        self, tokens: Tensor, features: Tensor, mask: Tensor, known: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        hidden, condition = self.trunk(tokens, features, mask, known)
+        return self.logits(hidden), self.embeddings(hidden, condition)
+
+    def trunk(  # type: ignore[override]
+        self, tokens: Tensor, features: Tensor, mask: Tensor, known: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What both heads start from [B, L, C], and the condition [B, C], over the padded, masked text."""
+        rows = self.condition_embedding(features)
+        x = torch.cat([rows + self._data, self._embedded(tokens, known)], dim=1)
+        turn, visible = with_text_rows(self.rotation, rows.shape[1]), text_mask(mask, tokens.shape[1])
+        for block in self.blocks:
+            x = block(x, turn, visible)
+        return x[:, rows.shape[1] :], self.condition_embedding.vector(rows, mask)
+
+    def prefix(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """features [B, T, W], mask [B, T] -> values [B, layers, H, D], log_count [B], condition [B, C]."""
+        return text_prefix(self.condition_embedding, self.blocks, features, mask, self._data)
+
+    def behind(
+        self, tokens: Tensor, values: Tensor, log_count: Tensor, condition: Tensor, known: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `forward` gives, from what `prefix` gives of the text: L positions, L + 1 keys."""
+        x = self._embedded(tokens, known)
+        turn, mask = self.rotation[:, 1:], self.mask[1:, 1:]
+        for block, value in zip(self.blocks, values.unbind(1), strict=True):
+            x = block(x, turn, mask, TextKey(value, log_count))
+        S = self.geometry.split
+        return self._composed(tokens, x[:, :S], x[:, S:], condition, known)
+
+    @property
+    def _data(self) -> Tensor:
+        return self.noise_or_data_embedding.weight[1:]
+
+    def _embedded(self, tokens: Tensor, known: Tensor) -> Tensor:
+        noise, data = self.noise_or_data_embedding.weight.chunk(2)
+        is_data = (torch.arange(tokens.shape[1], device=tokens.device) < known[:, None])[:, :, None]
+        return self.token_embedding(tokens) + torch.where(is_data, data, noise)
+
+    def _composed(
+        self, tokens: Tensor, before: Tensor, after: Tensor, condition: Tensor, known: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits, embeddings = self.logits(before), self.embeddings(after, condition)
+        return compose(tokens, logits, embeddings, self.codebook, known)
 
 
 class TokensBefore(nn.Module):
@@ -160,7 +237,7 @@ class LlamaGenTeacher(Teacher):
         super().__init__()
         C, L = geometry.width, geometry.length
         self.geometry = geometry
-        self.class_embedding = nn.Embedding(geometry.classes + 1, C)  # the last row is guidance's null class
+        self.condition_embedding = geometry.condition_embedding()
         self.token_embedding = nn.Embedding(geometry.codebook, C)
         self.blocks = geometry.blocks()
         self.norm = RmsNorm(C)
@@ -173,7 +250,7 @@ class LlamaGenTeacher(Teacher):
 
         The logits of a token come from the position before it; the last token is not read.
         """
-        x = torch.cat([self.class_embedding(label)[:, None], self.token_embedding(tokens[:, :-1])], dim=1)
+        x = torch.cat([self.condition_embedding(label)[:, None], self.token_embedding(tokens[:, :-1])], dim=1)
         return self.logits_head(self.norm(self._run(x, 0, [None] * len(self.blocks))))
 
     def step(self, tokens: Tensor, label: Tensor, cache: list[LayerCache]) -> Tensor:
@@ -188,7 +265,7 @@ class LlamaGenTeacher(Teacher):
         start = cache[0].length
         x = self.token_embedding(tokens)
         if start == 0:
-            x = torch.cat([self.class_embedding(label)[:, None], x], dim=1)
+            x = torch.cat([self.condition_embedding(label)[:, None], x], dim=1)
         x = self._run(x, start, cache)
         return self.logits_head(self.norm(x[:, -1]))
 
@@ -196,12 +273,21 @@ class LlamaGenTeacher(Teacher):
         """The tokenizer is not needed: this teacher has a table of its own."""
         return TokensBefore()
 
+    def pair(self, label: Tensor) -> tuple[Tensor, ...]:
+        """The conditions of guidance: [B] -> [2B], conditional ones before null ones."""
+        return (torch.cat([label, torch.full_like(label, self.geometry.classes)]),)
+
     def extend(
         self, inputs: Tensor, label: Tensor, positions: Tensor, past: Sequence[ExplicitCache]
     ) -> Tensor:
         """The new positions see each other causally."""
+        return self._extend(inputs, self.condition_embedding(label), positions, past)
+
+    def _extend(
+        self, inputs: Tensor, condition: Tensor, positions: Tensor, past: Sequence[ExplicitCache]
+    ) -> Tensor:
         is_first = (positions == 0)[:, None]
-        x = torch.where(is_first, self.class_embedding(label)[:, None], self.token_embedding(inputs))
+        x = torch.where(is_first, condition[:, None], self.token_embedding(inputs))
         turn, mask = self.rotation.index_select(1, positions), causal(positions)
         for block, layer in zip(self.blocks, past, strict=True):
             x = block(x, turn, mask, layer)
@@ -216,6 +302,57 @@ class LlamaGenTeacher(Teacher):
         for block, layer in zip(self.blocks, cache, strict=True):
             x = block(x, turn, mask, layer)
         return x
+
+
+class LlamaGenTextTeacher(LlamaGenTeacher):
+    """The auto-regressive model behind a text. Its first token comes from the last row of the text."""
+
+    def forward(self, tokens: Tensor, features: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        """tokens [B, L] int64, features [B, T, W], mask [B, T] -> logits [B, L, V]; see that of a class."""
+        cache = [None] * len(self.blocks)
+        return self._logits(tokens[:, :-1], features, mask, cache)[:, -tokens.shape[1] :]
+
+    def step(  # type: ignore[override]
+        self, tokens: Tensor, features: Tensor, mask: Tensor, cache: list[LayerCache]
+    ) -> Tensor:
+        """The logits [B, V] of the token that follows; as that of a class."""
+        return self._logits(tokens, features, mask, cache)[:, -1]
+
+    def pair(self, features: Tensor, mask: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """The null text has the rows of the prompt's own mask, so that it depends on the prompt's length."""
+        null = self.condition_embedding.null.expand_as(features)
+        return torch.cat([features, null]), torch.cat([mask, mask])
+
+    def prefix(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a student's gives, with the null text beside the text: values [B, 2, layers, H, D], log_count
+        [B], condition [B, 2, C], which is the last row."""
+        values, log_count, condition = text_prefix(
+            self.condition_embedding, self.blocks, *self.pair(features, mask)
+        )
+        beside = [t.unflatten(0, (2, -1)).transpose(0, 1) for t in (values, condition)]
+        return beside[0], log_count.chunk(2)[0], beside[1]
+
+    def extend_behind(
+        self, inputs: Tensor, condition: Tensor, positions: Tensor, past: Sequence[ExplicitCache]
+    ) -> Tensor:
+        """`extend` with the last row of the text, condition [2B, C], as position 0, and caches of a text."""
+        return self._extend(inputs, condition, positions, past)
+
+    def new_cache(self) -> list[LayerCache]:
+        return [LayerCache(self.geometry.text.tokens + self.geometry.length) for _ in self.blocks]
+
+    def _logits(
+        self, tokens: Tensor, features: Tensor, mask: Tensor, cache: Sequence[LayerCache | None]
+    ) -> Tensor:
+        x, start = self.token_embedding(tokens), cache[0].length if cache[0] else 0
+        if start == 0:
+            x = torch.cat([self.condition_embedding(features), x], dim=1)
+        end, length = start + x.shape[1], self.geometry.length
+        turn = with_text_rows(self.rotation, features.shape[1])[:, start:end]
+        visible = text_mask(mask, length)[:, :, start:end, :end]
+        for block, layer in zip(self.blocks, cache, strict=True):
+            x = block(x, turn, visible, layer)
+        return self.logits_head(self.norm(x))
 
 
 def guided(logits: Tensor, guidance_scale: float) -> Tensor:
@@ -245,12 +382,14 @@ class LlamaGenFamily(Family):
                 "the token map is square, and the length the square of its side",
             )
         sizes: dict[str, Any] = dict(recipe.model)
+        text = recipe.condition
         geometry = LlamaGenGeometry(
             side=side,
             classes=recipe.classes,
             codebook=sequence.codebook,
             code_width=sequence.width,
             split=sequence.split,
+            text=TextSize(text.tokens, text.width, text.vector or "last") if text else None,
             **sizes,
         )
         if geometry.width % (4 * geometry.heads):
@@ -264,9 +403,9 @@ class LlamaGenFamily(Family):
     def _build(self, recipe: Recipe, role: str) -> nn.Module:
         geometry = self.geometry(recipe)
         if role == "student":
-            return LlamaGenStudent(geometry).eval()
+            return (LlamaGenTextStudent if geometry.text else LlamaGenStudent)(geometry).eval()
         if role == "teacher":
-            return LlamaGenTeacher(geometry).eval()
+            return (LlamaGenTextTeacher if geometry.text else LlamaGenTeacher)(geometry).eval()
         codec = codec_of_recipe(recipe, geometry.side)
         return RasterTokenizer(codec, geometry.codebook, geometry.code_width, geometry.side).eval()
 
@@ -290,7 +429,9 @@ class LlamaGenFamily(Family):
 FAMILY = LlamaGenFamily
 
 TRANSFORMER_KEYS = (
-    (r"^class_embedding\.", "cls_embedding.embedding_table."),
+    (r"^condition_embedding\.weight$", "cls_embedding.embedding_table.weight"),
+    (r"^condition_embedding\.null$", "cls_embedding.uncond_embedding"),
+    (r"^condition_embedding\.fc", "cls_embedding.cap_proj.fc"),
     (r"^token_embedding\.", "tok_embeddings."),
     (r"^noise_or_data_embedding\.", "n_d_embed."),
     (r"^blocks\.", "layers."),

@@ -64,19 +64,21 @@ def teacher_inputs(tokenizer: RasterTokenizer, tokens: Tensor) -> Tensor:
 def generate(
     teacher: LlamaGenTeacher,
     tokenizer: RasterTokenizer,
-    labels: Tensor,
+    labels: Tensor | tuple[Tensor, ...],
     choose: Choose,
     guidance: float,
     prefix: Tensor | None = None,
     end: int | None = None,
 ) -> Tensor:
-    """Sample token by token: labels (B,) -> tokens (B, `end` or L). Guidance is the same at all; 1 is
-    none."""
+    """Sample token by token: labels (B,), or features (B, T, W) and mask (B, T) of texts, -> tokens (B, `end`
+    or L). Guidance is the same at all; 1 is none."""
     cache, guide = teacher.new_cache(), guidance != UNGUIDED
-    pair = torch.cat([labels, torch.full_like(labels, teacher.geometry.classes)]) if guide else labels
-    tokens = [labels.new_empty(len(labels), 0) if prefix is None else prefix]
+    condition = labels if isinstance(labels, tuple) else (labels,)
+    pair = teacher.pair(*condition) if guide else condition
+    none = torch.empty(len(condition[0]), 0, dtype=torch.int64, device=condition[0].device)
+    tokens = [none if prefix is None else prefix]
     for i in range(tokens[0].shape[1], end or teacher.geometry.length):
-        logits = teacher.step(torch.cat([tokens[-1]] * 2) if guide else tokens[-1], pair, cache)
+        logits = teacher.step(torch.cat([tokens[-1]] * 2) if guide else tokens[-1], *pair, cache)
         if guide:
             logits = guided(logits, guidance)
         tokens.append(choose(logits[:, None], slice(i, i + 1)))

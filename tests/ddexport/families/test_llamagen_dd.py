@@ -29,7 +29,7 @@ def test_the_epsilons_of_both_heads() -> None:
     for block in student.blocks:
         block.attention.proj.weight.zero_()
         block.mlp.output.weight.zero_()
-    for part in (student.class_embedding, student.token_embedding, student.noise_or_data_embedding):
+    for part in (student.condition_embedding, student.token_embedding, student.noise_or_data_embedding):
         part.weight.mul_(1e-2)
     student.token_embedding.bias.zero_()
     state = published_state(student, LLAMAGEN.recipe(), "student")

@@ -89,7 +89,7 @@ def stretch_var(student: Any, recipe: Recipe, sizes: dict[str, float], stream: f
 def stretch_llamagen(student: Any, recipe: Recipe, sizes: dict[str, float]) -> None:
     """All that is added to the stream times one factor, the largest branch at the edge of half."""
     factor = EDGE / max(v for k, v in sizes.items() if k.endswith((".attention", ".mlp")))
-    class_row = student.class_embedding.weight[LABEL]
+    class_row = student.condition_embedding.weight[LABEL]
     noise, data = student.noise_or_data_embedding.weight
     data.copy_(factor * (class_row + data) - class_row)
     for tensor in (noise, student.token_embedding.weight, student.token_embedding.bias):
