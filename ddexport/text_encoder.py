@@ -1,0 +1,7 @@
+from torch import nn
+
+
+class TextEncoder(nn.Module): ...
+
+
+def text_encoder(path): ...
