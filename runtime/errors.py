@@ -34,6 +34,10 @@ class LabelError(DDError):
     """A class label that the model does not have."""
 
 
+class TextError(DDError):
+    """A prompt or its features that are not what the model reads."""
+
+
 class ScheduleError(DDError):
     """A number of steps that the model has no schedule for."""
 
