@@ -210,10 +210,7 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
         length = self.sequence.length
         if self.sequence.split > length:
             raise ValueError(f"sequence.split is {self.sequence.split}, past the length {length}")
-        if not self.schedules and not (self.text and self.teacher):
-            raise ValueError("schedules is empty")
-        if bool(self.classes) is bool(self.text):
-            raise ValueError("classes must be above 0 where there is no text, else 0")
+        self._check_condition()
         starts = self.teacher.starts if self.teacher else ()
         if self.teacher and not (starts[:1] == (0,) and starts[-1:] == (length,) and rises(starts)):
             raise ValueError(f"teacher.starts must rise from 0 to {length}, but is {list(starts)}")
@@ -237,6 +234,13 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
                 raise ValueError(
                     f"graphs lacks the {role}{of} in {precision}, which schedules and decoders need"
                 )
+
+    def _check_condition(self) -> None:
+        """Raises ValueError unless it is classes, or a text with a student or a teacher."""
+        if not self.schedules and not (self.text and self.teacher):
+            raise ValueError("schedules is empty")
+        if bool(self.classes) is bool(self.text):
+            raise ValueError("classes must be above 0 where there is no text, else 0")
 
     def _needed(self) -> list[tuple[str, int | None]]:
         """Role and split of every graph that schedules and decoders need."""

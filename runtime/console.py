@@ -32,6 +32,8 @@ EXTRAS = {  # the extra of the project that brings a package
     **dict.fromkeys(("onnxruntime",), "cpu"),
     **dict.fromkeys(("tensorrt_rtx", "polygraphy"), "tensorrt-rtx"),
     "openvino": "openvino",
+    **dict.fromkeys(("tokenizers", "ftfy", "bs4"), "text"),
+    "transformers": "text-encoder",
     "mlxtend": "distill",
 }
 

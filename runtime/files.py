@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -18,14 +18,15 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddexport.runtime.errors import NoiseError, OutputError
+from ddexport.runtime.errors import DDError, NoiseError, OutputError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MAX_NOISE_BYTES = 4 << 30
+MAX_ARRAY_BYTES = 4 << 30
 WHAT_NOISE_IS = (
     "It must be an npz with `noise` float32 (N, L, Cv), optionally `labels` (N,) of class numbers, and for a"
     " teacher `uniforms` float64 (N, L)."
 )
+KINDS = {"integers": "iu", "integers or bools": "iub", "floats": "f"}
 NOISE_ARRAYS = {"noise": ("float32", 3), "labels": ("integers", 1), "uniforms": ("float64", 2)}
 
 
@@ -131,49 +132,62 @@ class Replay(NamedTuple):
 
 
 def read_noise(path: Path) -> Replay:
-    """Reads `noise` and, if there are any, `labels` and `uniforms` of an npz.
+    """Reads `noise` and, if there are any, `labels` and `uniforms` of an npz. Raises NoiseError."""
+    arrays = read_arrays(path, NOISE_ARRAYS, ("noise",), NoiseError, WHAT_NOISE_IS)
+    noise, labels = arrays["noise"], arrays.get("labels")
+    if labels is not None and len(labels) != len(noise):
+        raise NoiseError(f"{path} has {len(noise)} rows of noise but {len(labels)} labels", WHAT_NOISE_IS)
+    return Replay(noise, None if labels is None else labels.astype(np.int64), arrays.get("uniforms"))
+
+
+def read_arrays(
+    path: Path,
+    expected: Mapping[str, tuple[str, int]],
+    needed: Sequence[str],
+    fault: type[DDError],
+    hint: str,
+) -> dict[str, NDArray[Any]]:
+    """The arrays of an npz that are expected, by their names.
 
     Headers are read before the data, so that a file cannot ask for more memory than the limit, and pickled
-    objects are refused. Raises NoiseError.
+    objects are refused.
+
+    Args:
+        path: the file; errors call it by the first array that it needs.
+        expected: type and number of dimensions of what may be there. needed: what must be.
+        fault, hint: the error that is raised, and what to say of the content.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist()]
-            if "noise" not in names:
-                raise NoiseError(
-                    f"{path} has no array `noise`, but: {', '.join(names) or 'none'}", WHAT_NOISE_IS
-                )
-            for name in set(NOISE_ARRAYS) & set(names):
-                _check_header(path, archive, name)
+            for name in needed:
+                if name not in names:
+                    raise fault(f"{path} has no array `{name}`, but: {', '.join(names) or 'none'}", hint)
+            for name in set(expected) & set(names):
+                if message := _header_fault(archive, name, *expected[name]):
+                    raise fault(f"{path}: {message}", hint)
         with np.load(path, allow_pickle=False) as arrays:
-            noise = arrays["noise"]
-            labels = arrays["labels"].astype(np.int64) if "labels" in names else None
-            uniforms = arrays["uniforms"] if "uniforms" in names else None
-    except NoiseError:
+            return {name: arrays[name] for name in expected if name in names}
+    except fault:
         raise
     except FileNotFoundError as error:
-        raise NoiseError(f"the noise file {path} does not exist", "Check the path.") from error
+        raise fault(f"the {needed[0]} file {path} does not exist", "Check the path.") from error
     except Exception as error:  # the bytes are untrusted: a damaged zip can make its reader raise anything
-        raise NoiseError(f"{path} cannot be read as an npz: {error}", WHAT_NOISE_IS) from error
-    if labels is not None and len(labels) != len(noise):
-        raise NoiseError(f"{path} has {len(noise)} rows of noise but {len(labels)} labels", WHAT_NOISE_IS)
-    return Replay(noise, labels, uniforms)
+        raise fault(f"{path} cannot be read as an npz: {error}", hint) from error
 
 
-def _check_header(path: Path, archive: zipfile.ZipFile, name: str) -> None:
+def _header_fault(archive: zipfile.ZipFile, name: str, kind: str, dimensions: int) -> str:
+    """What is wrong with type, dimensions or size of an array; "" if nothing is."""
     with archive.open(f"{name}.npy") as stream:
         version = npy.read_magic(stream)
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = read(stream)
-    kind, dimensions = NOISE_ARRAYS[name]
-    fits = dtype.kind in "iu" if kind == "integers" else dtype == np.dtype(kind)
+    fits = dtype.kind in KINDS[kind] if kind in KINDS else dtype == np.dtype(kind)
     if not fits or len(shape) != dimensions:
-        raise NoiseError(
-            f"{path}: `{name}` must be {kind} of {dimensions} dimensions, but is {dtype} {shape}",
-            WHAT_NOISE_IS,
-        )
-    if dtype.itemsize * int(np.prod(shape, dtype=object)) > MAX_NOISE_BYTES:
-        raise NoiseError(f"{path}: `{name}` of shape {shape} is too large", "Split the file.")
+        return f"`{name}` must be {kind} of {dimensions} dimensions, but is {dtype} {shape}"
+    if dtype.itemsize * int(np.prod(shape, dtype=object)) > MAX_ARRAY_BYTES:
+        return f"`{name}` of shape {shape} is too large: split the file"
+    return ""
 
 
 @contextmanager

@@ -72,10 +72,9 @@ def generate(
     prefix: Tensor | None = None,
     end: int | None = None,
 ) -> Tensor:
-    """Sample token by token from a `LlamaGenTeacher`: tokens (B, `end` or L). Guidance is the same at all; 1 is
-    none.
+    """Sample token by token from a `LlamaGenTeacher`: tokens (B, `end` or L). Guidance is the same at all.
 
-    labels: (B,), or of texts features (B, T, W) and mask (B, T).
+    labels: (B,), or of texts features (B, T, W) and mask (B, T). guidance: 1 is none.
     """
     cache, guide = teacher.new_cache(), guidance != UNGUIDED
     condition = labels if isinstance(labels, tuple) else (labels,)
