@@ -136,7 +136,9 @@ def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, LocalFile]:
         )
     if published:
         files = fetch([*published.values(), *beside], request.cache, licence_remark(recipe.licence))
-        sources |= dict(zip(published, files, strict=False))
+        sources |= dict(zip(published, files, strict=False))  # `beside` lies beside
+        if ENCODER in published:
+            sources[ENCODER] = sources[ENCODER]._replace(path=sources[ENCODER].path.parent)
     return sources
 
 

@@ -240,7 +240,7 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
         if not self.schedules and not (self.text and self.teacher):
             raise ValueError("schedules is empty")
         if bool(self.classes) is bool(self.text):
-            raise ValueError("classes must be above 0 where there is no text, else 0")
+            raise ValueError("`classes` must be above 0 where there is no `text`, else 0")
 
     def _needed(self) -> list[tuple[str, int | None]]:
         """Role and split of every graph that schedules and decoders need."""
