@@ -36,9 +36,8 @@ class TextEncoder(nn.Module):
         self.stack = T5EncoderModel(config).encoder
         attention = self.stack.block[0].layer[0].SelfAttention  # its table serves all layers
         attention.buckets = _Buckets(attention, config)
-        vars(attention)["_relative_position_bucket"] = (
-            attention.buckets
-        )  # in front of the method of its class
+        # Taken before the method of its class.
+        vars(attention)["_relative_position_bucket"] = attention.buckets
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What the encoder says of the tokens of P prompts.
@@ -60,9 +59,7 @@ class TextEncoder(nn.Module):
         """The tokenizer that belongs to the encoder. Raises CheckpointError if there is none beside it, or if
         the encoder has not the width that a model reads."""
         if self.width != width:
-            message = (
-                f"the text encoder in {self.directory} has width {self.width}, but the model reads {width}"
-            )
+            message = f"the encoder in {self.directory} has width {self.width}, but the model reads {width}"
             raise CheckpointError(message, "give the encoder that the model was trained with")
         path = self.directory / "tokenizer.json"
         if not path.is_file():
@@ -118,7 +115,7 @@ def _weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Buckets(nn.Module):
-    """The bucket of the distance between two tokens, looked up in a table of those that transformers computes.
+    """The bucket of the distance between two tokens, looked up in a table that transformers computes here.
 
     Distances 16, 32 and 64 lie on the edge of a bucket: an engine whose logarithm is off by one bit would
     take the one before.
@@ -129,9 +126,8 @@ class _Buckets(nn.Module):
         self.far = config.relative_attention_max_distance
         sizes = {"num_buckets": config.relative_attention_num_buckets, "max_distance": self.far}
         distances = torch.arange(-self.far, self.far + 1, device="cpu")
-        self.register_buffer(
-            "table", attention._relative_position_bucket(distances, **sizes), persistent=False
-        )
+        buckets = attention._relative_position_bucket(distances, **sizes)
+        self.register_buffer("table", buckets, persistent=False)
 
     def forward(self, distances: Tensor, **_: object) -> Tensor:
         """distances: [N, N] int64."""
