@@ -171,6 +171,7 @@ class TestWeights:
 
 def test_its_tokenizer_lies_beside_it(directory: Path) -> None:
     encoder = text_encoder(directory)
+    (directory / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         encoder.tokenizer_file(48)
     (directory / "tokenizer.json").touch()
