@@ -6,6 +6,7 @@ import datetime
 import gc
 import json
 import platform
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -33,13 +34,16 @@ from ddexport.quantize.policy import IMAGES
 from ddexport.recipe import Recipe, class_names, manifest_recipe
 from ddexport.runtime import __version__
 from ddexport.runtime.bundle import (
+    ENCODER,
     FILE_NAME,
     SCHEMA,
     TEACHER,
+    TEXT_ROLES,
     FileInfo,
     Graph,
     Manifest,
     Teacher,
+    Text,
     Weights,
     decoder_role,
     file_info,
@@ -47,12 +51,13 @@ from ddexport.runtime.bundle import (
 )
 from ddexport.runtime.machine import version_of
 from ddexport.runtime.records import to_json
-from ddexport.sources import WeightRequest, load_parts, provenance, roles_of, sources_of
+from ddexport.sources import WeightRequest, load_parts, provenance, recipe_for, roles_of, sources_of
 from ddexport.staging import staged_directory
+from ddexport.text_encoder import TextEncoder
 
 Stage = Callable[[str], AbstractContextManager[None]]
 Parts = Mapping[str, nn.Module]
-CODEBOOK, LABELS = "codebook.npy", "labels.json"
+CODEBOOK, LABELS, TOKENIZER = "codebook.npy", "labels.json", "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ def export_bundle(
     """
     check_precisions(precisions, recipe)
     check_opset(opset, precisions)
+    recipe = recipe_for(recipe, request)
     roles, labels = roles_of(recipe, request), class_names(recipe)
     check_pipelines(recipe, roles, pipelines)
     sources = sources_of(recipe, request)
@@ -109,14 +115,19 @@ def export_bundle(
             weights = provenance(recipe, request, sources)
         (folder / LABELS).write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         teacher = _teacher(parts, recipe, folder) if TEACHER in parts else None
+        text = _text(parts, recipe, request, folder) if recipe.condition else None
         decoders = {name: role for name in recipe.decoders if (role := decoder_role(name)) in parts}
-        specs = graph_specs(recipe, teacher, decoders.values())
+        specs = graph_specs(recipe, teacher, decoders.values(), text)
         tracer = _Tracer(recipe, folder, weights, tuple(keep_fp32), opset, stage, bool(pipelines))
-        graphs = [graph for name in _traced(precisions) for graph in tracer.trace(parts, specs, name)]
+        graphs = [
+            graph
+            for name in dict.fromkeys([*_traced(precisions), *([FLOAT32] if text else [])])
+            for graph in tracer.trace(parts, [s for s in specs if _is_wanted(s.role, name, precisions)], name)
+        ]
         if INT8 in precisions:
             graphs += int8_graphs(folder, graphs, recipe, calibration, stage, bool(pipelines))
             graphs = _wanted(graphs, precisions, folder)
-        manifest = _manifest(recipe, weights, teacher, graphs, file_info(folder / LABELS, folder))
+        manifest = _manifest(recipe, weights, teacher, text, graphs, file_info(folder / LABELS, folder))
         accuracy = verify(folder, manifest, parts, specs, recipe, stage)
         for name in decoders:
             with stage(f"comparing the decoder {name} with the full one"):
@@ -181,14 +192,18 @@ class _Tracer:
             same = [spec for spec in specs if spec.part == role]
             data = self.folder / f"{same[0].role}{_suffix(precision)}.onnx.data"
             shared = SharedWeights(data) if len(same) > 1 or (self.shared and role != TEACHER) else None
-            for spec in same:
-                yield self._write(graph_module(spec, part, parts["tokenizer"]), spec, precision, shared)
+            written = [
+                self._write(graph_module(spec, part, parts["tokenizer"]), spec, precision, shared)
+                for spec in same
+            ]
+            # Described when the weights that they share are complete.
+            yield from (self._graph(*one, precision) for one in zip(same, written, strict=True))
             del part  # one cast copy at a time beside the float32 parts
             gc.collect()
 
     def _write(
         self, module: nn.Module, spec: GraphSpec, precision: str, shared: SharedWeights | None
-    ) -> Graph:
+    ) -> list[Path]:
         path = self.folder / f"{spec.stem}{_suffix(precision)}.onnx"
         hashes = {file.role: f"sha256:{file.sha256}" for file in self.weights.files}
         properties = {
@@ -202,6 +217,10 @@ class _Tracer:
         with self.stage(f"exporting {path.name}"):
             files = onnx_from_module(module, spec, self.recipe, path, opset, properties, shared)
             gc.collect()  # the tracer's program is full of cycles that hold gigabytes
+        return files
+
+    def _graph(self, spec: GraphSpec, files: Sequence[Path], precision: str) -> Graph:
+        path = files[0]
         with self.stage(f"checking {path.name}"):
             check_onnx(path)
             infos = tuple(file_info(file, self.folder) for file in files)
@@ -221,13 +240,18 @@ def _suffix(precision: str) -> str:
     return "" if precision == FLOAT32 else f"_{precision}"
 
 
+def _is_wanted(role: str, precision: str, precisions: Sequence[str]) -> bool:
+    """Whether a graph is traced in a precision. What runs once a text is float32, in every bundle."""
+    return precision == FLOAT32 if role in TEXT_ROLES else precision in _traced(precisions)
+
+
 def _wanted(graphs: Sequence[Graph], precisions: Sequence[str], folder: Path) -> list[Graph]:
     """The graphs of the precisions that were asked for; the files of the others are removed."""
-    for graph in graphs:
-        if graph.precision not in precisions:
-            for info in graph.files:
-                (folder / info.file).unlink(missing_ok=True)  # shared weights are in several lists
-    return [graph for graph in graphs if graph.precision in precisions]
+    wanted = [graph for graph in graphs if graph.precision in precisions or graph.role in TEXT_ROLES]
+    kept = {info.file for graph in wanted for info in graph.files}
+    for info in (info for graph in graphs for info in graph.files if info.file not in kept):
+        (folder / info.file).unlink(missing_ok=True)  # shared weights are in several lists
+    return wanted
 
 
 def _teacher(parts: Parts, recipe: Recipe, folder: Path) -> Teacher:
@@ -249,8 +273,31 @@ def _teacher(parts: Parts, recipe: Recipe, folder: Path) -> Teacher:
     )
 
 
+def _text(parts: Parts, recipe: Recipe, request: WeightRequest, folder: Path) -> Text:
+    """What the manifest says of the texts. Copies the encoder's tokenizer."""
+    assert recipe.condition is not None
+    size = family(recipe.family).geometry(recipe)
+    tokenizer = None
+    if isinstance(encoder := parts.get(ENCODER), TextEncoder):
+        shutil.copyfile(encoder.tokenizer_file(recipe.condition.width), folder / TOKENIZER)
+        tokenizer = file_info(folder / TOKENIZER, folder)
+    return Text(
+        tokens=recipe.condition.tokens,
+        width=recipe.condition.width,
+        layers=size.depth,
+        heads=size.heads,
+        head_width=size.head_width,
+        tokenizer=tokenizer,
+    )
+
+
 def _manifest(
-    recipe: Recipe, weights: Weights, teacher: Teacher | None, graphs: Sequence[Graph], labels: FileInfo
+    recipe: Recipe,
+    weights: Weights,
+    teacher: Teacher | None,
+    text: Text | None,
+    graphs: Sequence[Graph],
+    labels: FileInfo,
 ) -> Manifest:
     return Manifest(
         schema=SCHEMA,
@@ -261,6 +308,7 @@ def _manifest(
         image=image_size(recipe),
         classes=recipe.classes,
         labels=labels,
+        text=text,
         schedules={
             int(steps): schedule
             for steps, schedule in recipe.schedules.items()
@@ -283,5 +331,5 @@ def _expected_bytes(recipe: Recipe, roles: Sequence[str]) -> int:
     import torch
 
     with torch.device("meta"):
-        parts = [family(recipe.family).build(recipe, role) for role in roles]
+        parts = [family(recipe.family).build(recipe, role) for role in roles if role != ENCODER]
     return sum(4 * value.numel() for part in parts for value in part.state_dict().values())

@@ -220,12 +220,7 @@ class Recipe(Record, frozen=True):
         length = self.sequence.length
         if self.sequence.split > length:
             raise ValueError(f"sequence.split is {self.sequence.split}, past the length {length}")
-        if (self.classes and self.labels) if self.condition else not (self.classes and self.labels):
-            raise ValueError("it must have either classes and labels, or condition: {kind: text, ...}")
-        if not self.schedules and "student" in self.files or not (self.schedules or self.condition):
-            raise ValueError('schedules is empty: give at least "1": {known: [0]}')
-        if self.condition and self.schedules and not self.condition.vector:
-            raise ValueError("condition.vector must be last or mean where there are schedules of a student")
+        self._check_condition()
         # Where the AR steps of a teacher start is for the family to say.
         starts = () if self.teacher is None or "teacher" not in self.files else None
         for steps, schedule in self.schedules.items():
@@ -246,6 +241,15 @@ class Recipe(Record, frozen=True):
                 raise ValueError(f"files.{role} must say where its weights are: file, or embedded")
             if Path(source.embedded).name != source.embedded:
                 raise ValueError(f"files.{role}.embedded must be the name of a file, not {source.embedded!r}")
+
+    def _check_condition(self) -> None:
+        """Raises ValueError unless it is classes, or a text with what is known of its student."""
+        if (self.classes and self.labels) if self.condition else not (self.classes and self.labels):
+            raise ValueError("it must have either classes and labels, or condition: {kind: text, ...}")
+        if (not self.schedules and "student" in self.files) or not (self.schedules or self.condition):
+            raise ValueError('schedules is empty: give at least "1": {known: [0]}')
+        if self.condition and self.schedules and not self.condition.vector:
+            raise ValueError("condition.vector must be last or mean where there are schedules of a student")
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -337,7 +341,7 @@ def _fetched(address: str, cache: Path | None, revision: str | None) -> Recipe:
 
 
 def class_names(recipe: Recipe) -> dict[str, Any]:
-    """The label list of the recipe as stored: {"names": [...], "aliases": {...}}; of a text model it is empty.
+    """The label list of the recipe as stored: {"names": [...], "aliases": {...}}; empty for a text model.
     Raises `RecipeError`."""
     data: dict[str, Any] = {"names": recipe.labels, "aliases": {}}
     if recipe.condition is not None:

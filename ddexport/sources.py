@@ -10,14 +10,12 @@ from typing import Any
 from torch import nn
 
 from ddexport.families._checkpoint import connect, copy_taken, load_part, random_part
-from ddexport.families._weight_file import CheckpointError, fingerprint
+from ddexport.families._weight_file import CheckpointError, config_of, fingerprint
 from ddexport.hub.files import HubFile, LocalFile, fetch, licence_remark
-from ddexport.recipe import FILE_OPTIONS, Recipe, RecipeError, Source, embedded_weights
-from ddexport.runtime.bundle import TEACHER, Weights
+from ddexport.recipe import FILE_OPTIONS, Recipe, RecipeError, Source, embedded_weights, with_student
+from ddexport.runtime.bundle import ENCODER, TEACHER, Weights
 from ddexport.runtime.bundle import Source as WeightFile
 from ddexport.runtime.errors import DDError
-
-ALWAYS = ("student", "tokenizer")
 
 
 class MissingWeightsError(DDError):
@@ -33,7 +31,9 @@ class WeightRequest:
             any, else those at the recipe's place on the Hugging Face Hub.
         weights: which state dict to take of a file that holds several, as for `load_part`.
         random_seed: random weights with this seed in place of all files.
-        teacher: whether the teacher is wanted. None: where its weights are given or ship with the project.
+        teacher: whether the teacher is wanted. None: where its weights are given or ship with the project, or
+            where there is no student.
+        text_encoder: whether that is wanted.
         revision: of the student's repository, in place of the recipe's.
         cache: the directory of fetched files, None for huggingface_hub's.
     """
@@ -42,8 +42,16 @@ class WeightRequest:
     weights: str | None = None
     random_seed: int | None = None
     teacher: bool | None = None
+    text_encoder: bool = True
     revision: str | None = None
     cache: Path | None = None
+
+
+def recipe_for(recipe: Recipe, request: WeightRequest) -> Recipe:
+    """The recipe, with what a checkpoint of a student says of its training where the recipe does not say it.
+    Raises `RecipeError`, `CheckpointError`."""
+    path = request.files.get("student")
+    return recipe if path is None else with_student(recipe, config_of(path), str(path))
 
 
 def roles_of(recipe: Recipe, request: WeightRequest) -> tuple[str, ...]:
@@ -51,12 +59,20 @@ def roles_of(recipe: Recipe, request: WeightRequest) -> tuple[str, ...]:
 
     Random weights come with a teacher only where it is asked for: it doubles the bundle.
     """
-    parts = (*ALWAYS, *(role for role in recipe.roles if _is_decoder_at_hand(recipe, request, role)))
+    parts: tuple[str, ...] = ("student", "tokenizer") if recipe.schedules else ("tokenizer",)
+    parts += tuple(role for role in recipe.roles if _is_decoder_at_hand(recipe, request, role))
+    if _is_encoder_wanted(recipe, request):
+        parts += (ENCODER,)
     source = recipe.files.get(TEACHER)
     if unknown := [role for role in request.files if role not in recipe.roles]:
         raise RecipeError(f"recipe {recipe.name} has no {unknown[0]}", "state its size under decoders")
     at_hand = source is not None and (TEACHER in request.files or bool(source.embedded))
     wanted = request.random_seed is None and at_hand if request.teacher is None else request.teacher
+    if not recipe.schedules:
+        if request.teacher is False:
+            hint = "give a student with --checkpoint, or leave out --teacher none"
+            raise RecipeError(f"no student of {recipe.name} is known, and nothing else draws", hint)
+        wanted = True
     if not wanted:
         return parts
     if source is None or recipe.teacher is None:
@@ -75,6 +91,13 @@ def _is_decoder_at_hand(recipe: Recipe, request: WeightRequest, role: str) -> bo
     return source is not None and "tokenizer" not in request.files and bool(source.embedded or source.repo)
 
 
+def _is_encoder_wanted(recipe: Recipe, request: WeightRequest) -> bool:
+    """Whether the bundle gets a text encoder; there are no random ones."""
+    if recipe.condition is None or request.random_seed is not None or not request.text_encoder:
+        return False
+    return ENCODER in request.files or bool(recipe.files.get(ENCODER, Source()).repo)
+
+
 def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, LocalFile]:
     """The file of each role, none for random weights; what was not given is fetched.
 
@@ -89,6 +112,7 @@ def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, LocalFile]:
     sources: dict[str, LocalFile] = {}
     published: dict[str, HubFile] = {}
     missing: dict[str, str] = {}  # by option
+    beside: list[HubFile] = []
     for role in roles:
         source = recipe.files.get(role, Source())
         if role in request.files:
@@ -98,9 +122,10 @@ def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, LocalFile]:
         elif source.embedded:
             sources[role] = _local(embedded_weights(source))
         elif source.repo:
-            of_student = source.repo == recipe.files["student"].repo
+            of_student = source.repo == recipe.files.get("student", Source()).repo
             revision = (of_student and request.revision) or source.revision or None
             published[role] = HubFile(source.repo, source.path or source.file, revision)
+            beside += [HubFile(source.repo, name, revision) for name in source.beside]
         else:
             missing[source.option or FILE_OPTIONS[role]] = source.file
     if missing:
@@ -110,8 +135,10 @@ def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, LocalFile]:
             " or try the export without them: --random-weights 0",
         )
     if published:
-        files = fetch([*published.values()], request.cache, licence_remark(recipe.licence))
-        sources |= dict(zip(published, files, strict=True))
+        files = fetch([*published.values(), *beside], request.cache, licence_remark(recipe.licence))
+        sources |= dict(zip(published, files, strict=False))  # `beside` lies beside
+        if ENCODER in published:
+            sources[ENCODER] = sources[ENCODER]._replace(path=sources[ENCODER].path.parent)
     return sources
 
 
@@ -134,10 +161,18 @@ def load_parts(
         parts = {role: random_part(recipe, role, request.random_seed) for role in roles}
     else:
         sources = sources or sources_of(recipe, request)
-        parts = {role: load_part(recipe, role, sources[role].path, request.weights) for role in roles}
+        parts = {role: _loaded(recipe, role, sources[role].path, request.weights) for role in roles}
     for part in parts.values():
         connect(part, parts["tokenizer"])
     return parts
+
+
+def _loaded(recipe: Recipe, role: str, path: Path, weights: str | None) -> nn.Module:
+    if role == ENCODER:
+        from ddexport.text_encoder import text_encoder
+
+        return text_encoder(path)
+    return load_part(recipe, role, path, weights)
 
 
 def provenance(recipe: Recipe, request: WeightRequest, sources: Mapping[str, LocalFile]) -> Weights:
@@ -148,7 +183,7 @@ def provenance(recipe: Recipe, request: WeightRequest, sources: Mapping[str, Loc
     files = []
     for role, (path, name, repository, commit) in sources.items():
         sha256, size = fingerprint(path)
-        copy = copy_taken(recipe, role, path, request.weights)
+        copy = None if role == ENCODER else copy_taken(recipe, role, path, request.weights)
         origin: dict[str, Any] = {"file": name, "repository": repository, "commit": commit}
         files.append(WeightFile(role=role, sha256=sha256, bytes=size, weights=copy, **origin))
     return Weights(kind="embedded" if embedded else "checkpoint", files=tuple(files))

@@ -7,31 +7,29 @@ import itertools
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 
+from ddexport.runtime.contract import TensorSpec, contract
 from ddexport.runtime.errors import BundleError, ScheduleError
 from ddexport.runtime.records import Natural, Positive, Record, convert, read_json, to_json
 from ddexport.runtime.schedule import Schedule, Span, rises, schedule_fault
 
 SCHEMA = 2
+FLOAT32: Final = "fp32"
 FILE_NAME = "bundle.json"
 TEACHER: Final = "teacher"
-ROLES = ("student", "decoder")  # what every precision of a bundle has
+ROLES = ("student", "decoder")  # what every precision of a bundle has, if there is a student
+PREFIXES: Final = {"student": "text_prefix", TEACHER: "teacher_prefix"}
+ENCODER: Final = "text_encoder"
+TEXT_ROLES = (*PREFIXES.values(), ENCODER)  # they run once a prompt, and so in float32 in every precision
 FULL: Final = "full"  # the name of the tokenizer's own decoder, where others are beside it
 DAMAGED = "The bundle is damaged or incomplete: copy it again, or export it again."
 
 
-Role: TypeAlias = Annotated[str, msgspec.Meta(pattern="^(student|teacher|decoder(_[a-z0-9]+)?)$")]
-
-
-class TensorSpec(NamedTuple):
-    """An input or output of a graph; a dimension that is a name, such as `batch`, is dynamic."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+ROLE = "^(student|teacher|decoder(_[a-z0-9]+)?|(text|teacher)_prefix|text_encoder)$"
+Role: TypeAlias = Annotated[str, msgspec.Meta(pattern=ROLE)]
 
 
 class FileInfo(Record, frozen=True, kw_only=True):
@@ -90,6 +88,21 @@ class Teacher(Record, frozen=True, kw_only=True):
         if self.guidance == "constant":
             return max(cfg - 1.0, 0.0)
         return cfg * self.starts.index(start) / max(len(self.starts) - 2, 1)
+
+
+class Text(Record, frozen=True, kw_only=True):
+    """The texts that images are drawn from, in place of classes.
+
+    tokens, width: of the features of a text, T rows of width W at most. layers, heads, head_width: of what
+    student and teacher see of it. tokenizer: the tokenizer.json of the text encoder, where there is one.
+    """
+
+    tokens: Positive
+    width: Positive
+    layers: Positive
+    heads: Positive
+    head_width: Positive
+    tokenizer: FileInfo | None = None
 
 
 class Graph(Record, frozen=True, kw_only=True):
@@ -177,8 +190,9 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
     created: str
     sequence: SequenceSize
     image: ImageSize
-    classes: Positive
+    classes: Natural
     labels: FileInfo
+    text: Text | None = None
     schedules: Mapping[int, Schedule]
     teacher: Teacher | None = None
     graphs: tuple[Graph, ...]
@@ -196,8 +210,7 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
         length = self.sequence.length
         if self.sequence.split > length:
             raise ValueError(f"sequence.split is {self.sequence.split}, past the length {length}")
-        if not self.schedules:
-            raise ValueError("schedules is empty")
+        self._check_condition()
         starts = self.teacher.starts if self.teacher else ()
         if self.teacher and not (starts[:1] == (0,) and starts[-1:] == (length,) and rises(starts)):
             raise ValueError(f"teacher.starts must rise from 0 to {length}, but is {list(starts)}")
@@ -214,21 +227,36 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
             raise ValueError("graphs lists one role and precision twice")
         if not self.precisions:
             raise ValueError(f"graphs needs a {' and a '.join(ROLES)} in one precision")
-        splits = {schedule.split for schedule in self.schedules.values()} - {self.sequence.split, None}
-        needed: list[tuple[str, int | None]] = [("student", split) for split in sorted(splits, key=str)]
-        needed += [(decoder_role(name), None) for name in self.decoders]
-        for role, split in needed + ([(TEACHER, None)] if self.teacher else []):
-            if (role, split, self.precisions[0]) not in self._index:
+        for role, split in self._needed():
+            precision = FLOAT32 if role in TEXT_ROLES else self.precisions[0]
+            if (role, split, precision) not in self._index:
                 of = f" of split {split}" if split else ""
                 raise ValueError(
-                    f"graphs lacks the {role}{of} in {self.precisions[0]}, which schedules and decoders need"
+                    f"graphs lacks the {role}{of} in {precision}, which schedules and decoders need"
                 )
+
+    def _check_condition(self) -> None:
+        """Raises ValueError unless it is classes, or a text with a student or a teacher."""
+        if not self.schedules and not (self.text and self.teacher):
+            raise ValueError("schedules is empty")
+        if bool(self.classes) is bool(self.text):
+            raise ValueError("`classes` must be above 0 where there is no `text`, else 0")
+
+    def _needed(self) -> list[tuple[str, int | None]]:
+        """Role and split of every graph that schedules and decoders need."""
+        splits = {schedule.split for schedule in self.schedules.values()} - {self.sequence.split, None}
+        parts = [*(["student"] if self.schedules else []), *([TEACHER] if self.teacher else [])]
+        roles = [*parts, *map(decoder_role, self.decoders)]
+        roles += [PREFIXES[part] for part in parts] if self.text else []
+        return [*(("student", split) for split in sorted(splits, key=str)), *((role, None) for role in roles)]
 
     @cached_property
     def precisions(self) -> tuple[str, ...]:
-        """The precisions that have a student and a decoder, in the manifest's order."""
+        """The precisions that have a student and a decoder, in the manifest's order; where no student is
+        known, a teacher and a decoder."""
         listed = dict.fromkeys(graph.precision for graph in self.graphs)
-        return tuple(p for p in listed if all((role, None, p) in self._index for role in ROLES))
+        roles = ROLES if self.schedules else (TEACHER, "decoder")
+        return tuple(p for p in listed if all((role, None, p) in self._index for role in roles))
 
     @cached_property
     def _index(self) -> dict[tuple[str, int | None, str], Graph]:
@@ -236,12 +264,13 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
 
     def graph(self, role: str, precision: str | None = None, split: int | None = None) -> Graph:
         """The graph of a role, of the student with that split; without a precision, that of the first one.
+        What runs once a text is float32 in every precision.
 
         BundleError if there is none.
         """
         if role != "student" or split == self.sequence.split:
             split = None
-        wanted = precision or self.precisions[0]
+        wanted = FLOAT32 if role in TEXT_ROLES else precision or self.precisions[0]
         graph = self._index.get((role, split, wanted))
         if graph is None:
             have = ", ".join(p for r, s, p in self._index if (r, s) == (role, split))
@@ -260,15 +289,16 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
 
     def tensors(self, graph: Graph) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """The inputs and outputs that a graph must have; see `contract`."""
-        return contract(graph.role, self.sequence, self.image, self.teacher, graph.split)
+        return contract(graph.role, self.sequence, self.image, self.teacher, graph.split, self.text)
 
     def schedule(self, steps: int | str | None = None) -> Schedule:
-        """The schedule of so many steps, the shortest without a number, all from the teacher for "teacher".
+        """The schedule of so many steps, the shortest without a number, all from the teacher for "teacher",
+        or where no student is known.
 
         ScheduleError if there is none.
         """
         if steps is None:
-            return self.schedules[min(self.schedules)]
+            steps = min(self.schedules, default=TEACHER)
         if steps == TEACHER and self.teacher is not None:
             return Schedule(known=(), teacher=Span(start=0, end=self.sequence.length))
         if isinstance(steps, (bool, str)) or steps not in self.schedules:
@@ -287,7 +317,9 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
         """Every file of the bundle that the runtime may open, each once."""
         graphs: tuple[Graph | PipelineGraph, ...] = (*self.graphs, *self.pipelines)
         listed = [self.labels, *(info for graph in graphs for info in graph.files)]
-        return tuple(dict.fromkeys(listed + ([self.teacher.codebook] if self.teacher else [])))
+        listed += [self.teacher.codebook] if self.teacher else []
+        listed += [self.text.tokenizer] if self.text and self.text.tokenizer else []
+        return tuple(dict.fromkeys(listed))
 
     def to_json(self) -> str:
         """The text of bundle.json."""
@@ -297,48 +329,6 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
 def decoder_role(name: str) -> str:
     """The role of the graph of a decoder, which is FULL or one of `Manifest.decoders`."""
     return "decoder" if name == FULL else f"decoder_{name}"
-
-
-def contract(
-    role: str,
-    sequence: SequenceSize,
-    image: ImageSize,
-    teacher: Teacher | None = None,
-    split: int | None = None,
-) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """The inputs and outputs that docs/bundle.md promises for a role; the same in every precision.
-
-    teacher: needed for its role. split: of a student whose split is not that of `sequence`.
-    """
-    latent = TensorSpec("sequence", "float32", ("batch", sequence.length, sequence.width))
-    batch: tuple[int | str, ...] = ("batch",)
-    label = TensorSpec("label", "int64", batch)
-    if role == "student":
-        codes = split or sequence.split
-        return (latent._replace(name="latents"), label, TensorSpec("known", "int64", batch)), (
-            latent,
-            TensorSpec("tokens", "int64", ("batch", codes)),
-            TensorSpec("logits", "float32", ("batch", codes, sequence.codebook)),
-        )
-    if role.startswith("decoder"):
-        shape = ("batch", image.channels, image.height, image.width)
-        return (latent,), (TensorSpec("image", "float32", shape),)
-    assert teacher is not None  # `Manifest` has seen to it
-    names = [f"{what}_{layer}" for layer in range(teacher.layers) for what in ("key", "value")]
-    # 2: the conditional and the unconditional rows of classifier-free guidance.
-    cache = (2, "batch", teacher.heads, "capacity", teacher.head_width)
-    fresh = (2, "batch", teacher.heads, "new", teacher.head_width)
-    return (
-        TensorSpec("tokens", "int64", ("batch", sequence.length)),
-        label,
-        TensorSpec("positions", "int64", ("new",)),
-        TensorSpec("guidance", "float32", batch),
-        TensorSpec("filled", "int64", (1,)),
-        *(TensorSpec(name, "float32", cache) for name in names),
-    ), (
-        TensorSpec("logits", "float32", ("batch", "new", sequence.codebook)),
-        *(TensorSpec(f"new_{name}", "float32", fresh) for name in names),
-    )
 
 
 def read_manifest(directory: str | Path, verify: bool = True) -> Manifest:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ddexport.runtime.bundle import FILE_NAME, sha256_of
 from ddexport.runtime.errors import BundleError, VerificationError
 from ddexport.runtime.pipeline import Pipeline
+from ddexport.runtime.text import Features
 
 FILE = "parity/golden.npz"
 MAKE = "Make it on the machine where the bundle was exported: ddexport validate parity BUNDLE"
@@ -25,7 +26,8 @@ MAKE = "Make it on the machine where the bundle was exported: ddexport validate 
 @dataclass(frozen=True)
 class Golden:
     """What PyTorch drew: seeds uint64 (8,), labels int64 (8,), and for each number of steps tokens int64 (8,
-    T), sequences float32 (8, L, Cv) and images uint8 (8, H, W, C)."""
+    T), sequences float32 (8, L, Cv) and images uint8 (8, H, W, C). Of a text model the labels number
+    `prompts`, or texts of which features (P, T, W) and features_mask (P, T) are stored."""
 
     steps: tuple[str, ...]
     seeds: NDArray[np.uint64]
@@ -35,6 +37,14 @@ class Golden:
     def of(self, name: str, steps: str) -> NDArray[Any]:
         """tokens, sequences or images in so many steps."""
         return self.arrays[f"{name}_{steps}"]
+
+    def condition(self, label: int) -> Any:
+        """What an image is drawn from: its label, prompt or `Features`."""
+        if "prompts" in self.arrays:
+            return str(self.arrays["prompts"][label])
+        if "features" in self.arrays:
+            return Features(*(self.arrays[name][[label]] for name in ("features", "features_mask")))
+        return int(label)
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,12 @@ def check(pipe: Pipeline, golden: Golden) -> list[Check]:
 
 def _check(pipe: Pipeline, golden: Golden, steps: str, limits: dict[str, float]) -> Check:
     results = [
-        pipe([int(label)], int(steps) if steps.isdecimal() else steps, seed=int(seed), output="numpy")
+        pipe(
+            golden.condition(label),
+            int(steps) if steps.isdecimal() else steps,
+            seed=int(seed),
+            output="numpy",
+        )
         for label, seed in zip(golden.labels, golden.seeds, strict=True)
     ]
     wanted, pictures = golden.of("tokens", steps), golden.of("images", steps)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ddexport.runtime import console
-from ddexport.runtime.errors import LabelError
+from ddexport.runtime.errors import LabelError, TextError
 from ddexport.runtime.options import PATH, POSITIVE, option, shared
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ddexport.runtime.conditions import Conditions
     from ddexport.runtime.pipeline import Pipeline
     from ddexport.runtime.result import Result
 
@@ -34,6 +35,8 @@ Examples:
   ddexport sample digits-var --steps 3 --guidance-scale 1.5 --top-p 0.9 -o three-steps.png
   ddexport sample digits-var --steps teacher --top-k 1 -o teacher.png --dump teacher.npz
   ddexport sample build/var-d16 --label 207 --label "ice bear" -n 4 -o dogs-and-bears/
+  ddexport sample llamagen-t2i-xl --prompt "a red fox in the snow" --prompt "a lighthouse at dusk"
+  ddexport sample llamagen-t2i-xl --features prompts.npz --top-k 500
 """
 
 
@@ -47,6 +50,12 @@ def _steps(ctx: click.Context, param: click.Parameter, value: Any) -> int | str 
 @option("--label", "labels", multiple=True, metavar="CLASS",
         show_default=f"all classes if there are at most {FEW_CLASSES}, else {SHOWN_CLASSES} of them",
         help="Class to generate, by number or by name. Can be repeated.")  # fmt: skip
+@option("--prompt", "prompts", multiple=True, metavar="TEXT",
+        help="Text to generate, of a model that draws from texts. Can be repeated.")  # fmt: skip
+@option("--prompts", "prompt_file", type=PATH, metavar="FILE", help="The same, one prompt a line.")
+@option("--features", type=PATH, metavar="FILE.npz",
+        help="What a text encoder made of the prompts, in place of them: features (N, T, W), left-padded, and"
+        " features_mask (N, T).")  # fmt: skip
 @option("--steps", callback=_steps, metavar="N|teacher", show_default="the fewest",
         help="Number of steps; `ddexport inspect` lists those that the bundle has. teacher: all steps of the"
         " auto-regressive model.")  # fmt: skip
@@ -63,7 +72,8 @@ def _steps(ctx: click.Context, param: click.Parameter, value: Any) -> int | str 
 @option("--temperature", type=float, metavar="T", show_default="the bundle's",
         help="Divides the teacher's logits.")  # fmt: skip
 @shared("seed")
-@option("-n", "--num-images", type=POSITIVE, metavar="N", default=1, help="Number of images per label.")
+@option("-n", "--num-images", type=POSITIVE, metavar="N", default=1,
+        help="Number of images per label or prompt.")  # fmt: skip
 @shared("decoder", "backend", "device", "threads", "precision")
 @option("--batch-size", type=POSITIVE, metavar="N", show_default="chosen by the image size",
         help="Number of images per batch.")  # fmt: skip
@@ -99,6 +109,9 @@ def sample(
     steps: int | str | None,
     seed: int | None,
     num_images: int,
+    prompts: tuple[str, ...],
+    prompt_file: Path | None,
+    features: Path | None,
     decoder: str,
     backend: str,
     device: str | None,
@@ -134,7 +147,8 @@ def sample(
         pipe = load(bundle, backend, threads, precision, not no_verify, **how)
     with pipe:
         loaded = time.perf_counter() - began
-        numbers = pipe.labels.indices(_labels(replay.labels, labels, pipe)).tolist()
+        given = _conditions(pipe, replay.labels, labels, prompts, prompt_file, features)
+        numbers = given.numbers.tolist()
         schedule = pipe.schedule(steps, sampling["teacher_start"])
         passes = pipe.manifest.number_of_steps(schedule)
         if schedule.teacher is not None:
@@ -146,7 +160,7 @@ def sample(
         columns = 0 if into_directory else grid_columns(len(numbers), num_images, image.width, image.height)
         with console.progress(len(numbers) * num_images * passes, "generating, model calls") as bar:
             batches = pipe.stream(
-                numbers,
+                given,
                 steps,
                 seed=seed or 0,
                 num_images=num_images,
@@ -158,7 +172,8 @@ def sample(
                 **sampling,
             )
             folder = Path(output) if into_directory else None
-            result = joined(list(_kept(batches, folder, dump is not None)))
+            what = "class" if pipe.texts is None else "prompt"
+            result = joined(list(_kept(batches, folder, dump is not None, what)))
         _write(result, None if into_directory else Path(output), dump, columns)
         chosen = pipe.backend.configuration
         return {
@@ -233,6 +248,39 @@ def _check_outputs(output: Path, into_directory: bool, dump: Path | None) -> Non
         check_writable(dump)
 
 
+def _conditions(
+    pipe: Pipeline,
+    own: NDArray[np.int64] | None,
+    labels: tuple[str, ...],
+    prompts: tuple[str, ...],
+    file: Path | None,
+    features: Path | None,
+) -> Conditions:
+    """What the options ask for; own: the labels of a noise file, which number the prompts of a text model."""
+    from ddexport.runtime.text import read_features, read_prompts
+
+    texts = (prompts, file, features)
+    if pipe.texts is None:
+        if any(texts):
+            raise TextError(f"{pipe.manifest.name} draws classes, not texts", "Give --label.")
+        return pipe.conditions(_labels(own, labels, pipe))
+    if labels or sum(map(bool, texts)) != 1:
+        raise TextError(
+            f"{pipe.manifest.name} draws from texts: it needs --prompt, --prompts or --features",
+            'Give a sentence, and no label: --prompt "a red fox in the snow".',
+        )
+    size, given = pipe.texts.size, list(prompts)
+    if file is not None:
+        given = read_prompts(file)
+    conditions = pipe.conditions(read_features(features, size.tokens, size.width) if features else given)
+    if own is None:
+        return conditions
+    if len(own) and not 0 <= own.min() <= own.max() < len(conditions):
+        fault = f"the noise file draws prompt {own.max()}, and {len(conditions)} are given"
+        raise LabelError(fault, "Give the prompts that it was written with, in their order.")
+    return conditions.rows(own)
+
+
 def _labels(own: NDArray[np.int64] | None, labels: tuple[str, ...], pipe: Pipeline) -> list[Any]:
     if own is not None:
         return list(own)
@@ -244,7 +292,7 @@ def _labels(own: NDArray[np.int64] | None, labels: tuple[str, ...], pipe: Pipeli
     return [number * (classes - 1) // (SHOWN_CLASSES - 1) for number in range(SHOWN_CLASSES)]
 
 
-def _kept(batches: Iterator[Result], folder: Path | None, everything: bool) -> Iterator[Result]:
+def _kept(batches: Iterator[Result], folder: Path | None, everything: bool, what: str) -> Iterator[Result]:
     """Writes one file an image into a folder, and passes on what is still needed: all for a dump, else the
     images for a picture, else the times alone."""
     from dataclasses import replace
@@ -257,7 +305,7 @@ def _kept(batches: Iterator[Result], folder: Path | None, everything: bool) -> I
         if folder is not None:
             images = zip(to_pil(batch.images), batch.labels, strict=True)  # type: ignore[arg-type]
             for number, (image, label) in enumerate(images, count):
-                write_image(folder / f"{number:05d}-class{label:04d}.png", image)
+                write_image(folder / f"{number:05d}-{what}{label:04d}.png", image)
             count += len(batch)
         if everything:
             yield batch

@@ -35,7 +35,7 @@ class LabelError(DDError):
 
 
 class TextError(DDError):
-    """A prompt or its features that are not what the model reads."""
+    """A prompt, or features of one, that the model cannot take."""
 
 
 class ScheduleError(DDError):

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from ddexport.runtime.backends import AUTO, UNSUPPORTED, Backend, choose, open_backend
 from ddexport.runtime.backends.onnxruntime import OnnxRuntime
-from ddexport.runtime.bundle import FULL, TEACHER, Manifest, read_manifest, resolve
-from ddexport.runtime.errors import BackendError, DDError, NoiseError
+from ddexport.runtime.bundle import FLOAT32, FULL, TEACHER, Manifest, read_manifest, resolve
+from ddexport.runtime.conditions import Conditions, Texts
+from ddexport.runtime.errors import BackendError, DDError, NoiseError, TextError
 from ddexport.runtime.images import to_pil, to_uint8
 from ddexport.runtime.labels import Label, Labels, read_labels
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
@@ -34,6 +35,7 @@ from ddexport.runtime.teacher import (
     read_codebook,
     sampling_of,
 )
+from ddexport.runtime.text import Features
 
 OUTPUTS = ("pil", "numpy", "sequence")
 MEMORY_TARGET = 2 << 30  # bytes; a CPU is no faster with more images at once
@@ -50,7 +52,7 @@ DIFFUSERS = {
 DIFFUSERS_OUTPUTS = {"np": "numpy", "latent": "sequence"}
 REFUSED = {
     "generator": "Give seed, an integer: image i of a seed is the same on every machine.",
-    "negative_prompt": "Leave it out: the models know classes, and the student needs no guidance.",
+    "negative_prompt": "Leave it out: the student needs no guidance, and the teacher's null text is its own.",
     "height": "Leave it out: a bundle has one size of image.",
     "width": "Leave it out: a bundle has one size of image.",
     "callback_on_step_end": "Give on_pass, or read the steps of the result.",
@@ -94,11 +96,12 @@ class Pipeline:
         self.precision = backend.configuration.precision
         self.codebook = read_codebook(root, manifest) if manifest.teacher else None
         self.teacher_backend = self._teacher_backend() if manifest.teacher else None
+        self.texts = Texts(root, manifest, self._text_backend()) if manifest.text else None
 
     @takes_diffusers_names
     def __call__(
         self,
-        labels: Label | Iterable[Label],
+        labels: Label | Iterable[Label] | Features | Conditions,
         steps: int | str | None = None,
         *,
         seed: int | None = 0,
@@ -113,7 +116,8 @@ class Pipeline:
     ) -> Result:
         """Draws `num_images` images of each label, in the order of the labels, and returns all at once.
 
-        labels: a class number, a name, or several. steps: the number of steps of a schedule in the manifest,
+        labels: a class number, a name, or several; of a text model a prompt or several, or `Features` of
+        them. steps: the number of steps of a schedule in the manifest,
         the fewest if None, "teacher" for the whole auto-regressive model. seed: 0 to 2**64 - 1; None chooses
         a random one, which the result holds. first_image: image i gets noise first_image + i of the seed.
         noise: float32 (N, L, Cv) in place of the seed's. output: "pil", "numpy" (uint8 N, H, W, C) or
@@ -132,18 +136,18 @@ class Pipeline:
         schedule = self.schedule(steps, teacher.get("teacher_start"))
         sampling = sampling_of(schedule, manifest.teacher, teacher)
         _check_at_least_one("num_images", num_images)
-        numbers = np.repeat(self.labels.indices(labels), num_images)
+        given = self.conditions(labels)
+        given = given.rows(np.repeat(np.arange(len(given)), num_images))
         batch_size = self._batch_size(batch_size, schedule)
         seed = secrets.randbits(32) if seed is None else seed
-        self._check_noise(len(numbers), noise, teacher.get("uniforms"))
-        self.open(schedule, min(len(numbers), batch_size), decoder)
-        student_graph = manifest.graph("student", precision, schedule.split)
+        self._check_noise(len(given), noise, teacher.get("uniforms"))
+        self.open(schedule, min(len(given), batch_size), decoder)
         decoder_graph = manifest.decoder(decoder, precision)
 
         parts = []
-        for start in range(0, len(numbers), batch_size):
+        for start in range(0, len(given), batch_size):
             rows = slice(start, start + batch_size)
-            batch = numbers[rows]
+            batch = given.rows(rows)
             images = range(first_image + start, first_image + start + len(batch))
             gaussian = gaussian_noise(seed, images, size.length, size.width) if noise is None else noise[rows]
             uniforms = None
@@ -152,12 +156,14 @@ class Pipeline:
                 uniforms = uniform_numbers(seed, images, size.length) if replayed is None else replayed[rows]
 
             def student(feeds: Arrays) -> Arrays:
-                outputs = self.backend.run(student_graph, feeds, ("sequence", "tokens"))
-                on_pass(len(feeds["label"]))
+                graph = manifest.graph("student", precision, schedule.split)
+                outputs = self.backend.run(graph, feeds, ("sequence", "tokens"))
+                on_pass(len(feeds["known"]))
                 return outputs
 
             continued = partial(self._continued, batch, uniforms, sampling, on_pass)
-            done = sample(student, gaussian, batch, schedule, continued, self.codebook)
+            condition = batch.feeds("student") if schedule.known else {}
+            done = sample(student, gaussian, condition, schedule, continued, self.codebook)
 
             began = time.perf_counter()
             pictures: Any = done[-1].sequence
@@ -169,13 +175,13 @@ class Pipeline:
             seconds["decoder"] = time.perf_counter() - began
             shown = to_pil(pictures) if output == "pil" else pictures
             used_seed = seed if noise is None else None
-            parts.append(Result(shown, batch, gaussian, done, seconds, used_seed, uniforms))
+            parts.append(Result(shown, batch.numbers, gaussian, done, seconds, used_seed, uniforms))
         return joined(parts)
 
     @takes_diffusers_names
     def stream(
         self,
-        labels: Label | Iterable[Label],
+        labels: Label | Iterable[Label] | Features | Conditions,
         steps: int | str | None = None,
         *,
         seed: int | None = 0,
@@ -189,8 +195,8 @@ class Pipeline:
         Labels, steps, decoder, sizes and noise are checked at once, not when the first batch is asked for.
         """
         _check_at_least_one("num_images", num_images)
-        indices = self.labels.indices(labels)
-        count = len(indices) * num_images
+        given = self.conditions(labels)
+        count = len(given) * num_images
         size = self._batch_size(batch_size, self.schedule(steps, request.get("teacher_start")))
         seed = secrets.randbits(32) if seed is None else seed
         self.manifest.decoder(request.get("decoder", FULL))
@@ -200,12 +206,22 @@ class Pipeline:
         def batches() -> Iterator[Result]:
             for start in range(0, count, size):
                 stop = min(start + size, count)
-                numbers = indices[np.arange(start, stop) // num_images]
+                numbers = given.rows(np.arange(start, stop) // num_images)
                 part = {name: array[start:stop] for name, array in arrays.items()}
                 first = first_image + start
                 yield self(numbers, steps, seed=seed, first_image=first, batch_size=size, **part, **request)
 
         return batches()
+
+    def conditions(self, labels: Label | Iterable[Label] | Features | Conditions) -> Conditions:
+        """One for each label, prompt or text. Raises LabelError, TextError."""
+        if isinstance(labels, Conditions):
+            return labels
+        if self.texts is not None:
+            return self.texts.conditions(labels)  # type: ignore[arg-type]
+        if isinstance(labels, Features):
+            raise TextError(f"{self.manifest.name} knows classes, not texts", "Give labels.")
+        return Conditions(self.labels.indices(labels))
 
     def schedule(self, steps: int | str | None = None, teacher_start: int | None = None) -> Schedule:
         """The schedule for a request. Raises ScheduleError."""
@@ -233,8 +249,9 @@ class Pipeline:
         """Frees the engines. The pipeline cannot be used afterwards."""
         with ExitStack() as closing:
             closing.callback(self.backend.close)
-            if self.teacher_backend is not None:
-                closing.callback(self.teacher_backend.close)
+            for engine in (self.teacher_backend, self.texts.engine if self.texts else None):
+                if engine is not None:
+                    closing.callback(engine.close)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -275,7 +292,7 @@ class Pipeline:
 
     def _continued(
         self,
-        labels: NDArray[np.int64],
+        given: Conditions,
         uniforms: NDArray[np.float64] | None,
         sampling: Sampling | None,
         on_pass: Callable[[int], None],
@@ -287,21 +304,33 @@ class Pipeline:
         assert engine and teacher and sampling and uniforms is not None  # a schedule with a span has them all
         run = partial(engine.run, self.manifest.graph(TEACHER, engine.configuration.graphs))
         pick, scale = by_uniforms(uniforms, sampling), sampling.guidance_scale
-        return generate(run, teacher, span, prefix, labels, scale, pick, on_pass, engine.new_cache)
+        condition = given.feeds(TEACHER)
+        return generate(run, teacher, span, prefix, condition, scale, pick, on_pass, engine.new_cache)
 
     def _teacher_backend(self) -> OnnxRuntime | None:
         """ONNX Runtime for the teacher, where the student runs if it can, and in its precision if there is
         such a teacher: int8 has none. None where ONNX Runtime cannot run it."""
         chosen, manifest = self.backend.configuration, self.manifest
-        for precision in dict.fromkeys((chosen.precision, "fp32", *manifest.precisions)):
+        for precision in dict.fromkeys((chosen.precision, FLOAT32, *manifest.precisions)):
             if not any((graph.role, graph.precision) == (TEACHER, precision) for graph in manifest.graphs):
                 continue
             if isinstance(self.backend, OnnxRuntime) and precision == chosen.precision:
                 return self.backend
-            for device in dict.fromkeys((chosen.device, "cpu")):
-                for configuration in OnnxRuntime.configurations(self.root, manifest, precision, device):
-                    if not configuration.obstacle:
-                        return OnnxRuntime(self.root, manifest, configuration, self.backend.threads)
+            if engine := self._onnxruntime(precision):
+                return engine
+        return None
+
+    def _text_backend(self) -> OnnxRuntime | None:
+        """ONNX Runtime for what runs once a text, which is float32; None where it cannot run."""
+        if isinstance(self.backend, OnnxRuntime):
+            return self.backend
+        return self.teacher_backend or self._onnxruntime(self.manifest.precisions[0])
+
+    def _onnxruntime(self, precision: str) -> OnnxRuntime | None:
+        for device in dict.fromkeys((self.backend.configuration.device, "cpu")):
+            for configuration in OnnxRuntime.configurations(self.root, self.manifest, precision, device):
+                if not configuration.obstacle:
+                    return OnnxRuntime(self.root, self.manifest, configuration, self.backend.threads)
         return None
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from ddexport.runtime.schedule import Schedule, Span
 from ddexport.runtime.teacher import Run, nearest_codes
 
+Arrays = Mapping[str, NDArray[Any]]
 # Tokens (N, start) of a prefix -> tokens (N, end) of a span behind it, from the teacher.
 Generate = Callable[[Span, NDArray[np.int64]], NDArray[np.int64]]
 
@@ -33,15 +35,16 @@ class Step:
 def sample(
     student: Run,
     noise: NDArray[np.float32],
-    labels: NDArray[np.int64],
+    condition: Arrays,
     schedule: Schedule,
     generate: Generate | None = None,
     codebook: NDArray[np.float32] | None = None,
 ) -> list[Step]:
     """Runs the student once for each `known` of the schedule, and the teacher where the schedule has a span.
 
-    student: arrays latents (N, L, Cv), label (N,), known (N,) -> arrays sequence (N, L, Cv), tokens (N, S).
-    noise: float32 (N, L, Cv). labels: int64 (N,). generate, codebook (V, Cv): for schedules with a span.
+    student: arrays latents (N, L, Cv), known (N,), condition -> arrays sequence (N, L, Cv), tokens (N, S).
+    noise: float32 (N, L, Cv). condition: its inputs that are the same in all steps, such as label (N,).
+    generate, codebook (V, Cv): for schedules with a span.
     Returns the steps in order, the last one is the result.
 
     A step after the first keeps the first `known` positions of the step before and has the *original* noise
@@ -52,19 +55,19 @@ def sample(
     for known in schedule.known:
         if span is not None and known == span.end:
             steps.append(_teacher_step(generate, codebook, noise, span, steps))
-        steps.append(_student_step(student, noise, labels, known, steps))
+        steps.append(_student_step(student, noise, condition, known, steps))
     if span is not None and span.end == noise.shape[1]:
         steps.append(_teacher_step(generate, codebook, noise, span, steps))
     return steps
 
 
 def _student_step(
-    student: Run, noise: NDArray[np.float32], labels: NDArray[np.int64], known: int, steps: list[Step]
+    student: Run, noise: NDArray[np.float32], condition: Arrays, known: int, steps: list[Step]
 ) -> Step:
     began, latents = time.perf_counter(), noise
     if steps:
         latents = np.concatenate([steps[-1].sequence[:, :known], noise[:, known:]], axis=1)
-    outputs = student({"latents": latents, "label": labels, "known": np.full(len(labels), known, np.int64)})
+    outputs = student({"latents": latents, **condition, "known": np.full(len(noise), known, np.int64)})
     codes = np.array(outputs["tokens"])
     if steps:
         # What is kept was decided before: its token is the one reported then, as in the published code.

@@ -108,7 +108,7 @@ def generate(
     teacher: Teacher,
     span: Span,
     prefix: NDArray[np.int64],
-    labels: NDArray[np.int64],
+    condition: Arrays,
     cfg: float,
     pick: Pick,
     on_pass: Callable[[int], None] | None = None,
@@ -117,11 +117,11 @@ def generate(
     """The tokens (N, end) of a span behind a prefix.
 
     run: the graph, with the inputs and outputs that the contract has for the teacher. prefix: int64
-    (N, start). labels: int64 (N,). cfg: guidance. pick: chooses the tokens of an AR step, as `by_uniforms`
-    does. on_pass: told N after each pass, the first of which also carries the prefix. new_cache: makes the
-    cache for N images and so many positions.
+    (N, start). condition: its inputs that are the same in all passes, such as label (N,). cfg: guidance.
+    pick: chooses the tokens of an AR step, as `by_uniforms` does. on_pass: told N after each pass, the first
+    of which also carries the prefix. new_cache: makes the cache for N images and so many positions.
     """
-    count, length = len(labels), teacher.starts[-1]
+    count, length = len(prefix), teacher.starts[-1]
     tokens = np.zeros((count, length), np.int64)
     tokens[:, : span.start] = prefix
     cache, filled = new_cache(teacher, count, span.end), 0
@@ -129,7 +129,7 @@ def generate(
         outputs = run(
             {
                 "tokens": tokens,
-                "label": labels,
+                **condition,
                 "positions": np.arange(filled, end),
                 "guidance": np.full(count, teacher.guidance_scale(start, cfg), np.float32),
                 "filled": np.array([filled]),

@@ -143,3 +143,14 @@ class PromptTokenizer:
             count = len(encoding.ids) + 1
             logger.warning("a prompt has %d tokens of %d at most; cut off: %s", count, self.tokens, cut)
         return [*encoding.ids[:room], self._end]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file, a prompt each, empty ones too. Raises TextError."""
+    try:
+        prompts = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"{path} cannot be read as UTF-8 text: {error}", "Give one prompt a line.") from error
+    if not prompts:
+        raise TextError(f"{path} holds no prompt", "Give one prompt a line.")
+    return prompts

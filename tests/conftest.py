@@ -107,6 +107,16 @@ def taught_export(cached_export: CachedExport) -> Callable[[Golden], Exported]:
 
 
 @pytest.fixture(scope="session")
+def text_bundle(cached_export: CachedExport) -> Path:
+    """The golden text model with student, teacher and text encoder."""
+    from ddexport.export import WeightRequest, export_bundle
+    from tests.goldens import TEXT
+
+    request = WeightRequest(TEXT.files | {"text_encoder": TEXT.folder / "t5-encoder"})
+    return cached_export(TEXT.name, lambda target: export_bundle(TEXT.recipe(), target, request)).path
+
+
+@pytest.fixture(scope="session")
 def golden_export(
     cached_export: CachedExport,
     golden_recipe: Recipe,

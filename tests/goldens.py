@@ -87,6 +87,7 @@ LLAMAGEN = Golden(
         "6": {"known": [5], "teacher": {"start": 0, "end": 5}},
     },
 )
+TEXT = Golden("llamagen-t2i-small", "../llamagen-dd-small/vq.pth", {})
 BOTH = pytest.mark.parametrize("family", [VAR, LLAMAGEN], ids=lambda family: family.name)
 
 

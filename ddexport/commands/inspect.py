@@ -14,7 +14,8 @@ from ddexport.runtime import console
 from ddexport.runtime.options import shared
 
 if TYPE_CHECKING:
-    from ddexport.runtime.bundle import Manifest, TensorSpec
+    from ddexport.runtime.bundle import Manifest
+    from ddexport.runtime.contract import TensorSpec
     from ddexport.runtime.schedule import Schedule
 
 EPILOG = """
@@ -42,7 +43,7 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
         return
     s = manifest.sequence
     click.echo(f"{manifest.name}: {manifest.title}")
-    click.echo(f"  images     {manifest.image.width}x{manifest.image.height}, {manifest.classes} classes")
+    click.echo(f"  images     {manifest.image.width}x{manifest.image.height}, {_condition(manifest)}")
     click.echo(
         f"  sequence   {s.length} positions of width {s.width}; split {s.split}: positions before it are"
         f" entries of a codebook of {s.codebook}, the others are regressed"
@@ -76,6 +77,13 @@ def command(bundle: Path, no_verify: bool, as_json: bool) -> None:
     tools = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
     click.echo(f"  made       {manifest.created} by {tools}")
     click.echo("  hashes     not checked" if no_verify else "  hashes     all match")
+
+
+def _condition(manifest: Manifest) -> str:
+    if manifest.text is None:
+        return f"{manifest.classes} classes"
+    encoder = "with its text encoder" if manifest.text.tokenizer else "without a text encoder"
+    return f"of texts of up to {manifest.text.tokens} tokens, {encoder}"
 
 
 def _weights(manifest: Manifest) -> Iterator[str]:

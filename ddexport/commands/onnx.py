@@ -33,8 +33,8 @@ Examples:
 
 @click.command("onnx", cls=console.Command, epilog=EPILOG)
 @shared("model", required=False)
-@shared("named", "checkpoint", "vae", "small-decoder", "teacher", "revision", "cache-dir", "offline",
-        "weights", "random-weights", options=OPTIONS)  # fmt: skip
+@shared("named", "checkpoint", "vae", "small-decoder", "teacher", "text-encoder", "revision",
+        "cache-dir", "offline", "weights", "random-weights", options=OPTIONS)  # fmt: skip
 @option("-o", "--output", type=PATH, metavar="DIR", show_default="build/MODEL",
         help="Directory of the new bundle.")  # fmt: skip
 @option("--precision", "precisions", default=FLOAT32, metavar="NAME,...",

@@ -30,6 +30,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
                 "help": "Weights of the teacher, the auto-regressive model that some schedules need. hub:"
                 " those on the Hugging Face Hub. random: random weights, with --random-weights. none: no"
                 " teacher."},
+    "text-encoder": {"metavar": "DIR|hub|none", "show_default": "hub, if the recipe places it there",
+                     "help": "Directory of the T5 text encoder of a text model, with tokenizer.json. none:"
+                     " draw from features of the prompts."},
     "revision": {"metavar": "NAME", "show_default": "main",
                  "help": "Branch, tag or commit of the Hub repository of the student."},
     "cache-dir": {"type": PATH, "metavar": "DIR", "show_default": "HF_HUB_CACHE, or that of huggingface_hub",
@@ -57,6 +60,7 @@ def recipe_and_weights(
     weights: str | None,
     random_weights: int | None,
     small_decoder: Path | None = None,
+    text_encoder: str | None = None,
 ) -> tuple[Recipe, dict[str, Any]]:
     """The recipe that these options and the argument `model` name, and the fields of a `WeightRequest`.
 
@@ -71,6 +75,7 @@ def recipe_and_weights(
         "tokenizer": vae,
         "teacher": _teacher_file(teacher, random_weights),
         "decoder_small": small_decoder,
+        "text_encoder": None if text_encoder in (None, "hub", "none") else Path(str(text_encoder)),
     }
     files = {role: path for role, path in given.items() if path is not None}
     if files and random_weights is not None:
@@ -92,6 +97,7 @@ def recipe_and_weights(
         revision = None  # it was the recipe's repository's
     wanted = None if teacher is None else teacher != "none"
     fields = {"files": files, "weights": weights, "random_seed": random_weights, "teacher": wanted}
+    fields["text_encoder"] = text_encoder != "none"
     return recipe, {**fields, "revision": revision, "cache": cache_dir}
 
 

@@ -14,8 +14,9 @@ from typing import IO, Any, NamedTuple
 from ddexport.engine import network
 from ddexport.engine.module import TensorRT
 from ddexport.engine.options import HARDWARE_LEVELS, BuildOptions
-from ddexport.runtime.bundle import Graph, Manifest, TensorSpec
+from ddexport.runtime.bundle import Graph, Manifest
 from ddexport.runtime.console import progress
+from ddexport.runtime.contract import TensorSpec
 from ddexport.runtime.engines import DEFAULT_TARGET
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.files import atomic_write

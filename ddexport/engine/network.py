@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ddexport.runtime.bundle import Graph, TensorSpec
+from ddexport.runtime.bundle import Graph
+from ddexport.runtime.contract import TensorSpec
 from ddexport.runtime.errors import BundleError, VerificationError
 
 TYPE_OF_PRECISION = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

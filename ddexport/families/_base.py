@@ -109,6 +109,10 @@ class Teacher(nn.Module):
         """
         raise NotImplementedError
 
+    def pair(self, label: Tensor) -> tuple[Tensor, ...]:
+        """The conditions of guidance, those of the null class behind: label [B] -> [2B]."""
+        return (torch.cat([label, torch.full_like(label, self.geometry.classes)]),)
+
     def tabulate(self) -> None:
         """As a student's."""
 

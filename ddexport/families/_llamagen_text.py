@@ -85,7 +85,13 @@ class TextCache(ExplicitCache):
     """
 
     def __init__(
-        self, keys: Tensor, values: Tensor, filled: Tensor, positions: Tensor, value: Tensor, log_count: Tensor
+        self,
+        keys: Tensor,
+        values: Tensor,
+        filled: Tensor,
+        positions: Tensor,
+        value: Tensor,
+        log_count: Tensor,
     ) -> None:
         super().__init__(keys, values, filled)
         score = log_count[:, None, None, None]
@@ -141,4 +147,3 @@ def text_prefix(
             x = x + block.attention.proj(mean)
             x = x + block.mlp(block.mlp_norm(x))
     return torch.stack(values, dim=1), weight.sum((1, 2)).log(), condition
-

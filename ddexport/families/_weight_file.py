@@ -55,8 +55,8 @@ def read_weights(path: Path) -> Any:
 
 
 def config_of(path: Path) -> Any:
-    """What a checkpoint says beside its weights: its entry `config`; of safetensors that of the metadata, which
-    is JSON. None where there is none. Raises `CheckpointError`."""
+    """What a checkpoint says beside its weights: its entry `config`; of safetensors that of the metadata, as
+    JSON. None where there is none. Raises `CheckpointError`."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -273,25 +273,20 @@ class LlamaGenTeacher(Teacher):
         """The tokenizer is not needed: this teacher has a table of its own."""
         return TokensBefore()
 
-    def pair(self, label: Tensor) -> tuple[Tensor, ...]:
-        """The conditions of guidance: [B] -> [2B], conditional ones before null ones."""
-        return (torch.cat([label, torch.full_like(label, self.geometry.classes)]),)
-
     def extend(
         self, inputs: Tensor, label: Tensor, positions: Tensor, past: Sequence[ExplicitCache]
     ) -> Tensor:
         """The new positions see each other causally."""
-        return self._extend(inputs, self.condition_embedding(label), positions, past)
-
-    def _extend(
-        self, inputs: Tensor, condition: Tensor, positions: Tensor, past: Sequence[ExplicitCache]
-    ) -> Tensor:
         is_first = (positions == 0)[:, None]
-        x = torch.where(is_first, condition[:, None], self.token_embedding(inputs))
+        x = torch.where(is_first, self._first_row(label)[:, None], self.token_embedding(inputs))
         turn, mask = self.rotation.index_select(1, positions), causal(positions)
         for block, layer in zip(self.blocks, past, strict=True):
             x = block(x, turn, mask, layer)
         return self.logits_head(self.norm(x))
+
+    def _first_row(self, label: Tensor) -> Tensor:
+        """What stands at position 0: [B, C]."""
+        return self.condition_embedding(label)
 
     def new_cache(self) -> list[LayerCache]:
         return [LayerCache(self.geometry.length) for _ in self.blocks]
@@ -326,17 +321,13 @@ class LlamaGenTextTeacher(LlamaGenTeacher):
     def prefix(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a student's gives, with the null text beside the text: values [B, 2, layers, H, D], log_count
         [B], condition [B, 2, C], which is the last row."""
-        values, log_count, condition = text_prefix(
-            self.condition_embedding, self.blocks, *self.pair(features, mask)
-        )
-        beside = [t.unflatten(0, (2, -1)).transpose(0, 1) for t in (values, condition)]
-        return beside[0], log_count.chunk(2)[0], beside[1]
+        both = text_prefix(self.condition_embedding, self.blocks, *self.pair(features, mask))
+        values, log_count, condition = (rows.unflatten(0, (2, -1)).transpose(0, 1) for rows in both)
+        return values, log_count[:, 0], condition
 
-    def extend_behind(
-        self, inputs: Tensor, condition: Tensor, positions: Tensor, past: Sequence[ExplicitCache]
-    ) -> Tensor:
-        """`extend` with the last row of the text, condition [2B, C], as position 0, and caches of a text."""
-        return self._extend(inputs, condition, positions, past)
+    def _first_row(self, label: Tensor) -> Tensor:
+        """The last row of the text, which `extend` gets in place of a label, with caches of a text."""
+        return label
 
     def new_cache(self) -> list[LayerCache]:
         return [LayerCache(self.geometry.text.tokens + self.geometry.length) for _ in self.blocks]

@@ -68,6 +68,9 @@ def write_pipeline(
 def check_pipelines(recipe: Recipe, roles: Sequence[str], pipelines: Sequence[tuple[int, str]]) -> None:
     """Raises ScheduleError for numbers of steps that the recipe does not have, or that a teacher takes, and
     RecipeError for a decoder that is not among the roles of the bundle."""
+    if recipe.condition is not None and pipelines:
+        how = "draw with the runtime, or with the graphs one by one (docs/text-to-image.md)"
+        raise ScheduleError(f"{recipe.name} draws from texts: it has no graph from noise to images", how)
     possible = [int(steps) for steps, schedule in recipe.schedules.items() if schedule.teacher is None]
     for steps, decoder in pipelines:
         if decoder != FULL and decoder_role(decoder) not in roles:

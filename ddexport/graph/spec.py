@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from ddexport.recipe import Recipe
-from ddexport.runtime.bundle import TEACHER, ImageSize, Teacher, TensorSpec, contract
+from ddexport.runtime.bundle import ENCODER, PREFIXES, TEACHER, ImageSize, Teacher, Text
+from ddexport.runtime.contract import TensorSpec, contract
 
 BATCHES = (1, 3)
 """What a graph is compared at: one, which traces get wrong, and another than that of the trace, 2."""
@@ -44,28 +46,32 @@ def image_size(recipe: Recipe) -> ImageSize:
 
 
 def graph_specs(
-    recipe: Recipe, teacher: Teacher | None = None, decoders: Iterable[str] = ()
+    recipe: Recipe, teacher: Teacher | None = None, decoders: Iterable[str] = (), text: Text | None = None
 ) -> tuple[GraphSpec, ...]:
     """The graphs of a bundle: student, decoder, those of the roles `decoders`, and with a teacher its own and
-    the students of other splits.
+    the students of other splits; of a text model those that run once a text, too.
 
     Schedules that involve a teacher are left out where there is none.
     """
     sequence, image = recipe.sequence, image_size(recipe)
+
+    def spec(role: str, part: str, split: int | None = None, **more: Any) -> GraphSpec:
+        tensors = contract(role, sequence, image, teacher, split, text)
+        return GraphSpec(role, part, *tensors, tolerance=1e-4, split=split, **more)
+
     possible = [s for s in recipe.schedules.values() if teacher is not None or s.teacher is None]
     splits = sorted({s.split for s in possible if s.split is not None} - {sequence.split})
-    specs = [
-        GraphSpec("student", "student", *contract("student", sequence, image), tolerance=1e-4),
-        GraphSpec("decoder", "tokenizer", *contract("decoder", sequence, image), tolerance=1e-4),
-    ]
-    for role in decoders:
-        specs.append(GraphSpec(role, role, *contract(role, sequence, image), tolerance=1e-4))
-    for split in splits:
-        tensors = contract("student", sequence, image, split=split)
-        specs.append(GraphSpec("student", "student", *tensors, tolerance=1e-4, split=split))
+    specs = [spec("student", "student")] if recipe.schedules else []
+    specs += [spec("decoder", "tokenizer"), *(spec(role, role) for role in decoders)]
+    specs += [spec("student", "student", split) for split in splits]
     if teacher is not None:
-        tensors = contract(TEACHER, sequence, image, teacher)
-        specs.append(GraphSpec(TEACHER, TEACHER, *tensors, tolerance=1e-4, sizes=_passes(teacher)))
+        specs.append(spec(TEACHER, TEACHER, sizes=_passes(teacher)))
+    if text is not None:
+        parts = dict.fromkeys(spec.part for spec in specs)
+        specs += [spec(role, part) for part, role in PREFIXES.items() if part in parts]
+        if text.tokenizer is not None:
+            lengths = tuple({"tokens": count} for count in (min(7, text.tokens), text.tokens))
+            specs.append(spec(ENCODER, ENCODER, sizes=lengths))
     return tuple(specs)
 
 
@@ -83,7 +89,8 @@ def sample_inputs(
     spec: GraphSpec, recipe: Recipe, batch: int, seed: int, sizes: Mapping[str, int] | None = None
 ) -> dict[str, np.ndarray]:
     """Random inputs of a graph: Gaussian sequences, labels over all classes, `known` mixed over the
-    schedules' steps; tokens over the codebook, and a cache of which `filled` positions count.
+    schedules' steps; tokens over the codebook, a cache of which `filled` positions count; texts of all
+    lengths.
 
     sizes: one of the graph's, the first by default.
     """
@@ -92,7 +99,7 @@ def sample_inputs(
     steps = sorted({k for schedule in recipe.schedules.values() for k in schedule.known})
     filled = sizes.get("filled", 0)
     integers = {
-        "label": rng.integers(0, recipe.classes, batch),
+        "label": rng.integers(0, max(recipe.classes, 1), batch),
         "known": np.resize(np.array(steps), batch),
         "positions": np.arange(filled, filled + sizes.get("new", 0)),
         "filled": np.array([filled]),
@@ -102,6 +109,14 @@ def sample_inputs(
         shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
         if tensor.name == "guidance":
             value: np.ndarray = rng.uniform(0, 2, shape)
+        elif tensor.name == "log_count":
+            value = np.log(np.arange(1, batch + 1))
+        elif tensor.name in ("features_mask", "attention_mask"):  # one valid row, all of them, and between
+            counts = np.linspace(1, shape[1], batch).round()[:, None]
+            value = np.arange(shape[1]) < counts
+            value = value[:, ::-1] if tensor.name == "features_mask" else value
+        elif tensor.name == "input_ids":
+            value = rng.integers(2, 32, shape)
         elif tensor.dtype == "float32":
             value = rng.standard_normal(shape)
             if "capacity" in tensor.shape:  # keys as long as they are: VAR's have unit length

@@ -30,7 +30,8 @@ from ddexport.precision.policy import FLOAT32, HALVES, INT8
 from ddexport.recipe import Limits, Recipe
 from ddexport.runtime.backends import CPU, Configuration
 from ddexport.runtime.backends.onnxruntime import OnnxRuntime
-from ddexport.runtime.bundle import Decoder, Graph, Manifest, PipelineGraph, TensorSpec, decoder_role
+from ddexport.runtime.bundle import Decoder, Graph, Manifest, PipelineGraph, decoder_role
+from ddexport.runtime.contract import TensorSpec
 from ddexport.runtime.errors import VerificationError
 from ddexport.runtime.images import to_uint8
 from ddexport.runtime.noise import gaussian_noise
@@ -133,7 +134,7 @@ def verify_pipeline(folder: Path, manifest: Manifest, pipeline: PipelineGraph) -
     student = manifest.graph("student", pipeline.precision, schedule.split)
     decoder = manifest.graph(decoder_role(pipeline.decoder), pipeline.precision)
     with _opened(folder, manifest, student) as run:
-        wanted = sample(run, noise, labels, schedule)[-1]  # type: ignore[arg-type]
+        wanted = sample(run, noise, {"label": labels}, schedule)[-1]  # type: ignore[arg-type]
     with _opened(folder, manifest, decoder) as run:
         images = to_uint8(run({"sequence": wanted.sequence})["image"])
     got = EmulatedGraph(folder / pipeline.file).run({"noise": noise, "label": labels})
@@ -157,7 +158,7 @@ def compare_decoders(folder: Path, manifest: Manifest, name: str, recipe: Recipe
     noise = gaussian_noise(0, range(images), size.length, size.width)
     labels = np.arange(len(noise), dtype=np.int64) % manifest.classes
     with _opened(folder, manifest, student) as run:
-        sequence = sample(run, noise, labels, schedule)[-1].sequence  # type: ignore[arg-type]
+        sequence = sample(run, noise, {"label": labels}, schedule)[-1].sequence  # type: ignore[arg-type]
     pictures = []
     for graph in (full, other):
         with _opened(folder, manifest, graph) as run:
@@ -329,7 +330,7 @@ def _check_values(arrays: Arrays, file: str, hint: str) -> None:
         for row, numbers in enumerate(value.reshape(len(value), -1)):
             wrong = int((~np.isfinite(numbers)).sum())
             what = f"holds {wrong} numbers that are not finite" if wrong else "is constant"
-            if wrong or numbers.min() == numbers.max():
+            if wrong or (numbers.size > 1 and numbers.min() == numbers.max()):
                 raise VerificationError(f"{file}: {name} {what} (row {row} of a batch of {len(value)})", hint)
     if "tokens" in arrays and not np.array_equal(arrays["tokens"], arrays["logits"].argmax(-1)):
         raise VerificationError(f"{file}: tokens are not the largest logits", hint)

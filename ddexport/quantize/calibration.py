@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ddexport.graph.emulate import session_of
 from ddexport.recipe import Recipe
 from ddexport.runtime.noise import gaussian_noise
+from ddexport.runtime.text import TRIAL_TEXTS, trial_features
 
 SEED = 80_808  # of the noise; figures of accuracy are taken from other seeds
 BATCH = 2
@@ -53,13 +54,23 @@ class Observed:
         return dict(zip(self._outputs, results, strict=False))
 
 
-def calibrate(student: Observed, decoders: Sequence[Observed], recipe: Recipe, images: int) -> None:
-    """Draws `images` images and lets the graphs note what they see.
+def calibrate(
+    student: Observed,
+    decoders: Sequence[Observed],
+    recipe: Recipe,
+    images: int,
+    text_prefix: Observed | None = None,
+) -> None:
+    """Draws `images` images and lets the graphs note what they see. text_prefix: of a text model.
 
     Every image passes the student once for each `known` of the schedules: first with noise alone, then with
     as many of its own positions kept. A decoder sees the sequence of one of these passes, in turn.
     """
     passes = student_passes(recipe)
+    table: Arrays = {"label": np.arange(recipe.classes)}
+    if text_prefix is not None and recipe.condition is not None:
+        trial = trial_features(recipe.condition.tokens, recipe.condition.width)
+        table = text_prefix.run({"features": trial.features, "features_mask": trial.mask})
     for noise, labels, first in _batches(recipe, images):
         drawn: NDArray[np.float32] | None = None
         sequences = []
@@ -68,7 +79,8 @@ def calibrate(student: Observed, decoders: Sequence[Observed], recipe: Recipe, i
             if drawn is not None:
                 tokens = np.concatenate([drawn[:, :known], noise[:, known:]], axis=1)
             counts = np.full(len(labels), known, dtype=np.int64)
-            outputs = student.run({"latents": tokens, "label": labels, "known": counts})
+            condition = {name: rows[labels] for name, rows in table.items()}
+            outputs = student.run({"latents": tokens, **condition, "known": counts})
             drawn = outputs["sequence"] if drawn is None else drawn
             sequences.append(outputs["sequence"])
         turn = (first + np.arange(len(labels))) % len(passes)
@@ -86,7 +98,7 @@ def _batches(recipe: Recipe, images: int) -> Iterator[tuple[NDArray[np.float32],
     sequence = recipe.sequence
     for first in range(0, images, BATCH):
         indices = np.arange(first, min(first + BATCH, images))
-        labels = indices * recipe.classes // images
+        labels = indices * (recipe.classes or TRIAL_TEXTS) // images
         noise = gaussian_noise(SEED, indices.tolist(), sequence.length, sequence.width)
         yield noise, labels.astype(np.int64), first
 

@@ -19,7 +19,7 @@ from ddexport.quantize.calibration import SEED, Observed, Ranges, calibrate
 from ddexport.quantize.policy import quantised_products
 from ddexport.quantize.qdq import quantised_model
 from ddexport.recipe import Recipe
-from ddexport.runtime.bundle import TEACHER, Graph, file_info
+from ddexport.runtime.bundle import PREFIXES, TEACHER, TEXT_ROLES, Graph, file_info
 
 Stage = Callable[[str], AbstractContextManager[None]]
 
@@ -28,6 +28,8 @@ def check_int8(roles: Sequence[str], images: int, keep_float: bool) -> None:
     """Raises `PrecisionError` if a bundle of these roles cannot be had in int8."""
     if images < 1:
         raise PrecisionError(f"int8 cannot be calibrated on {images} images", "use one or more")
+    if "student" not in roles:
+        raise PrecisionError("a teacher has no int8 graph, and there is no student", "leave int8 out")
     if TEACHER in roles and not keep_float:
         raise PrecisionError(
             "a teacher has no int8 graph: it needs the fp32 graphs",
@@ -41,6 +43,7 @@ def int8_graphs(
     """Writes the int8 graphs of student and decoders, and the students of other splits, into `folder`.
 
     A teacher stays float32: its passes are many and small, and what it draws is the data of all that follows.
+    So does what runs once a text.
 
     Args:
         graphs: of the bundle; those that are not float32, and the teacher's, are passed over.
@@ -49,7 +52,8 @@ def int8_graphs(
 
     Returns them in the order of `graphs`.
     """
-    floats = [graph for graph in graphs if graph.role != TEACHER and graph.precision == FLOAT32]
+    left = (TEACHER, *TEXT_ROLES)
+    floats = [graph for graph in graphs if graph.role not in left and graph.precision == FLOAT32]
     with stage(f"calibrating on {images} images of noise"):
         ranges = _ranges(folder, {g.role: g for g in floats if g.split is None}, recipe, images)
     together = {graph.role for graph in floats if shared or graph.split is not None}
@@ -81,7 +85,8 @@ def _ranges(folder: Path, graphs: dict[str, Graph], recipe: Recipe, images: int)
         for role, graph in graphs.items()
     }
     decoders = [graph for role, graph in observed.items() if role != "student"]
-    calibrate(observed["student"], decoders, recipe, images)
+    prefix = Observed(folder / f"{PREFIXES['student']}.onnx", []) if recipe.condition else None
+    calibrate(observed["student"], decoders, recipe, images, prefix)
     return {key: observed[role].ranges[read] for role in graphs for _, read, key in products[role]}
 
 

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddexport.runtime.backends._saved import fastest
-from ddexport.runtime.bundle import Graph, Manifest, TensorSpec
+from ddexport.runtime.bundle import Graph, Manifest
+from ddexport.runtime.contract import TensorSpec
 from ddexport.runtime.errors import BackendError
 from ddexport.runtime.registry import load_plugin, plugins
 

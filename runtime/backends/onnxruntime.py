@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from ddexport.runtime.backends import CPU, CUDA, SLOW, Arrays, Backend, Configuration, check_signature, said
-from ddexport.runtime.bundle import Graph, Manifest, Teacher, TensorSpec
+from ddexport.runtime.bundle import Graph, Manifest, Teacher
+from ddexport.runtime.contract import TensorSpec
 from ddexport.runtime.errors import BackendError
 from ddexport.runtime.machine import gpu_fault, import_fault, version_of
 from ddexport.runtime.teacher import Cache, HostCache

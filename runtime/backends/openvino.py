@@ -12,7 +12,8 @@ from threading import RLock
 from typing import Any, NamedTuple
 
 from ddexport.runtime.backends import OTHER, Arrays, Backend, Configuration, check_signature, said
-from ddexport.runtime.bundle import Graph, Manifest, TensorSpec
+from ddexport.runtime.bundle import Graph, Manifest
+from ddexport.runtime.contract import TensorSpec
 from ddexport.runtime.errors import BackendError
 from ddexport.runtime.machine import import_fault
 

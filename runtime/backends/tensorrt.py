@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from ddexport.runtime import backends, machine
 from ddexport.runtime.backends import Arrays, Backend, Configuration, check_signature
 from ddexport.runtime.backends._cuda import CudaStream, host_view
-from ddexport.runtime.bundle import Graph, Manifest, TensorSpec
+from ddexport.runtime.bundle import Graph, Manifest
+from ddexport.runtime.contract import TensorSpec
 from ddexport.runtime.engines import MODULES, PRECISIONS, Engine, Profile, build_command, find_engines, fit
 from ddexport.runtime.errors import BackendError, BundleError, OutputError
 from ddexport.runtime.files import atomic_write

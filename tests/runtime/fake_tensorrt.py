@@ -23,7 +23,8 @@ import onnxruntime
 import pytest
 
 from ddexport.runtime import machine
-from ddexport.runtime.bundle import Manifest, TensorSpec
+from ddexport.runtime.bundle import Manifest
+from ddexport.runtime.contract import TensorSpec
 from ddexport.runtime.engines import SCHEMA, Engine, Profile, engine_folder
 from ddexport.runtime.records import to_json
 from tests.runtime import fake_cuda, toy

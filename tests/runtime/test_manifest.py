@@ -62,7 +62,9 @@ def test_every_key_of_the_format_pages_is_a_field_and_the_reverse() -> None:
     blocks = [block for page in pages for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
     (bundle,) = (json.loads(block) for block in blocks if '"sequence"' in block and '"graphs"' in block)
     (teacher,) = (json.loads(block)["teacher"] for block in blocks if '"starts"' in block)
-    for keys, record in ((bundle | {"teacher": 0}, module.Manifest), (teacher, module.Teacher)):
+    (text,) = (json.loads(block)["text"] for block in blocks if '"tokenizer"' in block)
+    manifest = bundle | {"teacher": 0, "text": 0}
+    for keys, record in ((manifest, module.Manifest), (teacher, module.Teacher), (text, module.Text)):
         assert set(keys) == {field.name for field in msgspec.structs.fields(record)}
     assert set(bundle["graphs"][0]) <= {field.name for field in msgspec.structs.fields(module.Graph)}
     assert bundle["schema"] == 2

@@ -51,7 +51,7 @@ def test_kept_positions_stay_and_the_rest_is_the_original_noise(case: Any) -> No
     """In every step; a kept position reports the token that it got."""
     student, noise, labels, schedule = case
     before, began = noise.copy(), time.perf_counter()
-    steps = sample(student, noise, labels, schedule)
+    steps = sample(student, noise, {"label": labels}, schedule)
     np.testing.assert_array_equal(noise, before)  # the caller's noise is not written to
     assert len(student.feeds) == len(steps) == len(schedule.known)
     assert {step.role for step in steps} == {"student"}
@@ -79,9 +79,9 @@ def test_images_do_not_see_each_other(case: Any, random: Any) -> None:
     student, noise, labels, schedule = case
     order = list(range(len(labels)))
     random.shuffle(order)
-    whole = sample(student, noise, labels, schedule)
-    moved = sample(student, noise[order], labels[order], schedule)
-    first = sample(student, noise[:1], labels[:1], schedule)
+    whole = sample(student, noise, {"label": labels}, schedule)
+    moved = sample(student, noise[order], {"label": labels[order]}, schedule)
+    first = sample(student, noise[:1], {"label": labels[:1]}, schedule)
     for step, other, one in zip(whole, moved, first, strict=True):
         np.testing.assert_array_equal(other.tokens, step.tokens[order])
         np.testing.assert_allclose(other.sequence, step.sequence[order], rtol=1e-6)

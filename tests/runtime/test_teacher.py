@@ -198,7 +198,7 @@ def test_the_cache_changes_nothing(choice: Sampling, teacher: Any, spy: Spy) -> 
         rng, span, counts = np.random.default_rng(0), Span(start=start, end=end), list[int]()
         prefix, numbers = rng.integers(0, 5, (4, start)), rng.random((4, 6))
         pick = by_uniforms(numbers, choice)
-        drawn = generate(spy, teacher, span, prefix, labels, scale, pick, counts.append)
+        drawn = generate(spy, teacher, span, prefix, {"label": labels}, scale, pick, counts.append)
         tokens, passes = np.zeros((4, 6), np.int64), list[tuple[int, int]]()
         tokens[:, :start] = prefix
         for first, last in teacher.steps(span):
@@ -214,7 +214,7 @@ def test_what_the_graph_is_fed(teacher: Any, spy: Spy) -> None:
     """The first pass carries the prefix, guidance rises, and the same buffers are fed every time, as large as
     the span."""
     prefix = np.array([[3], [4]])
-    generate(spy, teacher, Span(start=1, end=6), prefix, np.array([2, 0]), 2.0, LARGEST)
+    generate(spy, teacher, Span(start=1, end=6), prefix, {"label": np.array([2, 0])}, 2.0, LARGEST)
     assert [feeds["positions"].tolist() for feeds in spy.feeds] == [[0, 1], [2, 3], [4, 5]]
     assert [feeds["filled"].tolist() for feeds in spy.feeds] == [[0], [2], [4]]
     guidance = [[np.float32(2 * k / 3)] * 2 for k in (1, 2, 3)]
@@ -224,7 +224,8 @@ def test_what_the_graph_is_fed(teacher: Any, spy: Spy) -> None:
     assert spy.feeds[0]["key_0"].shape == (2, 2, 1, 6, 2)
     assert len(spy.addresses) == 1
     assert all(np.isfinite(feeds["value_0"]).all() for feeds in spy.feeds)
-    generate(spy, teacher, Span(start=0, end=2), np.zeros((1, 0), int), np.array([0]), 2.0, LARGEST)
+    nothing, label = np.zeros((1, 0), int), {"label": np.array([0])}
+    generate(spy, teacher, Span(start=0, end=2), nothing, label, 2.0, LARGEST)
     assert spy.feeds[-1]["key_0"].shape == (2, 1, 1, 2, 2)
 
 

@@ -164,7 +164,9 @@ class Session:
             engine.generate(labels, prefix, span, forced, teacher.cfg)
         else:
             run = partial(engine.run, self.manifest.graph(TEACHER, engine.configuration.graphs))
-            generate(run, teacher, span, prefix, labels, teacher.cfg, forced, new_cache=engine.new_cache)
+            generate(
+                run, teacher, span, prefix, {"label": labels}, teacher.cfg, forced, new_cache=engine.new_cache
+            )
         return np.concatenate(parts, axis=1)
 
 

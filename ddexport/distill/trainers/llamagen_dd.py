@@ -6,6 +6,8 @@ only directions are quantised.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,7 +64,7 @@ def teacher_inputs(tokenizer: RasterTokenizer, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    teacher: LlamaGenTeacher,
+    teacher: Any,
     tokenizer: RasterTokenizer,
     labels: Tensor | tuple[Tensor, ...],
     choose: Choose,
@@ -70,8 +72,10 @@ def generate(
     prefix: Tensor | None = None,
     end: int | None = None,
 ) -> Tensor:
-    """Sample token by token: labels (B,), or features (B, T, W) and mask (B, T) of texts, -> tokens (B, `end`
-    or L). Guidance is the same at all; 1 is none."""
+    """Sample token by token from a `LlamaGenTeacher`: tokens (B, `end` or L). Guidance is the same at all.
+
+    labels: (B,), or of texts features (B, T, W) and mask (B, T). guidance: 1 is none.
+    """
     cache, guide = teacher.new_cache(), guidance != UNGUIDED
     condition = labels if isinstance(labels, tuple) else (labels,)
     pair = teacher.pair(*condition) if guide else condition

@@ -16,7 +16,8 @@ from ddexport.engine.network import (
     layers_of_network,
     layers_of_onnx,
 )
-from ddexport.runtime.bundle import Graph, TensorSpec, read_manifest
+from ddexport.runtime.bundle import Graph, read_manifest
+from ddexport.runtime.contract import TensorSpec
 from ddexport.runtime.errors import BundleError, VerificationError
 
 STUDENT = {

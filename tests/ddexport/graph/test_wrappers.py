@@ -54,7 +54,7 @@ class Drawer:
 
         span, labels = Span(start=start, end=end), self.expected["labels"]
         greedy = lambda logits, place: logits.argmax(-1)  # noqa: E731
-        return generate(run, self.teacher, span, prefix, labels, cfg, greedy), seen
+        return generate(run, self.teacher, span, prefix, {"label": labels}, cfg, greedy), seen
 
 
 NOTHING = np.zeros((2, 0), np.int64)

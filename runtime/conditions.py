@@ -1,0 +1,107 @@
+"""What images are drawn from: classes, or texts by what student and teacher see of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddexport.runtime.backends import Backend
+from ddexport.runtime.bundle import ENCODER, PREFIXES, Manifest, resolve
+from ddexport.runtime.errors import BackendError, TextError
+from ddexport.runtime.text import Features, PromptTokenizer, left_padded
+
+BATCH = 16  # texts at once
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What N images are drawn from. numbers: int64 (N,), of each its class, or its text.
+
+    tables: of texts, the inputs of "student" or "teacher", with a row a text. They are computed once, however
+    many images and steps they serve.
+    """
+
+    numbers: NDArray[np.int64]
+    tables: Callable[[str], Mapping[str, NDArray[Any]]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def rows(self, index: Any) -> Conditions:
+        """Those of the images that `index` selects."""
+        return replace(self, numbers=self.numbers[index])
+
+    def feeds(self, role: str) -> dict[str, NDArray[Any]]:
+        """The inputs of a student's or a teacher's graph, a row an image."""
+        if self.tables is None:
+            return {"label": self.numbers}
+        return {name: table[self.numbers] for name, table in self.tables(role).items()}
+
+
+class Texts:
+    """Turns prompts, or their features, into conditions, with the graphs of a bundle that run once a text."""
+
+    def __init__(self, root: Any, manifest: Manifest, engine: Backend | None) -> None:
+        """engine: ONNX Runtime, None where it cannot run here."""
+        assert manifest.text is not None
+        self.root, self.manifest, self.size, self.engine = root, manifest, manifest.text, engine
+
+    @property
+    def backend(self) -> Backend:
+        """Raises BackendError where there is none."""
+        if self.engine is None:
+            raise BackendError(
+                "texts need ONNX Runtime, which cannot run here", 'pip install "ddexport[cpu]"'
+            )
+        return self.engine
+
+    def conditions(self, prompts: str | Iterable[str] | Features) -> Conditions:
+        """One for each prompt. Raises TextError, BackendError."""
+        if not isinstance(prompts, Features):
+            prompts = self.features([prompts] if isinstance(prompts, str) else list(prompts))
+        shape = prompts.features.shape[1:]
+        if shape != (self.size.tokens, self.size.width):
+            want = f"{self.size.tokens} rows of {self.size.width} numbers"
+            raise TextError(
+                f"the features must have {want}, but have {shape[0]} of {shape[1]}",
+                "Take the text encoder that the model was trained with.",
+            )
+        numbers = np.arange(len(prompts.features), dtype=np.int64)
+        return Conditions(numbers, cache(partial(self._prefix, prompts)))
+
+    def features(self, prompts: list[str]) -> Features:
+        """What the text encoder of the bundle makes of prompts. Raises TextError where there is none."""
+        if not prompts:
+            raise TextError("no prompt is given", "Give a sentence.")
+        if self.size.tokenizer is None:
+            raise TextError(
+                f"the bundle {self.manifest.name} has no text encoder",
+                "Give features of the prompts (--features), or export it with --text-encoder.",
+            )
+        tokenizer = PromptTokenizer(resolve(self.root, self.size.tokenizer.file), self.size.tokens)
+        ids, mask = tokenizer(prompts)
+        graph = self.manifest.graph(ENCODER)
+        parts = [
+            self.backend.run(graph, {"input_ids": ids[rows], "attention_mask": mask[rows]})["hidden"]
+            for rows in _batches(len(ids))
+        ]
+        return left_padded(np.concatenate(parts), mask, self.size.tokens)
+
+    def _prefix(self, features: Features, role: str) -> dict[str, NDArray[Any]]:
+        """What the graphs of a role see of each text."""
+        graph = self.manifest.graph(PREFIXES[role])
+        feeds = {"features": features.features, "features_mask": features.mask}
+        parts = [
+            self.backend.run(graph, {name: array[rows] for name, array in feeds.items()})
+            for rows in _batches(len(features.mask))
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _batches(count: int) -> list[slice]:
+    return [slice(start, start + BATCH) for start in range(0, count, BATCH)]
