@@ -1,4 +1,4 @@
-"""The published text model from the Hub: teacher, decoder and the directory of its text encoder, no student."""
+"""The published text model from the Hub: teacher, decoder and the directory of the text encoder."""
 
 from __future__ import annotations
 
