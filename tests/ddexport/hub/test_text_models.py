@@ -89,3 +89,19 @@ def test_what_cannot_be(recipe: Path, tmp_path: Path) -> None:
         assert named in failure(invoke("onnx", recipe, *words, "-o", tmp_path / "bundle")), words
     words = ("onnx", "digits-var", "--text-encoder", ENCODER, "-o", tmp_path / "bundle")
     assert "no text_encoder" in failure(invoke(*words))
+
+
+def test_a_text_bundle_travels(
+    text_bundle: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its tokenizer and what runs once a text are fetched, with the graphs of the steps alone."""
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.chdir(tmp_path)
+    assert invoke("push", text_bundle, "someone/text").exit_code == 0
+    card = hub.repositories["someone/text"]["main"]["README.md"].decode()
+    assert "pipeline_tag: text-to-image" in card and "--prompt" in card
+    hub.asked.clear()
+    assert invoke("sample", "hf://someone/text", "--prompt", "a cat", "--steps", 2).exit_code == 0
+    fetched = {line.rpartition("/")[2] for line in hub.gets()}
+    assert {"tokenizer.json", "text_encoder.onnx", "text_prefix.onnx", "student.onnx"} <= fetched
+    assert not {file for file in fetched if file.startswith("teacher")}
