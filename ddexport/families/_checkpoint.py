@@ -253,7 +253,7 @@ def _converted(
     """The file's tensors under our names, float32."""
     converted = {}
     for key, parameter in module.state_dict().items():
-        parts = [_float32(state[name], f"{path}: {name}") for name in layout.published(key)]
+        parts = [as_float32(state[name], f"{path}: {name}") for name in layout.published(key)]
         value = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(parameter.shape)
         rows = layout.rows(key)
         converted[key] = value if rows is None else value[rows]
@@ -267,7 +267,7 @@ def _converted(
     return converted
 
 
-def _float32(tensor: Tensor, what: str) -> Tensor:
+def as_float32(tensor: Tensor, what: str) -> Tensor:
     """A weight of any floating type as float32. Raises `CheckpointError` for what does not become it."""
     kind = str(tensor.dtype).removeprefix("torch.")
     packed = kind.startswith("float4")  # no conversion in PyTorch

@@ -86,7 +86,8 @@ def fingerprint(path: Path) -> tuple[str, int]:
 def _files_of(path: Path) -> tuple[list[Path], dict[str, str]]:
     """The files of a checkpoint; in front of shards their index, if there is one, and what it says."""
     if path.is_dir():
-        files = sorted(path.glob("*.index.json")) or sorted(path.glob("*.safetensors"))
+        patterns = ("*.safetensors.index.json", "*.index.json", "*.safetensors")
+        files = next(filter(None, (sorted(path.glob(pattern)) for pattern in patterns)), [])
         series = {shard and shard.groups() for shard in map(SHARD.fullmatch, (file.name for file in files))}
         if len(series) == 1 and None not in series:
             return files, {}

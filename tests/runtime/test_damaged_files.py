@@ -153,7 +153,7 @@ def test_a_noise_file(folder: Path, data: DataObject) -> None:
 @given(st.data())
 def test_a_checkpoint(folder: Path, data: DataObject) -> None:
     """The header of safetensors; tests/ddexport/families/test_checkpoint.py damages other bytes."""
-    from ddexport.families._checkpoint import _float32
+    from ddexport.families._checkpoint import as_float32
     from ddexport.families._weight_file import read_weights
 
     types = {"F32": 2, "F8_E4M3": 8, "F8_E8M0": 8, "U64": 1, "C64": 1, "BOOL": 8}  # so many in 8 bytes
@@ -167,5 +167,5 @@ def test_a_checkpoint(folder: Path, data: DataObject) -> None:
     read(
         folder / "part.safetensors",
         content,
-        lambda path: [_float32(t, k) for k, t in read_weights(path).items()],
+        lambda path: [as_float32(t, k) for k, t in read_weights(path).items()],
     )
