@@ -56,17 +56,23 @@ def model_card(recipe: Recipe, manifest: Manifest, accuracy: Mapping[str, Any], 
 
     accuracy: `read_accuracy`. bundle: how a command is told where it is.
     """
-    *most, last = map(str, sorted(manifest.schedules))
+    *most, last = map(str, [*sorted(manifest.schedules)] or [manifest.sequence.length])
     steps = f"{', '.join(most)} or {last}" if most else last
+    student = "A Distilled Decoding student (arXiv 2412.17153)"
+    what = student if manifest.schedules else "An auto-regressive model"
+    drawn, request = f" of {recipe.classes} classes", "--label 0"
+    if manifest.text is not None:
+        drawn, request = " of a text", '--prompt "a red fox in the snow"'
+        request = request if manifest.text.tokenizer else "--features FILE.npz"
     lines = [
         f"# {recipe.title}",
         "",
-        f"A Distilled Decoding student (arXiv 2412.17153) that draws {recipe.image.size}x{recipe.image.size}"
-        f" images of {recipe.classes} classes in {steps} steps, exported by ddexport"
+        f"{what} that draws {recipe.image.size}x{recipe.image.size}"
+        f" images{drawn} in {steps} steps, exported by ddexport"
         f" {manifest.tools['ddexport']}.",
         "",
         "```",
-        f"ddexport sample {bundle} --label 0 --steps {min(manifest.schedules)} -o out.png",
+        f"ddexport sample {bundle} {request} --steps {min(manifest.schedules, default='teacher')} -o out.png",
         "```",
         "",
         "## Weights",

@@ -7,7 +7,6 @@ The module is transformers', but for two things: its weights are read as those o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,9 @@ class TextEncoder(nn.Module):
         self.width, self.directory = int(config.d_model), directory
         self.stack = T5EncoderModel(config).encoder
         attention = self.stack.block[0].layer[0].SelfAttention  # its table serves all layers
-        attention._relative_position_bucket = partial(_bucket, _buckets(attention, config))
+        attention.buckets = _Buckets(attention, config)
+        # Taken before the method of its class.
+        vars(attention)["_relative_position_bucket"] = attention.buckets
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What the encoder says of the tokens of P prompts.
@@ -48,16 +49,17 @@ class TextEncoder(nn.Module):
         Returns:
             [P, N, W] float32. The rows of padding are not zero, and mean nothing.
         """
-        hidden: Tensor = self.stack(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return hidden.float()
+        dtype = self.stack.dtype
+        # A mask of four axes is added to the scores as it is: one less thing to trace.
+        mask = (attention_mask[:, None, None] == 0).to(dtype) * torch.finfo(dtype).min
+        output: Tensor = self.stack(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        return output.float()
 
     def tokenizer_file(self, width: int) -> Path:
         """The tokenizer that belongs to the encoder. Raises CheckpointError if there is none beside it, or if
         the encoder has not the width that a model reads."""
         if self.width != width:
-            message = (
-                f"the text encoder in {self.directory} has width {self.width}, but the model reads {width}"
-            )
+            message = f"the encoder in {self.directory} has width {self.width}, but the model reads {width}"
             raise CheckpointError(message, "give the encoder that the model was trained with")
         path = self.directory / "tokenizer.json"
         if not path.is_file():
@@ -88,7 +90,8 @@ def text_encoder(path: Path) -> TextEncoder:
     except Exception as error:  # untrusted, and transformers raises whatever happens
         raise CheckpointError(f"{file} does not describe a T5: {error}", "download it again") from error
     encoder.stack.load_state_dict(_weights(path, encoder.stack.state_dict()), strict=True, assign=True)
-    return encoder.requires_grad_(False).eval()
+    encoder.requires_grad_(False).eval()
+    return encoder
 
 
 def _weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -111,16 +114,22 @@ def _weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: as_float32(state[name], f"{path}: {name}") for name in expected}
 
 
-def _buckets(attention: Any, config: Any) -> tuple[int, ...]:
-    """The bucket of every distance that has one of its own, from the most negative one."""
-    far = config.relative_attention_max_distance
-    sizes = {"num_buckets": config.relative_attention_num_buckets, "max_distance": far}
-    distances = torch.arange(-far, far + 1, device="cpu")
-    return tuple(attention._relative_position_bucket(distances, **sizes).tolist())
+class _Buckets(nn.Module):
+    """The bucket of the distance between two tokens, looked up in a table that transformers computes here.
 
+    Distances 16, 32 and 64 lie on the edge of a bucket: an engine whose logarithm is off by one bit would
+    take the one before.
+    """
 
-def _bucket(buckets: tuple[int, ...], distances: Tensor, **_: object) -> Tensor:
-    """Looked up, not computed: distances 16, 32 and 64 lie on the edge of a bucket, and the logarithm of an
-    engine that is off by one bit would take the one before."""
-    far = len(buckets) // 2
-    return torch.tensor(buckets, device=distances.device)[distances.clamp(-far, far) + far]
+    def __init__(self, attention: Any, config: Any) -> None:
+        super().__init__()
+        self.far = config.relative_attention_max_distance
+        sizes = {"num_buckets": config.relative_attention_num_buckets, "max_distance": self.far}
+        distances = torch.arange(-self.far, self.far + 1, device="cpu")
+        buckets = attention._relative_position_bucket(distances, **sizes)
+        self.register_buffer("table", buckets, persistent=False)
+
+    def forward(self, distances: Tensor, **_: object) -> Tensor:
+        """distances: [N, N] int64."""
+        buckets: Tensor = self.table[distances.clamp(-self.far, self.far) + self.far]
+        return buckets

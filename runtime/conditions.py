@@ -95,10 +95,10 @@ class Texts:
     def _prefix(self, features: Features, role: str) -> dict[str, NDArray[Any]]:
         """What the graphs of a role see of each text."""
         graph = self.manifest.graph(PREFIXES[role])
-        feeds = {"features": features.features, "features_mask": features.mask}
-        parts = [
+        feeds: dict[str, NDArray[Any]] = {"features": features.features, "features_mask": features.mask}
+        parts: list[dict[str, NDArray[Any]]] = [
             self.backend.run(graph, {name: array[rows] for name, array in feeds.items()})
-            for rows in _batches(len(features.mask))
+            for rows in _batches(len(features))
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

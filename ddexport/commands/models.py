@@ -55,7 +55,7 @@ def _row(recipe: Recipe) -> dict[str, Any]:
         "parameters": recipe.parameters.get("student"),
         "tokenizer_parameters": recipe.parameters.get("tokenizer"),
         "image": f"{recipe.image.size}x{recipe.image.size}",
-        "steps": sorted(map(int, recipe.schedules)),
+        "steps": sorted(map(int, recipe.schedules)) or ["teacher"],
         "published_fid": recipe.published.get("fid", {}),
         "files": [
             f"{role}: ships with ddexport"

@@ -13,7 +13,7 @@ from ddexport.engine.builder import Stage, build_plan
 from ddexport.engine.module import TensorRT
 from ddexport.engine.options import BuildOptions, resolve
 from ddexport.runtime import __version__, machine
-from ddexport.runtime.bundle import TEACHER, Graph, Manifest, read_manifest, sha256_of
+from ddexport.runtime.bundle import TEACHER, TEXT_ROLES, Graph, Manifest, read_manifest, sha256_of
 from ddexport.runtime.engines import SCHEMA, BuiltOn, Engine, engine_folder, read_engine
 from ddexport.runtime.errors import BundleError
 from ddexport.runtime.files import atomic_write, make_directory
@@ -81,7 +81,8 @@ def select_graphs(
             f"bundle {manifest.name} has no graphs in {', '.join(missing)}; it has {available}",
             f"export them: ddexport onnx {manifest.name} --precision {needed} ...",
         )
-    possible = dict.fromkeys(graph.role for graph in manifest.graphs if graph.role != TEACHER)
+    apart = (TEACHER, *TEXT_ROLES)  # ONNX Runtime runs them
+    possible = dict.fromkeys(graph.role for graph in manifest.graphs if graph.role not in apart)
     if unknown := [role for role in roles if role not in possible]:
         have = f"it has: {', '.join(possible)}"
         raise BundleError(f"bundle {manifest.name} has no graph {unknown[0]} to build", have)

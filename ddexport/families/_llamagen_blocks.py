@@ -121,8 +121,9 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
     def values(self, x: Tensor) -> Tensor:
-        """The values alone, of all heads: [B, N, C] -> [B, N, C]."""
-        return F.linear(x, self.qkv.weight[-x.shape[-1] :])
+        """The values alone, of all heads: [B, N, C] -> [B, N, C]. Queries and keys are computed with them: a
+        product of its own would store these weights twice, beside other graphs that share them."""
+        return self.qkv(x)[..., -x.shape[-1] :]
 
 
 class SwiGlu(nn.Module):

@@ -14,7 +14,16 @@ from msgspec import structs
 from ddexport.card import ACCURACY_FILE
 from ddexport.hub.errors import MissingFileError, explained
 from ddexport.hub.files import HubFile, fetch, licence_remark, parse, require_room
-from ddexport.runtime.bundle import FILE_NAME, TEACHER, FileInfo, Manifest, manifest_from, resolve
+from ddexport.runtime.bundle import (
+    FILE_NAME,
+    PREFIXES,
+    TEACHER,
+    TEXT_ROLES,
+    FileInfo,
+    Manifest,
+    manifest_from,
+    resolve,
+)
 from ddexport.runtime.check import FILE as GOLDEN
 from ddexport.runtime.files import atomic_write
 
@@ -87,7 +96,9 @@ def part_of(
         graphs=tuple(
             graph
             for graph in manifest.graphs
-            if graph.precision in kept and graph.split in splits and (teacher or graph.role != TEACHER)
+            if (graph.precision in kept or graph.role in TEXT_ROLES)
+            and graph.split in splits
+            and (teacher or graph.role not in (TEACHER, PREFIXES[TEACHER]))
         ),
         schedules={
             number: schedule

@@ -74,7 +74,7 @@ def card(bundle: Path, manifest: Manifest, repository: str, reports: Reports, ha
         license=licence if licence in LICENCES else "other",
         license_name=None if licence in LICENCES else re.sub("[^a-z0-9.]+", "-", licence) or None,
         library_name="ddexport",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag="text-to-image" if manifest.text else "unconditional-image-generation",
         tags=[*TAGS, recipe.family.removesuffix("_dd")],
         base_model=list({file.repository: 0 for file in manifest.weights.files if file.repository}) or None,
     )

@@ -22,6 +22,7 @@ from ddexport.runtime.teacher import Cache, HostCache
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
+HALVES = ("fp16", "bf16")
 ERRORS_ONLY = 3
 SLOW_INT8 = "its int8 decoder is slower than its fp32 one: openvino is faster in int8"
 RECORD_NODES = "session.record_ep_graph_assignment_info"
@@ -121,9 +122,7 @@ class OnnxRuntime(Backend):
         if on_gpu:
             options.add_session_config_entry(RECORD_NODES, "1")
             _load_libraries()
-            # TF32 keeps 10 bits of mantissa: what is float32, in half graphs too, needs all 23.
-            number = str(self.configuration.gpu)
-            providers.insert(0, (PROVIDERS["cuda"], {"device_id": number, "use_tf32": "0"}))
+            providers.insert(0, (PROVIDERS["cuda"], cuda_options(graph, self.configuration.gpu)))
         try:
             with _named_in_utf8(self.root) as root:
                 session = onnxruntime.InferenceSession(root / graph.file, options, providers=providers)
@@ -172,6 +171,16 @@ class DeviceCache:
         for name, value in self.feeds.items():
             target = value.data_ptr() + start * self._row
             self._copy_rows(target, pitch, outputs[f"new_{name}"].data_ptr(), width, width, self._rows)
+
+
+def cuda_options(graph: Graph, device: int) -> dict[str, str]:
+    """How ONNX Runtime computes a graph on a GPU.
+
+    TF32 keeps 10 bits of mantissa: what is float32, in a half student too, needs all 23. But to forbid TF32
+    forbids tensor cores to all convolutions, float16 ones as well: a half decoder would be the slower one.
+    """
+    tf32 = graph.role.startswith("decoder") and graph.precision in HALVES
+    return {"device_id": str(device), "use_tf32": "1" if tf32 else "0"}
 
 
 def run_bound(session: Any, feeds: Arrays, names: Sequence[str], kind: str, device: int) -> dict[str, Any]:

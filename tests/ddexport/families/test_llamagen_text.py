@@ -1,8 +1,9 @@
-"""Text-conditional LlamaGen computes what the published code computes (tests/golden/llamagen-t2i-small), and its
-collapsed text what the padded, masked one does."""
+"""Text-conditional LlamaGen computes what the published code computes (tests/golden/llamagen-t2i-small), and
+its collapsed text what the padded, masked one does."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ddexport.distill.trainers import trainer
 from ddexport.families._checkpoint import CheckpointError, connect, load_part, save_part
+from ddexport.families._llamagen_text import TextSize
 from ddexport.families._weight_file import config_of
 from ddexport.recipe import Recipe, RecipeError, load_recipe, recipe_from_dict, with_student
 from tests.goldens import close
@@ -83,8 +85,9 @@ def test_the_student_draws_what_the_repaired_code_draws(case: str, count: int) -
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("case", "split", "weights"), [("twostep_split9", 9, None), ("twostep_split3", 3, None), ("nonema_onestep", 5, "model")]
-)  # fmt: skip
+    ("case", "split", "weights"),
+    [("twostep_split9", 9, None), ("twostep_split3", 3, None), ("nonema_onestep", 5, "model")],
+)
 def test_other_splits_and_the_other_weights(case: str, split: int, weights: str | None) -> None:
     part, noise = student(split, weights), EXPECTED["noise"]
     sequence = part(noise, *TEXT, known(0))[0]
@@ -110,7 +113,7 @@ def test_the_prefix_is_the_published_mean_of_values(teacher: Any) -> None:
 def test_behind_the_prefix_a_student_draws_what_it_draws_behind_the_padded_text(vector: str) -> None:
     """In float64, where nothing but a fault can differ; prompts of 3, 7 and 12 tokens, and mixed known."""
     part = student().double()
-    part.condition_embedding.size = RECIPE.condition and type(part.condition_embedding.size)(12, 48, vector)
+    part.condition_embedding.size = TextSize(12, 48, vector)
     features, mask, noise = TEXT[0].double(), TEXT[1], EXPECTED["noise"].double()
     counts = torch.tensor([0, 5, 16])
     whole = part(noise, features, mask, counts)
@@ -128,7 +131,7 @@ def test_weights_are_read_strictly_and_the_null_text_is_never_made_up(tmp_path: 
     assert torch.equal(teacher.condition_embedding.null, stored)
     del weights["cls_embedding.uncond_embedding"]
     torch.save({"module": weights}, tmp_path / "no-null.pt")
-    with pytest.raises(CheckpointError, match="missing cls_embedding.uncond_embedding"):
+    with pytest.raises(CheckpointError, match=r"missing cls_embedding\.uncond_embedding"):
         load_part(RECIPE, "teacher", tmp_path / "no-null.pt")
     save_part(teacher, RECIPE, "teacher", tmp_path / "again.safetensors", torch.float32)
     again = load_part(RECIPE, "teacher", tmp_path / "again.safetensors")
@@ -151,8 +154,6 @@ def test_what_a_student_was_trained_for_is_read_from_its_checkpoint(
 ) -> None:
     assert unknown_student.sequence.split == 16  # every position of a teacher is a token
     torch.save({"ema": {}, "config": SETTINGS}, tmp_path / "student.pth")
-    import json
-
     save_file({"x": torch.zeros(1)}, tmp_path / "student.safetensors", {"config": json.dumps(SETTINGS)})
     for name in ("student.pth", "student.safetensors"):
         recipe = with_student(unknown_student, config_of(tmp_path / name), name)
