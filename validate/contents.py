@@ -54,15 +54,11 @@ def open_manifest(root: Path) -> tuple[Manifest, str]:
             raise
         raise VerificationError(f"the bundle {root} is damaged: {error.message}", error.hint) from error
     if manifest.name in recipe_names():
-        own = manifest.recipe
-        student = {
-            "schedules": own.get("schedules"),
-            "split": own.get("sequence", {}).get("split"),
-            "vector": own.get("condition", {}).get("vector"),
-        }
         shipped = load_recipe(manifest.name)
-        if own.get("schedules"):  # of a text model they may be the checkpoint's
-            shipped = with_student(shipped, student, "the bundle")
+        if shipped.condition and manifest.schedules:  # which may be the checkpoint's
+            taken = {"schedules": manifest.recipe.get("schedules"), "split": manifest.sequence.split}
+            taken["vector"] = manifest.recipe.get("condition", {}).get("vector")
+            shipped = with_student(shipped, taken, "the bundle")
         other = f"the {manifest.name} that ships has"
         _refuse(manifest, list(_differences(whole_recipe(manifest), shipped.to_dict(), "recipe", other)))
     return manifest, sha256_of(root / FILE_NAME)
@@ -93,8 +89,7 @@ def _manifest_faults(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
     said, wanted = json.loads(manifest.to_json()), recipe.to_dict()
     side = recipe.image.size
     wanted["image"] = {"height": side, "width": side, "channels": recipe.image.channels}
-    wanted.setdefault("schedules", {})
-    wanted.setdefault("classes", 0)
+    wanted = {"schedules": {}, "classes": 0, **wanted}
     keys = ["name", "title", "sequence", "classes", "image", "schedules"]
     if manifest.teacher is None:
         alone = {k: schedule for k, schedule in wanted["schedules"].items() if "teacher" not in schedule}
@@ -109,7 +104,7 @@ def _manifest_faults(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
             fid = said["decoders"][name]["fid"]
             yield from _differences(fid, stated, f"decoders.{name}.fid", "its recipe has")
     for key in keys:
-        yield from _differences(said.get(key), wanted.get(key), f"bundle.json: {key}", "its recipe has")
+        yield from _differences(said[key], wanted[key], f"bundle.json: {key}", "its recipe has")
 
 
 def _label_faults(root: Path, manifest: Manifest, recipe: Recipe) -> Iterator[str]:
