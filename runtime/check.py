@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ddexport.runtime.bundle import FILE_NAME, sha256_of
 from ddexport.runtime.errors import BundleError, VerificationError
 from ddexport.runtime.pipeline import Pipeline
-from ddexport.runtime.text import Features
+from ddexport.runtime.text import Features, trials
 
 FILE = "parity/golden.npz"
 MAKE = "Make it on the machine where the bundle was exported: ddexport validate parity BUNDLE"
@@ -98,7 +98,8 @@ def check(pipe: Pipeline, golden: Golden) -> list[Check]:
         raise VerificationError(
             f"the bundle states no parity limits for {pipe.precision}", "Export it again."
         )
-    return [_check(pipe, golden, steps, limits) for steps in golden.steps]
+    with trials():
+        return [_check(pipe, golden, steps, limits) for steps in golden.steps]
 
 
 def _check(pipe: Pipeline, golden: Golden, steps: str, limits: dict[str, float]) -> Check:

@@ -7,7 +7,8 @@ The models were trained on T rows of which the last n are these, and the others 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,18 @@ WHAT_FEATURES_ARE = (
     " `features_mask` (B, T), 1 there and 0 before."
 )
 END, PADDING = "</s>", "<pad>"
-TRIAL_TEXTS = 8
+# To try bundles on: of different length, the first is empty and the last too long.
+TRIAL_PROMPTS = (
+    "",
+    "fox",
+    "A red 3",
+    "an owl &amp; a <b>cup</b>",
+    "a lighthouse at dusk, oil painting",
+    "café au lait — 3 cups (1080p)",
+    "an empty street in the rain at night, neon signs, https://example.com/street",
+    ", ".join(["a harbour with many small boats and gulls above the water"] * 20),
+)
+TRIAL_TEXTS = len(TRIAL_PROMPTS)
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +110,17 @@ def trial_features(tokens: int, width: int, seed: int = 0) -> Features:
     counts = np.linspace(1, tokens, TRIAL_TEXTS).round()[:, None]
     features = np.random.default_rng(seed).standard_normal((TRIAL_TEXTS, tokens, width), np.float32)
     return Features(features, (np.arange(tokens) >= tokens - counts).astype(np.int64))
+
+
+@contextmanager
+def trials() -> Iterator[None]:
+    """`TRIAL_PROMPTS` are drawn, of which one is too long on purpose: nothing is said about that."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class PromptTokenizer:

@@ -19,11 +19,13 @@ import numpy as np
 from ddexport.recipe import Limits
 from ddexport.runtime.backends import Arrays
 from ddexport.runtime.bundle import DAMAGED, FULL, Graph, PipelineGraph, decoder_role, resolve
+from ddexport.runtime.conditions import Conditions
 from ddexport.runtime.errors import BackendError, BundleError, ScheduleError, VerificationError
 from ddexport.runtime.pipeline import Pipeline
 from ddexport.runtime.registry import load_plugin, plugins
 from ddexport.runtime.schedule import Span
 from ddexport.runtime.teacher import Sampling, generate
+from ddexport.validate.conditions import Texts
 from ddexport.validate.metrics._base import (
     Comparison,
     Drawn,
@@ -33,6 +35,7 @@ from ddexport.validate.metrics._base import (
     IntArray,
     StepOutput,
     StepPair,
+    TextPair,
 )
 from ddexport.validate.report import Measurement
 from ddexport.validate.runners import in_batches
@@ -49,9 +52,11 @@ def compare(
 ) -> Comparison:
     """All comparisons of an open bundle with what the reference drew; `advance` is told how many images are
     done. Raises VerificationError where a graph does not run or the outputs cannot be lined up."""
-    bundle, comparison, count = _Bundle(pipe, request), Comparison(), len(request.labels)
+    comparison, count = Comparison(), len(request.labels)
     students: dict[int, dict[Any, Pass]] = {}  # by split, and by what led to the step
     try:
+        bundle = _Bundle(pipe, request)
+        comparison.texts.extend(bundle.texts())
         for run in runs:
             for number, step in enumerate(run.passes):
                 if step.role == "teacher":
@@ -96,12 +101,22 @@ class _Bundle:
 
     def __init__(self, pipe: Pipeline, request: Request) -> None:
         self.pipe, self.request, self.manifest = pipe, request, pipe.manifest
+        self.given = self._conditions(np.arange(request.conditions.count)).rows(request.labels)
+
+    def texts(self) -> list[TextPair]:
+        """What both sides' text encoders make of the prompts."""
+        conditions, texts = self.request.conditions, self.pipe.texts
+        if not (conditions.prompts and isinstance(conditions, Texts) and texts):
+            return []
+        sides = conditions.features.features, texts.features(list(conditions.prompts)).features
+        return [TextPair("text encoder", *sides, [repr(prompt[:20]) for prompt in conditions.prompts])]
 
     def student(self, run: ReferenceRun, number: int) -> StepPair:
         """A student step on the reference's input."""
-        step, labels = run.passes[number], self.request.labels
-        known = np.full_like(labels, step.known)
-        got = self._student(step.inputs, labels, known, run.plan.split, self.request.batch)
+        step = run.passes[number]
+        known = np.full(len(self.given), step.known)
+        given = self.given.feeds("student")
+        got = self._student(step.inputs, given, known, run.plan.split, self.request.batch)
         before = ", ".join(str(earlier.known) for earlier in run.passes[: number + 1])
         scope = f"step {number + 1} (known {before})"
         if run.plan.teacher is not None:
@@ -124,14 +139,16 @@ class _Bundle:
                 return np.asarray(feeds["tokens"][:, positions])
 
             passes, cache = partial(engine.run, graph), engine.new_cache
-            given = feeds["prefix"], feeds["label"]
-            generate(passes, teacher, span, *given, teacher.cfg, forced, new_cache=cache)
+            condition = {name: feeds[name] for name in given}
+            generate(passes, teacher, span, feeds["prefix"], condition, teacher.cfg, forced, new_cache=cache)
             return {"logits": np.concatenate(parts, axis=1)}
 
-        feeds = {"prefix": step.inputs, "tokens": step.tokens, "label": self.request.labels}
+        given = self.given.feeds("teacher")
+        feeds = {"prefix": step.inputs, "tokens": step.tokens, **given}
         got = StepOutput(in_batches(guided, feeds, self.request.batch)["logits"])
         last = slice(count - 1, count)
-        alone = StepOutput(guided({name: array[last] for name, array in feeds.items()})["logits"])
+        own_feeds = self._conditions(self.request.labels[last]).feeds("teacher")
+        alone = StepOutput(guided({name: rows[last] for name, rows in feeds.items()} | own_feeds)["logits"])
         known, numbers = np.full(count, span.start), self.request.uniforms[:, span.start : span.end]
         sampling = Sampling(teacher.cfg, teacher.top_k, teacher.top_p, teacher.temperature)
         own: dict[str, Any] = {"start": span.start, "sampling": sampling}
@@ -158,7 +175,7 @@ class _Bundle:
         request, by_teacher = self.request, run.plan.teacher is not None
         how: dict[str, Any] = {"uniforms": request.uniforms} if by_teacher else {}
         how |= {"noise": request.noise, "output": "numpy", "batch_size": request.batch, "decoder": decoder}
-        result = self.pipe(request.labels.tolist(), _steps(run), **how)
+        result = self.pipe(request.conditions.of_bundle(request.labels), _steps(run), **how)
         tokens = np.concatenate([step.tokens for step in result.steps], axis=1)
         got, expected = Drawn(tokens, result.steps[-1].sequence, np.asarray(result.images)), run.drawn
         scope = f"{run.title}, end to end"
@@ -186,12 +203,15 @@ class _Bundle:
 
     def mixed(self, split: int, steps: list[Pass]) -> StepPair:
         """A batch that mixes rows of all steps, and its rows one by one: none may depend on the others."""
-        size, count, labels = self.request.batch, len(self.request.labels), self.request.labels
+        size, count, labels = self.request.batch, len(self.given), self.request.labels
         picks = [(steps[i % len(steps)], i // len(steps) % count) for i in range(size)]
         rows = [row for _, row in picks]
         known = np.array([step.known for step, _ in picks])
         latents = np.stack([step.inputs[row] for step, row in picks])
-        batch, alone = (self._student(latents, labels[rows], known, split, n) for n in (size, 1))
+        own = [self._conditions(labels[[row]]).feeds("student") for row in rows]
+        apart = {name: np.concatenate([one[name] for one in own]) for name in own[0]}
+        sides = (self.given.rows(rows).feeds("student"), size), (apart, 1)
+        batch, alone = (self._student(latents, given, known, split, n) for given, n in sides)
         places = [f"{self.request.places[row]}, known {step.known}" for step, row in picks]
         scope = f"student, split {split}: batch of {size} against single images"
         return StepPair(scope, batch, alone, known, places, itself=True)
@@ -207,8 +227,9 @@ class _Bundle:
 
     def check_seed(self, run: ReferenceRun) -> None:
         """Raises VerificationError where the seed that users give is not the noise that was compared."""
-        request, label = self.request, int(self.request.labels[0])
-        first = self.pipe([label], _steps(run), seed=int(request.seeds[0]), output="sequence")
+        request = self.request
+        label = request.conditions.of_bundle(request.labels[:1])
+        first = self.pipe(label, _steps(run), seed=int(request.seeds[0]), output="sequence")
         same = np.array_equal(first.noise, request.noise[:1])
         if run.plan.teacher is not None:
             same &= first.uniforms is not None and np.array_equal(first.uniforms, request.uniforms[:1])
@@ -218,10 +239,13 @@ class _Bundle:
                 "runtime/noise.py is wrong: please report it",
             )
 
+    def _conditions(self, labels: IntArray) -> Conditions:
+        return self.pipe.conditions(self.request.conditions.of_bundle(labels))
+
     def _student(
-        self, latents: FloatArray, label: IntArray, known: IntArray, split: int, size: int
+        self, latents: FloatArray, given: Arrays, known: IntArray, split: int, size: int
     ) -> StepOutput:
-        outputs = self._run("student", {"latents": latents, "label": label, "known": known}, size, split)
+        outputs = self._run("student", {"latents": latents, **given, "known": known}, size, split)
         tokens, logits = outputs["tokens"], outputs["logits"]
         # Whichever of equal ones.
         if not np.array_equal(np.take_along_axis(logits, tokens[..., None], -1)[..., 0], logits.max(-1)):

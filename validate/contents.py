@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec import structs
 
-from ddexport.runtime.bundle import DAMAGED, FILE_NAME, Manifest, Teacher, read_manifest, resolve, sha256_of
+from ddexport.runtime.bundle import (
+    DAMAGED,
+    FILE_NAME,
+    Manifest,
+    Teacher,
+    Text,
+    read_manifest,
+    resolve,
+    sha256_of,
+)
 from ddexport.runtime.errors import BundleError, VerificationError
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 from ddexport.runtime.records import DAMAGED as UNREADABLE
@@ -36,7 +45,7 @@ def open_manifest(root: Path) -> tuple[Manifest, str]:
 
     Raises VerificationError where it is damaged, or its recipe is not the one of that name that ships.
     """
-    from ddexport.recipe import load_recipe, recipe_names, whole_recipe
+    from ddexport.recipe import load_recipe, recipe_names, whole_recipe, with_student
 
     try:
         manifest = read_manifest(root)
@@ -45,15 +54,21 @@ def open_manifest(root: Path) -> tuple[Manifest, str]:
             raise
         raise VerificationError(f"the bundle {root} is damaged: {error.message}", error.hint) from error
     if manifest.name in recipe_names():
-        shipped = load_recipe(manifest.name).to_dict()
+        shipped = load_recipe(manifest.name)
+        if shipped.condition and manifest.schedules:  # which may be the checkpoint's
+            taken = {"schedules": manifest.recipe.get("schedules"), "split": manifest.sequence.split}
+            taken["vector"] = manifest.recipe.get("condition", {}).get("vector")
+            shipped = with_student(shipped, taken, "the bundle")
         other = f"the {manifest.name} that ships has"
-        _refuse(manifest, list(_differences(whole_recipe(manifest), shipped, "recipe", other)))
+        _refuse(manifest, list(_differences(whole_recipe(manifest), shipped.to_dict(), "recipe", other)))
     return manifest, sha256_of(root / FILE_NAME)
 
 
 def check_contents(root: Path, manifest: Manifest, reference: TorchReference) -> None:
     """Raises VerificationError that names what is not as its recipe says, or not as the reference has it."""
     faults = [*_manifest_faults(manifest, reference.recipe), *_label_faults(root, manifest, reference.recipe)]
+    if manifest.text is not None:
+        faults += _text_faults(root, manifest.text, reference)
     if manifest.teacher is not None:
         faults += _codebook_faults(root, manifest.teacher.codebook.file, reference.codebook)
         faults += _teacher_faults(manifest.teacher, reference.teacher) if reference.teacher else ()
@@ -74,6 +89,7 @@ def _manifest_faults(manifest: Manifest, recipe: Recipe) -> Iterator[str]:
     said, wanted = json.loads(manifest.to_json()), recipe.to_dict()
     side = recipe.image.size
     wanted["image"] = {"height": side, "width": side, "channels": recipe.image.channels}
+    wanted = {"schedules": {}, "classes": 0, **wanted}
     keys = ["name", "title", "sequence", "classes", "image", "schedules"]
     if manifest.teacher is None:
         alone = {k: schedule for k, schedule in wanted["schedules"].items() if "teacher" not in schedule}
@@ -116,6 +132,18 @@ def _teacher_faults(teacher: Teacher, module: Any) -> Iterator[str]:
     wanted |= {"heads": size.heads, "head_width": size.head_width}
     said = {key: getattr(teacher, key) for key in wanted}
     yield from _differences(said, wanted, "bundle.json: teacher", "the model has")
+
+
+def _text_faults(root: Path, text: Text, reference: TorchReference) -> Iterator[str]:
+    """The sizes against the model's, the tokenizer against that of the text encoder."""
+    size, condition = reference.geometry, reference.recipe.condition
+    wanted: dict[str, Any] = {"layers": size.depth, "heads": size.heads, "head_width": size.head_width}
+    wanted |= {key: getattr(condition, key, None) for key in ("tokens", "width")}
+    said = {key: getattr(text, key) for key in wanted}
+    yield from _differences(said, wanted, "bundle.json: text", "the model has")
+    own, file = reference.tokenizer_file, text.tokenizer
+    if own and file and sha256_of(own) != sha256_of(resolve(root, file.file)):
+        yield f"{file.file} is not the {own.name} of the text encoder"
 
 
 def _noise_faults() -> Iterator[str]:

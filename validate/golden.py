@@ -15,14 +15,16 @@ from ddexport.validate.metrics.tokens import margins
 from ddexport.validate.reference import seeds_of
 
 if TYPE_CHECKING:
+    from ddexport.validate.conditions import Classes, Texts
     from ddexport.validate.reference import ReferenceRun
     from ddexport.validate.report import Report
 
 IMAGES = 8
 
 
-def write_golden(path: Path, report: Report, runs: list[ReferenceRun]) -> None:
-    """Writes those images whose tokens were clearest to the reference, which no rounding should change.
+def write_golden(path: Path, report: Report, runs: list[ReferenceRun], conditions: Classes | Texts) -> None:
+    """Writes those images whose tokens were clearest to the reference, which no rounding should change, and
+    the texts that their labels number.
 
     Raises OutputError.
     """
@@ -33,6 +35,7 @@ def write_golden(path: Path, report: Report, runs: list[ReferenceRun]) -> None:
         "steps": np.array([run.steps for run in runs]),
         "seeds": seeds_of(report.images, report.seed)[rows],
         "labels": np.array(report.settings["labels"], dtype=np.int64)[rows],
+        **conditions.stored(),
     }
     for run in runs:
         arrays[f"tokens_{run.steps}"] = run.passes[-1].tokens[rows]

@@ -137,7 +137,7 @@ def _text(value: str | float | None) -> str:
 @shared("precision")
 @shared("backend", metavar="NAME,...",
         help="Inference engines, separated by commas. auto: the best one that runs here.")  # fmt: skip
-@shared("threads", "checkpoint", "vae", "teacher", "small-decoder", "json")
+@shared("threads", "checkpoint", "vae", "teacher", "text-encoder", "small-decoder", "json")
 @console.debug_option
 def command(
     seeds: int, fid_images: int | None, backend: str, as_json: bool, teacher: Path | None, **options: Any

@@ -30,6 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "checkpoint": {"type": PATH, "metavar": "PATH", "help": f"Weights of the student. {MADE_FROM}"},
     "vae": {"type": PATH, "metavar": "PATH", "help": f"Weights of the tokenizer. {MADE_FROM}"},
     "teacher": {"type": PATH, "metavar": "PATH", "help": f"Weights of the teacher. {MADE_FROM}"},
+    "text-encoder": {"type": PATH, "metavar": "DIR", "help": f"Directory of the text encoder. {MADE_FROM}"},
     "small-decoder": {"type": PATH, "metavar": "PATH", "help": f"Weights of the small decoder. {MADE_FROM}"},
     "weights": {"metavar": "NAME", "show_default": "the one that was exported",
                 "help": "State dict to load from a checkpoint that has several."},

@@ -21,7 +21,7 @@ from msgspec.structs import asdict, replace
 
 from ddexport.recipe import FILE_OPTIONS, FidGate, FidLimits
 from ddexport.runtime import console
-from ddexport.runtime.bundle import FILE_NAME, FULL, TEACHER, Manifest, read_manifest, resolve, sha256_of
+from ddexport.runtime.bundle import FILE_NAME, FULL, TEACHER, Manifest, read_manifest, sha256_of
 from ddexport.runtime.errors import DDError, VerificationError
 from ddexport.runtime.options import PATH, option
 from ddexport.runtime.records import convert, read_json
@@ -365,15 +365,15 @@ def _printable(text: str) -> str:
 
 
 def _make_parity(facts: Facts, options: Mapping[str, Any]) -> None:
-    from ddexport.runtime.labels import read_labels
     from ddexport.validate import plots
+    from ddexport.validate.conditions import names_of
     from ddexport.validate.parity import Options, run_parity
     from ddexport.validate.report import write
 
     with console.stage("parity"):
         report, comparison, _ = run_parity(Options(bundle=facts.bundle, **options))
-    labels = read_labels(resolve(facts.bundle, facts.manifest.labels.file), facts.manifest.classes)
-    write(report, _inside(facts.bundle, FOLDER), plots.of_parity(report, comparison, labels.names))
+    names = names_of(facts.bundle, facts.manifest)
+    write(report, _inside(facts.bundle, FOLDER), plots.of_parity(report, comparison, names))
 
 
 def _make_fid(facts: Facts, options: Mapping[str, Any]) -> None:
@@ -383,7 +383,7 @@ def _make_fid(facts: Facts, options: Mapping[str, Any]) -> None:
 
     gate = _fid_gate(facts.manifest)
     images = gate.images if gate and gate.images <= AT_ONCE else FEWER
-    names = ("precision", "checkpoint", "vae", "small_decoder")
+    names = ("precision", "checkpoint", "vae", "text_encoder", "small_decoder")
     own = {name: options[name] for name in names if name in options}
     with console.stage("image quality"):
         report = run_fid(Options(bundle=facts.bundle, images=images, **own), None)
@@ -396,7 +396,7 @@ def _make_fid(facts: Facts, options: Mapping[str, Any]) -> None:
         help="File to write the page to.")  # fmt: skip
 @option("--run", is_flag=True, help="First make the reports that are missing, with the options below.")
 @shared("images", help="Number of images for parity.")
-@shared("precision", "checkpoint", "vae", "teacher", "small-decoder")
+@shared("precision", "checkpoint", "vae", "teacher", "text-encoder", "small-decoder")
 @option("--open", "opened", is_flag=True, help="Open the page in a browser.")
 @shared("json")
 @console.debug_option

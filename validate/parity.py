@@ -43,6 +43,7 @@ class Options:
     vae: Path | None = None
     small_decoder: Path | None = None
     teacher: Path | None = None
+    text_encoder: Path | None = None
     weights: str | None = None
     threads: int | None = None
     emulate: bool | None = None
@@ -73,6 +74,7 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
             "tokenizer": options.vae,
             "teacher": options.teacher,
             "decoder_small": options.small_decoder,
+            "text_encoder": options.text_encoder,
         }
         reference = build_reference(
             manifest, files, options.weights, options.threads, teacher=True, device=options.device
@@ -85,7 +87,7 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
             f"warning: the limits are for {stated} images; with {images}, a correct bundle can exceed one",
             err=True,
         )
-    request = request_of(manifest, images, options.seed, options.batch)
+    request = request_of(manifest, images, options.seed, options.batch, reference.conditions)
     how = (options.backend, options.precision, options.emulate, options.threads)
     with opened(options.bundle, manifest, *how) as pipe:
         limits = limits_of(manifest, pipe.precision, complete)
@@ -124,8 +126,9 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
 @click.command("parity", cls=console.Command, epilog=EPILOG)
 @shared("bundle", "images", "seed", "batch", "precision", "backend", "emulate")
 @shared(
-    "checkpoint", "vae", "teacher", "small-decoder", "weights", "threads", "torch-device", "report", "json"
-)
+    "checkpoint", "vae", "teacher", "text-encoder", "small-decoder", "weights", "threads", "torch-device",
+    "report", "json",
+)  # fmt: skip
 @console.debug_option
 def command(report: Path | None, as_json: bool, **options: Any) -> None:
     """Compare outputs of BUNDLE with those of the PyTorch model.
@@ -136,9 +139,9 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
     The report is written to BUNDLE/parity. If all limits are met, golden.npz is written there too: the images
     of the PyTorch model, with which `ddexport doctor BUNDLE --check` tests another machine.
     """
-    from ddexport.runtime.bundle import read_manifest, resolve
-    from ddexport.runtime.labels import read_labels
+    from ddexport.runtime.bundle import read_manifest
     from ddexport.validate import plots
+    from ddexport.validate.conditions import conditions_of, names_of
     from ddexport.validate.golden import write_golden
     from ddexport.validate.page import write_page
     from ddexport.validate.report import write
@@ -149,10 +152,10 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
     result, comparison, runs = run_parity(request)
     if directory is not None:
         manifest = read_manifest(request.bundle, verify=False)
-        names = read_labels(resolve(request.bundle, manifest.labels.file), manifest.classes).names
+        names = names_of(request.bundle, manifest)
         result = write(result, directory, plots.of_parity(result, comparison, names))
         if result.passed:
-            write_golden(directory / "golden.npz", result, runs)
+            write_golden(directory / "golden.npz", result, runs, conditions_of(manifest))
         if report is None:
             write_page(request.bundle)
     hint = f"see {directory}" if directory else "choose a directory for report and pictures with --report"

@@ -40,7 +40,7 @@ Pixels = npt.NDArray[np.uint8]
 def of_parity(report: Report, comparison: Comparison, names: Sequence[str]) -> dict[str, Image.Image]:
     """The pictures of a parity report by title: samples of every schedule, the worst images, the margins.
 
-    names: of the classes.
+    names: of the classes, or of the texts.
     """
     labels = report.settings["labels"]
     chosen = np.linspace(0, len(labels) - 1, min(SHOWN_SAMPLES, len(labels))).round().astype(int)

@@ -18,15 +18,15 @@ from msgspec import structs
 
 from ddexport.devices import torch_device
 from ddexport.recipe import FILE_OPTIONS
-from ddexport.runtime.bundle import FULL, Manifest, Source, decoder_role
+from ddexport.runtime.bundle import ENCODER, FULL, PREFIXES, TEACHER, Manifest, Source, decoder_role
 from ddexport.runtime.errors import DDError
+from ddexport.validate.conditions import Classes, Texts, conditions_of, encoded, spread
 from ddexport.validate.metrics._base import Drawn, FloatArray, IntArray
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
     from ddexport.validate.sampling import Pass, Plan, Sampler
 
-ROLES = ("student", "tokenizer")
 SHOWN_DIGITS = 12
 
 
@@ -38,10 +38,11 @@ class ReferenceFilesError(DDError):
 class Request:
     """What both sides draw, in batches of at most `batch`.
 
-    labels (N,) int64; seeds (N,) uint64, and of image 0 of each seed the noise (N, L, Cv) float32 and the
-    numbers (N, L) float64 by which a teacher draws.
+    labels (N,) int64, of classes or of texts; seeds (N,) uint64, and of image 0 of each seed the noise (N, L,
+    Cv) float32 and the numbers (N, L) float64 by which a teacher draws.
     """
 
+    conditions: Classes | Texts
     labels: IntArray
     seeds: npt.NDArray[np.uint64]
     batch: int
@@ -51,7 +52,7 @@ class Request:
     @property
     def places(self) -> tuple[str, ...]:
         """The name of each image, for people."""
-        return tuple(f"image {i} (label {label})" for i, label in enumerate(self.labels))
+        return tuple(f"image {i} ({self.conditions.kind} {label})" for i, label in enumerate(self.labels))
 
 
 def seeds_of(images: int, seed: int) -> npt.NDArray[np.uint64]:
@@ -59,15 +60,17 @@ def seeds_of(images: int, seed: int) -> npt.NDArray[np.uint64]:
     return np.array([(seed + i) % 2**64 for i in range(images)], dtype=np.uint64)
 
 
-def request_of(manifest: Manifest, images: int, seed: int, batch: int) -> Request:
-    """Labels spread over all classes, and consecutive seeds."""
+def request_of(
+    manifest: Manifest, images: int, seed: int, batch: int, conditions: Classes | Texts | None = None
+) -> Request:
+    """Labels spread over all classes or texts, and consecutive seeds. conditions: those of the reference,
+    which are needed where the bundle has a text encoder."""
     from ddexport.validate.sampling import noise_of, uniforms_of
 
-    classes, size = manifest.classes, manifest.sequence
-    spread = np.arange(images, dtype=np.int64) * classes // images
-    seeds = seeds_of(images, seed)
+    conditions = conditions or conditions_of(manifest)
+    size, seeds, labels = manifest.sequence, seeds_of(images, seed), spread(conditions.count, images, seed)
     noise, uniforms = noise_of(seeds, size.length, size.width), uniforms_of(seeds, size.length)
-    return Request((spread + seed % classes) % classes, seeds, batch, noise, uniforms)
+    return Request(conditions, labels, seeds, batch, noise, uniforms)
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,14 @@ class TorchReference:
         tokenizer: Any,
         teacher: Any,
         recipe: Recipe,
+        conditions: Classes | Texts,
         device: str = "cpu",
         decoders: Mapping[str, Any] | None = None,
+        tokenizer_file: Path | None = None,
     ) -> None:
-        """teacher: the auto-regressive module, or None. decoders: further ones, by name."""
-        self.decoders = decoders or {}
+        """student, teacher: modules, or None. decoders: further ones, by name. tokenizer_file: that of the
+        text encoder."""
+        self.decoders, self.conditions, self.tokenizer_file = decoders or {}, conditions, tokenizer_file
         self._student, self._tokenizer, self.teacher = student, tokenizer, teacher
         self.recipe, self.device = recipe, device
         self.plans = plans_of(recipe, teacher is not None)
@@ -125,6 +131,11 @@ class TorchReference:
         """The tokenizer's table (V, Cv)."""
         return np.asarray(self._tokenizer.codebook.detach().cpu().numpy())
 
+    @property
+    def geometry(self) -> Any:
+        """The sizes of the transformers."""
+        return (self._student or self.teacher).geometry
+
     def weights(self, role: str) -> dict[str, npt.NDArray[Any]]:
         """The parameters and buffers of the module that a graph was made from, by name."""
         return {name: tensor.cpu().numpy() for name, tensor in self.module(role).state_dict().items()}
@@ -132,8 +143,9 @@ class TorchReference:
     def module(self, role: str) -> Any:
         """The module that a graph was made from."""
         others = {decoder_role(name): decoder for name, decoder in self.decoders.items()}
-        own = {"student": self._student, "decoder": self._tokenizer, "teacher": self.teacher}
-        return (own | others)[role]
+        own = {"student": self._student, "decoder": self._tokenizer, TEACHER: self.teacher}
+        prefixes = {PREFIXES[part]: own[part] for part in PREFIXES}
+        return (own | others | prefixes)[role]
 
     @property
     def sampler(self) -> Sampler:
@@ -160,7 +172,8 @@ class TorchReference:
             for start in range(0, len(request.labels), request.batch):
                 rows = slice(start, start + request.batch)
                 labels = request.labels[rows]
-                parts.append(sampler.sample(request.noise[rows], labels, plan, request.uniforms[rows]))
+                given = request.conditions.of_reference(labels)
+                parts.append(sampler.sample(request.noise[rows], given, plan, request.uniforms[rows]))
                 images.append(sampler.decode(parts[-1][-1].sequence))
                 advance(len(labels))
             passes = [Pass.joined(same) for same in zip(*parts, strict=True)]
@@ -183,12 +196,14 @@ def build_reference(
     threads: int | None = None,
     teacher: bool = False,
     device: str = "cpu",
+    encoder: bool = True,
 ) -> TorchReference:
     """Rebuilds what the bundle was exported from, by the recipe in its manifest.
 
     files: the published files of a bundle of kind `checkpoint`, by role, but for those that the export
     fetched. weights: the name of a state dict in them; by default the one that the bundle was made from.
-    threads: of torch, for the whole process. teacher: whether the bundle's, if it has one, is wanted too.
+    threads: of torch, for the whole process. teacher, encoder: whether the bundle's, if it has one, is wanted
+    too; the text encoder encodes the prompts, and is not kept.
     Raises ReferenceFilesError for a file that is missing, not wanted, or has another SHA-256 than the
     manifest's, HubError for one that cannot be fetched, and DDError for what cannot be read.
     """
@@ -196,33 +211,40 @@ def build_reference(
 
     from ddexport.families._checkpoint import connect, load_part, random_part
     from ddexport.recipe import recipe_of
+    from ddexport.text_encoder import text_encoder
 
     torch_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     others = {name: decoder_role(name) for name in manifest.decoders}
-    roles = (*ROLES, *others.values(), *(["teacher"] if teacher and manifest.teacher is not None else []))
-    recipe = recipe_of(manifest)
-    origin = manifest.weights
+    recipe, origin, text = recipe_of(manifest), manifest.weights, manifest.text
+    roles = ["tokenizer", *(["student"] if recipe.schedules else []), *others.values()]
+    roles += [TEACHER] if teacher and manifest.teacher is not None else []
+    sources = {source.role: source for source in origin.files}
     if origin.kind == "random":
         _refuse_files(manifest, recipe, files)
         if origin.seed is None:
-            text = f"bundle {manifest.name} does not say the seed of its weights"
-            raise ReferenceFilesError(text, "export it again")
+            message = f"bundle {manifest.name} does not say the seed of its weights"
+            raise ReferenceFilesError(message, "export it again")
         parts = {role: random_part(recipe, role, origin.seed) for role in roles}
     else:
-        sources = {source.role: source for source in origin.files}
         parts = {}
         for role in roles:
             path = _file_of(manifest, recipe, role, sources.get(role), files)
             copy = weights or (sources[role].weights if role in sources else None)
             parts[role] = load_part(recipe, role, path, copy)
+    features = tokenizer_file = None
+    if encoder and text is not None and text.tokenizer is not None:
+        module = text_encoder(_file_of(manifest, recipe, ENCODER, sources.get(ENCODER), files))
+        tokenizer_file, features = module.tokenizer_file(text.width), encoded(module.to(device), text)
+        del module  # it may be larger than all the others
     for part in parts.values():
         connect(part, parts["tokenizer"])
     parts = {role: part.to(device) for role, part in parts.items()}
     decoders = {name: parts[role] for name, role in others.items()}
-    own = (parts["student"], parts["tokenizer"], parts.get("teacher"))
-    return TorchReference(*own, recipe, device, decoders)
+    own = (parts.get("student"), parts["tokenizer"], parts.get(TEACHER))
+    conditions = conditions_of(manifest, features, encoder)
+    return TorchReference(*own, recipe, conditions, device, decoders, tokenizer_file)
 
 
 def plans_of(recipe: Recipe, teacher: bool) -> dict[str, Plan]:
@@ -270,7 +292,9 @@ def _file_of(
     elif file is None and source and source.repository:
         from ddexport.hub.files import HubFile, fetch
 
-        path = fetch([HubFile(source.repository, source.file, source.commit)])[0].path
+        names = (source.file, *part.beside)
+        path = fetch([HubFile(source.repository, name, source.commit) for name in names])[0].path
+        path = path.parent if role == ENCODER else path
         what, hint = f"{source.file} of {source.repository} is", "export the bundle again"
     elif file is None:
         digest = f" (sha256 {_short(source.sha256)})" if source else ""

@@ -20,6 +20,7 @@ from ddexport.runtime.bundle import Graph, Manifest, resolve
 from ddexport.runtime.errors import BackendError, VerificationError
 from ddexport.runtime.labels import read_labels
 from ddexport.runtime.pipeline import Pipeline, load
+from ddexport.runtime.text import trials
 
 HALVES = ("fp16", "bf16")
 
@@ -72,7 +73,7 @@ def opened(
         if not error.hint.startswith("The bundle is damaged"):
             raise  # an engine that is not here
         raise VerificationError(f"the bundle does not run: {error.message}", error.hint) from error
-    with loaded as pipe:
+    with loaded as pipe, trials():
         yield pipe
 
 
@@ -87,7 +88,7 @@ def emulated_precision(
     if emulate is False or (not emulate and backend not in (AUTO, "onnxruntime")):
         return None
     wanted = precision or manifest.precisions[0]
-    manifest.graph("student", wanted)
+    manifest.graph("student" if manifest.schedules else "decoder", wanted)
     if emulate:
         return wanted if wanted in HALVES else None
     able = [c for c in configurations(root, manifest, backend, precision) if not c.obstacle]

@@ -23,9 +23,10 @@ from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 IntArray: TypeAlias = npt.NDArray[np.int64]
+Given: TypeAlias = tuple[Tensor, ...]
 Module: TypeAlias = Any  # torch.nn.Module: its stubs are not analysed
-# (teacher, tokenizer, labels, choose, guidance, prefix, end) -> tokens (N, end): `generate` of
-# ddexport.distill.trainers.
+# (teacher, tokenizer, labels or what stands for texts, choose, guidance, prefix, end) -> tokens (N, end):
+# `generate` of ddexport.distill.trainers.
 GenerateTokens: TypeAlias = Callable[..., Tensor]
 
 
@@ -109,19 +110,25 @@ class Sampler:
         self.generate, self.choice, self.device = generate, choice, device
 
     def sample(
-        self, noise: FloatArray, labels: IntArray, plan: Plan, uniforms: npt.NDArray[np.float64] | None = None
-    ) -> list[Pass]:
-        """All passes of a schedule. noise (N, L, Cv), labels (N,), uniforms (N, L) where a teacher draws."""
+        self, noise: FloatArray, condition: Sequence[npt.NDArray[Any]], plan: Plan,
+        uniforms: npt.NDArray[np.float64] | None = None,
+    ) -> list[Pass]:  # fmt: skip
+        """All passes of a schedule. noise (N, L, Cv), uniforms (N, L) where a teacher draws.
+
+        condition: what the modules are given between tokens and known: labels (N,), or features (N, T, W) of
+        texts and their mask (N, T).
+        """
         with torch.inference_mode():
-            start, label = self._tensor(noise), self._tensor(labels)
-            tokens, sequence = label.new_zeros(len(label), 0), start
+            start, given = self._tensor(noise), tuple(map(self._tensor, condition))
+            tokens = torch.zeros(len(start), 0, dtype=torch.int64, device=start.device)
+            sequence = start
             passes: list[Pass] = []
             for role, known in plan.passes:
                 if role == "student":
-                    step = self._student(start, label, plan.split, known, tokens, sequence)
+                    step = self._student(start, given, plan.split, known, tokens, sequence)
                 else:
                     assert uniforms is not None
-                    step = self._teacher(start, label, plan, tokens, sequence, self._tensor(uniforms))
+                    step = self._teacher(start, given, plan, tokens, sequence, self._tensor(uniforms))
                 tokens, sequence = step[2:]
                 passes.append(Pass(role, known, *(tensor.cpu().numpy() for tensor in step)))
             return passes
@@ -133,18 +140,19 @@ class Sampler:
         return images
 
     def _student(
-        self, noise: Tensor, label: Tensor, split: int, known: int, tokens: Tensor, sequence: Tensor
+        self, noise: Tensor, given: Given, split: int, known: int, tokens: Tensor, sequence: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The first `known` positions as they were left, and the original noise behind them."""
         position = torch.arange(noise.shape[1], device=noise.device)
         inputs = torch.where((position < known)[None, :, None], sequence, noise)
-        sequence, _, logits = self.student.at_split(split)(inputs, label, torch.full_like(label, known))
+        counts = torch.full((len(noise),), known, device=noise.device)
+        sequence, _, logits = self.student.at_split(split)(inputs, *given, counts)
         chosen = logits.argmax(-1)
         kept = min(known, chosen.shape[1])
         return inputs, logits, torch.cat([tokens[:, :kept], chosen[:, kept:]], 1), sequence
 
     def _teacher(
-        self, noise: Tensor, label: Tensor, plan: Plan, tokens: Tensor, sequence: Tensor, uniforms: Tensor
+        self, noise: Tensor, given: Given, plan: Plan, tokens: Tensor, sequence: Tensor, uniforms: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """AR steps behind the student's prefix, of which the regressed embeddings count as the nearest
         codes."""
@@ -159,7 +167,8 @@ class Sampler:
             guided.append(logits)
             return chosen_tokens(logits, uniforms[:, positions], choice)
 
-        tokens = self.generate(self.teacher, self.tokenizer, label, choose, choice.cfg, prefix, end)
+        condition = given if len(given) > 1 else given[0]
+        tokens = self.generate(self.teacher, self.tokenizer, condition, choose, choice.cfg, prefix, end)
         return prefix, torch.cat(guided, 1), tokens, torch.cat([codebook[tokens], noise[:, end:]], 1)
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:

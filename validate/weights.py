@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ddexport.runtime.bundle import Manifest
+from ddexport.runtime.bundle import PREFIXES, Manifest
 from ddexport.validate.report import Measurement
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Weights: TypeAlias = dict[str, npt.NDArray[Any]]
 
 FLOAT32 = "fp32"
+WRAPPED = ("", "student.", "teacher.", "part.")  # what the module of a graph calls the part it was made from
 SUFFIX, CALIBRATED = "_quantized", ("_scale", "_zero_point")  # what ONNX Runtime's quantizer adds to names
 TOLERANCE = 1e-4  # of a quantization step: float32 arithmetic
 
@@ -31,18 +32,22 @@ def compare_weights(
 ) -> list[Measurement]:
     """How many weights of each graph are not those of the float32 graph, rounded; none of a float32 graph.
 
-    A graph that was traced apart from the float32 graph is compared with the reference's weights, by name.
+    A graph that was traced apart from the float32 graph is compared with the reference's weights, by name;
+    so are the graphs that run once a text, which are float32, in a bundle without further float32 graphs.
     """
     if precision == FLOAT32:
         return []
     graphs = {(graph.role, graph.split, graph.precision): root / graph.file for graph in manifest.graphs}
     rows = []
-    for role, split in [key[:2] for key in graphs if key[2] == precision]:
-        path, full = graphs[role, split, precision], graphs.get((role, split, FLOAT32))
+    once = [*PREFIXES.values()] if FLOAT32 not in manifest.precisions else []
+    for role, split, own in [key for key in graphs if key[2] == precision or key[0] in once]:
+        path = graphs[role, split, own]
+        full = graphs.get((role, split, FLOAT32)) if own != FLOAT32 else None
         model, wanted = _load(path), _initializers(_load(full)) if full else {}
         traced_together, note = _names(model) <= set(wanted), ""
         if not traced_together:
-            wanted = reference.weights(role)
+            own_names = reference.weights(role).items()
+            wanted = {prefix + name: array for name, array in own_names for prefix in WRAPPED}
             note = "only weights that PyTorch has by name: there is no float32 graph of the same trace"
         wrong = dict(_wrong(model, wanted, traced_together))
         worst = max(wrong, key=lambda weight: wrong[weight], default="")

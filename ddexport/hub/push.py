@@ -18,6 +18,7 @@ from ddexport.runtime.errors import BackendError
 from ddexport.runtime.images import grid
 from ddexport.runtime.pipeline import load
 from ddexport.runtime.records import read_json
+from ddexport.runtime.text import TRIAL_PROMPTS, trials
 
 PICTURE, CARD = "sample.png", "README.md"
 SHOWN = 8  # images in the picture
@@ -103,13 +104,15 @@ def _measured(reports: Reports) -> list[str]:
 
 
 def _picture(bundle: Path, manifest: Manifest) -> bytes | None:
-    """A PNG; None of random weights, and where no engine of this machine runs the bundle."""
-    labels = [manifest.classes * number // SHOWN for number in range(SHOWN)]
+    """A PNG; None of random weights, of texts without their encoder, and where no engine of this machine runs
+    the bundle."""
+    labels: list[int | str] = [manifest.classes * number // SHOWN for number in range(SHOWN)]
     stream = io.BytesIO()
     try:
-        if manifest.weights.kind == "random":
+        if manifest.weights.kind == "random" or (manifest.text and not manifest.text.tokenizer):
             return None
-        with load(bundle, verify=False) as pipe:
+        with load(bundle, verify=False) as pipe, trials():
+            labels = [*TRIAL_PROMPTS] if manifest.text else labels
             grid([*pipe(labels).images], SHOWN).save(stream, "png")
     except BackendError as error:
         logger.warning("the card has no picture: %s", error.message)

@@ -47,7 +47,10 @@ def one_reference() -> Iterator[None]:
     draw = TorchReference.draw
 
     def draw_once(reference: Any, request: Any, advance: Any) -> Any:
-        key = json.dumps([reference.recipe.to_dict(), request.labels.tolist(), request.seeds.tolist()])
+        arrays = (request.labels, request.seeds)
+        key = json.dumps(
+            [reference.recipe.to_dict(), request.conditions.prompts, *(array.tolist() for array in arrays)]
+        )
         if key not in DRAWN:
             DRAWN[key] = draw(reference, request, advance)
         return DRAWN[key]

@@ -26,6 +26,7 @@ def rehash(bundle: Path) -> None:
     path = bundle / "bundle.json"
     manifest = json.loads(path.read_text())
     infos = [manifest["labels"], manifest["teacher"]["codebook"]]
+    infos += [manifest["text"]["tokenizer"]] if manifest.get("text") else []
     for info in [*infos, *(file for graph in manifest["graphs"] for file in graph["files"])]:
         info.update(structs.asdict(file_info(bundle / info["file"], bundle)))
     path.write_text(json.dumps(manifest))
@@ -222,6 +223,68 @@ def brighter(graph: onnx.GraphProto) -> None:
     """Half of the range on every pixel."""
     array, put = initializer(graph, lambda t: t.name.endswith("conv_out.bias"))
     put(array + 0.5)
+
+
+def counted_once_more(graph: onnx.GraphProto) -> None:
+    """A text counts as one row longer than it is."""
+    node = next(node for node in graph.node if node.op_type == "Log")
+    one = constant(graph, "planted_one", 1, np.float32)
+    graph.node.insert(
+        list(graph.node).index(node), helper.make_node("Add", [node.input[0], one], ["planted"])
+    )
+    node.input[0] = "planted"
+
+
+def without_last_row(graph: onnx.GraphProto) -> None:
+    """The last row of a text is missing in the means of its values."""
+    sums = [node for node in graph.node if node.op_type == "CumSum"]
+    for node in sums[1:]:  # the first counts the rows
+        del node.attribute[:]
+        node.attribute.append(helper.make_attribute("exclusive", 1))
+
+
+def without_count(graph: onnx.GraphProto) -> None:
+    """A text weighs as one row, however long it is."""
+    zero = constant(graph, "planted_zero", 0, np.float32)
+    before_use(graph, "log_count", [helper.make_node("Mul", ["log_count", zero], ["planted"])], "planted")
+
+
+def whole_null_text(graph: onnx.GraphProto) -> None:
+    """The null text has all its rows, and not those of the prompt's mask."""
+    node = next(node for node in graph.node if list(node.input) == ["features_mask"] * 2)
+    one = constant(graph, "planted_one", 1, np.int64)
+    graph.node.insert(0, helper.make_node("Max", ["features_mask", one], ["planted"]))
+    node.input[1] = "planted"
+
+
+def swapped_letters(graph: onnx.GraphProto) -> None:
+    """Two tokens of the text encoder."""
+    array, put = initializer(graph, lambda tensor: "embed_tokens" in tensor.name)
+    array[[4, 18]] = array[[18, 4]]
+    put(array)
+
+
+def in_tokenizer(bundle: Path, precision: str) -> None:
+    """Two entries of the vocabulary change places."""
+    path = bundle / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocabulary = data["model"]["vocab"]
+    vocabulary[4], vocabulary[18] = vocabulary[18], vocabulary[4]
+    path.unlink()
+    path.write_text(json.dumps(data))
+    rehash(bundle)
+
+
+def without_encoder(bundle: Path, precision: str = "fp32") -> None:
+    """No fault: a bundle that draws from features."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        del manifest["text"]["tokenizer"]
+        manifest["graphs"] = [one for one in manifest["graphs"] if one["role"] != "text_encoder"]
+        files = manifest["weights"]["files"]
+        manifest["weights"]["files"] = [one for one in files if one["role"] != "text_encoder"]
+
+    in_manifest(change)(bundle, precision)
 
 
 def one_graph(said: str) -> Callable[[Path, str], None]:

@@ -33,7 +33,8 @@ def manifest_of(kind: str, **changes: Any) -> Any:
     )
     beside = {"parity": recipe.pop("parity"), "licence": {}, "published": {}}
     return SimpleNamespace(
-        decoders={}, name="golden", recipe=recipe, **beside, **{"weights": weights, "teacher": None} | changes
+        **{"decoders": {}, "name": "golden", "recipe": recipe, "classes": 10, "text": None, **beside},
+        **{"weights": weights, "teacher": None} | changes,
     )
 
 
@@ -56,7 +57,7 @@ def test_embedded_weights_need_no_option_and_give_the_published_outputs():
     golden = np.load(GOLDEN / "expected.npz")
     reference = build_reference(manifest_of("embedded"), {})
     sampler = reference.sampler
-    (output,) = sampler.sample(golden["noise"], golden["labels"], reference.plans["1"])
+    (output,) = sampler.sample(golden["noise"], (golden["labels"],), reference.plans["1"])
     assert np.abs(output.logits - golden["onestep_step0_raw_logits"][:, :5]).max() < 2e-5
     assert np.abs(output.sequence - golden["onestep_step0_sequence"]).max() < 2e-5
     assert np.abs(sampler.decode(output.sequence) - golden["onestep_image"].clip(0, 1)).max() < 2e-5
@@ -69,7 +70,7 @@ def test_modules_and_inputs_move_to_the_device(monkeypatch):
     golden = np.load(GOLDEN / "expected.npz")
     sampler = reference.sampler
     for call in (
-        lambda: sampler.sample(golden["noise"], golden["labels"], reference.plans["1"]),
+        lambda: sampler.sample(golden["noise"], (golden["labels"],), reference.plans["1"]),
         lambda: sampler.decode(golden["onestep_step0_sequence"]),
     ):
         with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):

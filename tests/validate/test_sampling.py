@@ -32,7 +32,8 @@ def sample(name: str, plan: Plan) -> tuple[list[Pass], np.ndarray, Any]:
         parts["student"], parts["tokenizer"], parts["teacher"], trainer(recipe.family).generate, GREEDY
     )
     golden = np.load(folder / "expected.npz")
-    passes = sampler.sample(golden["noise"], golden["labels"], plan, np.zeros(golden["noise"].shape[:2]))
+    uniforms = np.zeros(golden["noise"].shape[:2])
+    passes = sampler.sample(golden["noise"], (golden["labels"],), plan, uniforms)
     return passes, sampler.decode(passes[-1].sequence), golden
 
 

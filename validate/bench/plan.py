@@ -12,7 +12,7 @@ from pathlib import Path
 from ddexport.recipe import FILE_OPTIONS
 from ddexport.runtime import backends
 from ddexport.runtime.backends import CPU, Configuration
-from ddexport.runtime.bundle import FULL, Manifest
+from ddexport.runtime.bundle import ENCODER, FULL, Manifest
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.machine import cpu
 from ddexport.runtime.registry import plugins
@@ -133,6 +133,8 @@ def configuration_of(
     if backend in IN_TORCH:
         graphs = precision if precision in manifest.precisions else manifest.precisions[0]
         obstacle = _torch_obstacle(backend, precision, device)
+        if backend == NAIVE and manifest.text:
+            obstacle = "there is no naive sampler of texts"
         return Configuration(backend, "cpu", precision, graphs, CPU, obstacle)
     options = backends.configurations(root, manifest, backend, precision, device)
     for option in options:
@@ -177,7 +179,7 @@ def missing_files(manifest: Manifest, files: Mapping[str, Path | None], by_teach
         path, option = files.get(source.role), FILE_OPTIONS[source.role]
         part = recipe_of(manifest).files.get(source.role)
         embedded = part.embedded if part else ""
-        if source.role == "teacher" and not by_teacher:
+        if source.role == ENCODER or (source.role == "teacher" and not by_teacher):
             continue
         if path is None:
             if not source.repository and source.file != embedded:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ddexport.runtime.backends import Configuration
 from ddexport.runtime.bundle import FULL, TEACHER, Manifest, read_manifest
+from ddexport.runtime.conditions import Conditions
 from ddexport.runtime.images import to_uint8
 from ddexport.runtime.machine import version_of
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
@@ -25,6 +26,7 @@ from ddexport.runtime.schedule import Schedule
 from ddexport.runtime.teacher import generate
 from ddexport.validate.bench.plan import IN_TORCH, Steps
 from ddexport.validate.bench.torch_engine import REFERENCE, TorchEngine, TorchPipeline
+from ddexport.validate.conditions import conditions_of, spread
 from ddexport.validate.metrics._base import FloatArray, IntArray, StepOutput
 
 PROCESS = Path("/proc/self")
@@ -43,9 +45,10 @@ class Job(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """labels (B,) int64, noise (B, L, Cv) float32, uniforms (B, L) float64: the same for all rows."""
+    """noise (B, L, Cv) float32, uniforms (B, L) float64: the same for all rows. given: what a pipeline draws
+    from, labels, or features of texts: their encoder is not timed."""
 
-    labels: IntArray
+    given: Any
     noise: FloatArray
     uniforms: NDArray[np.float64]
 
@@ -73,11 +76,11 @@ class Run(NamedTuple):
 
 
 def inputs_of(manifest: Manifest, batch: int, seed: int) -> Inputs:
-    """Labels spread over all classes, noise and uniform numbers of the seed."""
-    size, classes, images = manifest.sequence, manifest.classes, range(batch)
-    labels = (np.arange(batch, dtype=np.int64) * classes // batch + seed % classes) % classes
+    """Labels spread over all classes or texts, noise and uniform numbers of the seed."""
+    size, conditions, images = manifest.sequence, conditions_of(manifest, encoder=False), range(batch)
+    given = conditions.of_bundle(spread(conditions.count, batch, seed))
     noise = gaussian_noise(seed, images, size.length, size.width)
-    return Inputs(labels, noise, uniform_numbers(seed, images, size.length))
+    return Inputs(given, noise, uniform_numbers(seed, images, size.length))
 
 
 class Session:
@@ -103,10 +106,9 @@ class Session:
         options: dict[str, Any] = {"noise": inputs.noise, "output": "numpy", "batch_size": batch}
         options["decoder"] = decoder
         options |= {"uniforms": inputs.uniforms} if schedule.teacher else {}
-        labels = inputs.labels.tolist()
         reset_peak()
         began = time.perf_counter()
-        result = self.results[batch, steps, decoder] = self.pipe(labels, steps, **options)
+        result = self.results[batch, steps, decoder] = self.pipe(inputs.given, steps, **options)
         total, seconds = time.perf_counter() - began, result.seconds
         return Run(seconds["student"], seconds.get(TEACHER, 0.0), seconds["decoder"], total, peak_mib())
 
@@ -136,20 +138,21 @@ class Session:
         """Every step on its input again; a teacher's on the tokens that it drew."""
         schedule, backend = self.manifest.schedule(steps), self.pipe.backend
         labels, noise, _ = inputs_of(self.manifest, batch, self.seed)
+        given = self.pipe.conditions(labels)
         outputs, before, known = [], noise, iter(schedule.known)
         for step in done:
             if step.role == TEACHER:
-                outputs.append(StepOutput(self._guided(labels, schedule, step)))
+                outputs.append(StepOutput(self._guided(given, schedule, step)))
             else:
                 count = next(known)
                 latents = np.concatenate([before[:, :count], noise[:, count:]], axis=1)
-                feeds = {"latents": latents, "label": labels, "known": np.full(batch, count, np.int64)}
+                feeds = {"latents": latents, **given.feeds("student"), "known": np.full(batch, count)}
                 graph = self.manifest.graph("student", backend.configuration.graphs, schedule.split)
                 outputs.append(StepOutput(**backend.run(graph, feeds, ("sequence", "logits"))))
             before = step.sequence
         return outputs
 
-    def _guided(self, labels: IntArray, schedule: Schedule, step: Step) -> FloatArray:
+    def _guided(self, given: Conditions, schedule: Schedule, step: Step) -> FloatArray:
         """The teacher's logits (B, P, V) where the tokens of a step are forced."""
         engine: Any = self.pipe.teacher_backend
         teacher, span, parts = self.manifest.teacher, schedule.teacher, []
@@ -159,14 +162,13 @@ class Session:
             parts.append(np.array(logits, dtype=np.float32))
             return step.tokens[:, positions]
 
-        prefix = step.tokens[:, : span.start]
+        prefix, condition = step.tokens[:, : span.start], given.feeds(TEACHER)
         if isinstance(engine, TorchEngine):
-            engine.generate(labels, prefix, span, forced, teacher.cfg)
+            engine.generate(condition, prefix, span, forced, teacher.cfg)
         else:
             run = partial(engine.run, self.manifest.graph(TEACHER, engine.configuration.graphs))
-            generate(
-                run, teacher, span, prefix, {"label": labels}, teacher.cfg, forced, new_cache=engine.new_cache
-            )
+            how = {"new_cache": engine.new_cache}
+            generate(run, teacher, span, prefix, condition, teacher.cfg, forced, **how)
         return np.concatenate(parts, axis=1)
 
 

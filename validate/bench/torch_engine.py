@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 
 from ddexport.runtime.backends import Arrays, Backend, Configuration
-from ddexport.runtime.bundle import Graph, Manifest, resolve
+from ddexport.runtime.bundle import PREFIXES, TEACHER, Graph, Manifest, resolve
+from ddexport.runtime.conditions import Conditions, Texts
 from ddexport.runtime.labels import read_labels
 from ddexport.runtime.pipeline import Pipeline
 from ddexport.runtime.schedule import Span
 from ddexport.runtime.teacher import Pick, by_uniforms
+from ddexport.runtime.text import Features
 from ddexport.validate.bench.plan import COMPILED, NAIVE
 from ddexport.validate.metrics._base import IntArray
 from ddexport.validate.reference import TorchReference, build_reference
 
 REFERENCE = "reference"  # the float32 modules that outputs are compared with
-OUTPUTS = {"student": ("sequence", "tokens", "logits"), "decoder": ("image",)}
 
 
 class TorchEngine(Backend):
@@ -41,13 +42,14 @@ class TorchEngine(Backend):
         from ddexport.precision.cast import in_precision
 
         super().__init__(root, manifest, configuration, threads)
-        self._reference = partial(build_reference, manifest, files, weights, threads)
+        self._reference = partial(build_reference, manifest, files, weights, threads, encoder=False)
         parts: TorchReference = self._reference()
         self._kind, self._recipe = configuration.backend, parts.recipe
         self._student, self._tokenizer, self._module = parts._student, parts._tokenizer, parts.module
-        keep = manifest.graph("student", configuration.graphs).keep_fp32
+        part = "student" if self._student else TEACHER
+        keep = manifest.graph(part, configuration.graphs).keep_fp32
         self._cast = partial(in_precision, precision=configuration.precision, keep_fp32=keep)
-        if self._kind not in (REFERENCE, NAIVE):
+        if self._student and self._kind not in (REFERENCE, NAIVE):
             self._student.tabulate()
 
     @classmethod
@@ -57,12 +59,16 @@ class TorchEngine(Backend):
 
     def _open(self, graph: Graph, closing: ExitStack) -> Any:
         """A module; the teacher's is loaded only here, else it would count as memory of every row."""
-        if graph.role == "teacher":
+        from ddexport.graph.spec import GraphSpec
+        from ddexport.graph.wrappers import graph_module
+
+        if graph.role == TEACHER:
             return self._cast(self._reference(teacher=True).teacher)
-        module = self._cast(self._module(graph.role))
-        if graph.role == "student":
-            module = module.at_split(graph.split) if graph.split else module
-            module = self._naive(module) if self._kind == NAIVE else module
+        module = self._module(graph.role)
+        module = module if graph.role in PREFIXES.values() else self._cast(module)
+        spec = GraphSpec(graph.role, "", *self.manifest.tensors(graph), 0.0, graph.split)
+        module = graph_module(spec, module, self._tokenizer)
+        module = self._naive(module) if self._kind == NAIVE and graph.role == "student" else module
         if self._kind == COMPILED:
             import torch
 
@@ -76,11 +82,12 @@ class TorchEngine(Backend):
         with torch.inference_mode():
             outputs = session(*(torch.from_numpy(np.array(array)) for array in feeds.values()))
         tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-        outputs = dict(zip(OUTPUTS["student" if "known" in feeds else "decoder"], tensors, strict=True))
+        outputs = dict(zip(_outputs(feeds), tensors, strict=True))
         return {name: outputs[name].numpy() for name in names}
 
-    def generate(self, labels: IntArray, prefix: IntArray, span: Span, pick: Pick, cfg: float) -> IntArray:
-        """The tokens (B, end) of a span behind a prefix, as the published samplers draw them."""
+    def generate(self, condition: Arrays, prefix: IntArray, span: Span, pick: Pick, cfg: float) -> IntArray:
+        """The tokens (B, end) of a span behind a prefix, as the published samplers draw them. condition:
+        labels, or of texts features and mask."""
         import torch
 
         from ddexport.distill.trainers import trainer
@@ -88,11 +95,13 @@ class TorchEngine(Backend):
         def choose(logits: Any, positions: slice) -> Any:
             return torch.from_numpy(pick(logits.float().numpy(), positions))
 
-        teacher = self.open(self.manifest.graph("teacher", self.configuration.graphs))
+        teacher = self.open(self.manifest.graph(TEACHER, self.configuration.graphs))
         first = torch.from_numpy(prefix) if span.start else None
+        given = tuple(torch.from_numpy(array) for array in condition.values())
+        labels = given if len(given) > 1 else given[0]
         with torch.inference_mode():
             draw = trainer(teacher.family).generate
-            tokens = draw(teacher, self._tokenizer, torch.from_numpy(labels), choose, cfg, first, span.end)
+            tokens = draw(teacher, self._tokenizer, labels, choose, cfg, first, span.end)
         return np.asarray(tokens.numpy(), dtype=np.int64)
 
     def _naive(self, student: Any) -> Callable[..., Any]:
@@ -109,6 +118,13 @@ class TorchEngine(Backend):
         return run
 
 
+def _outputs(feeds: Arrays) -> Sequence[str]:
+    """The outputs of the module that is fed so."""
+    if "features" in feeds:
+        return ("values", "log_count", "condition")
+    return ("sequence", "tokens", "logits") if "known" in feeds else ("image",)
+
+
 class TorchPipeline(Pipeline):
     """The runtime's pipeline on a `TorchEngine`."""
 
@@ -117,12 +133,25 @@ class TorchPipeline(Pipeline):
     def __init__(self, engine: TorchEngine) -> None:
         labels = read_labels(resolve(engine.root, engine.manifest.labels.file), engine.manifest.classes)
         super().__init__(engine.root, engine.manifest, labels, engine)
+        self.texts = TorchTexts(engine.root, engine.manifest, engine) if engine.manifest.text else None
 
     def _teacher_backend(self) -> Any:
         return self.backend
 
+    def _text_backend(self) -> Any:
+        return self.backend
+
     def _continued(
-        self, labels: IntArray, uniforms: Any, sampling: Any, on_pass: Any, span: Span, prefix: IntArray
+        self, given: Conditions, uniforms: Any, sampling: Any, on_pass: Any, span: Span, prefix: IntArray
     ) -> IntArray:
         pick = by_uniforms(uniforms, sampling)
-        return self.backend.generate(labels, prefix, span, pick, sampling.guidance_scale)
+        return self.backend.generate(given.feeds(TEACHER), prefix, span, pick, sampling.guidance_scale)
+
+
+class TorchTexts(Texts):
+    """The runtime's texts, but for the teacher, which reads them itself."""
+
+    def _prefix(self, features: Features, role: str) -> dict[str, Any]:
+        if role == TEACHER:
+            return {"features": features.features, "features_mask": features.mask}
+        return super()._prefix(features, role)

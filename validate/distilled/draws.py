@@ -166,7 +166,7 @@ def draw(models: Models, rows: Sequence[Method], inputs: Inputs) -> Iterator[tup
 
 def student_sequences(models: Models, plan: Plan, inputs: Inputs) -> Tensor:
     """Few-step sampling by the reference loop: sequences (N, L, Cv) float32."""
-    arrays = (inputs.noise.numpy(), inputs.labels.numpy(), plan, inputs.uniforms.numpy())
+    arrays = (inputs.noise.numpy(), (inputs.labels.numpy(),), plan, inputs.uniforms.numpy())
     return torch.from_numpy(models.sampler.sample(*arrays)[-1].sequence)
 
 

@@ -56,6 +56,7 @@ class Options:
     device: str = "cpu"
     checkpoint: Path | None = None
     vae: Path | None = None
+    text_encoder: Path | None = None
     small_decoder: Path | None = None
     decoder: str = FULL
     weights: str | None = None
@@ -98,7 +99,7 @@ def run_fid(options: Options, state: Path | None = None) -> Report:
 @shared("batch", default=None, type=POSITIVE, show_default="chosen by the image size",
         help="Number of images per batch.")  # fmt: skip
 @shared("decoder", "precision", "backend", "emulate", "threads", "torch-device", "checkpoint", "vae",
-        "small-decoder", "weights")  # fmt: skip
+        "text-encoder", "small-decoder", "weights")  # fmt: skip
 @option("--allow-few", is_flag=True,
         help="Allow fewer images than the features need. The figures mean nothing then.")  # fmt: skip
 @option("--bootstrap", type=click.IntRange(min=0), metavar="N", show_default="200; 40 for inception",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -18,6 +19,7 @@ from ddexport.runtime.errors import BackendError, VerificationError
 from ddexport.runtime.noise import gaussian_noise, philox4x32
 from ddexport.runtime.pipeline import Pipeline
 from ddexport.runtime.schedule import Schedule
+from ddexport.validate.conditions import conditions_of
 
 if TYPE_CHECKING:
     from ddexport.validate.reference import TorchReference
@@ -35,7 +37,8 @@ LOW_WORD, WORD_BITS = np.uint64(0xFFFFFFFF), np.uint64(32)
 class Order:
     """Which images are drawn: `images` of them, with labels uniform at random from the seed.
 
-    With `per_class` the labels go round instead: 0, 1, ..., classes - 1, 0, ..., so many of each.
+    With `per_class` the labels go round instead: 0, 1, ..., classes - 1, 0, ..., so many of each. classes:
+    their number, or that of the texts.
     """
 
     images: int
@@ -83,10 +86,12 @@ Draw: TypeAlias = Callable[[Order, range], dict[int, ByteImages]]
 
 
 def by_pipeline(pipe: Pipeline, schedules: Schedules, decoder: str = FULL) -> Draw:
-    """As users draw them."""
+    """As users draw them, who have a prompt encoded once for all its images."""
+    conditions = conditions_of(pipe.manifest)
+    whole = cache(lambda: pipe.conditions(conditions.of_bundle(np.arange(conditions.count))))
 
     def drawn(order: Order, indices: range) -> dict[int, ByteImages]:
-        labels, noise = order.labels(indices).tolist(), order.noise(indices)
+        labels, noise = order.labels(indices), order.noise(indices)
         how: dict[str, Any] = {
             "noise": noise,
             "output": "numpy",
@@ -94,7 +99,8 @@ def by_pipeline(pipe: Pipeline, schedules: Schedules, decoder: str = FULL) -> Dr
             "decoder": decoder,
         }
         try:
-            return {steps: np.asarray(pipe(labels, steps, **how).images) for steps in schedules}
+            given = whole().rows(labels)
+            return {steps: np.asarray(pipe(given, steps, **how).images) for steps in schedules}
         except BackendError as error:
             span = f"images {indices.start} to {indices.stop - 1}"
             raise VerificationError(f"{span} of the bundle: {error.message}", error.hint) from error
@@ -109,10 +115,11 @@ def by_reference(reference: TorchReference, schedules: Schedules) -> Draw:
     sampler = reference.sampler
 
     def drawn(order: Order, indices: range) -> dict[int, ByteImages]:
-        labels, noise = order.labels(indices), order.noise(indices)
+        noise = order.noise(indices)
+        given = reference.conditions.of_reference(order.labels(indices))
         images = {}
         for steps in schedules:
-            passes = sampler.sample(noise, labels, reference.plans[str(steps)])
+            passes = sampler.sample(noise, given, reference.plans[str(steps)])
             pictures = sampler.decode(passes[-1].sequence)
             if not np.isfinite(pictures).all():
                 raise VerificationError(

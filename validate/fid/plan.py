@@ -9,6 +9,7 @@ from typing import Any
 from ddexport.runtime.bundle import FULL, Manifest
 from ddexport.runtime.errors import DDError, VerificationError
 from ddexport.runtime.pipeline import default_batch_size
+from ddexport.validate.conditions import conditions_of
 from ddexport.validate.features._base import Extractor, load_extractor
 from ddexport.validate.fid.command import Options
 from ddexport.validate.fid.draws import Order, Schedules, student_schedules
@@ -41,12 +42,12 @@ def plan_of(manifest: Manifest, precision: str, options: Options) -> Plan:
     """Raises FidSettingError for what neither says and for too few images, FeatureError for features that
     cannot be had, VerificationError where a comparison has no limits.
     """
-    entry: dict[str, Any] = manifest.parity.get("fid") or {}
+    entry, classes = manifest.parity.get("fid") or {}, conditions_of(manifest).count
     features = options.features or entry.get("features")
     compared = options.reference or entry.get("reference")
     images = options.images or int(entry.get("images", 0))
     if options.per_class is not None:
-        images = options.per_class * manifest.classes
+        images = options.per_class * classes
     if not features:
         raise FidSettingError(
             f"bundle {manifest.name} names no features for FID",
@@ -71,7 +72,7 @@ def plan_of(manifest: Manifest, precision: str, options: Options) -> Plan:
     return Plan(
         extractor,
         compared,
-        Order(images, options.seed, manifest.classes, size.length, size.width, options.per_class),
+        Order(images, options.seed, classes, size.length, size.width, options.per_class),
         schedules,
         options.batch or default_batch_size(manifest),
         resamples if options.bootstrap is None else options.bootstrap,
@@ -88,6 +89,11 @@ def _schedules(manifest: Manifest, steps: tuple[int, ...]) -> Schedules:
                 f"the schedule of {count} steps uses the teacher, which `validate fid` cannot measure",
                 f"--steps takes {', '.join(map(str, sorted(alone)))}; `validate distilled` measures them all",
             )
+    if not alone:
+        raise FidSettingError(
+            f"bundle {manifest.name} has no student, whose images `validate fid` measures",
+            "export it with --checkpoint",
+        )
     return {count: alone[count] for count in sorted(steps or alone)}
 
 

@@ -110,7 +110,7 @@ def _reference_set(manifest: Manifest, plan: Plan, allow_few: bool) -> Reference
 def _reference_model(manifest: Manifest, plan: Plan, options: Options) -> Draw:
     with console.stage("building the PyTorch reference", keep=False):
         files = {"student": options.checkpoint, "tokenizer": options.vae}
-        files["decoder_small"] = options.small_decoder
+        files |= {"decoder_small": options.small_decoder, "text_encoder": options.text_encoder}
         reference = build_reference(manifest, files, options.weights, options.threads, device=options.device)
         check_contents(options.bundle, manifest, reference)
     return by_reference(reference, plan.schedules)

@@ -134,12 +134,23 @@ class DrawnPair:
 
 
 @dataclass(frozen=True)
+class TextPair:
+    """Features (N, T, W) float32 that both sides' text encoders make of the same prompts, left-padded."""
+
+    scope: str
+    expected: FloatArray
+    got: FloatArray
+    places: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Everything that was run: what every metric is given."""
 
     steps: list[StepPair] = field(default_factory=list)
     images: list[ImagePair] = field(default_factory=list)
     drawn: list[DrawnPair] = field(default_factory=list)
+    texts: list[TextPair] = field(default_factory=list)
 
     @property
     def students(self) -> list[StepPair]:
@@ -151,10 +162,11 @@ class Comparison:
         return [pair for pair in self.images if not pair.itself] + [drawn.images() for drawn in self.drawn]
 
     def scopes(self) -> list[str]:
-        """The names of what was compared: steps, images, end to end; what is compared with itself last."""
+        """The names of what was compared: texts, steps, images, end to end; with itself last."""
         pairs: list[StepPair | ImagePair] = [*self.steps, *self.images]
         ahead, behind = ([pair.scope for pair in pairs if pair.itself is itself] for itself in (False, True))
-        return list(dict.fromkeys([*ahead, *(drawn.scope for drawn in self.drawn), *behind]))
+        first = (text.scope for text in self.texts)
+        return list(dict.fromkeys([*first, *ahead, *(drawn.scope for drawn in self.drawn), *behind]))
 
 
 def relative_error(expected: FloatArray, got: FloatArray, mask: BoolArray) -> tuple[float, int]:

@@ -12,6 +12,7 @@ from ddexport.validate.metrics._base import (
     FloatArray,
     IntArray,
     StepPair,
+    TextPair,
     largest_difference,
     relative_error,
 )
@@ -19,13 +20,22 @@ from ddexport.validate.report import Measurement
 
 
 def compare(comparison: Comparison, limits: Limits) -> list[Measurement]:
-    """Error of the embeddings and of the positions that are copied, and of the sequences end to end."""
-    rows: list[Measurement] = []
+    """Error of the features of texts, of the embeddings, of the positions that are copied, and of the
+    sequences end to end."""
+    rows = [features(pair, limits.embedding_error) for pair in comparison.texts]
     for pair in comparison.students:
         rows += [*regressed(pair, limits.embedding_error), copied(pair, limits.embedding_error)]
     return rows + [
         drawn(pair, limits.embedding_error) for pair in comparison.drawn if pair.got.sequence is not None
     ]
+
+
+def features(pair: TextPair, limit: float) -> Measurement:
+    """Relative error of the features of the worst text, in all rows: padded ones are zero on both sides."""
+    everywhere = np.ones(pair.expected.shape[:2], dtype=np.bool_)
+    error, row = relative_error(pair.expected, pair.got, everywhere)
+    where, name = pair.places[row] if error else "", "features of the prompts, relative error"
+    return Measurement("embeddings", pair.scope, name, error, limit, where=where, rule="embedding_error")
 
 
 def drawn(pair: DrawnPair, limit: float) -> Measurement:
