@@ -39,7 +39,7 @@ def feeds(root: Path, graph: Graph, batch: int, seed: int = 0) -> dict[str, Any]
     """Inputs for a graph: noise, mixed classes, mixed steps."""
     manifest = read_manifest(root, verify=False)
     noise = gaussian_noise(seed, range(batch), manifest.sequence.length, manifest.sequence.width)
-    if graph.role == "decoder":
+    if graph.role.startswith("decoder"):
         return {"sequence": noise}
     label, known = np.arange(batch) % manifest.classes, np.arange(batch) % (manifest.sequence.split + 1)
     return {"latents": noise, "label": label, "known": known}

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddexport.distill.trainers import Choose
+from ddexport.families._llamagen_models import LlamaGenStudent, LlamaGenTeacher, guided
 from ddexport.families._llamagen_tokenizer import RasterTokenizer
-from ddexport.families.llamagen_dd import LlamaGenStudent, LlamaGenTeacher, guided
 
 UNGUIDED = 1.0  # LlamaGen's scale that leaves the conditional model as it is
 

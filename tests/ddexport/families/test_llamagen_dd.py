@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddexport.families._checkpoint import published_state
-from ddexport.families.llamagen_dd import guided
+from ddexport.families._llamagen_models import guided
 from ddexport.validate.bench.naive import llamagen_dd
 from tests.goldens import LLAMAGEN, close, fixed_images, known
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ddexport.families.llamagen_dd import LlamaGenStudent
+    from ddexport.families._llamagen_models import LlamaGenStudent
     from ddexport.recipe import Recipe
     from ddexport.validate.bench.naive import Step
 
