@@ -35,8 +35,8 @@ Examples:
   ddexport sample digits-var --steps 3 --guidance-scale 1.5 --top-p 0.9 -o three-steps.png
   ddexport sample digits-var --steps teacher --top-k 1 -o teacher.png --dump teacher.npz
   ddexport sample build/var-d16 --label 207 --label "ice bear" -n 4 -o dogs-and-bears/
-  ddexport sample llamagen-t2i-xl --prompt "a red fox in the snow" --prompt "a lighthouse at dusk"
-  ddexport sample llamagen-t2i-xl --features prompts.npz --top-k 500
+  ddexport sample llamagen-t2i-xl --prompt "a red fox" --prompt "a lighthouse at dusk" -o fox.png
+  ddexport sample llamagen-t2i-xl --features prompts.npz --top-k 500 -o prompts.png
 """
 
 
@@ -50,7 +50,7 @@ def _steps(ctx: click.Context, param: click.Parameter, value: Any) -> int | str 
 @option("--label", "labels", multiple=True, metavar="CLASS",
         show_default=f"all classes if there are at most {FEW_CLASSES}, else {SHOWN_CLASSES} of them",
         help="Class to generate, by number or by name. Can be repeated.")  # fmt: skip
-@option("--prompt", "prompts", multiple=True, metavar="TEXT",
+@option("--prompt", "prompts", multiple=True, metavar="PROMPT",
         help="Text to generate, of a model that draws from texts. Can be repeated.")  # fmt: skip
 @option("--prompts", "prompt_file", type=PATH, metavar="FILE", help="The same, one prompt a line.")
 @option("--features", type=PATH, metavar="FILE.npz",

@@ -162,10 +162,13 @@ def test_a_recipe_that_ships_is_whole(name: str) -> None:
     assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
     assert len(class_names(recipe)["names"]) == recipe.classes
     assert {"weights", "intended_use"} <= set(recipe.licence)
-    assert recipe.embedded or {"dataset", "fid"} <= set(recipe.published)
-    assert recipe.parity.fp32 is not None and recipe.parity.fid is not None
-    assert None not in msgspec.structs.astuple(recipe.parity.fid.limits["fp32"])
-    assert {"fp32", "fp16", "bf16"} <= set(recipe.parity.fid.limits)
+    assert recipe.embedded or {"dataset", "fid" if recipe.schedules else "teacher_fid"} <= set(
+        recipe.published
+    )
+    assert recipe.parity.fp32 is not None and (recipe.parity.fid is None) == bool(recipe.condition)
+    if recipe.parity.fid is not None:
+        assert None not in msgspec.structs.astuple(recipe.parity.fid.limits["fp32"])
+        assert {"fp32", "fp16", "bf16"} <= set(recipe.parity.fid.limits)
     assert {bool(source.embedded) for source in recipe.files.values()} == {recipe.embedded}
     if recipe.embedded:
         parts = load_parts(recipe, WeightRequest({}))
