@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,18 @@ class Conditions:
         return {name: table[self.numbers] for name, table in self.tables(role).items()}
 
 
+def joined(parts: Sequence[Conditions]) -> Conditions:
+    """Those of several requests as one, in their order; parts: all of classes, or all of texts."""
+    if parts[0].tables is None:
+        return Conditions(np.concatenate([part.numbers for part in parts]))
+
+    def tables(role: str) -> dict[str, NDArray[Any]]:
+        feeds = [part.feeds(role) for part in parts]
+        return {name: np.concatenate([rows[name] for rows in feeds]) for name in feeds[0]}
+
+    return Conditions(np.arange(sum(map(len, parts)), dtype=np.int64), cache(tables))
+
+
 class Texts:
     """Turns prompts, or their features, into conditions, with the graphs of a bundle that run once a text."""
 
@@ -59,6 +71,16 @@ class Texts:
                 "texts need ONNX Runtime, which cannot run here", 'pip install "ddexport[cpu]"'
             )
         return self.engine
+
+    @cached_property
+    def tokenizer(self) -> PromptTokenizer:
+        """That of the text encoder in the bundle. Raises TextError where there is none."""
+        if self.size.tokenizer is None:
+            raise TextError(
+                f"the bundle {self.manifest.name} has no text encoder",
+                "Give features of the prompts (--features), or export it with --text-encoder.",
+            )
+        return PromptTokenizer(resolve(self.root, self.size.tokenizer.file), self.size.tokens)
 
     def conditions(self, prompts: str | Iterable[str] | Features) -> Conditions:
         """One for each prompt. Raises TextError, BackendError."""
@@ -78,13 +100,7 @@ class Texts:
         """What the text encoder of the bundle makes of prompts. Raises TextError where there is none."""
         if not prompts:
             raise TextError("no prompt is given", "Give a sentence.")
-        if self.size.tokenizer is None:
-            raise TextError(
-                f"the bundle {self.manifest.name} has no text encoder",
-                "Give features of the prompts (--features), or export it with --text-encoder.",
-            )
-        tokenizer = PromptTokenizer(resolve(self.root, self.size.tokenizer.file), self.size.tokens)
-        ids, mask = tokenizer(prompts)
+        ids, mask = self.tokenizer(prompts)
         graph = self.manifest.graph(ENCODER)
         parts = [
             self.backend.run(graph, {"input_ids": ids[rows], "attention_mask": mask[rows]})["hidden"]
