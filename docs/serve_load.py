@@ -1,8 +1,8 @@
 """Loads a `ddexport serve` and prints figures as JSON: `python docs/serve_load.py BUNDLE WHAT...`.
 
 Servers run one after the other on this machine, with one thread of the engine; clients are threads of this
-process. WHAT is load (requests a second with and without batches), leaving (1,000 clients that leave), full (a
-full queue for a minute) or memory (of the server over 100,000 images).
+process. WHAT is load (requests a second with and without batches), leaving (1,000 clients that leave), full
+(a full queue for a minute) or memory (of the server over 100,000 images).
 """
 
 from __future__ import annotations

@@ -157,6 +157,10 @@ def create_app(service: Service) -> Front:
         assert isinstance(error, RefusedError)
         return error.response()
 
+    @app.exception_handler(Exception)
+    async def defect(request: Request, error: Exception) -> Response:
+        return FAILED.response()
+
     @app.exception_handler(HTTPException)
     async def failed(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

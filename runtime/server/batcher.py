@@ -26,6 +26,7 @@ from ddexport.runtime.server.metrics import Metrics
 
 OWN_FAULTS = (LabelError, NoiseError, ScheduleError, TextError)  # of a request, whatever the engine does
 LONGEST_RETRY = 60  # seconds
+MAX_BATCH = 16  # more gains nothing on a CPU
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +71,17 @@ class Batcher:
     def __init__(
         self,
         pipe: Pipeline,
-        max_batch: int,
+        max_batch: int | None,
         max_queue: int,
         metrics: Metrics,
         on_fault: Callable[[DDError], None] = lambda error: None,
     ) -> None:
-        """max_batch: images drawn at once. max_queue: images that may wait. on_fault: told when the engine
-        has failed for good. Draws some images first, and raises BackendError if that is impossible."""
+        """max_batch: images drawn at once, None for as many as are useful and fit. max_queue: images that may
+        wait. on_fault: told when the engine has failed for good. Draws some images first, and raises
+        BackendError if that is impossible, TextError for a bundle without its text encoder."""
         self.pipe, self.name, self.max_queue = pipe, pipe.manifest.name, max_queue
         self._metrics, self._on_fault = metrics, on_fault
+        max_batch = max_batch or min(MAX_BATCH, default_batch_size(pipe.manifest, pipe.schedule()))
         self.max_batch = min(max_batch, pipe.backend.max_batch or max_batch)
         if self.max_batch > 1 and not same_in_company(pipe, self.max_batch):
             logger.warning(
@@ -187,17 +190,19 @@ class Batcher:
         if schedule.teacher is not None:
             numbers = [uniform_numbers(job.seed, range(job.count), size.length) for job in batch]
             uniforms = np.concatenate(numbers)
-        most = self.pipe.backend.max_batch or default_batch_size(self.pipe.manifest, schedule)
+        most = self.max_batch
+        if schedule.teacher is not None:  # its caches need room
+            most = min(most, default_batch_size(self.pipe.manifest, schedule))
         result = self.pipe(
             joined(parts),
             batch[0].steps,
             noise=np.concatenate(noise),
             output="numpy",
-            batch_size=min(self.max_batch, most),
+            batch_size=most,
             decoder=batch[0].decoder,
             uniforms=uniforms,
         )
-        self._metrics.drew(self.name, len(result), min(self.max_batch, most), result.seconds)
+        self._metrics.drew(self.name, len(result), most, result.seconds)
         assert isinstance(result.images, np.ndarray)
         return result.images
 

@@ -27,7 +27,7 @@ Examples:
         help="Port to listen on; 0 is any that is free.")  # fmt: skip
 @option("--api-key-file", type=PATH, metavar="FILE",
         help="Keys that clients may use, one a line. Without it everybody may draw.")  # fmt: skip
-@option("--max-batch", type=POSITIVE, metavar="N", default=16,
+@option("--max-batch", type=POSITIVE, metavar="N", show_default="16, or as many as fit about 2 GiB",
         help="Number of images of several requests that are drawn at once.")  # fmt: skip
 @option("--max-queue", type=POSITIVE, metavar="N", default=128,
         help="Number of images of a bundle that may wait; more are refused (429).")  # fmt: skip

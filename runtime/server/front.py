@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ddexport.runtime.server.service import FAILED, RefusedError, Service
+from ddexport.runtime.server.service import RefusedError, Service
 
 MAX_BODY = 64 << 10  # bytes
 BODY_SECONDS = 30.0  # a client may take to send it
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Front:
-    """An ASGI application around another one, whose exceptions end here."""
+    """An ASGI application around another one, whose exceptions, which it has answered, end here."""
 
     def __init__(self, inner: ASGIApp, service: Service) -> None:
         self.inner, self.service = inner, service
@@ -57,8 +57,6 @@ class Front:
             await refusal.response()(scope, receive, answer)
         except Exception:
             logger.exception("a request failed", extra={"facts": dict(facts)})
-            if "status" not in facts:
-                await FAILED.response()(scope, receive, answer)
         finally:
             seconds = time.monotonic() - began
             if path.startswith("/v1/"):

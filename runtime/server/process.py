@@ -55,7 +55,7 @@ def serve(
     port: int,
     api_key_file: Path | None,
     max_queue: int,
-    max_batch: int,
+    max_batch: int | None,
     max_images: int,
     log_json: bool,
     grace: float,

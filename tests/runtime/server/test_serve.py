@@ -194,6 +194,10 @@ def test_a_request_that_fails_harms_nobody(server: Server, pool: ThreadPoolExecu
         else:
             files(future.result())
     files(held.result())
+    server.switch("defect")
+    refused(server.draw("two"), 500, "server_error")
+    until(lambda: "KeyError: '/secret/app.py'" in server.log)
+    server.switch("defect", False)
     files(server.draw("two"))
     assert server.http.get("/readyz").status_code == 200
 
@@ -257,9 +261,9 @@ def test_answers(server: Server) -> None:
         PATH, json={"prompt": "two"}, headers={"origin": "https://example.com", "x-request-id": "mine-7"}
     )
     assert answer.headers["x-request-id"] == "mine-7" and "access-control-allow-origin" not in answer.headers
-    assert "mine-7" in server.log and PATH in server.log
+    until(lambda: "mine-7" in server.log and PATH in server.log)
     server.http.get("/no%0Ainfo: forged")
-    assert "\\ninfo: forged" in server.log
+    until(lambda: "\\ninfo: forged" in server.log)
     assert "openapi" in server.http.get("/docs").text
     details = server.http.get("/v1/models/toy").json()
     assert [schedule["steps"] for schedule in details["schedules"]][:2] == [1, 2] and details[
@@ -288,6 +292,7 @@ def test_keys_and_several_bundles(golden_bundle: Path, shared_bundle: Path, tmp_
         refused(server.draw(), 400, "missing_parameter", "model")
         sizes = {server.draw("0", model=name).json()["size"] for name in names}
         assert len(sizes) == 2
+        until(lambda: server.log.count('"images"') == 2)
         records = [json.loads(line) for line in server.log.splitlines()]
         drawn = [record for record in records if record.get("images")]
         assert [record["model"] for record in drawn] == names
