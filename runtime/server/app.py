@@ -26,7 +26,6 @@ from ddexport.runtime.server.batcher import OWN_FAULTS, Batcher, Drawn, Job, Que
 from ddexport.runtime.server.front import Front
 from ddexport.runtime.server.service import FAILED, RefusedError, Service, said, size_of
 
-POLL_SECONDS = 0.05  # between looks whether a client left
 GONE = 499  # nginx's status for a client that left; nobody reads it but logs and figures
 QUALITY = 90  # of JPEG and WebP
 PARAMETERS = {LabelError: "prompt", ScheduleError: "steps", BundleError: "decoder"}
@@ -186,10 +185,10 @@ async def _drawn(batcher: Batcher, job: Job, request: Request) -> Drawn | None:
         batcher.check(job)
         batcher.submit(job)
         waits = asyncio.wrap_future(job.future)
-        while not (await asyncio.wait([waits], timeout=POLL_SECONDS))[0]:
-            if await request.is_disconnected():
-                return None
-        return waits.result()
+        leaves = asyncio.ensure_future(request.receive())  # all that can come behind the body
+        await asyncio.wait([waits, leaves], return_when=asyncio.FIRST_COMPLETED)
+        leaves.cancel()
+        return waits.result() if waits.done() else None
     except QueueFullError as error:
         headers = {"retry-after": str(error.retry_after)}
         raise RefusedError(429, said(error), "queue_full", headers=headers) from error

@@ -160,6 +160,19 @@ def test_sigterm(server: Server, pool: ThreadPoolExecutor) -> None:
     assert server.wait() == 0
 
 
+def test_a_second_signal(server: Server, pool: ThreadPoolExecutor) -> None:
+    """Drops what waits; what the engine has begun it ends."""
+    held = server.hold(pool)
+    waiting = [pool.submit(server.draw, seed=seed) for seed in range(12)]
+    until(lambda: server.figure("ddexport_queue_images") == 12)
+    for _ in range(2):
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+    assert {future.result().status_code for future in [held, *waiting]} == {500}
+    server.switch("hold", False)
+    assert server.wait() == 0
+
+
 def test_ctrl_c(server: Server) -> None:
     files(server.draw())
     server.process.send_signal(signal.SIGINT)
