@@ -49,8 +49,9 @@ def of_parity(report: Report, comparison: Comparison, names: Sequence[str]) -> d
     for pair in (pair for pair in comparison.pictures() if pair.pixels):
         title = f"Samples, {pair.scope.partition(',')[0]}"
         pictures[title] = samples([_to_uint8(pair.got[i]) for i in chosen], captions)
-    margins_picture = token_margins(comparison, report.settings["limits"]["token_margin"])
-    pictures["Logit margin between the first and the second choice of a token"] = margins_picture
+    if comparison.students:
+        margins_picture = token_margins(comparison, report.settings["limits"]["token_margin"])
+        pictures["Logit margin between the first and the second choice of a token"] = margins_picture
     pictures["The images that differ most, and the difference amplified"] = worst_images(comparison)
     return pictures
 

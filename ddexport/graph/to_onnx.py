@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
 from onnxscript import rewriter
 from onnxscript.function_libs.torch_lib.ops import core
+from onnxscript.onnx_opset import opset18 as op
 from torch import nn
 from torch.onnx._internal.exporter import _fx_passes
 
@@ -151,8 +153,26 @@ def _conv_transpose2d(
     return core.aten_convolution(input, weight, bias, stride, padding, dilation, True, output_padding, groups)
 
 
-# Operators that the exporter knows under another name alone.
+def _adaptive_avg_pool2d(self: Any, output_size: Sequence[int]) -> Any:
+    """The means of areas as two products with constant matrices, for rows and for columns."""
+    rows, columns = (_means(int(old), int(new)) for old, new in zip(self.shape[2:], output_size, strict=True))
+    return op.MatMul(
+        op.Constant(value=ir.tensor(rows)), op.MatMul(self, op.Constant(value=ir.tensor(columns.T)))
+    )
+
+
+def _means(old: int, new: int) -> np.ndarray:
+    """The matrix [new, old] that takes `old` numbers to the means of `new` areas, as PyTorch cuts them."""
+    matrix = np.zeros((new, old), np.float32)
+    for row in range(new):
+        start, end = row * old // new, -(-(row + 1) * old // new)
+        matrix[row, start:end] = 1 / (end - start)
+    return matrix
+
+
+# Operators that the exporter does not know, or under another name alone.
 TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,
     torch.ops.aten.to.dtype: _to,
     torch.ops.aten.conv_transpose2d.input: _conv_transpose2d,
 }

@@ -287,6 +287,20 @@ def without_encoder(bundle: Path, precision: str = "fp32") -> None:
     in_manifest(change)(bundle, precision)
 
 
+def without_student(bundle: Path, precision: str = "fp32") -> None:
+    """No fault: the teacher alone, as the text model is published."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["schedules"] = {}
+        kept = [one for one in manifest["graphs"] if one["role"] not in ("student", "text_prefix")]
+        files = [one for one in manifest["weights"]["files"] if one["role"] != "student"]
+        manifest["graphs"], manifest["weights"]["files"] = kept, files
+        recipe = manifest["recipe"]
+        del recipe["schedules"], recipe["files"]["student"], recipe["condition"]["vector"]
+
+    in_manifest(change)(bundle, precision)
+
+
 def one_graph(said: str) -> Callable[[Path, str], None]:
     """Adds a pipeline of one step with the small decoder, of which the manifest says `said`."""
 

@@ -42,9 +42,10 @@ def planted(text_bundle: Path, tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def parity(monkeypatch: Patch) -> Callable[..., Result]:
     """parity(bundle): the real command, without its pictures; twelve images of eight texts."""
-    monkeypatch.setattr(plots, "of_parity", lambda *_: {})
 
-    def run(bundle: Path, encoder: bool = True) -> Result:
+    def run(bundle: Path, encoder: bool = True, pictures: bool = False) -> Result:
+        if not pictures:
+            monkeypatch.setattr(plots, "of_parity", lambda *_: {})
         files = {"--checkpoint": "student", "--vae": "tokenizer", "--teacher": "teacher"}
         options = [word for option, role in files.items() for word in (option, str(TEXT.files[role]))]
         options += ["--text-encoder", str(TEXT.folder / "t5-encoder")] if encoder else []
@@ -129,9 +130,11 @@ def test_an_unbroken_bundle_passes_and_is_drawn_again(planted: Any, parity: Any,
     assert CliRunner().invoke(doctor_command, arguments).exit_code == 3
 
 
-def test_a_bundle_without_encoder_is_compared_from_features(planted: Any, parity: Any) -> None:
-    bundle = planted(faults.without_encoder)
-    result = parity(bundle, encoder=False)
+@pytest.mark.parametrize("student", [True, False])
+def test_a_bundle_without_encoder_is_compared_from_features(planted: Any, parity: Any, student: bool) -> None:
+    """And one that has a teacher alone, as the published model."""
+    bundle = planted(faults.without_encoder, *([] if student else [faults.without_student]))
+    result = parity(bundle, encoder=False, pictures=not student)
     assert result.exit_code == 0, result.output
     done = CliRunner().invoke(doctor_command, [str(bundle), "--check", "--backend", "onnxruntime"])
     assert done.exit_code == 0, done.output

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from ddexport.runtime.backends import CPU, Configuration
+from ddexport.runtime.backends import CPU, Configuration, choose
 from ddexport.validate.bench.agreement import agreement
+from ddexport.validate.bench.plan import Entry, missing_files
 from ddexport.validate.bench.session import Job, Session, inputs_of
 from ddexport.validate.bench.torch_engine import REFERENCE
 from ddexport.validate.metrics._base import StepOutput
+from tests.goldens import TEXT
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +129,21 @@ def test_without_limits_there_is_no_verdict(drawn, compared, manifest):
         row = compared(changed(got, sequence=0.1), expected, manifest=bare)
         assert row["passed"] is None and row["embedding_error"] > 0
         assert not row["faults"] and row["notes"]
+
+
+def test_texts_are_drawn_by_every_engine_from_the_same_features(text_bundle):
+    """PyTorch runs the collapsed text for a student, and the padded one for a teacher."""
+    files, torch_session = dict(TEXT.files), Session()
+    torch_session.open(Job(text_bundle, Configuration(REFERENCE, "cpu", "fp32", "fp32", CPU), 1, 0, files))
+    manifest = torch_session.manifest
+    assert not [*missing_files(manifest, files, True)]  # the text encoder is not timed
+    for backend in ("onnxruntime", "openvino"):
+        chosen = choose(text_bundle, manifest, backend, "fp32", "cpu")
+        session = Session()
+        session.open(Job(text_bundle, chosen, 1))
+        for steps in (2, "teacher"):
+            session.run(3, steps)
+            got = session.outputs(3, steps)
+            expected = torch_session.expected(3, steps, got.steps)
+            row = agreement(manifest, Entry(chosen, 1, 3, steps), inputs_of(manifest, 3, 0), got, expected)
+            assert row["passed"] and row["tokens_equal"] == 1.0, (backend, steps, row)

@@ -10,8 +10,11 @@ from ddexport.runtime.bundle import read_manifest
 from ddexport.runtime.errors import VerificationError
 from ddexport.runtime.noise import gaussian_noise
 from ddexport.runtime.pipeline import load
+from ddexport.runtime.text import TRIAL_TEXTS
 from ddexport.validate.fid.draws import Order, by_pipeline, by_reference
 from ddexport.validate.reference import build_reference
+from ddexport.validate.runners import opened
+from tests.goldens import TEXT
 
 LENGTH, WIDTH = 6, 3
 
@@ -63,3 +66,17 @@ def test_both_sides_draw_the_same_images_by_different_ways(embedded_bundle):
         reference._tokenizer.decoder.conv_out.bias.fill_(np.nan)
     with pytest.raises(VerificationError, match="8 to 13"):
         by_reference(reference, schedules)(order, indices)
+
+
+def test_both_sides_draw_the_same_images_from_texts(text_bundle):
+    """A prompt is encoded once, in whatever order its images are drawn."""
+    manifest = read_manifest(text_bundle)
+    files = {**TEXT.files, "text_encoder": TEXT.folder / "t5-encoder"}
+    reference = build_reference(manifest, files, threads=1)
+    order = Order(20, 3, TRIAL_TEXTS, manifest.sequence.length, manifest.sequence.width)
+    assert len(set(order.labels(range(8, 14)))) == 3
+    with opened(text_bundle, manifest, "onnxruntime", threads=1) as pipe:
+        drawn = by_pipeline(pipe, {2: (0, 5)})(order, range(8, 14))[2]
+    wanted = by_reference(reference, {2: (0, 5)})(order, range(8, 14))[2]
+    assert np.abs(drawn.astype(int) - wanted).max() <= 1
+    assert np.abs(drawn.astype(int) - drawn[::-1]).max() > 1
