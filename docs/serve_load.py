@@ -1,8 +1,8 @@
 """Loads a `ddexport serve` and prints figures as JSON: `python docs/serve_load.py BUNDLE WHAT...`.
 
-Servers run one after the other on this machine, with one thread of the engine; clients are threads of this
-process. WHAT is load (requests a second with and without batches), leaving (1,000 clients that leave), full
-(a full queue for a minute) or memory (of the server over 100,000 images).
+Servers run on this machine, with one thread of the engine; clients are threads of this process. WHAT is load
+(requests a second with and without batches), leaving (1,000 clients that leave), full (a full queue for a
+minute) or memory (of the server over 100,000 images).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from typing import Any
 
 PATH = "/v1/images/generations"
 PROGRAM = "from ddexport.runtime.server.command import command; command()"
-SECONDS, LEAVING, FULL_SECONDS, IMAGES = 15, 1000, 60, 100_000
+ROUNDS, SECONDS, LEAVING, FULL_SECONDS, IMAGES = 5, 4, 1000, 60, 100_000
 
 
 @contextmanager
@@ -85,6 +86,19 @@ def load(place: tuple[str, int], clients: int, seconds: float, images: int = 1, 
     }
 
 
+def compared(bundle: str) -> list[Row]:
+    """Batches of up to 16 images and of one, in turn, so that other work on the machine slows both; medians of
+    the rounds."""
+    rows = []
+    with serving(bundle, "--max-batch", "16") as many, serving(bundle, "--max-batch", "1") as one:
+        for clients in (1, 8, 32):
+            rounds = [[load(place, clients, SECONDS) for place in (many, one)] for _ in range(ROUNDS)]
+            for batch, runs in zip((16, 1), zip(*rounds, strict=True), strict=True):
+                medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+                rows.append({"max_batch": batch, **medians})
+    return rows
+
+
 def leaving(place: tuple[str, int]) -> Row:
     """1,000 clients that send a request and close; how many images were drawn for them."""
     before = figure(place, "ddexport_batch_size_sum")
@@ -114,11 +128,8 @@ def memory(place: tuple[str, int]) -> list[Row]:
 
 def main(bundle: str, *what: str) -> None:
     rows: list[Row] = []
-    for batch in ("16", "1") if "load" in what else ():
-        with serving(bundle, "--max-batch", batch) as place:
-            load(place, 8, 2)
-            for clients in (1, 8, 32):
-                rows.append({"max_batch": int(batch), **load(place, clients, SECONDS)})
+    if "load" in what:
+        rows += compared(bundle)
     if "leaving" in what:
         with serving(bundle, "--max-queue", "1000") as place:
             rows.append(leaving(place))

@@ -67,6 +67,7 @@ class Server:
 
     def hold(self, draw_in: ThreadPoolExecutor, **parameters: Any) -> Any:
         """Sends a request at which the engine stops, and returns its future when it has."""
+        (self.switches / "held").unlink(missing_ok=True)
         self.switch("hold")
         held = draw_in.submit(self.draw, **parameters)
         until(lambda: (self.switches / "held").exists() and self.figure("ddexport_queue_images") == 0)
