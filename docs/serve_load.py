@@ -87,8 +87,8 @@ def load(place: tuple[str, int], clients: int, seconds: float, images: int = 1, 
 
 
 def compared(bundle: str) -> list[Row]:
-    """Batches of up to 16 images and of one, in turn, so that other work on the machine slows both; medians of
-    the rounds."""
+    """Batches of up to 16 images and of one, in turn, so that other work on the machine slows both: medians
+    of the rounds."""
     rows = []
     with serving(bundle, "--max-batch", "16") as many, serving(bundle, "--max-batch", "1") as one:
         for clients in (1, 8, 32):
