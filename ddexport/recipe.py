@@ -248,6 +248,8 @@ class Recipe(Record, frozen=True):
             raise ValueError("it must have either classes and labels, or condition: {kind: text, ...}")
         if (not self.schedules and "student" in self.files) or not (self.schedules or self.condition):
             raise ValueError('schedules is empty: give at least "1": {known: [0]}')
+        if self.condition and self.decoders:
+            raise ValueError("decoders must be empty where there is a text: they are distilled with classes")
         if self.condition and self.schedules and not self.condition.vector:
             raise ValueError("condition.vector must be last or mean where there are schedules of a student")
 

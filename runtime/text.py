@@ -27,6 +27,7 @@ WHAT_FEATURES_ARE = (
     " `features_mask` (B, T), 1 there and 0 before."
 )
 END, PADDING = "</s>", "<pad>"
+LONGEST = 4000  # characters that are cleaned: some patterns take quadratic time, a second for these
 # To try bundles on: of different length, the first is empty and the last too long.
 TRIAL_PROMPTS = (
     "",
@@ -158,7 +159,9 @@ class PromptTokenizer:
     def _ids(self, prompt: str) -> list[int]:
         if not isinstance(prompt, str):
             raise TextError(f"a prompt is a text, not {prompt!r}", "Give a sentence.")
-        text = clean_caption(clean_caption(prompt))
+        if len(prompt) > LONGEST:
+            logger.warning("a prompt has %d characters; all behind %d are cut off", len(prompt), LONGEST)
+        text = clean_caption(clean_caption(prompt[:LONGEST]))
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         room = self.tokens - 1
         if len(encoding.ids) > room:

@@ -112,7 +112,8 @@ class Sequences:
         for schedule, rows in zip(alone, rest.tensor_split(len(alone)), strict=True):
             if len(rows):
                 student = partial(self._step, self.student.at_split(schedule.split or size.split))
-                step = sample(student, noise[rows].numpy(), labels[rows].numpy(), schedule)[-1]
+                label = {"label": labels[rows].numpy()}
+                step = sample(student, noise[rows].numpy(), label, schedule)[-1]
                 yield torch.from_numpy(step.sequence)
 
     def _step(self, student: Student, feeds: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:

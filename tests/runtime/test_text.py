@@ -167,6 +167,12 @@ class TestTokenizer:
         (record,) = caplog.records
         assert record.getMessage() == "a prompt has 6 tokens of 5 at most; cut off: dog"
 
+    def test_no_prompt_is_cleaned_for_minutes(
+        self, tokenizer_file: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        ids, _ = PromptTokenizer(tokenizer_file, 12)(["a cat " + "1.1.1." * 100_000])
+        assert ids.shape == (1, 12) and "600006 characters" in caplog.text
+
     def test_an_empty_prompt_is_its_end_alone(self, tokenizer_file: Path) -> None:
         ids, mask = PromptTokenizer(tokenizer_file, 12)(["", "a cat"])
         assert ids.tolist() == [[1, 0, 0], [ids[1, 0], ids[1, 1], 1]]
