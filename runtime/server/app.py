@@ -185,8 +185,9 @@ async def _drawn(batcher: Batcher, job: Job, request: Request) -> Drawn | None:
         batcher.check(job)
         batcher.submit(job)
         waits = asyncio.wrap_future(job.future)
-        leaves = asyncio.ensure_future(request.receive())  # all that can come behind the body
-        await asyncio.wait([waits, leaves], return_when=asyncio.FIRST_COMPLETED)
+        # All that can come behind the body is that the client left.
+        leaves: asyncio.Future[Any] = asyncio.ensure_future(request.receive())
+        await asyncio.wait({waits, leaves}, return_when=asyncio.FIRST_COMPLETED)
         leaves.cancel()
         return waits.result() if waits.done() else None
     except QueueFullError as error:
