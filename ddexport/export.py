@@ -21,6 +21,7 @@ from torch import nn
 from ddexport.card import ACCURACY_FILE, model_card
 from ddexport.families import family
 from ddexport.families._base import Teacher as TeacherModule
+from ddexport.families._weight_file import CheckpointError
 from ddexport.graph.external import SharedWeights
 from ddexport.graph.pipeline import check_pipelines, write_pipeline
 from ddexport.graph.spec import GraphSpec, graph_specs, image_size
@@ -51,6 +52,7 @@ from ddexport.runtime.bundle import (
 )
 from ddexport.runtime.machine import version_of
 from ddexport.runtime.records import to_json
+from ddexport.runtime.text import PromptTokenizer
 from ddexport.sources import WeightRequest, load_parts, provenance, recipe_for, roles_of, sources_of
 from ddexport.staging import staged_directory
 from ddexport.text_encoder import TextEncoder
@@ -280,6 +282,10 @@ def _text(parts: Parts, recipe: Recipe, request: WeightRequest, folder: Path) ->
     tokenizer = None
     if isinstance(encoder := parts.get(ENCODER), TextEncoder):
         shutil.copyfile(encoder.tokenizer_file(recipe.condition.width), folder / TOKENIZER)
+        words = PromptTokenizer(folder / TOKENIZER, recipe.condition.tokens).size
+        if words > encoder.words:
+            fault = f"the tokenizer has {words} tokens, and the text encoder beside it knows {encoder.words}"
+            raise CheckpointError(fault, "give the tokenizer.json of this encoder")
         tokenizer = file_info(folder / TOKENIZER, folder)
     return Text(
         tokens=recipe.condition.tokens,

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import structs
 
 from ddexport.hub.files import SCHEME, HubFile, fetch, parse
-from ddexport.runtime.bundle import SequenceSize, decoder_role
+from ddexport.runtime.bundle import ENCODER, SequenceSize, decoder_role
 from ddexport.runtime.errors import DDError, did_you_mean
 from ddexport.runtime.records import Natural, Positive, Record, convert
 from ddexport.runtime.schedule import Schedule, schedule_fault
@@ -34,6 +34,7 @@ FILE_OPTIONS = {
     "text_encoder": "--text-encoder",
 }
 ROLES = tuple(FILE_OPTIONS)[:3]
+ENCODER_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 FILE_NAME = "recipe.yaml"  # of a model of a user's own, in its directory or repository
 WHAT_IS_A_MODEL = "a recipe file (YAML), or a directory or hf://USER/NAME with a recipe.yaml and weights"
 MAX_BYTES = 1 << 20
@@ -244,9 +245,9 @@ class Recipe(Record, frozen=True):
 
     def _check_condition(self) -> None:
         """Raises ValueError unless it is classes, or a text with what is known of its student."""
-        if (self.classes and self.labels) if self.condition else not (self.classes and self.labels):
+        if (self.classes or self.labels) if self.condition else not (self.classes and self.labels):
             raise ValueError("it must have either classes and labels, or condition: {kind: text, ...}")
-        if (not self.schedules and "student" in self.files) or not (self.schedules or self.condition):
+        if not (self.schedules or self.condition):
             raise ValueError('schedules is empty: give at least "1": {known: [0]}')
         if self.condition and self.decoders:
             raise ValueError("decoders must be empty where there is a text: they are distilled with classes")
@@ -276,13 +277,14 @@ def with_student(recipe: Recipe, settings: Any, where: str) -> Recipe:
     if recipe.schedules or recipe.condition is None:
         return recipe
     keys = ("schedules", "split", "vector")
-    if not isinstance(settings, Mapping) or any(key not in settings for key in keys):
+    given = settings if isinstance(settings, Mapping) else {}
+    if not (isinstance(given.get("schedules"), Mapping) and given["schedules"] and given.keys() >= set(keys)):
         hint = f"state {', '.join(keys)} in the recipe (docs/text-to-image.md), or as `config` in the file"
         raise RecipeError(f"neither {recipe.name} nor {where} says what the student was trained for", hint)
     data = recipe.to_dict()
-    data["schedules"] = settings["schedules"]
-    data["sequence"] = {**data["sequence"], "split": settings["split"]}
-    data["condition"] = {**data["condition"], "vector": settings["vector"]}
+    data["schedules"] = given["schedules"]
+    data["sequence"] = {**data["sequence"], "split": given["split"]}
+    data["condition"] = {**data["condition"], "vector": given["vector"]}
     return recipe_from_dict(data, f"the config in {where}")
 
 
@@ -339,6 +341,9 @@ def _fetched(address: str, cache: Path | None, revision: str | None) -> Recipe:
         for role, source in recipe.files.items()
         if not (source.embedded or source.repo)
     }
+    if (encoder := here.get(ENCODER)) and not encoder.path:  # a directory, whose files are named one by one
+        [first, *others] = (f"{encoder.file}/{name}" for name in ENCODER_FILES)
+        here[ENCODER] = structs.replace(encoder, path=first, beside=tuple(others))
     return structs.replace(recipe, files=recipe.files | here)
 
 

@@ -33,7 +33,7 @@ class WeightRequest:
         random_seed: random weights with this seed in place of all files.
         teacher: whether the teacher is wanted. None: where its weights are given or ship with the project, or
             where there is no student.
-        text_encoder: whether that is wanted.
+        text_encoder: whether that is wanted. None: where it is given or the recipe places it on the Hub.
         revision: of the student's repository, in place of the recipe's.
         cache: the directory of fetched files, None for huggingface_hub's.
     """
@@ -42,7 +42,7 @@ class WeightRequest:
     weights: str | None = None
     random_seed: int | None = None
     teacher: bool | None = None
-    text_encoder: bool = True
+    text_encoder: bool | None = None
     revision: str | None = None
     cache: Path | None = None
 
@@ -51,7 +51,12 @@ def recipe_for(recipe: Recipe, request: WeightRequest) -> Recipe:
     """The recipe, with what a checkpoint of a student says of its training where the recipe does not say it.
     Raises `RecipeError`, `CheckpointError`."""
     path = request.files.get("student")
-    return recipe if path is None else with_student(recipe, config_of(path), str(path))
+    if path is not None:
+        return with_student(recipe, config_of(path), str(path))
+    if not recipe.schedules and "student" in recipe.files and request.random_seed is None:
+        hint = "state them in the recipe (docs/text-to-image.md), or give its file with --checkpoint"
+        raise RecipeError(f"recipe {recipe.name} has a student and no schedules", hint)
+    return recipe
 
 
 def roles_of(recipe: Recipe, request: WeightRequest) -> tuple[str, ...]:
@@ -65,7 +70,8 @@ def roles_of(recipe: Recipe, request: WeightRequest) -> tuple[str, ...]:
         parts += (ENCODER,)
     source = recipe.files.get(TEACHER)
     if unknown := [role for role in request.files if role not in recipe.roles]:
-        raise RecipeError(f"recipe {recipe.name} has no {unknown[0]}", "state its size under decoders")
+        hint = "it draws classes" if unknown[0] == ENCODER else "state its size under decoders"
+        raise RecipeError(f"recipe {recipe.name} has no {unknown[0]}", hint)
     at_hand = source is not None and (TEACHER in request.files or bool(source.embedded))
     wanted = request.random_seed is None and at_hand if request.teacher is None else request.teacher
     if not recipe.schedules:
@@ -92,10 +98,13 @@ def _is_decoder_at_hand(recipe: Recipe, request: WeightRequest, role: str) -> bo
 
 
 def _is_encoder_wanted(recipe: Recipe, request: WeightRequest) -> bool:
-    """Whether the bundle gets a text encoder; there are no random ones."""
-    if recipe.condition is None or request.random_seed is not None or not request.text_encoder:
-        return False
-    return ENCODER in request.files or bool(recipe.files.get(ENCODER, Source()).repo)
+    """Whether the bundle gets a text encoder. Raises `RecipeError` if it is wanted and nowhere."""
+    at_hand = ENCODER in request.files or bool(recipe.files.get(ENCODER, Source()).repo)
+    at_hand &= recipe.condition is not None and request.random_seed is None
+    if request.text_encoder and not at_hand:
+        how = "give its directory: --text-encoder DIR; there is no random one"
+        raise RecipeError(f"there is no text encoder of {recipe.name} to take", how)
+    return at_hand and request.text_encoder is not False
 
 
 def sources_of(recipe: Recipe, request: WeightRequest) -> dict[str, LocalFile]:

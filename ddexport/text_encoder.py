@@ -23,7 +23,8 @@ NAMED_KEYS = 3
 
 
 class TextEncoder(nn.Module):
-    """A T5 encoder. width: of its outputs, W. directory: where it was read from."""
+    """A T5 encoder. width: of its outputs, W. words: how many tokens it knows. directory: where it was read
+    from."""
 
     def __init__(self, config: Any, directory: Path) -> None:
         """config: a T5Config of transformers."""
@@ -32,7 +33,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         # Plain products and a softmax, whose mask is finite: no row of padding becomes NaN.
         config._attn_implementation = "eager"
-        self.width, self.directory = int(config.d_model), directory
+        self.width, self.words, self.directory = int(config.d_model), int(config.vocab_size), directory
         self.stack = T5EncoderModel(config).encoder
         attention = self.stack.block[0].layer[0].SelfAttention  # its table serves all layers
         attention.buckets = _Buckets(attention, config)

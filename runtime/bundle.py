@@ -239,6 +239,8 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
         """Raises ValueError unless it is classes, or a text with a student or a teacher."""
         if not self.schedules and not (self.text and self.teacher):
             raise ValueError("schedules is empty")
+        if (ENCODER, None, FLOAT32) in self._index and not (self.text and self.text.tokenizer):
+            raise ValueError("text.tokenizer is missing beside a text encoder")
         if bool(self.classes) is bool(self.text):
             raise ValueError("`classes` must be above 0 where there is no `text`, else 0")
 
@@ -248,6 +250,7 @@ class Manifest(Record, frozen=True, kw_only=True, dict=True):
         parts = [*(["student"] if self.schedules else []), *([TEACHER] if self.teacher else [])]
         roles = [*parts, *map(decoder_role, self.decoders)]
         roles += [PREFIXES[part] for part in parts] if self.text else []
+        roles += [ENCODER] if self.text and self.text.tokenizer else []
         return [*(("student", split) for split in sorted(splits, key=str)), *((role, None) for role in roles)]
 
     @cached_property

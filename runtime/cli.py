@@ -213,6 +213,8 @@ def print_labels(bundle: Path, as_json: bool) -> None:
     from ddexport.runtime.labels import read_labels
 
     manifest = read_manifest(bundle, verify=False)
+    if manifest.text is not None:
+        raise LabelError(f"{manifest.name} draws from texts: it has no labels", "Give --prompt.")
     names = read_labels(resolve(bundle, manifest.labels.file), manifest.classes).names
     if as_json:
         console.emit_json({"names": names})

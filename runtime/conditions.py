@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,21 +13,22 @@ from numpy.typing import NDArray
 from ddexport.runtime.backends import Backend
 from ddexport.runtime.bundle import ENCODER, PREFIXES, Manifest, resolve
 from ddexport.runtime.errors import BackendError, TextError
-from ddexport.runtime.text import Features, PromptTokenizer, left_padded
+from ddexport.runtime.text import Features, PromptTokenizer, check_prompts, left_padded
 
 BATCH = 16  # texts at once
+CHUNK = 256  # texts whose tables are kept: those of a real model take half a GiB
 
 
 @dataclass(frozen=True)
 class Conditions:
     """What N images are drawn from. numbers: int64 (N,), of each its class, or its text.
 
-    tables: of texts, the inputs of "student" or "teacher", with a row a text. They are computed once, however
-    many images and steps they serve.
+    tables: of texts, the inputs of "student" or "teacher" for a chunk of them, with a row a text. They are
+    computed when they are needed, and once for all images and steps.
     """
 
     numbers: NDArray[np.int64]
-    tables: Callable[[str], Mapping[str, NDArray[Any]]] | None = None
+    tables: Callable[[str, int], Mapping[str, NDArray[Any]]] | None = None
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -40,7 +41,13 @@ class Conditions:
         """The inputs of a student's or a teacher's graph, a row an image."""
         if self.tables is None:
             return {"label": self.numbers}
-        return {name: table[self.numbers] for name, table in self.tables(role).items()}
+        chunks, rows = np.divmod(self.numbers, CHUNK)
+        parts = [(chunks == chunk, self.tables(role, int(chunk))) for chunk in np.unique(chunks)]
+        feeds = {name: np.empty((len(self), *t.shape[1:]), t.dtype) for name, t in parts[0][1].items()}
+        for own, table in parts:
+            for name, values in feeds.items():
+                values[own] = table[name][rows[own]]
+        return feeds
 
 
 def joined(parts: Sequence[Conditions]) -> Conditions:
@@ -48,11 +55,15 @@ def joined(parts: Sequence[Conditions]) -> Conditions:
     if parts[0].tables is None:
         return Conditions(np.concatenate([part.numbers for part in parts]))
 
-    def tables(role: str) -> dict[str, NDArray[Any]]:
+    @cache
+    def whole(role: str) -> dict[str, NDArray[Any]]:
         feeds = [part.feeds(role) for part in parts]
         return {name: np.concatenate([rows[name] for rows in feeds]) for name in feeds[0]}
 
-    return Conditions(np.arange(sum(map(len, parts)), dtype=np.int64), cache(tables))
+    def tables(role: str, chunk: int) -> dict[str, NDArray[Any]]:
+        return {name: rows[chunk * CHUNK : (chunk + 1) * CHUNK] for name, rows in whole(role).items()}
+
+    return Conditions(np.arange(sum(map(len, parts)), dtype=np.int64), tables)
 
 
 class Texts:
@@ -83,23 +94,36 @@ class Texts:
         return PromptTokenizer(resolve(self.root, self.size.tokenizer.file), self.size.tokens)
 
     def conditions(self, prompts: str | Iterable[str] | Features) -> Conditions:
-        """One for each prompt. Raises TextError, BackendError."""
-        if not isinstance(prompts, Features):
-            prompts = self.features([prompts] if isinstance(prompts, str) else list(prompts))
-        shape = prompts.features.shape[1:]
-        if shape != (self.size.tokens, self.size.width):
-            want = f"{self.size.tokens} rows of {self.size.width} numbers"
-            raise TextError(
-                f"the features must have {want}, but have {shape[0]} of {shape[1]}",
-                "Take the text encoder that the model was trained with.",
-            )
-        numbers = np.arange(len(prompts.features), dtype=np.int64)
-        return Conditions(numbers, cache(partial(self._prefix, prompts)))
+        """One for each prompt. Raises TextError for what is no text, BackendError."""
+        if isinstance(prompts, Features):
+            shape = prompts.features.shape[1:]
+            if shape != (self.size.tokens, self.size.width):
+                want = f"{self.size.tokens} rows of {self.size.width} numbers"
+                raise TextError(
+                    f"the features must have {want}, but have {shape[0]} of {shape[1]}",
+                    "Take the text encoder that the model was trained with.",
+                )
+            read: Callable[[slice], Features] = prompts.rows
+            count = len(prompts)
+        else:
+            several = isinstance(prompts, Iterable) and not isinstance(prompts, (str, bytes))
+            words: list[Any] = [prompts]
+            if several and getattr(prompts, "ndim", True):
+                words = list(prompts)
+            check_prompts(words)
+            _ = self.tokenizer  # it is told before anything is drawn that there is none
+            count = len(words)
+
+            def read(rows: slice) -> Features:
+                return self.features(words[rows])
+
+        chunk = lru_cache(maxsize=2)(lambda number: read(slice(number * CHUNK, (number + 1) * CHUNK)))
+        tables = lru_cache(maxsize=4)(lambda role, number: self._prefix(chunk(number), role))
+        return Conditions(np.arange(count, dtype=np.int64), tables)
 
     def features(self, prompts: list[str]) -> Features:
         """What the text encoder of the bundle makes of prompts. Raises TextError where there is none."""
-        if not prompts:
-            raise TextError("no prompt is given", "Give a sentence.")
+        check_prompts(prompts)
         ids, mask = self.tokenizer(prompts)
         graph = self.manifest.graph(ENCODER)
         parts = [

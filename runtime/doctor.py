@@ -68,6 +68,10 @@ def diagnose_bundle(root: Path) -> dict[str, Any]:
                 damaged.append(f"{folder.name}/{plan.name} is missing")
             elif sha256_of(plan) != sha256:
                 damaged.append(f"{folder.name}/{plan.name} is not the file its sidecar describes")
+    prompts = None
+    if manifest.text and manifest.text.tokenizer:
+        absent = [name for name in ("tokenizers", "ftfy", "beautifulsoup4") if not machine.version_of(name)]
+        prompts = f'need {", ".join(absent)}: pip install "ddexport[text]"' if absent else "can be read"
     by_default = configurations(root, manifest)
     others = [
         configuration
@@ -81,6 +85,7 @@ def diagnose_bundle(root: Path) -> dict[str, Any]:
         "title": manifest.title,
         "precisions": manifest.precisions,
         "damaged": damaged,
+        "prompts": prompts,
         "auto": next((str(c) for c in by_default if not c.obstacle), None),
         "configurations": [
             {"name": str(c), "runs": not c.obstacle, "reason": c.obstacle or c.note} for c in by_default
@@ -114,6 +119,8 @@ def lines(diagnosis: dict[str, Any]) -> Iterator[str]:
 def _bundle_lines(bundle: dict[str, Any]) -> Iterator[str]:
     yield from _heading(f"{bundle['path']}: {bundle['title']}")
     yield _row("graphs", ", ".join(bundle["precisions"]))
+    if bundle["prompts"]:
+        yield _row("prompts", bundle["prompts"])
     for text in bundle["damaged"]:
         yield _row("damaged", click.style(text, fg="red"))
     yield _row("auto takes", bundle["auto"] or click.style("nothing: no engine can run it here", fg="red"))

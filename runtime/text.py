@@ -27,6 +27,7 @@ WHAT_FEATURES_ARE = (
     " `features_mask` (B, T), 1 there and 0 before."
 )
 END, PADDING = "</s>", "<pad>"
+SHOWN = 500  # characters of what was cut off
 LONGEST = 4000  # characters that are cleaned: some patterns take quadratic time, a second for these
 # To try bundles on: of different length, the first is empty and the last too long.
 TRIAL_PROMPTS = (
@@ -78,6 +79,10 @@ class Features:
     def __len__(self) -> int:
         return len(self.mask)
 
+    def rows(self, index: Any) -> Features:
+        """Those of the texts that `index` selects."""
+        return Features(self.features[index], self.mask[index])
+
 
 def read_features(path: Path, tokens: int, width: int) -> Features:
     """Reads `features` (B, tokens, width) and `features_mask` (B, tokens) of an npz. Raises TextError."""
@@ -124,6 +129,15 @@ def trials() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def check_prompts(prompts: Sequence[Any]) -> None:
+    """Raises TextError unless there are some, and all are texts."""
+    if not prompts:
+        raise TextError("no prompt is given", "Give a sentence.")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise TextError(f"a prompt is a text, not {prompt!r:.60}", "Give a sentence.")
+
+
 class PromptTokenizer:
     """The tokenizer of a bundle: prompts, cleaned as the model's captions were, to ids of tokens."""
 
@@ -142,7 +156,7 @@ class PromptTokenizer:
         self._end, self._padding = map(self._tokenizer.token_to_id, (END, PADDING))
         if self._end is None or self._padding is None:
             raise BundleError(f"{path.name} is not a tokenizer of T5: no {END} or no {PADDING}", DAMAGED)
-        self.tokens = tokens
+        self.tokens, self.size = tokens, int(self._tokenizer.get_vocab_size())
 
     def __call__(self, prompts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """ids int64 (P, N) and mask int64 (P, N), N the length of the longest: padding and 0 behind a prompt.
@@ -157,8 +171,7 @@ class PromptTokenizer:
         return ids, mask.astype(np.int64)
 
     def _ids(self, prompt: str) -> list[int]:
-        if not isinstance(prompt, str):
-            raise TextError(f"a prompt is a text, not {prompt!r}", "Give a sentence.")
+        check_prompts([prompt])
         if len(prompt) > LONGEST:
             logger.warning("a prompt has %d characters; all behind %d are cut off", len(prompt), LONGEST)
         text = clean_caption(clean_caption(prompt[:LONGEST]))
@@ -167,6 +180,7 @@ class PromptTokenizer:
         if len(encoding.ids) > room:
             cut = text[encoding.offsets[room][0] :].strip()
             count = len(encoding.ids) + 1
+            cut = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}..."
             logger.warning("a prompt has %d tokens of %d at most; cut off: %s", count, self.tokens, cut)
         return [*encoding.ids[:room], self._end]
 
@@ -174,7 +188,8 @@ class PromptTokenizer:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, a prompt each, empty ones too. Raises TextError."""
     try:
-        prompts = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
+        prompts = text.removesuffix("\n").split("\n") if text else []
     except (OSError, UnicodeDecodeError) as error:
         raise TextError(f"{path} cannot be read as UTF-8 text: {error}", "Give one prompt a line.") from error
     if not prompts:

@@ -52,7 +52,7 @@ def _row(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "title": recipe.title,
         "family": recipe.family,
-        "parameters": recipe.parameters.get("student"),
+        "parameters": recipe.parameters.get("student" if recipe.schedules else "teacher"),
         "tokenizer_parameters": recipe.parameters.get("tokenizer"),
         "image": f"{recipe.image.size}x{recipe.image.size}",
         "steps": sorted(map(int, recipe.schedules)) or ["teacher"],

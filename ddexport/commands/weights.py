@@ -97,7 +97,9 @@ def recipe_and_weights(
         revision = None  # it was the recipe's repository's
     wanted = None if teacher is None else teacher != "none"
     fields = {"files": files, "weights": weights, "random_seed": random_weights, "teacher": wanted}
-    fields["text_encoder"] = text_encoder != "none"
+    fields["text_encoder"] = {"hub": True, "none": False}.get(str(text_encoder))
+    if recipe.condition and random_weights is None and text_encoder != "none":
+        _require(("transformers", "tokenizers"), "exporting a text encoder", "text-encoder")
     return recipe, {**fields, "revision": revision, "cache": cache_dir}
 
 
@@ -115,8 +117,15 @@ def _require_export_extra() -> None:
     from ddexport.runtime.errors import DDError
 
     needed = ("torch", "onnx", "onnxscript", "safetensors", "yaml", "huggingface_hub")
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise DDError(f"exporting needs {', '.join(missing)}", 'pip install "ddexport[export]"')
+    _require(needed, "exporting", "export")
     if find_spec("onnxruntime") is None:
         raise DDError("exporting needs onnxruntime", 'pip install "ddexport[cpu]", or [gpu]')
+
+
+def _require(packages: tuple[str, ...], what: str, extra: str) -> None:
+    from importlib.util import find_spec
+
+    from ddexport.runtime.errors import DDError
+
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise DDError(f"{what} needs {', '.join(missing)}", f'pip install "ddexport[{extra}]"')

@@ -59,16 +59,21 @@ def config_of(path: Path) -> Any:
     JSON. None where there is none. Raises `CheckpointError`."""
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get("config")
-    except (SafetensorError, OSError):  # torch's, or several files
-        data = read_weights(path)
-        return data.get("config") if isinstance(data, dict) else None
-    try:
-        return None if text is None else msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
-        raise CheckpointError(f"{path}: the config in its metadata is not JSON", DOWNLOAD) from error
+    for part in _files_of(path)[0]:
+        try:
+            with safe_open(part, "pt") as file:
+                text = (file.metadata() or {}).get("config")
+        except (SafetensorError, OSError):  # torch's, or an index
+            if part.suffix == ".json":
+                continue
+            data = read_weights(part)
+            return data.get("config") if isinstance(data, dict) else None
+        try:
+            if text is not None:
+                return msgspec.json.decode(text)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise CheckpointError(f"{part}: the config in its metadata is not JSON", DOWNLOAD) from error
+    return None
 
 
 def fingerprint(path: Path) -> tuple[str, int]:

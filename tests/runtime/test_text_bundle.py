@@ -90,8 +90,17 @@ def test_a_text_is_read_once_for_all_its_images_and_steps(
     assert once == [("text_encoder", 3), ("text_prefix", 3)]
 
 
+def test_many_texts_are_read_in_chunks(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As images come to them; what is drawn stays the same."""
+    whole = pipe(PROMPTS, 2, num_images=2, output="numpy").images
+    monkeypatch.setattr("ddexport.runtime.conditions.CHUNK", 2)
+    for given in (PROMPTS, (prompt for prompt in PROMPTS), np.array(PROMPTS)):
+        np.testing.assert_array_equal(pipe(given, 2, num_images=2, output="numpy").images, whole)
+
+
 def test_what_is_no_prompt(pipe: Pipeline, text_bundle: Path, shared_bundle: Path) -> None:
-    for wrong, named in (([], "no prompt"), ([3], "not 3"), (TEXTS.features, "text")):
+    wrongs = ([], "no prompt"), ([3], "not 3"), (TEXTS.features, "text"), (5, "not 5"), (None, "not None")
+    for wrong, named in (*wrongs, (b"a cat", "not b'a cat'"), (np.array(2), "not array")):
         with pytest.raises(TextError, match=named):
             pipe(wrong)  # type: ignore[arg-type]
     with pytest.raises(TextError, match="12 rows of 48"):

@@ -55,7 +55,8 @@ _precision = partial(known, names=("fp32", "fp16", "bf16", "int8"))
 @shared("device")
 @option("--batch", "batches", callback=comma_list(number), default="1", metavar="N,...",
         help="Numbers of images per batch, separated by commas.")  # fmt: skip
-@option("--steps", callback=comma_list(_steps), default="1", metavar="N,...,teacher",
+@option("--steps", callback=comma_list(_steps), show_default="1; teacher, where there is no student",
+        metavar="N,...,teacher",
         help="Numbers of steps, separated by commas. teacher: all steps of the auto-regressive"
         " model.")  # fmt: skip
 @option("--precision", "precisions", callback=comma_list(_precision), metavar="NAME,...",

@@ -12,7 +12,7 @@ from pathlib import Path
 from ddexport.recipe import FILE_OPTIONS
 from ddexport.runtime import backends
 from ddexport.runtime.backends import CPU, Configuration
-from ddexport.runtime.bundle import ENCODER, FULL, Manifest
+from ddexport.runtime.bundle import ENCODER, FULL, TEACHER, Manifest
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.machine import cpu
 from ddexport.runtime.registry import plugins
@@ -107,7 +107,7 @@ def make_plan(root: Path, manifest: Manifest, request: Request, packages: tuple[
     asked = [
         entry(backend, precision, threads, batch, steps, decoder)
         for batch in sorted(request.batches)
-        for steps in request.steps
+        for steps in request.steps or ((1,) if manifest.schedules else (TEACHER,))
         for backend in request.backends or plugins(backends.__name__)
         for threads in request.threads or (cpu().cores,)
         for precision in request.precisions or IN_TORCH.get(backend) or usual

@@ -155,30 +155,43 @@ def test_what_a_student_was_trained_for_is_read_from_its_checkpoint(
     assert unknown_student.sequence.split == 16  # every position of a teacher is a token
     torch.save({"ema": {}, "config": SETTINGS}, tmp_path / "student.pth")
     save_file({"x": torch.zeros(1)}, tmp_path / "student.safetensors", {"config": json.dumps(SETTINGS)})
-    for name in ("student.pth", "student.safetensors"):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "student.safetensors").rename(tmp_path / "folder" / "model.safetensors")
+    for name in ("student.pth", "folder", "folder/model.safetensors"):
         recipe = with_student(unknown_student, config_of(tmp_path / name), name)
         assert recipe.schedules.keys() == {"1"} and recipe.sequence.split == 7
         assert recipe.condition is not None and recipe.condition.vector == "mean"
     assert with_student(RECIPE, SETTINGS, "file") == RECIPE  # the recipe's own come first
 
 
-@pytest.mark.parametrize(
-    "settings", [None, [], {}, {**SETTINGS, "split": 99}, {"split": 5, "vector": "last"}]
-)
+WRONG = [
+    None, [], {}, {**SETTINGS, "split": 99}, {"split": 5, "vector": "last"}, {**SETTINGS, "schedules": {}},
+    {**SETTINGS, "schedules": torch.zeros(2)}, {**SETTINGS, "vector": "first"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", WRONG)
 def test_a_student_of_unknown_training_is_refused(unknown_student: Recipe, settings: Any) -> None:
     with pytest.raises(RecipeError):
         with_student(unknown_student, settings, "student.pth")
+
+
+def test_a_config_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    for text in ("{", "[" * 20_000):
+        save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"config": text})
+        with pytest.raises(CheckpointError, match="not JSON"):
+            config_of(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         (lambda data: data.update(classes=10, labels="digits"), "classes"),
+        (lambda data: data.update(labels="digits"), "classes"),
         (lambda data: data.pop("condition"), "classes"),
         (lambda data: data["condition"].pop("vector"), "vector"),
         (lambda data: data["condition"].update(kind="image"), "kind"),
         (lambda data: data["condition"].update(tokens=0), "tokens"),
-        (lambda data: data.pop("schedules"), "schedules"),
         (lambda data: data["files"].pop("teacher"), "teacher"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,13 @@ def test_a_student_brings_its_schedules_or_is_refused(
     assert invoke("sample", tmp_path / "bundle", "--prompt", "", "-o", tmp_path / "out.png").exit_code == 0
 
 
+def wide_tokenizer() -> str:
+    """With more tokens than the encoder has rows."""
+    content = json.loads((ENCODER / "tokenizer.json").read_text())
+    content["model"]["vocab"] += [[f"word{number}", -9.0] for number in range(96)]
+    return json.dumps(content)
+
+
 def test_what_cannot_be(recipe: Path, tmp_path: Path) -> None:
     for words, named in (
         (("--teacher", "none"), "no student"),
@@ -87,6 +96,12 @@ def test_what_cannot_be(recipe: Path, tmp_path: Path) -> None:
         (("--text-encoder", tmp_path), "config.json"),
     ):
         assert named in failure(invoke("onnx", recipe, *words, "-o", tmp_path / "bundle")), words
+    for tokenizer, named in (('{"a": 1}', "is not a tokenizer"), (wide_tokenizer(), "knows 96")):
+        folder = tmp_path / "t5"
+        shutil.copytree(ENCODER, folder, dirs_exist_ok=True)
+        (folder / "tokenizer.json").write_text(tokenizer)
+        words = ("onnx", recipe, "--text-encoder", folder, "-o", tmp_path / "bundle")
+        assert named in failure(invoke(*words))
     words = ("onnx", "digits-var", "--text-encoder", ENCODER, "-o", tmp_path / "bundle")
     assert "no text_encoder" in failure(invoke(*words))
 
