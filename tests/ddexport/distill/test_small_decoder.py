@@ -101,7 +101,7 @@ def test_every_kind_of_sequence_is_in_a_chunk() -> None:
     assert [bool((distance < 1e-3).all()) for distance in distances] == [True, True, False, False]
 
 
-@pytest.mark.parametrize("model", recipe_names())
+@pytest.mark.parametrize("model", [name for name in recipe_names() if load_recipe(name).decoders])
 def test_it_has_at_most_an_eighth_of_the_operations(model: str) -> None:
     recipe, operations = load_recipe(model), {"tokenizer": 0, "decoder_small": 0}
     latent = recipe.image.size >> len(recipe.decoders["small"].widths)
