@@ -17,7 +17,7 @@ LAST    := sh -c 'out=$$("$$@" 2>&1) && echo "$$out" | tail -n 1 || { echo "$$ou
 # Small models run fastest on one thread per process; real ones choose for themselves.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo bundles test test-all mutants lint format parity quality decoders distill docs performance clean help
+.PHONY: demo bundles test test-all mutants lint format parity quality decoders serving distill docs performance clean help
 # Pages with generated help texts and tables.
 PAGES    := README.md $(wildcard docs/*.md)
 COG      := $(BIN)/cog -I docs
@@ -36,6 +36,7 @@ help:
 	@echo "make bundles   export the embedded models in every precision, for the tests and for parity"
 	@echo "make parity    compare the embedded models' bundles with PyTorch, in every precision and engine"
 	@echo "make quality   compare the FID of an int8 bundle and of a small decoder with PyTorch's, 2,000 images in one and in two steps"
+	@echo "make serving   load a server of digits-var, and draw 100,000 images with it (a quarter of an hour)"
 	@echo "make distill   train the embedded models again, from the digits to the student (over an hour)"
 	@echo "make docs      make the pictures, measured tables and help texts of docs/ again (ten minutes)"
 	@echo "make performance   time var-d16 and llamagen-l (an hour, 20 GiB, an idle machine)"
@@ -101,6 +102,12 @@ decoders: $(VENV)/.dev $(PRECISE)
 	for model in $(MODELS); do \
 	    $(BIN)/python docs/decoder_grid.py build/precisions/$$model docs/images/decoder-$$model.png || exit; \
 	done
+	$(COG) -r $(PAGES)
+
+# What a server answers and needs (docs/results.md): a quarter of an hour.
+serving: $(VENV)/.dev build/digits-var/bundle.json
+	$(RECORD) serve $(BIN)/python docs/serve_load.py build/digits-var load leaving full
+	$(RECORD) serve-memory $(BIN)/python docs/serve_load.py build/digits-var memory
 	$(COG) -r $(PAGES)
 
 distill: $(VENV)/.dev

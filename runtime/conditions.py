@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,22 @@ class Conditions:
         return feeds
 
 
+def joined(parts: Sequence[Conditions]) -> Conditions:
+    """Those of several requests as one, in their order; parts: all of classes, or all of texts."""
+    if parts[0].tables is None:
+        return Conditions(np.concatenate([part.numbers for part in parts]))
+
+    @cache
+    def whole(role: str) -> dict[str, NDArray[Any]]:
+        feeds = [part.feeds(role) for part in parts]
+        return {name: np.concatenate([rows[name] for rows in feeds]) for name in feeds[0]}
+
+    def tables(role: str, chunk: int) -> dict[str, NDArray[Any]]:
+        return {name: rows[chunk * CHUNK : (chunk + 1) * CHUNK] for name, rows in whole(role).items()}
+
+    return Conditions(np.arange(sum(map(len, parts)), dtype=np.int64), tables)
+
+
 class Texts:
     """Turns prompts, or their features, into conditions, with the graphs of a bundle that run once a text."""
 
@@ -66,6 +82,16 @@ class Texts:
                 "texts need ONNX Runtime, which cannot run here", 'pip install "ddexport[cpu]"'
             )
         return self.engine
+
+    @cached_property
+    def tokenizer(self) -> PromptTokenizer:
+        """That of the text encoder in the bundle. Raises TextError where there is none."""
+        if self.size.tokenizer is None:
+            raise TextError(
+                f"the bundle {self.manifest.name} has no text encoder",
+                "Give features of the prompts (--features), or export it with --text-encoder.",
+            )
+        return PromptTokenizer(resolve(self.root, self.size.tokenizer.file), self.size.tokens)
 
     def conditions(self, prompts: str | Iterable[str] | Features) -> Conditions:
         """One for each prompt. Raises TextError for what is no text, BackendError."""
@@ -85,7 +111,7 @@ class Texts:
             if several and getattr(prompts, "ndim", True):
                 words = list(prompts)
             check_prompts(words)
-            self._tokenizer()  # it is told before anything is drawn that there is none
+            _ = self.tokenizer  # it is told before anything is drawn that there is none
             count = len(words)
 
             def read(rows: slice) -> Features:
@@ -98,21 +124,13 @@ class Texts:
     def features(self, prompts: list[str]) -> Features:
         """What the text encoder of the bundle makes of prompts. Raises TextError where there is none."""
         check_prompts(prompts)
-        ids, mask = self._tokenizer()(prompts)
+        ids, mask = self.tokenizer(prompts)
         graph = self.manifest.graph(ENCODER)
         parts = [
             self.backend.run(graph, {"input_ids": ids[rows], "attention_mask": mask[rows]})["hidden"]
             for rows in _batches(len(ids))
         ]
         return left_padded(np.concatenate(parts), mask, self.size.tokens)
-
-    def _tokenizer(self) -> PromptTokenizer:
-        if self.size.tokenizer is None:
-            raise TextError(
-                f"the bundle {self.manifest.name} has no text encoder",
-                "Give features of the prompts (--features), or export it with --text-encoder.",
-            )
-        return PromptTokenizer(resolve(self.root, self.size.tokenizer.file), self.size.tokens)
 
     def _prefix(self, features: Features, role: str) -> dict[str, NDArray[Any]]:
         """What the graphs of a role see of each text."""

@@ -34,6 +34,7 @@ EXTRAS = {  # the extra of the project that brings a package
     "openvino": "openvino",
     **dict.fromkeys(("tokenizers", "ftfy", "bs4"), "text"),
     "transformers": "text-encoder",
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "serve"),
     "mlxtend": "distill",
 }
 

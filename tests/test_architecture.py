@@ -19,8 +19,8 @@ from tests.runtime import toy
 ROOT = Path(__file__).parents[1]
 BESIDE = ("runtime", "validate", "recipes")  # folders that lie beside ddexport/, and are imported from it
 HEAVY = (
-    "PIL", "matplotlib", "mlxtend", "numpy", "onnx", "onnxruntime", "onnxscript", "pandas", "safetensors",
-    "scipy", "sklearn", "torch", "yaml",
+    "PIL", "fastapi", "matplotlib", "mlxtend", "numpy", "onnx", "onnxruntime", "onnxscript", "pandas",
+    "prometheus_client", "safetensors", "scipy", "sklearn", "torch", "uvicorn", "yaml",
 )  # fmt: skip
 BUILD_TIME = ("torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "yaml", "mlxtend", "scipy")
 

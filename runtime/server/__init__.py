@@ -1,0 +1,1 @@
+"""`ddexport serve`: images over HTTP, with batches across requests."""
