@@ -10,7 +10,7 @@ import click
 from ddexport.runtime import console
 
 # In the order in which a user meets them; commands of other packages follow.
-ORDER = ("models", "onnx", "trt", "inspect", "sample", "doctor", "validate", "distill", "bench", "push")
+ORDER = ("models", "onnx", "trt", "inspect", "sample", "serve", "doctor", "validate", "distill", "bench", "push")
 
 
 class EntryPointGroup(console.Group):

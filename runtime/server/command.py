@@ -38,7 +38,7 @@ Examples:
 @shared("backend", "device", "threads", "precision", "no-verify")
 @console.debug_option
 def command(**options: Any) -> None:
-    """Serve BUNDLEs over HTTP, in the shape of OpenAI's images endpoint.
+    """Serve images over HTTP, as OpenAI does.
 
     The address is printed when the server is ready; /docs there shows the interface, /metrics has figures for
     Prometheus. SIGTERM ends it when all accepted requests are answered.

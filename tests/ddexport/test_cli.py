@@ -88,6 +88,7 @@ class TestHelp:
             "trt",
             "inspect",
             "sample",
+            "serve",
             "doctor",
             "validate",
             "distill",
