@@ -10,7 +10,9 @@ import click
 from ddexport.runtime import console
 
 # In the order in which a user meets them; commands of other packages follow.
-ORDER = ("models", "onnx", "trt", "inspect", "sample", "serve", "doctor", "validate", "distill", "bench", "push")
+ORDER = (
+    "models", "onnx", "trt", "inspect", "sample", "serve", "doctor", "validate", "distill", "bench", "push"
+)  # fmt: skip
 
 
 class EntryPointGroup(console.Group):
