@@ -1,4 +1,4 @@
-"""What `ddexport web` writes: a folder, or one HTML file, that draws in the visitor's browser (docs/browser.md).
+"""What `ddexport web` writes: a site, or one HTML file, that draws in the visitor's browser.
 
 A site is `runtime/web/` as it is, and beside it bundles and a part of onnxruntime-web.
 """
@@ -37,8 +37,8 @@ FILES = (*WASM_FILES, "ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.async
 PACKAGE_BYTES = 45 << 20  # of these files
 SINGLE_BYTES = 64 << 20  # of the bundles in one HTML file: a browser holds it as a text, and unpacked
 POLICY = (
-    "default-src 'none'; script-src blob: 'wasm-unsafe-eval' '{script}'; style-src '{style}'; worker-src blob:;"
-    " connect-src blob:; img-src blob: data:; base-uri 'none'; form-action 'none'"
+    "default-src 'none'; script-src blob: 'wasm-unsafe-eval' '{script}'; style-src '{style}';"
+    " worker-src blob:; connect-src blob:; img-src blob: data:; base-uri 'none'; form-action 'none'"
 )
 
 
@@ -67,7 +67,9 @@ def parts_of(bundles: Sequence[Path], precision: str | None = None) -> list[Part
         manifest = read_manifest(root)
         name, chosen = manifest.name, precision or manifest.precisions[0]
         if manifest.text:
-            raise SiteError(f"{name} draws from sentences, and a page from labels", "See `ddexport serve --help`.")
+            raise SiteError(
+                f"{name} draws from sentences, and a page from labels", "See `ddexport serve --help`."
+            )
         if chosen not in PRECISIONS:
             raise SiteError(f"no browser computes in {chosen}", f"Add --precision: {', '.join(PRECISIONS)}.")
         if name in parts or not re.fullmatch(r"\w[\w.-]*", name):
@@ -104,9 +106,13 @@ def write_page(parts: Sequence[Part], target: Path, replace: bool = False) -> No
     Raises SiteError for bundles that are too large, and OutputError where the file cannot be written.
     """
     if target.exists() and not (replace and target.is_file()):
-        raise OutputError(f"{target} exists already", "use --force to replace a file, or another place with -o")
+        raise OutputError(
+            f"{target} exists already", "use --force to replace a file, or another place with -o"
+        )
     if (size := sum(part.bytes for part in parts)) > SINGLE_BYTES:
-        message = f"one file holds bundles of {SINGLE_BYTES >> 20} MiB at most, and these have {size >> 20} MiB"
+        message = (
+            f"one file holds bundles of {SINGLE_BYTES >> 20} MiB at most, and these have {size >> 20} MiB"
+        )
         raise SiteError(message, "Leave out --single-file, or take another precision or fewer bundles.")
     contents = {
         name: content.read_bytes() if isinstance(content, Path) else content
