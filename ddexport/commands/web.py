@@ -25,7 +25,7 @@ Examples:
         help="Directory of the new site, or HTML file.")  # fmt: skip
 @shared("precision", show_default="the first of a bundle",
         help="Precision to compute in: fp32, fp16 or int8.")  # fmt: skip
-@option("--single-file", is_flag=True, help="Write one HTML file, which opens from a disk; for small bundles.")
+@option("--single-file", is_flag=True, help="Write one HTML file that opens from a disk, of small bundles.")
 @option("--force", is_flag=True, help="Replace an existing site, after the new one is complete.")
 @shared("json")
 @console.debug_option
