@@ -3,6 +3,7 @@ import { DDError } from "./errors.js";
 
 const SCHEMA = 2;
 const FLOAT32 = "fp32";
+const AGAIN = "Check the connection, then try again.";
 const DAMAGED = "The copy is damaged or incomplete: make the site again.";
 
 /** Where a file lies: in the page itself (a page in one file has them as blobs), or beside it. */
@@ -52,24 +53,19 @@ export function decodersOf(manifest) {
   return ["full", ...Object.keys(manifest.decoders ?? {})];
 }
 
+/** The numbers of steps of the schedules, and "teacher" where there is one. */
+export function stepsOf(manifest) {
+  return [...Object.keys(manifest.schedules).map(Number), ...(manifest.teacher ? ["teacher"] : [])];
+}
+
 /** The schedule of so many steps, the shortest if undefined, all by the teacher for "teacher". */
-export function scheduleOf(manifest, steps, teacherStart) {
-  const numbers = Object.keys(manifest.schedules).map(Number).sort((a, b) => a - b);
-  const { teacher, sequence } = manifest;
-  let schedule = manifest.schedules[steps ?? numbers[0]];
-  if (steps === "teacher" && teacher) schedule = { known: [], teacher: { start: 0, end: sequence.length } };
-  if (!schedule) {
-    const known = [...numbers, ...(teacher ? ["teacher"] : [])].join(", ");
-    throw new DDError("unknown_steps", `${manifest.name} has no schedule of ${steps} steps.`, `It has: ${known}.`);
+export function scheduleOf(manifest, steps = stepsOf(manifest)[0]) {
+  if (!stepsOf(manifest).includes(steps)) {
+    throw new DDError("unknown_steps", `${manifest.name} has no schedule of ${steps} steps.`,
+      `It has: ${stepsOf(manifest).join(", ")}.`);
   }
-  if (teacherStart === undefined) return schedule;
-  const end = schedule.teacher?.end;
-  if (!teacher?.starts.some((start) => start === teacherStart && start < end)) {
-    throw new DDError("invalid_value", `The teacher cannot start at position ${teacherStart}.`,
-      "Choose a start of one of its steps.");
-  }
-  const known = [...(teacherStart ? [0] : []), ...(schedule.known.at(-1) === end ? [end] : [])];
-  return { ...schedule, known, teacher: { start: teacherStart, end } };
+  const whole = { known: [], teacher: { start: 0, end: manifest.sequence.length } };
+  return steps === "teacher" ? whole : manifest.schedules[steps];
 }
 
 /** Student steps and the teacher's steps together. */
@@ -92,7 +88,8 @@ export async function readJson(base, file, info) {
 /** The bytes of a file that the manifest describes. onBytes: told how many arrived, chunk by chunk. */
 export async function readFile(base, info, onBytes) {
   if (/^\/|\\|:|(^|\/)\.\.(\/|$)/.test(info.file)) {
-    throw new DDError("damaged", `bundle.json names a path outside the bundle: ${info.file}`, "Do not trust it.");
+    throw new DDError("damaged", `bundle.json names a path outside the bundle: ${info.file}.`,
+      "Do not trust it.");
   }
   const bytes = await download(base, info.file, info.bytes, onBytes);
   // Without a secure context (plain HTTP from another machine) browsers have no SHA-256: the size must do.
@@ -110,7 +107,7 @@ async function download(base, file, size, onBytes = () => {}) {
   try {
     response = await fetch(address(base + file));
   } catch (error) {
-    throw new DDError("network", `${file} cannot be fetched: ${error.message}.`, "Check the connection, then try again.");
+    throw new DDError("network", `${file} cannot be fetched: ${error.message}.`, AGAIN);
   }
   if (!response.ok) {
     throw new DDError("not_found", `${file} cannot be fetched: the server says ${response.status}.`, DAMAGED);
@@ -121,7 +118,7 @@ async function download(base, file, size, onBytes = () => {}) {
   const reader = response.body.getReader();
   for (;;) {
     const { done, value } = await reader.read().catch((error) => {
-      throw new DDError("network", `${file} broke off: ${error.message}.`, "Check the connection, then try again.");
+      throw new DDError("network", `${file} broke off: ${error.message}.`, AGAIN);
     });
     if (done) break;
     if (filled + value.length <= size) bytes.set(value, filled);
@@ -138,8 +135,8 @@ export async function readCodebook(base, manifest) {
   const start = 10 + new DataView(bytes.buffer).getUint16(8, true);
   const header = new TextDecoder().decode(bytes.subarray(10, start));
   const { codebook, width } = manifest.sequence;
-  const fits = header.includes("'<f4'") && header.includes("False") && header.includes(`(${codebook}, ${width})`);
-  if (!fits || bytes.length !== start + 4 * codebook * width) {
+  const facts = ["'<f4'", "'fortran_order': False", `(${codebook}, ${width})`];
+  if (!facts.every((fact) => header.includes(fact)) || bytes.length !== start + 4 * codebook * width) {
     throw new DDError("damaged", `The codebook is not float32 of ${codebook} x ${width}.`, DAMAGED);
   }
   return new Float32Array(bytes.slice(start).buffer);

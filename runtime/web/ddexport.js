@@ -1,24 +1,24 @@
-/** A bundle in a browser: `const pipe = await load(url)`, then `await pipe(["seven"], { steps: 1, seed: 0, n: 8 })`. */
-import { decodersOf, graphOf, precisionsOf, readCodebook, readJson, readManifest, scheduleOf } from "./bundle.js";
+/** A bundle in a browser: `const pipe = await load(url)`, then `await pipe(["seven"], { n: 8 })`. */
+import { graphOf, precisionsOf, readCodebook, readJson, readManifest, scheduleOf } from "./bundle.js";
 import { DDError } from "./errors.js";
 import { toImageData } from "./images.js";
 import { labelIndex } from "./labels.js";
 import { gaussianNoise, uniformNumbers } from "./noise.js";
 import { sample } from "./sampler.js";
 import { openEngine } from "./session.js";
-import { generate, samplingOf } from "./teacher.js";
+import { generate } from "./teacher.js";
 
-const OPTIONS = ["steps", "seed", "n", "decoder", "firstImage", "onImage", "onProgress", "signal", "teacherStart",
-  "guidanceScale", "topK", "topP", "temperature"];
+const OPTIONS = ["steps", "seed", "n", "decoder", "firstImage", "onImage", "onProgress", "signal"];
 
 /**
  * Opens a bundle directory at an URL, and the graphs of the fewest steps; others when they are first needed.
- * precision: the manifest's first if undefined. device: "auto" is WebGPU where a real adapter is, else WebAssembly.
- * onProgress({ file, loaded, total }): bytes. Rejects with a DDError.
+ * precision: the manifest's first if undefined. device: "auto" is WebGPU on a real adapter, else WebAssembly.
+ * onProgress({ file, loaded, total }): in bytes. Rejects with a DDError.
  *
- * The pipe: pipe(labels, { steps, seed, n, decoder, firstImage, onImage, signal, ... }) -> { images, tokens, drawn },
- * for each image an ImageData, the int32 tokens of the last step, and the record that onImage gets when it is ready:
- * { label, index, image, tokens, noise, uniforms, steps: [{ role, known, tokens, sequence, seconds }], seconds }.
+ * The pipe: pipe(labels, { steps, seed, n, decoder, firstImage, onImage, onProgress, signal }) gives
+ * { images, tokens, drawn }: for each image an ImageData, the int32 tokens of the last step, and the record
+ * that onImage gets as soon as it is ready: { label, index, image, tokens, noise, uniforms, steps, seconds };
+ * steps: [{ role, known, tokens: int32, sequence: float32 (L*Cv), seconds }].
  */
 export async function load(url, { precision, device = "auto", decoder = "full", threads, onProgress } = {}) {
   const base = url.endsWith("/") ? url : `${url}/`;
@@ -60,9 +60,9 @@ export async function load(url, { precision, device = "auto", decoder = "full", 
     return picture;
   }
 
-  async function draw(label, index, seed, schedule, sampling, decoder) {
+  async function draw(label, index, seed, schedule, decoder) {
     const noise = gaussianNoise(seed, index, length * width);
-    const uniforms = sampling && uniformNumbers(seed, index, length);
+    const uniforms = schedule.teacher && uniformNumbers(seed, index, length);
     const student = async (latents, known) => {
       const feeds = {
         latents: engine.tensor("float32", latents, [1, length, width]),
@@ -70,12 +70,13 @@ export async function load(url, { precision, device = "auto", decoder = "full", 
         known: engine.tensor("int64", [known], [1]),
       };
       const outputs = await sessions.get(studentGraph(schedule).file).run(feeds, ["sequence", "tokens"]);
-      return { sequence: outputs.sequence.data.slice(), tokens: Int32Array.from(outputs.tokens.data, Number) };
+      const tokens = Int32Array.from(outputs.tokens.data, Number);
+      return { sequence: outputs.sequence.data.slice(), tokens };
     };
     const { run } = sessions.get(schedule.teacher && graphOf(manifest, "teacher", chosen).file) ?? {};
-    const continued = (span, prefix) => generate({
-      run, tensor: engine.tensor, teacher: manifest.teacher, span, prefix, label, uniforms, sampling,
-    });
+    const { tensor } = engine;
+    const continued = (span, prefix) =>
+      generate({ run, tensor, teacher: manifest.teacher, span, prefix, label, uniforms });
     const steps = await sample({ student, generate: continued, codebook, noise, schedule, width });
     const began = performance.now();
     const image = await decode(steps.at(-1).sequence, decoder);
@@ -85,23 +86,22 @@ export async function load(url, { precision, device = "auto", decoder = "full", 
   }
 
   async function call(labels, request = {}) {
-    const unknown = Object.keys(request).filter((name) => !OPTIONS.includes(name));
-    if (unknown.length) throw new DDError("invalid_value", `A pipe takes no option called ${unknown.join(", ")}.`);
+    const unknown = Object.keys(request).find((name) => !OPTIONS.includes(name));
+    if (unknown) throw new DDError("invalid_value", `A pipe takes no option called ${unknown}.`);
     const { steps, seed = 0, n = 1, firstImage = 0, onImage, signal } = request;
     const decoder = request.decoder ?? "full";
-    if (!Number.isInteger(n) || n < 1) throw new DDError("invalid_value", `n must be at least 1, but is ${n}.`);
+    if (!(Number.isInteger(n) && n > 0)) throw new DDError("invalid_value", `n must be 1 or more, not ${n}.`);
     const numbers = [labels].flat().map((label) => labelIndex(names, aliases, label));
-    const schedule = scheduleOf(manifest, steps, request.teacherStart);
-    const sampling = schedule.teacher && samplingOf(manifest.teacher, request);
+    const schedule = scheduleOf(manifest, steps);
     await open(schedule, decoder, request.onProgress);
     const drawn = [];
     for (let i = 0; i < numbers.length * n; i++) {
       signal?.throwIfAborted();
       const label = numbers[Math.floor(i / n)];
-      drawn.push(await draw(label, BigInt(firstImage) + BigInt(i), seed, schedule, sampling, decoder));
+      drawn.push(await draw(label, BigInt(firstImage) + BigInt(i), seed, schedule, decoder));
       onImage?.(drawn[i]);
     }
-    return { images: drawn.map((record) => record.image), tokens: drawn.map((record) => record.tokens), drawn };
+    return { images: drawn.map(({ image }) => image), tokens: drawn.map(({ tokens }) => tokens), drawn };
   }
 
   const inTurn = (work) => (...given) => {
@@ -115,7 +115,6 @@ export async function load(url, { precision, device = "auto", decoder = "full", 
     manifest,
     labels: names,
     aliases,
-    decoders: decodersOf(manifest),
     precision: chosen,
     device: engine.device,
     threads: engine.threads,

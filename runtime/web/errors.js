@@ -18,5 +18,6 @@ export function explained(error, what) {
     const hint = "Close other tabs, or take a lower precision or the small decoder.";
     return new DDError("no_memory", `The memory does not suffice to ${what}.`, hint);
   }
-  return new DDError("engine_failed", `The browser could not ${what}: ${said}`, "Reload the page, or use another browser.");
+  const hint = "Reload the page, or use another browser.";
+  return new DDError("engine_failed", `The browser could not ${what}: ${said}`, hint);
 }

@@ -1,7 +1,7 @@
 /** From the decoder's floats to 8-bit images. */
 import { DDError } from "./errors.js";
 
-/** Channels-first floats in [0, 1] (C*H*W) -> ImageData: round(clip(x, 0, 1) * 255) in float32, ties to even. */
+/** Channels-first floats in [0, 1] (C*H*W) -> ImageData: round(clip(x, 0, 1) * 255), ties to even. */
 export function toImageData(floats, { height, width, channels }) {
   const image = new ImageData(width, height);
   const size = width * height;
@@ -11,7 +11,8 @@ export function toImageData(floats, { height, width, channels }) {
       if (!Number.isFinite(value)) {
         throw new DDError("engine_failed", "The decoder's image is not finite.", "Take another precision.");
       }
-      image.data[4 * pixel + channel] = Math.fround(Math.min(Math.max(value, 0), 1) * 255); // rounds ties to even
+      // Computed in float32; a clamped array rounds ties to even.
+      image.data[4 * pixel + channel] = Math.fround(Math.min(Math.max(value, 0), 1) * 255);
     }
     image.data[4 * pixel + 3] = 255;
   }

@@ -10,7 +10,8 @@ export function labelIndex(names, aliases, label) {
   if (/^\s*[+-]?\d+\s*$/.test(text)) {
     const number = Number(text);
     if (number >= 0 && number < names.length) return number;
-    throw new DDError("unknown_label", `Label ${number} is out of range.`, `There are classes 0 to ${names.length - 1}.`);
+    const hint = `There are classes 0 to ${names.length - 1}.`;
+    throw new DDError("unknown_label", `Label ${number} is out of range.`, hint);
   }
   const wanted = key(text);
   const called = (name) => key(name) === wanted;
@@ -24,6 +25,6 @@ export function labelIndex(names, aliases, label) {
     throw new DDError("unknown_label", `The label “${text}” is ambiguous: ${choices}.`, "Give the number.");
   }
   const near = numbers.find((i) => key(names[i]).includes(wanted) || wanted.includes(key(names[i])));
-  const hint = near === undefined ? "Give one of the model's labels." : `Did you mean “${names[near]}” (class ${near})?`;
-  throw new DDError("unknown_label", `No class is called “${text}”.`, hint);
+  throw new DDError("unknown_label", `No class is called “${text}”.`,
+    near === undefined ? "Give one of the model's labels." : `Did you mean “${names[near]}” (class ${near})?`);
 }

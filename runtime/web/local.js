@@ -1,5 +1,5 @@
 /** The engine of the page that computes on the visitor's own machine; server.js is the other one. */
-import { passesOf, scheduleOf } from "./bundle.js";
+import { passesOf, scheduleOf, stepsOf } from "./bundle.js";
 import { DDError } from "./errors.js";
 
 const DEVICES = { wasm: "WebAssembly", webgpu: "WebGPU" };
@@ -23,8 +23,7 @@ async function openModel({ url, precision }, { decoder, onProgress = () => {} } 
     throw error;
   });
   const { manifest, labels, aliases, device, threads } = opened;
-  const numbers = [...Object.keys(manifest.schedules).map(Number), ...(manifest.teacher ? ["teacher"] : [])];
-  const schedules = numbers.map((steps) => {
+  const schedules = stepsOf(manifest).map((steps) => {
     const schedule = scheduleOf(manifest, steps);
     return { steps, passes: passesOf(manifest, schedule), teacher: Boolean(schedule.teacher) };
   });
@@ -55,7 +54,8 @@ async function openModel({ url, precision }, { decoder, onProgress = () => {} } 
 
 /** A worker whose `ask` is a promise. */
 function startWorker() {
-  const worker = new Worker(globalThis.embedded?.["worker.js"] ?? new URL("worker.js", import.meta.url), { type: "module" });
+  const script = globalThis.embedded?.["worker.js"] ?? new URL("worker.js", import.meta.url);
+  const worker = new Worker(script, { type: "module" });
   const asked = new Map();
   let number = 0;
   worker.onmessage = ({ data: { id, kind, value } }) => asked.get(id)?.[kind]?.(value);

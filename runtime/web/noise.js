@@ -13,7 +13,7 @@ const LN2_LOW = 1.90821492927058770002e-10;
 export function gaussianNoise(seed, image, count) {
   const values = new Float32Array(Math.ceil(count / 4) * 4);
   forBlocks(seed, image, values.length / 4, GAUSSIAN_DOMAIN, (block, words) => {
-    for (let pair = 0; pair < 4; pair += 2) {
+    for (let pair = 0; pair < 4; pair += 2) { // Box-Muller
       const radius = Math.sqrt(-2 * logOfShare(words[pair] + 1));
       const quarter = Math.floor((words[pair + 1] + QUARTER / 2) / QUARTER);
       const angle = (words[pair + 1] - quarter * QUARTER) * (Math.PI / 2 / QUARTER);
@@ -27,7 +27,7 @@ export function gaussianNoise(seed, image, count) {
   return values.subarray(0, count);
 }
 
-/** A number between 0 and 1 for each position of an image, float64 (length,): what a teacher draws tokens by. */
+/** A number between 0 and 1 for each position of an image, float64 (length,): a teacher draws by them. */
 export function uniformNumbers(seed, image, length) {
   const values = new Float64Array(Math.ceil(length / 4) * 4);
   forBlocks(seed, image, values.length / 4, UNIFORM_DOMAIN, (block, words) => {
@@ -111,7 +111,8 @@ function sineOf(x) {
 function cosineOf(x) {
   const z = x * x;
   const r = z * (4.16666666666666019037e-2 + z * (-1.38888888888741095749e-3 + z * 2.48015872894767294178e-5))
-    + z * z * (z * z) * (-2.75573143513906633035e-7 + z * (2.0875723212981748279e-9 + z * -1.13596475577881948265e-11));
+    + z * z * (z * z) * (-2.75573143513906633035e-7
+    + z * (2.0875723212981748279e-9 + z * -1.13596475577881948265e-11));
   const half = 0.5 * z;
   const w = 1 - half;
   return w + (1 - w - half + z * r);

@@ -1,10 +1,10 @@
-/** The one sampler of every family, as runtime/sampler.py: `known` positions are kept, the rest is the noise. */
+/** The one sampler of every family, as runtime/sampler.py: `known` positions stay, the rest is the noise. */
 import { nearestCodes } from "./teacher.js";
 
 /**
  * The steps of one image in order; the last one is the result.
- * student(latents, known) -> { sequence: float32 (L*Cv), tokens: int32 (S) }. generate(span, prefix) -> int32 (end).
- * noise: float32 (L*Cv). codebook: float32 (V*Cv), for schedules with a teacher. width: Cv.
+ * student(latents, known) -> { sequence: float32 (L*Cv), tokens: int32 (S) }.
+ * generate(span, prefix) -> int32 (end). noise: float32 (L*Cv). codebook: float32 (V*Cv), for schedules with a teacher. width: Cv.
  */
 export async function sample({ student, generate, codebook, noise, schedule, width }) {
   const steps = [];
@@ -37,7 +37,8 @@ export async function sample({ student, generate, codebook, noise, schedule, wid
     const prefix = Int32Array.from([...own, ...nearestCodes(rest, codebook, width)]);
     const tokens = await generate(span, prefix);
     const sequence = noise.slice();
-    tokens.forEach((token, i) => sequence.set(codebook.subarray(token * width, (token + 1) * width), i * width));
+    const entry = (token) => codebook.subarray(token * width, (token + 1) * width);
+    tokens.forEach((token, i) => sequence.set(entry(token), i * width));
     return { role: "teacher", known: span.start, tokens, sequence };
   }
 

@@ -4,8 +4,8 @@ import { DDError, explained } from "./errors.js";
 
 const MAX_THREADS = 8;
 // A function that uses a 128-bit vector: https://github.com/GoogleChromeLabs/wasm-feature-detect
-const SIMD = new Uint8Array([0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0,
-  253, 15, 253, 98, 11]);
+const SIMD = Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0,
+  65, 0, 253, 15, 253, 98, 11);
 const BUILDS = {
   wasm: ["ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"],
   webgpu: ["ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm"],
@@ -14,7 +14,7 @@ const BUILDS = {
 /** Opens graphs. device: "auto", "wasm" or "webgpu". threads: of WebAssembly, all sessions together. */
 export async function openEngine({ device, precision, threads }) {
   if (!WebAssembly.validate(SIMD)) {
-    throw new DDError("no_simd", "This browser has no WebAssembly with SIMD.", "Use a browser of 2023 or later.");
+    throw new DDError("no_simd", "This browser has no WebAssembly with SIMD.", "Use a newer browser.");
   }
   const chosen = await deviceOf(device, precision);
   const [script, binary] = BUILDS[chosen];
@@ -44,8 +44,8 @@ async function deviceOf(device, precision) {
     return adapter && half && !adapter.info?.isFallbackAdapter && !globalThis.embedded ? "webgpu" : "wasm";
   }
   if (!adapter) throw new DDError("no_webgpu", "This browser has no WebGPU.", "Leave the choice to the page.");
-  if (!half) throw new DDError("no_fp16", "This GPU cannot compute in fp16.", "Take another precision, or WebAssembly.");
-  return "webgpu";
+  if (half) return "webgpu";
+  throw new DDError("no_fp16", "This GPU cannot compute in fp16.", "Take another precision, or WebAssembly.");
 }
 
 async function openGraph(ort, device, base, graph, onBytes) {
@@ -58,8 +58,9 @@ async function openGraph(ort, device, base, graph, onBytes) {
       executionProviders: [graph.role === "teacher" ? "wasm" : device],
       externalData: Object.entries(weights).map(([path, data]) => ({ path, data })),
     });
+    const failed = (error) => { throw explained(error, `run ${graph.file}`); };
     return {
-      run: (feeds, names) => session.run(feeds, names).catch((error) => { throw explained(error, `run ${graph.file}`); }),
+      run: (feeds, names) => session.run(feeds, names).catch(failed),
       release: () => session.release(),
     };
   } catch (error) {
