@@ -75,23 +75,23 @@ def serving(folder: Path) -> Iterator[str]:
         server.shutdown()
 
 
+def program() -> str:
+    """The Chromium of the system. Raises BackendError if there is none."""
+    names = [os.environ["CHROMIUM"]] if os.environ.get("CHROMIUM") else PROGRAMS
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        hint = "Install it (Debian: apt-get install chromium), or name the program in CHROMIUM."
+        raise BackendError(f"there is no {' or '.join(names)} on this machine", hint)
+    return path
+
+
 @contextmanager
 def chromium(*flags: str) -> Iterator[Any]:
     """A started Chromium of the system, as playwright's Browser. Raises BackendError if there is none."""
-    from playwright.sync_api import Error, sync_playwright
+    from playwright.sync_api import sync_playwright
 
-    names = [os.environ["CHROMIUM"]] if os.environ.get("CHROMIUM") else PROGRAMS
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        hint = "Install one (Debian: apt-get install chromium), or name its program in CHROMIUM."
-        raise BackendError(f"there is no {' or '.join(names)} on this machine", hint)
     with sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=program, args=[*FLAGS, *flags])
-        except Error as error:
-            raise BackendError(
-                f"{program} does not start: {error.message.splitlines()[0]}", "Try it by hand."
-            ) from error
+        browser = playwright.chromium.launch(executable_path=program(), args=[*FLAGS, *flags])
         yield browser
         browser.close()
 
