@@ -119,7 +119,9 @@ def write_page(parts: Sequence[Part], target: Path, replace: bool = False) -> No
         for name, content in _contents(parts, fetched(), WASM_FILES)
     }
     page, style, script = (contents.pop(name).decode() for name in ("index.html", "style.css", "single.js"))
-    packed = {name: base64.b64encode(gzip.compress(content)).decode() for name, content in contents.items()}
+    packed = {
+        name: base64.b64encode(gzip.compress(content, 6)).decode() for name, content in contents.items()
+    }
     data = f'<script type="application/json" id="files">{json.dumps(packed)}</script>'
     policy = POLICY.format(script=_digest(script.encode(), "sha256"), style=_digest(style.encode(), "sha256"))
     for pattern, text in (
