@@ -40,9 +40,10 @@ function showStep(number) {
   const input = teacher ? { what: "uniform numbers", values: record.uniforms, width: 1, known: 0, tokens: [] }
     : { what: "noise", values: latents, width, known, tokens: [] };
   const output = { what: "sequence", values: sequence, width, known, tokens };
-  const strip = (title, note, cell) => element("section", {}, element("h3", {}, title),
-    element("p", { className: "note" }, note), element("ol", {}, ...sides.map((side, i) =>
-      element("li", {}, cell(side, ends[i] - side * side), element("small", {}, `${side} \u00d7 ${side}`)))));
+  const strip = (title, note, cell) => element("section", {},
+    element("h3", {}, title), element("p", { className: "note" }, note),
+    element("ol", {}, ...sides.map((side, i) => element("li", {}, cell(side, ends[i] - side * side),
+      scales ? element("small", {}, `${side} \u00d7 ${side}`) : ""))));
   const decoded = sides.map(() => element("div", { className: "tile" }));
   part(".strips").classList.toggle("raster", !scales);
   part(".strips").replaceChildren(

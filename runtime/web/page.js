@@ -25,7 +25,7 @@ async function start() {
     engine ??= await (await (site.server ? import("./server.js") : import("./local.js"))).connect(site);
     const { models } = engine;
     const { name } = models.find((one) => one.name === wanted.get("model")) ?? models[0];
-    const options = models.map((one) => new Option(one.title, one.name, false, one.name === name));
+    const options = models.map((one) => new Option(one.name, one.name, false, one.name === name));
     form.elements.model.replaceChildren(...options);
     at("models").hidden = models.length < 2;
     if (model?.name !== name) await open(name);

@@ -12,7 +12,7 @@ export function titleOf({ steps, passes, teacher }) {
 export function layOut(box, model, { labels, schedules, ...same }) {
   const sections = labels.map((label) => schedules.map((schedule) => panelOf(model, label, schedule, same)));
   box.replaceChildren(...sections.map((panels, i) => element("section", {},
-    element("h2", {}, model.labels[labels[i]], element("small", {}, ` ${labels[i]}`)),
+    element("h2", {}, model.labels[labels[i]], element("small", {}, ` class ${labels[i]}`)),
     element("div", { className: "panels" }, ...panels.map(({ node }) => node)))));
   box.style.setProperty("--panels", schedules.length);
   box.style.setProperty("--ratio", model.image.width / model.image.height);
