@@ -108,7 +108,7 @@ def test_one_file_is_for_small_bundles(
     page.write_text("mine")
     refused(web(golden_bundle, "--single-file", "-o", page), "exists already")
     monkeypatch.setattr(site, "SINGLE_BYTES", 1 << 10)
-    refused(web(golden_bundle, "--single-file", "-o", page, "--force"), "0 MiB at most")
+    refused(web(golden_bundle, "--single-file", "-o", page, "--force"), "0 MiB of bundles at most")
     assert page.read_text() == "mine"
 
 
