@@ -36,6 +36,7 @@ EXTRAS = {  # the extra of the project that brings a package
     "transformers": "text-encoder",
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "serve"),
     "mlxtend": "distill",
+    "playwright": "web",
 }
 
 T = TypeVar("T")

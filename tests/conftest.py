@@ -45,6 +45,18 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Without Chromium what needs it is skipped, but not in CI."""
+    from ddexport.runtime.errors import BackendError
+    from ddexport.validate.browser import program
+
+    if item.get_closest_marker("web") and os.environ.get("CI") != "true":
+        try:
+            program()
+        except BackendError as error:
+            pytest.skip(error.message)
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
     """The Hub that this process reaches, empty, with a cache of its own; nothing waits between retries."""

@@ -9,7 +9,7 @@ Shapes: N images, L positions, Cv width of a code, S split, V codebook.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,9 @@ def compare(
                     comparison.steps.append(bundle.student(run, number))
             comparison.images.extend(bundle.decoded(run, name) for name in (FULL, *run.others))
             advance(count)
-            comparison.drawn.extend(bundle.end_to_end(run, name) for name in (FULL, *_first(runs, run)))
+            comparison.drawn.extend(
+                bundle.end_to_end(run, name) for name in (FULL, *first_decoders(runs, run))
+            )
             advance(count)
         for split, steps in students.items():
             comparison.steps.append(bundle.mixed(split, list(steps.values())))
@@ -175,16 +177,10 @@ class _Bundle:
         request, by_teacher = self.request, run.plan.teacher is not None
         how: dict[str, Any] = {"uniforms": request.uniforms} if by_teacher else {}
         how |= {"noise": request.noise, "output": "numpy", "batch_size": request.batch, "decoder": decoder}
-        result = self.pipe(request.conditions.of_bundle(request.labels), _steps(run), **how)
+        result = self.pipe(request.conditions.of_bundle(request.labels), steps_of(run), **how)
         tokens = np.concatenate([step.tokens for step in result.steps], axis=1)
-        got, expected = Drawn(tokens, result.steps[-1].sequence, np.asarray(result.images)), run.drawn
-        scope = f"{run.title}, end to end"
-        if decoder != FULL:
-            from ddexport.validate.sampling import pixels_of  # with torch
-
-            scope = f"{run.title}, {_called(decoder)}, end to end"
-            expected = replace(expected, pixels=pixels_of(run.others[decoder]))
-        return DrawnPair(scope, expected, got, request.places, by_teacher)
+        got = Drawn(tokens, result.steps[-1].sequence, np.asarray(result.images))
+        return drawn_pair(run, decoder, got, request.places)
 
     def one_graph(self, pipeline: PipelineGraph, run: ReferenceRun) -> DrawnPair:
         """What they get from the reference's noise who do not use the runtime."""
@@ -229,7 +225,7 @@ class _Bundle:
         """Raises VerificationError where the seed that users give is not the noise that was compared."""
         request = self.request
         label = request.conditions.of_bundle(request.labels[:1])
-        first = self.pipe(label, _steps(run), seed=int(request.seeds[0]), output="sequence")
+        first = self.pipe(label, steps_of(run), seed=int(request.seeds[0]), output="sequence")
         same = np.array_equal(first.noise, request.noise[:1])
         if run.plan.teacher is not None:
             same &= first.uniforms is not None and np.array_equal(first.uniforms, request.uniforms[:1])
@@ -263,14 +259,26 @@ class _Bundle:
         return in_batches(partial(self.pipe.backend.run, graph), feeds, size)
 
 
+def drawn_pair(run: ReferenceRun, decoder: str, got: Drawn, places: Sequence[str]) -> DrawnPair:
+    """What users get with a decoder, beside what the reference drew."""
+    expected, scope = run.drawn, f"{run.title}, end to end"
+    if decoder != FULL:
+        from ddexport.validate.sampling import pixels_of  # with torch
+
+        scope = f"{run.title}, {_called(decoder)}, end to end"
+        expected = replace(expected, pixels=pixels_of(run.others[decoder]))
+    return DrawnPair(scope, expected, got, places, run.plan.teacher is not None)
+
+
 def _called(decoder: str) -> str:
     return "decoder" if decoder == FULL else f"decoder {decoder}"
 
 
-def _first(runs: list[ReferenceRun], run: ReferenceRun) -> list[str]:
+def first_decoders(runs: list[ReferenceRun], run: ReferenceRun) -> list[str]:
     """The further decoders, of the first schedule alone: the way from noise to them is the same in all."""
     return list(run.others) if run is runs[0] else []
 
 
-def _steps(run: ReferenceRun) -> int | str:
+def steps_of(run: ReferenceRun) -> int | str:
+    """The number of steps as a pipeline takes it."""
     return run.steps if run.steps == "teacher" else int(run.steps)

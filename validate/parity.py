@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from ddexport.runtime import console
 from ddexport.validate.options import conclude, report_directory, require_validate_extra, shared
 
 if TYPE_CHECKING:
+    from ddexport.runtime.pipeline import Pipeline
     from ddexport.validate.metrics._base import Comparison
     from ddexport.validate.reference import ReferenceRun
     from ddexport.validate.report import Report
@@ -25,6 +27,7 @@ Examples:
   ddexport validate parity digits-var
   ddexport validate parity digits-half --precision fp16
   ddexport validate parity digits-var --images 32 --report parity-32 --json
+  ddexport validate parity digits-var --backend browser
   ddexport validate parity build/var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth
 """
 
@@ -57,6 +60,7 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
     """
     from msgspec.structs import asdict
 
+    from ddexport.validate.browser import BROWSER, Tab, open_tab
     from ddexport.validate.compare import compare, measure
     from ddexport.validate.contents import check_contents, open_manifest
     from ddexport.validate.limits import limits_of
@@ -88,13 +92,22 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
             err=True,
         )
     request = request_of(manifest, images, options.seed, options.batch, reference.conditions)
-    how = (options.backend, options.precision, options.emulate, options.threads)
-    with opened(options.bundle, manifest, *how) as pipe:
+    how = (options.precision, options.emulate, options.threads)
+    opening: AbstractContextManager[Pipeline | Tab]
+    if options.backend == BROWSER:
+        opening = open_tab(options.bundle, *how)
+    else:
+        opening = opened(options.bundle, manifest, options.backend, *how)
+    with opening as pipe:
         limits = limits_of(manifest, pipe.precision, complete)
         with console.progress(3 * images * len(reference.plans), f"comparing {images} images") as bar:
             runs = reference.draw(request, bar.advance)
-            comparison = compare(pipe, runs, request, bar.advance)
-        backend, precision = pipe.backend.name, pipe.precision
+            if isinstance(pipe, Tab):
+                comparison, backend, used = pipe.compare(runs, request, bar.advance), BROWSER, pipe.versions
+            else:
+                comparison, backend = compare(pipe, runs, request, bar.advance), pipe.backend.name
+                used = versions(backend)
+        precision = pipe.precision
     weights = compare_weights(options.bundle, manifest, precision, reference)
     source = describe_weights(manifest)
     report = Report(
@@ -115,7 +128,7 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
             "steps": list(reference.plans),
             "limits": asdict(limits),
         },
-        versions=versions(backend),
+        versions=versions() | used,
         seconds=round(time.perf_counter() - start, 2),
         rows=(*weights, *measure(comparison, limits)),
         provisional=limits.provisional,
@@ -124,7 +137,10 @@ def run_parity(options: Options, complete: bool = True) -> tuple[Report, Compari
 
 
 @click.command("parity", cls=console.Command, epilog=EPILOG)
-@shared("bundle", "images", "seed", "batch", "precision", "backend", "emulate")
+@shared("bundle", "images", "seed", "batch", "precision")
+@shared("backend", help="Inference engine: onnxruntime, openvino or tensorrt; or browser, which is Chromium."
+        " auto: the best engine that runs here.")  # fmt: skip
+@shared("emulate")
 @shared(
     "checkpoint", "vae", "teacher", "text-encoder", "small-decoder", "weights", "threads", "torch-device",
     "report", "json",

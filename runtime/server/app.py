@@ -8,16 +8,18 @@ import base64
 import io
 import secrets
 import time
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.exceptions import HTTPException
 
+from ddexport import runtime
 from ddexport.runtime import __version__
 from ddexport.runtime.bundle import FULL
 from ddexport.runtime.errors import BundleError, DDError, LabelError, ScheduleError
@@ -28,6 +30,9 @@ from ddexport.runtime.server.service import FAILED, RefusedError, Service, said,
 
 GONE = 499  # nginx's status for a client that left; nobody reads it but logs and figures
 QUALITY = 90  # of JPEG and WebP
+WEB = Path(runtime.__file__).parent / "web"
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}  # whatever this system says
+STRICT_HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-cache"}
 PARAMETERS = {LabelError: "prompt", ScheduleError: "steps", BundleError: "decoder"}
 
 Strict = Annotated[int, Field(strict=True)]
@@ -150,6 +155,17 @@ def create_app(service: Service) -> Front:
     @app.get("/metrics", tags=["supervision"], summary="For Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/{file}", include_in_schema=False)
+    async def page(file: str = "index.html") -> Response:
+        """The page of `ddexport web`, which by its site.json knows that a server draws."""
+        path = WEB / file
+        if file == "site.json":
+            return JSONResponse({"server": "v1/"})
+        if path.suffix not in TYPES or not path.is_file():
+            raise HTTPException(404)
+        return FileResponse(path, media_type=TYPES[path.suffix], headers=STRICT_HEADERS)
 
     @app.exception_handler(RefusedError)
     async def refused(request: Request, error: Exception) -> Response:

@@ -314,6 +314,21 @@ def test_keys_and_several_bundles(golden_bundle: Path, shared_bundle: Path, tmp_
         assert "second-key" not in server.log
 
 
+def test_the_page_lies_beside_the_interface(server: Server) -> None:
+    """Its files with their types, whatever the system says, and nothing else of the package."""
+    for path, kind in (
+        ("/", "text/html"),
+        ("/noise.js", "text/javascript"),
+        ("/site.json", "application/json"),
+    ):
+        answer = server.http.get(path)
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith(kind)
+    assert server.http.get("/site.json").json() == {"server": "v1/"}
+    assert server.http.get("/noise.js").headers["x-content-type-options"] == "nosniff"
+    for path in ("/absent.js", "/..%2fnoise.py", "/%2e%2e/noise.py", "/onnxruntime", "/noise.js/x"):
+        refused(server.http.get(path), 404, "not_found")
+
+
 def test_an_engine_that_rounds_by_batch(
     shared_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

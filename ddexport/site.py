@@ -1,0 +1,184 @@
+"""What `ddexport web` writes: a site, or one HTML file, that draws in the visitor's browser.
+
+A site is `runtime/web/` as it is, and beside it bundles and a part of onnxruntime-web.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import ddexport.runtime
+from ddexport.runtime.bundle import FILE_NAME, FLOAT32, TEACHER, Manifest, read_manifest
+from ddexport.runtime.errors import DDError, OutputError
+from ddexport.runtime.files import atomic_write
+from ddexport.staging import staged_directory
+
+SITE = "site.json"
+WEB = Path(ddexport.runtime.__file__).parent / "web"
+PRECISIONS = (FLOAT32, "fp16", "int8")  # that browsers compute in
+PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
+SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+# A build for WebAssembly alone and one for WebGPU, each with the binary that it asks for.
+WASM_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
+FILES = (*WASM_FILES, "ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm")
+PACKAGE_BYTES = 45 << 20  # of these files
+SINGLE_BYTES = 64 << 20  # of the bundles in one HTML file: a browser holds it as a text, and unpacked
+POLICY = (
+    "default-src 'none'; script-src blob: 'wasm-unsafe-eval' '{script}'; style-src '{style}';"
+    " worker-src blob:; connect-src blob:; img-src blob: data:; base-uri 'none'; form-action 'none'"
+)
+
+
+class SiteError(DDError):
+    """A bundle that no page draws with, or a package that cannot be fetched."""
+
+
+class Part(NamedTuple):
+    """A bundle of a site: its directory, what it computes in, its files, and how large they are."""
+
+    root: Path
+    manifest: Manifest
+    precision: str
+    files: tuple[str, ...]
+    bytes: int
+
+
+def parts_of(bundles: Sequence[Path], precision: str | None = None) -> list[Part]:
+    """What a site needs of bundles, in a precision or in the first of each; every file is checked.
+
+    Raises BundleError for a bundle that is damaged or lacks the precision, SiteError for one that no page
+    draws with.
+    """
+    parts: dict[str, Part] = {}
+    for root in bundles:
+        manifest = read_manifest(root)
+        name, chosen = manifest.name, precision or manifest.precisions[0]
+        if manifest.text:
+            raise SiteError(
+                f"{name} draws from sentences, and a page from labels", "See `ddexport serve --help`."
+            )
+        if chosen not in PRECISIONS:
+            raise SiteError(f"no browser computes in {chosen}", f"Add --precision: {', '.join(PRECISIONS)}.")
+        if name in parts or not re.fullmatch(r"\w[\w.-]*", name):
+            what = "there is another bundle of this name" if name in parts else "it cannot be a folder's name"
+            raise SiteError(f"no folder of the site can be called {name!r}: {what}", "Make a site of each.")
+        manifest.graph("student" if manifest.schedules else "decoder", chosen)
+        # As in the runtime: there is no int8 teacher.
+        able = {graph.precision for graph in manifest.graphs if graph.role == TEACHER}
+        teacher = next((one for one in (chosen, FLOAT32, *manifest.precisions) if one in able), None)
+        graphs = [g for g in manifest.graphs if g.precision == (teacher if g.role == TEACHER else chosen)]
+        infos = {manifest.labels, *(info for graph in graphs for info in graph.files)}
+        infos |= {manifest.teacher.codebook} if manifest.teacher else set()
+        listed = [FILE_NAME, "README.md", *sorted(info.file for info in infos)]
+        files = tuple(file for file in listed if (root / file).is_file())
+        parts[name] = Part(root, manifest, chosen, files, sum(info.bytes for info in infos))
+    return [*parts.values()]
+
+
+def write_site(parts: Sequence[Part], target: Path, replace: bool = False) -> None:
+    """Makes the directory `target`. Raises SiteError, and OutputError where it cannot be written."""
+    package, size = fetched(), PACKAGE_BYTES + sum(part.bytes for part in parts)
+    with staged_directory(target, replace, size, SITE) as staging:
+        for name, content in _contents(parts, package, FILES):
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                shutil.copyfile(content, staging / name)
+            else:
+                (staging / name).write_bytes(content)
+
+
+def write_page(parts: Sequence[Part], target: Path, replace: bool = False) -> None:
+    """Makes the HTML file `target` with everything inside, for a browser that opens it from a disk.
+
+    Raises SiteError for bundles that are too large, and OutputError where the file cannot be written.
+    """
+    if target.exists() and not (replace and target.is_file()):
+        raise OutputError(
+            f"{target} exists already", "use --force to replace a file, or another place with -o"
+        )
+    if (size := sum(part.bytes for part in parts)) > SINGLE_BYTES:
+        message = (
+            f"one file holds bundles of {SINGLE_BYTES >> 20} MiB at most, and these have {size >> 20} MiB"
+        )
+        raise SiteError(message, "Leave out --single-file, or take another precision or fewer bundles.")
+    contents = {
+        name: content.read_bytes() if isinstance(content, Path) else content
+        for name, content in _contents(parts, fetched(), WASM_FILES)
+    }
+    page, style, script = (contents.pop(name).decode() for name in ("index.html", "style.css", "single.js"))
+    packed = {name: base64.b64encode(gzip.compress(content)).decode() for name, content in contents.items()}
+    data = f'<script type="application/json" id="files">{json.dumps(packed)}</script>'
+    policy = POLICY.format(script=_digest(script.encode(), "sha256"), style=_digest(style.encode(), "sha256"))
+    for pattern, text in (
+        (r'(?<=<meta http-equiv="Content-Security-Policy" content=")[^"]*', policy),
+        (r'<link rel="stylesheet" href="style.css">', f"<style>{style}</style>"),
+        (r'<script type="module" src="page.js"></script>', ""),
+        ("(?=</body>)", f"{data}<script>{script}</script>"),
+    ):
+        page, count = re.subn(pattern, lambda _, text=text: text, page)  # type: ignore[misc]
+        assert count == 1, pattern
+    with atomic_write(target, follow=True) as stream:
+        stream.write(page.encode())
+
+
+def fetched() -> Path:
+    """The package onnxruntime-web: the user's copy, or what npm gets from the registry that the user has set.
+
+    Only the SHA-512 here is trusted. Raises SiteError.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddexport"
+    package = cache / f"{PACKAGE}-{VERSION}.tgz"
+    if package.is_file() and _digest(package.read_bytes()) == f"sha512-{SHA512}":
+        return package
+    npm = shutil.which("npm") or shutil.which("npm", path=Path(sys.executable).parent)
+    if npm is None:
+        raise SiteError(f"npm is not installed, which fetches {PACKAGE}", 'pip install "ddexport[web]"')
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        words = [npm, "pack", f"{PACKAGE}@{VERSION}", "--ignore-scripts", "--loglevel=error"]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+        got = Path(folder) / package.name
+        if done.returncode or not got.is_file():
+            said = re.sub(r"\s+", " ", done.stderr.replace("npm error", ""))[:300].strip()
+            hint = f"Where there is a network: `npm pack {PACKAGE}@{VERSION}`, and copy the file to {cache}."
+            raise SiteError(f"npm could not fetch {PACKAGE} {VERSION}: {said}", hint)
+        if _digest(got.read_bytes()) != f"sha512-{SHA512}":
+            message = f"the SHA-512 of {PACKAGE} {VERSION} from npm's registry is not the one known here"
+            raise SiteError(message, "Do not use that file; see `npm config get registry`.")
+        got.replace(package)
+    return package
+
+
+def _contents(
+    parts: Sequence[Part], package: Path, names: Sequence[str]
+) -> Iterator[tuple[str, bytes | Path]]:
+    """Every file of a site by its path there. names: of the package."""
+    yield from ((path.relative_to(WEB).as_posix(), path) for path in WEB.rglob("*") if path.is_file())
+    with tarfile.open(package) as archive:
+        for member in archive:
+            name = member.name.rpartition("/")[2]
+            if name in names and (stream := archive.extractfile(member)):
+                yield f"onnxruntime/{name}", stream.read()
+    entries: list[dict[str, str]] = []
+    for root, manifest, precision, files, _ in parts:
+        url = f"bundles/{manifest.name}/"
+        yield from ((f"{url}{file}", root / file) for file in files)
+        entries.append({"name": manifest.name, "title": manifest.title, "url": url, "precision": precision})
+    yield SITE, json.dumps({"bundles": entries, "onnxruntime": VERSION}, indent=2).encode()
+
+
+def _digest(content: bytes, name: str = "sha512") -> str:
+    return f"{name}-{base64.b64encode(hashlib.new(name, content).digest()).decode()}"

@@ -1,0 +1,69 @@
+/** onnxruntime-web (https://onnxruntime.ai): WebAssembly, or WebGPU where there is a real adapter. */
+import { address, readFile } from "./bundle.js";
+import { DDError, explained } from "./errors.js";
+
+const MAX_THREADS = 8;
+// A function that uses a 128-bit vector: https://github.com/GoogleChromeLabs/wasm-feature-detect
+const SIMD = Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0,
+  65, 0, 253, 15, 253, 98, 11);
+const BUILDS = {
+  wasm: ["ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"],
+  webgpu: ["ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm"],
+};
+
+/** Opens graphs. device: "auto", "wasm" or "webgpu". threads: of WebAssembly, all sessions together. */
+export async function openEngine({ device, precision, threads }) {
+  if (!WebAssembly.validate(SIMD)) {
+    throw new DDError("no_simd", "This browser has no WebAssembly with SIMD.", "Use a newer browser.");
+  }
+  const chosen = await deviceOf(device, precision);
+  const [script, binary] = BUILDS[chosen];
+  const path = (file) => address(`onnxruntime/${file}`);
+  const ort = await import(path(script)).catch((error) => { throw explained(error, "load ONNX Runtime"); });
+  // Threads share memory, which browsers allow to isolated pages only.
+  const most = Math.min(navigator.hardwareConcurrency ?? 1, MAX_THREADS);
+  ort.env.wasm.numThreads = globalThis.crossOriginIsolated ? threads ?? most : 1;
+  ort.env.wasm.wasmPaths = { wasm: path(binary) };
+  ort.env.logLevel = "error";
+  return {
+    device: chosen,
+    threads: ort.env.wasm.numThreads,
+    tensor: (type, values, dims) => new ort.Tensor(type, type === "int64" ? Array.from(values) : values, dims),
+    open: (base, graph, onBytes) => openGraph(ort, chosen, base, graph, onBytes),
+  };
+}
+
+async function deviceOf(device, precision) {
+  if (!["auto", "wasm", "webgpu"].includes(device)) {
+    throw new DDError("invalid_value", `There is no device ${device}.`, "Give auto, wasm or webgpu.");
+  }
+  if (device === "wasm") return "wasm";
+  const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
+  const half = adapter?.features.has("shader-f16") || precision !== "fp16";
+  if (device === "auto") {
+    return adapter && half && !adapter.info?.isFallbackAdapter && !globalThis.embedded ? "webgpu" : "wasm";
+  }
+  if (!adapter) throw new DDError("no_webgpu", "This browser has no WebGPU.", "Leave the choice to the page.");
+  if (half) return "webgpu";
+  throw new DDError("no_fp16", "This GPU cannot compute in fp16.", "Take another precision, or WebAssembly.");
+}
+
+async function openGraph(ort, device, base, graph, onBytes) {
+  const content = {};
+  for (const info of graph.files) content[info.file] = await readFile(base, info, onBytes);
+  const { [graph.file]: model, ...weights } = content;
+  try {
+    const session = await ort.InferenceSession.create(model, {
+      // A teacher's cache lies in the memory of the host.
+      executionProviders: [graph.role === "teacher" ? "wasm" : device],
+      externalData: Object.entries(weights).map(([path, data]) => ({ path, data })),
+    });
+    const failed = (error) => { throw explained(error, `run ${graph.file}`); };
+    return {
+      run: (feeds, names) => session.run(feeds, names).catch(failed),
+      release: () => session.release(),
+    };
+  } catch (error) {
+    throw explained(error, `open ${graph.file}`);
+  }
+}
