@@ -13,6 +13,7 @@ const KEY_NEEDED = "invalid_api_key";
 
 const at = (id) => document.getElementById(id);
 const form = at("controls");
+const CLAIM = at("claim").textContent; // until a model says more
 let site, engine, model, drawing;
 
 /** Opens what the URL names, and draws if it says what. */
@@ -24,13 +25,12 @@ async function start() {
     site ??= await (await fetch(globalThis.embedded?.["site.json"] ?? "site.json")).json();
     engine ??= await (await (site.server ? import("./server.js") : import("./local.js"))).connect(site);
     const { models } = engine;
-    const { name } = models.find((one) => one.name === wanted.get("model")) ?? models[0];
-    const options = models.map((one) => new Option(one.name, one.name, false, one.name === name));
-    form.elements.model.replaceChildren(...options);
+    const { name, title } = models.find((one) => one.name === wanted.get("model")) ?? models[0];
+    form.elements.model.replaceChildren(...models.map((one) => new Option(one.name)));
+    form.elements.model.value = name;
     at("models").hidden = models.length < 2;
-    if (model?.name !== name) await open(name);
+    if (model?.name !== name) await open(name, title);
   } catch (error) {
-    at("loading").hidden = true;
     at("key").hidden = error.code !== KEY_NEEDED;
     if (error.code !== KEY_NEEDED || site.key) complain(error);
     return;
@@ -40,21 +40,25 @@ async function start() {
   else layOut(at("results"), model, request()); // what is to come
 }
 
-async function open(name) {
+async function open(name, title) {
   let size = 0;
   model?.close();
   model = undefined;
-  at("work").hidden = true;
-  at("loading").hidden = false;
+  document.body.className = "";
+  at("title").textContent = title;
+  at("claim").textContent = CLAIM;
   report("loading", "Loading", NaN);
-  model = await engine.open(name, { decoder: "full", onProgress({ file, loaded, total }) {
-    size = total;
-    if (loaded === total) report("loading", `Preparing ${megabytes(total)}`, NaN);
-    else report("loading", `Loading ${file}, ${megabytes(loaded)} of ${megabytes(total)}`, loaded / total);
-  } });
+  try {
+    model = await engine.open(name, { decoder: "full", onProgress({ file, loaded, total }) {
+      size = total;
+      if (loaded === total) report("loading", `Preparing ${megabytes(total)}`, NaN);
+      else report("loading", `Loading ${file}, ${megabytes(loaded)} of ${megabytes(total)}`, loaded / total);
+    } });
+  } finally {
+    report("loading", "");
+  }
   describe(size);
-  at("loading").hidden = at("key").hidden = true;
-  at("work").hidden = false;
+  at("key").hidden = true;
 }
 
 /** What the model is. size: bytes that were loaded. */
@@ -64,11 +68,11 @@ function describe(size) {
   const teacher = schedules.find(({ steps }) => steps === "teacher");
   const most = Math.max(fewest, teacher?.passes ?? model.scales?.length ?? model.sequence?.length ?? 0);
   const word = WORDS[most]?.toLowerCase() ?? most;
-  at("title").textContent = model.title;
   at("claim").textContent = `${WORDS[fewest] ?? fewest} network step${fewest === 1 ? "" : "s"}${
     most > fewest ? ` instead of ${word}` : ""}.`;
   at("passes").style.setProperty("--passes", most);
   at("passes").style.setProperty("--done", fewest);
+  at("bars").hidden = !engine.local; // a server does not say how long its parts took
   at("where").textContent = engine.local
     ? "It runs in this browser: what you draw stays on your machine." : "It runs on the server of this page.";
   at("facts").replaceChildren(...[
@@ -78,7 +82,7 @@ function describe(size) {
   at("random").hidden = !model.randomWeights;
   at("licence").replaceChildren(...Object.entries(licence).map(fact));
   at("card").textContent = model.card;
-  document.body.classList.toggle("pixels", image.width <= SMALL);
+  document.body.className = image.width <= SMALL ? "ready pixels" : "ready";
 }
 
 function fact([name, value]) {

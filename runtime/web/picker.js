@@ -1,4 +1,4 @@
-/** Labels to choose from: chips for a few, for a thousand a combobox (ARIA 1.2). The chosen are fields `label`. */
+/** Labels to choose: chips for a few, for a thousand a combobox (ARIA 1.2). The chosen are fields `label`. */
 import { chip, element } from "./dom.js";
 
 const FEW = 20; // labels that are shown all at once
@@ -8,18 +8,17 @@ const LISTED = 60; // matches that are listed
 export function pickLabels(box, { labels, aliases }, chosen, changed) {
   if (labels.length <= FEW) {
     const input = (value) => ({ type: "checkbox", name: "label", value, checked: chosen.includes(value) });
-    return box.replaceChildren(element("div", { className: "chips" }, ...labels.map((name, i) => chip(name, input(i)))));
+    box.replaceChildren(element("div", { className: "chips" }, ...labels.map((name, i) => chip(name, input(i)))));
+    return;
   }
   const picked = new Set(chosen);
-  let [matches, active] = [[], 0];
+  let matches = [];
+  let active = 0;
   const input = element("input", {
     role: "combobox", spellcheck: false, placeholder: `Search ${labels.length.toLocaleString("en")} labels`,
-    "aria-label": "Search the labels", "aria-controls": "matches", "aria-autocomplete": "list",
+    ariaLabel: "Search the labels", ariaAutoComplete: "list", "aria-controls": "matches",
   });
-  const list = element("ul", {
-    id: "matches", role: "listbox", ariaLabel: "Labels", ariaMultiSelectable: "true", hidden: true,
-    onmousedown: (event) => event.preventDefault(), // or the input loses the focus, and the list closes
-  });
+  const list = element("ul", { id: "matches", role: "listbox", ariaLabel: "Labels", ariaMultiSelectable: "true" });
   const tags = element("ul", { className: "chips tags", ariaLabel: "Chosen labels" });
 
   function find(shown = true) {
@@ -35,50 +34,54 @@ export function pickLabels(box, { labels, aliases }, chosen, changed) {
     changed();
   }
 
+  function move(by) {
+    if (matches.length) active = (active + by + matches.length) % matches.length;
+    else find();
+  }
+
   function render() {
     list.hidden = !matches.length;
     input.ariaExpanded = String(!list.hidden);
+    input.setAttribute("aria-activedescendant", matches.length ? `match-${active}` : "");
     list.replaceChildren(...matches.map(({ number, alias }, i) => element("li", {
-      id: `match-${i}`, role: "option", ariaSelected: String(picked.has(number)), onclick: () => pick(number),
-      className: i === active ? "active" : "",
+      id: `match-${i}`, role: "option", className: i === active ? "active" : "",
+      ariaSelected: String(picked.has(number)), onclick: () => pick(number),
     }, element("span", {}, labels[number], element("small", {}, alias ? ` ${alias}` : "")),
     element("small", {}, String(number)))));
-    input.setAttribute("aria-activedescendant", matches.length ? `match-${active}` : "");
     list.children[active]?.scrollIntoView({ block: "nearest" });
     tags.replaceChildren(...[...picked].map((number) => element("li", {},
       element("input", { type: "hidden", name: "label", value: number }),
       element("button", {
         type: "button", className: "tag", ariaLabel: `Remove ${labels[number]}`, onclick: () => pick(number),
-      }, labels[number], element("span", { ariaHidden: "true" }, "\u00d7")))));
+      }, `${labels[number]} \u00d7`))));
   }
 
-  const keys = {
-    ArrowDown: () => (matches.length ? (active = (active + 1) % matches.length) : find()),
-    ArrowUp: () => (matches.length ? (active = (active + matches.length - 1) % matches.length) : find()),
-    Enter: () => (matches.length ? pick(matches[active].number) : find()),
-    Escape: () => find(false),
-  };
   input.onkeydown = (event) => {
     if (event.key === "Backspace" && !input.value && picked.size) pick([...picked].at(-1));
-    if (!keys[event.key]) return;
+    if (!["ArrowDown", "ArrowUp", "Enter", "Escape"].includes(event.key)) return;
     event.preventDefault();
-    keys[event.key]();
+    if (event.key === "Escape") find(false);
+    else if (event.key === "Enter" && matches.length) pick(matches[active].number);
+    else move(event.key === "ArrowUp" ? -1 : 1);
     render();
   };
   input.oninput = input.onclick = () => find();
   input.onblur = () => find(false);
-  render();
+  list.onmousedown = (event) => event.preventDefault(); // or the input loses the focus, and the list closes
   box.replaceChildren(element("div", { className: "combobox" }, input, list), tags);
+  render();
 }
 
-/** What a query means, best first: [{ number, alias }] with the alias that matched if it was not the name. */
+/** What a query means, best first: [{ number, alias }] with the alias that matched better than the name. */
 function search(labels, aliases, query) {
   const wanted = query.trim().toLowerCase();
-  const rank = (name) => [` ${name}`.toLowerCase().indexOf(` ${wanted}`), name.toLowerCase().indexOf(wanted)]
-    .reduce((best, place, i) => (place < 0 ? best : Math.min(best, place ? 2 * i + 2 : 1)), Infinity);
+  const rank = (name) => { // 1: it starts so, 2: a word does, 3: it contains it
+    const place = ` ${name}`.toLowerCase().indexOf(` ${wanted}`);
+    return place === 0 ? 1 : place > 0 ? 2 : name.toLowerCase().includes(wanted) ? 3 : Infinity;
+  };
   return labels.map((name, number) => {
-    if (wanted === String(number)) return { number, rank: 0 };
     const alias = (aliases[number] ?? []).find((other) => rank(other) < rank(name));
-    return { number, alias, rank: alias ? rank(alias) + 1 : rank(name) };
-  }).filter((match) => match.rank < Infinity).sort((one, other) => one.rank - other.rank);
+    const best = wanted === String(number) ? 0 : Math.min(rank(name), alias ? rank(alias) + 0.5 : Infinity);
+    return { number, alias, best };
+  }).filter(({ best }) => best < Infinity).sort((one, other) => one.best - other.best);
 }
