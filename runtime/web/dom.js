@@ -11,17 +11,12 @@ export function element(tag, properties = {}, ...children) {
   return made;
 }
 
-/** A chip that can be chosen: a checkbox or radio of a form, drawn as its text. */
-export function chip(type, name, value, text, checked) {
-  return element("label", { className: "chip" }, element("input", { type, name, value, checked }), element("span", {}, text));
+/** A checkbox or radio that looks like its text. */
+export function chip(text, input) {
+  return element("label", { className: "chip" }, element("input", input), element("span", {}, text));
 }
 
-/** The pairs of a description list. */
-export function pairs(facts) {
-  return facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)));
-}
-
-/** A canvas with the pixels of an ImageData. */
+/** The pixels of an ImageData as a canvas. */
 export function canvasOf(image) {
   const canvas = element("canvas", { width: image.width, height: image.height });
   canvas.getContext("2d").putImageData(image, 0, 0);
@@ -34,13 +29,12 @@ export function download(canvas, name) {
     const href = URL.createObjectURL(blob);
     element("a", { href, download: name }).click();
     setTimeout(() => URL.revokeObjectURL(href), 1000);
-  }, "image/png");
+  });
 }
 
 /** 0.0142 -> "14 ms", 3.21 -> "3.2 s". */
 export function duration(seconds) {
-  if (seconds < 0.9995) return `${Math.max(1, Math.round(seconds * 1000))} ms`;
-  return `${seconds.toFixed(seconds < 9.95 ? 1 : 0)} s`;
+  return seconds < 0.9995 ? `${Math.ceil(seconds * 1000)} ms` : `${seconds.toFixed(1)} s`;
 }
 
 export const megabytes = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;

@@ -1,111 +1,87 @@
-// Choosing labels: chips for a few classes, a combobox (ARIA 1.2, with a listbox) for a thousand.
-// What is chosen are form fields called "label", whose values are class numbers.
-
+/** Labels to choose: chips for a few, for a thousand a combobox (ARIA 1.2). The chosen are fields `label`. */
 import { chip, element } from "./dom.js";
 
-const FEW = 20; // classes that are shown all at once
-const LISTED = 80; // options that a search shows
+const FEW = 20; // labels that are shown all at once
+const LISTED = 60; // matches that are listed
 
-/** Fills a box with the labels of a model. chosen: their numbers. changed: called when the choice changes. */
-export function pickLabels(box, model, chosen, changed) {
-  if (model.labels.length <= FEW) {
-    const chips = model.labels.map((name, number) => chip("checkbox", "label", number, name, chosen.includes(number)));
-    return box.replaceChildren(element("div", { className: "chips" }, ...chips));
+/** Fills a box for the labels of a model. chosen: class numbers. changed: called when others are chosen. */
+export function pickLabels(box, { labels, aliases }, chosen, changed) {
+  if (labels.length <= FEW) {
+    const input = (value) => ({ type: "checkbox", name: "label", value, checked: chosen.includes(value) });
+    box.replaceChildren(element("div", { className: "chips" }, ...labels.map((name, i) => chip(name, input(i)))));
+    return;
   }
-  const input = element("input", {
-    id: "search", type: "text", role: "combobox", spellcheck: false, "aria-label": "Search the labels",
-    "aria-autocomplete": "list", "aria-controls": "found", "aria-expanded": "false",
-    placeholder: `Search ${model.labels.length.toLocaleString("en")} labels`,
-  });
-  const list = element("ul", { id: "found", role: "listbox", "aria-label": "Labels", "aria-multiselectable": "true" });
-  const tags = element("ul", { className: "chips chosen", "aria-label": "Chosen labels" });
   const picked = new Set(chosen);
-  let active = -1;
-  list.hidden = true;
+  let matches = [];
+  let active = 0;
+  const input = element("input", {
+    role: "combobox", spellcheck: false, placeholder: `Search ${labels.length.toLocaleString("en")} labels`,
+    ariaLabel: "Search the labels", ariaAutoComplete: "list", "aria-controls": "matches",
+  });
+  const list = element("ul", { id: "matches", role: "listbox", ariaLabel: "Labels", ariaMultiSelectable: "true" });
+  const tags = element("ul", { className: "chips tags", ariaLabel: "Chosen labels" });
 
-  function showTags() {
-    tags.replaceChildren(...[...picked].map((number) => element("li", {},
-      element("button", {
-        type: "button", className: "tag", "aria-label": `Remove ${model.labels[number]}`, onclick: () => pick(number),
-      }, model.labels[number], element("span", { "aria-hidden": "true" }, "\u00d7")),
-      element("input", { type: "hidden", name: "label", value: number }))));
+  function find(shown = true) {
+    matches = shown ? search(labels, aliases, input.value).slice(0, LISTED) : [];
+    active = 0;
+    render();
   }
 
   function pick(number) {
     if (!picked.delete(number)) picked.add(number);
-    showTags();
-    for (const option of list.children) {
-      if (option.dataset.number) option.ariaSelected = String(picked.has(Number(option.dataset.number)));
-    }
     input.focus();
+    render();
     changed();
   }
 
-  function open(shown) {
-    list.hidden = !shown;
-    input.setAttribute("aria-expanded", String(shown));
-    if (!shown) move(-1);
+  function move(by) {
+    if (matches.length) active = (active + by + matches.length) % matches.length;
+    else find();
   }
 
-  function move(index) {
-    list.children[active]?.classList.remove("active");
-    active = index;
-    const option = list.children[active];
-    option?.classList.add("active");
-    option?.scrollIntoView({ block: "nearest" });
-    input.setAttribute("aria-activedescendant", option?.id ?? "");
-  }
-
-  function find() {
-    const matches = search(model, input.value);
-    move(-1);
-    list.replaceChildren(...matches.slice(0, LISTED).map(({ number, alias }) => element("li", {
-      id: `label-${number}`, role: "option", "aria-selected": String(picked.has(number)), "data-number": number,
-      onclick: () => pick(number),
-    }, element("span", {}, model.labels[number], alias ? element("small", {}, ` ${alias}`) : ""),
+  function render() {
+    list.hidden = !matches.length;
+    input.ariaExpanded = String(!list.hidden);
+    input.setAttribute("aria-activedescendant", matches.length ? `match-${active}` : "");
+    list.replaceChildren(...matches.map(({ number, alias }, i) => element("li", {
+      id: `match-${i}`, role: "option", className: i === active ? "active" : "",
+      ariaSelected: String(picked.has(number)), onclick: () => pick(number),
+    }, element("span", {}, labels[number], element("small", {}, alias ? ` ${alias}` : "")),
     element("small", {}, String(number)))));
-    const more = matches.length - LISTED;
-    const remark = matches.length ? more > 0 && `${more} more: type to narrow` : "No label has this name or number";
-    if (remark) list.append(element("li", { className: "more", role: "presentation" }, remark));
-    list.scrollTop = 0;
-    open(true);
+    list.children[active]?.scrollIntoView({ block: "nearest" });
+    tags.replaceChildren(...[...picked].map((number) => element("li", {},
+      element("input", { type: "hidden", name: "label", value: number }),
+      element("button", {
+        type: "button", className: "tag", ariaLabel: `Remove ${labels[number]}`, onclick: () => pick(number),
+      }, `${labels[number]} \u00d7`))));
   }
 
-  input.oninput = find;
-  input.onclick = find;
-  input.onblur = () => open(false);
-  list.onmousedown = (event) => event.preventDefault(); // or the input would lose the focus before the click
   input.onkeydown = (event) => {
-    const options = list.querySelectorAll("[role=option]").length;
-    if (event.key === "ArrowDown" || event.key === "ArrowUp") {
-      if (list.hidden) find();
-      else if (options) move((active + (event.key === "ArrowDown" ? 1 : active < 0 ? 0 : -1) + options) % options);
-    } else if (event.key === "Enter" && !list.hidden && options) {
-      pick(Number(list.children[Math.max(active, 0)].dataset.number));
-    } else if (event.key === "Escape" && !list.hidden) open(false);
-    else if (event.key === "Backspace" && !input.value && picked.size) pick([...picked].at(-1));
-    else return;
+    if (event.key === "Backspace" && !input.value && picked.size) pick([...picked].at(-1));
+    if (!["ArrowDown", "ArrowUp", "Enter", "Escape"].includes(event.key)) return;
     event.preventDefault();
+    if (event.key === "Escape") find(false);
+    else if (event.key === "Enter" && matches.length) pick(matches[active].number);
+    else move(event.key === "ArrowUp" ? -1 : 1);
+    render();
   };
-  showTags();
+  input.oninput = input.onclick = () => find();
+  input.onblur = () => find(false);
+  list.onmousedown = (event) => event.preventDefault(); // or the input loses the focus, and the list closes
   box.replaceChildren(element("div", { className: "combobox" }, input, list), tags);
+  render();
 }
 
-/** The labels that a query means, best first: [{ number, alias }]; alias: the one that matched, if any. */
-function search(model, query) {
-  const wanted = query.trim().toLowerCase().replace(/\s+/g, " ");
-  const matches = [];
-  model.labels.forEach((name, number) => {
-    const rank = rankOf(name, wanted);
-    const alias = rank ? undefined : (model.aliases[number] ?? []).find((other) => rankOf(other, wanted));
-    if (wanted === String(number)) matches.push({ number, rank: 0 });
-    else if (rank || alias) matches.push({ number, alias, rank: rank || 3 + rankOf(alias, wanted) });
-  });
-  return matches.sort((one, other) => one.rank - other.rank || one.number - other.number);
-}
-
-/** 1: starts with the query, 2: a word does, 3: contains it, 0: does not. */
-function rankOf(name, wanted) {
-  const text = name.toLowerCase();
-  return text.startsWith(wanted) ? 1 : text.includes(` ${wanted}`) ? 2 : text.includes(wanted) ? 3 : 0;
+/** What a query means, best first: [{ number, alias }] with the alias that matched better than the name. */
+function search(labels, aliases, query) {
+  const wanted = query.trim().toLowerCase();
+  const rank = (name) => { // 1: it starts so, 2: a word does, 3: it contains it
+    const place = ` ${name}`.toLowerCase().indexOf(` ${wanted}`);
+    return place === 0 ? 1 : place > 0 ? 2 : name.toLowerCase().includes(wanted) ? 3 : Infinity;
+  };
+  return labels.map((name, number) => {
+    const alias = (aliases[number] ?? []).find((other) => rank(other) < rank(name));
+    const best = wanted === String(number) ? 0 : Math.min(rank(name), alias ? rank(alias) + 0.5 : Infinity);
+    return { number, alias, best };
+  }).filter(({ best }) => best < Infinity).sort((one, other) => one.best - other.best);
 }

@@ -1,76 +1,64 @@
-// The engine of the page where `ddexport serve` answers: the server draws. docs/serving.md has its requests.
+/** The engine of the page where `ddexport serve` draws; docs/serving.md has its requests. */
+import { DDError } from "./errors.js";
 
-const MOST_IMAGES = 10; // the server's own default, where it does not say
+const MOST_IMAGES = 10; // the server's default, where it does not say
 
-/** The engine of a site: { models, local, open }. site: { server: URL, key? }. Raises an error with a code. */
-export async function connect(site) {
-  const headers = { "content-type": "application/json", ...(site.key && { authorization: `Bearer ${site.key}` }) };
-  const ask = (path, options) => request(site.server + path, { headers, ...options });
-  const { data } = await ask("models");
-  const open = async (name) => modelOf(ask, await ask(`models/${encodeURIComponent(name)}`));
-  return { models: data.map(({ id, title }) => ({ name: id, title })), local: false, open };
+/** site: { server: URL, key }. The server's models, and `open`, as local.js has them. */
+export async function connect({ server, key }) {
+  const headers = { "content-type": "application/json", ...(key && { authorization: `Bearer ${key}` }) };
+  const ask = (path, options) => request(server + path, { headers, ...options });
+  const models = (await ask("models")).data.map(({ id, title }) => ({ name: id, title }));
+  return { local: false, models, open: async (name) => modelOf(await ask(`models/${encodeURIComponent(name)}`), ask) };
 }
 
-function modelOf(ask, facts) {
+function modelOf({ id: name, title, labels, aliases = {}, schedules, licence, card, ...facts }, ask) {
   if (facts.prompts !== "labels") {
-    throw fault(`${facts.id} draws from sentences, and this page from labels`, "Choose another model.", "text_model");
+    throw new DDError("text_model", `${name} draws from sentences, this page from labels.`, "Choose another model.");
   }
   const [width, height] = facts.size.split("x").map(Number);
   const { backend, device, precision } = facts.engine;
 
-  async function draw({ label, steps, seed, n, decoder }, onImage, { signal } = {}) {
-    // The seed has up to 64 bits, which a number of JavaScript has not.
-    const rest = JSON.stringify({ model: facts.id, prompt: String(label), n, steps, decoder });
-    const body = `${rest.slice(0, -1)},"seed":${seed}}`;
+  async function draw({ label, seed, signal, ...rest }, onImage) {
     const began = performance.now();
+    const fields = JSON.stringify({ model: name, prompt: String(label), ...rest });
+    const body = `${fields.slice(0, -1)},"seed":${seed}}`; // 64 bits, which JSON.stringify cannot write
     const { data } = await ask("images/generations", { method: "POST", body, signal });
-    const total = (performance.now() - began) / 1000 / n;
+    const total = (performance.now() - began) / 1000 / data.length;
     for (const [index, { b64_json: text }] of data.entries()) {
       onImage({ label, index, image: await pixels(text), seconds: { total } });
     }
   }
 
   return {
-    name: facts.id, title: facts.title, labels: facts.labels, aliases: facts.aliases ?? {},
-    schedules: facts.schedules, decoders: facts.decoders.map((name) => ({ name, note: "" })),
-    image: { width, height }, mostImages: facts.max_images ?? MOST_IMAGES, card: facts.card,
-    licence: facts.licence, randomWeights: facts.random_weights,
-    device: `server: ${backend}, ${device}, ${precision}`, draw, close() {},
+    name, title, labels, aliases, schedules, licence, card, draw, close() {},
+    decoders: facts.decoders.map((decoder) => ({ name: decoder, note: "" })),
+    image: { width, height },
+    mostImages: facts.max_images ?? MOST_IMAGES,
+    randomWeights: facts.random_weights,
+    device: `server: ${backend}, ${device}, ${precision}`,
   };
 }
 
-/** The JSON that a server answers. While its queue is full, asks again when it says so. */
+/** The JSON that the server answers. While its queue is full, asks again when it says so. */
 async function request(url, options) {
-  let answer;
-  try {
-    answer = await fetch(url, options);
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw fault("The server does not answer", "Is it still running? Then try again.", "network");
-  }
+  const answer = await fetch(url, options).catch((error) => {
+    throw error.name === "AbortError" ? error : new DDError("network", "The server does not answer.", "Try again later.");
+  });
   if (answer.status === 429) {
-    await pause(Number(answer.headers.get("retry-after") ?? 1), options.signal);
+    const seconds = answer.headers.get("retry-after") ?? 1;
+    await new Promise((resolve) => { setTimeout(resolve, 1000 * seconds); });
     return request(url, options);
   }
-  const content = await answer.json().catch(() => ({}));
+  const { error, ...content } = await answer.json().catch(() => ({}));
   if (answer.ok) return content;
-  throw fault(content.error?.message ?? `The server answered ${answer.status}`, "", content.error?.code ?? "network");
+  throw new DDError(error?.code ?? "network", error?.message ?? `The server says ${answer.status}.`);
 }
 
-function pause(seconds, signal) {
-  return new Promise((resolve, reject) => {
-    setTimeout(resolve, seconds * 1000);
-    signal?.addEventListener("abort", () => reject(signal.reason));
-  });
-}
-
-/** A PNG in base64 -> ImageData. */
+/** A PNG in base64 as ImageData. */
 async function pixels(text) {
   const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-  const bitmap = await createImageBitmap(new Blob([bytes], { type: "image/png" }));
+  const bitmap = await createImageBitmap(new Blob([bytes]));
   const context = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d");
   context.drawImage(bitmap, 0, 0);
   return context.getImageData(0, 0, bitmap.width, bitmap.height);
 }
-
-const fault = (message, hint, code) => Object.assign(new Error(message), { hint, code });
