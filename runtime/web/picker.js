@@ -7,8 +7,9 @@ const LISTED = 60; // matches that are listed
 /** Fills a box for the labels of a model. chosen: class numbers. changed: called when others are chosen. */
 export function pickLabels(box, { labels, aliases }, chosen, changed) {
   if (labels.length <= FEW) {
-    const input = (value) => ({ type: "checkbox", name: "label", value, checked: chosen.includes(value) });
-    box.replaceChildren(element("div", { className: "chips" }, ...labels.map((name, i) => chip(name, input(i)))));
+    const chips = labels.map((name, value) =>
+      chip(name, { type: "checkbox", name: "label", value, checked: chosen.includes(value) }));
+    box.replaceChildren(element("div", { className: "chips" }, ...chips));
     return;
   }
   const picked = new Set(chosen);
@@ -18,7 +19,10 @@ export function pickLabels(box, { labels, aliases }, chosen, changed) {
     role: "combobox", spellcheck: false, placeholder: `Search ${labels.length.toLocaleString("en")} labels`,
     ariaLabel: "Search the labels", ariaAutoComplete: "list", "aria-controls": "matches",
   });
-  const list = element("ul", { id: "matches", role: "listbox", ariaLabel: "Labels", ariaMultiSelectable: "true" });
+  const list = element("ul", {
+    id: "matches", role: "listbox", ariaLabel: "Labels", ariaMultiSelectable: "true",
+    onmousedown: (event) => event.preventDefault(), // or the input loses the focus, and the list closes
+  });
   const tags = element("ul", { className: "chips tags", ariaLabel: "Chosen labels" });
 
   function find(shown = true) {
@@ -67,7 +71,6 @@ export function pickLabels(box, { labels, aliases }, chosen, changed) {
   };
   input.oninput = input.onclick = () => find();
   input.onblur = () => find(false);
-  list.onmousedown = (event) => event.preventDefault(); // or the input loses the focus, and the list closes
   box.replaceChildren(element("div", { className: "combobox" }, input, list), tags);
   render();
 }
