@@ -121,7 +121,7 @@ function request() {
   return {
     labels: data.getAll("label").map(Number),
     schedules: model.schedules.filter((schedule) => steps.includes(String(schedule.steps))),
-    seed: BigInt(data.get("seed")),
+    seed: data.get("seed"),
     n: Number(data.get("n")),
     decoder: data.get("decoder"),
   };
@@ -129,12 +129,12 @@ function request() {
 
 /** Writes the controls into the URL, and what follows from them. */
 function remember() {
-  const data = new FormData(form);
-  const images = data.getAll("label").length * data.getAll("steps").length * data.get("n");
-  history.replaceState(null, "", `#${new URLSearchParams(data)}`);
+  const { labels, schedules, n, decoder } = request();
+  const images = labels.length * schedules.length * n;
+  history.replaceState(null, "", `#${new URLSearchParams(new FormData(form))}`);
   at("draw").textContent = images ? `Draw ${count(images, "image")}` : "Choose labels and steps";
   at("draw").disabled = !images;
-  at("decoder-note").textContent = model.decoders.find(({ name }) => name === data.get("decoder")).note;
+  at("decoder-note").textContent = model.decoders.find(({ name }) => name === decoder).note;
 }
 
 async function draw() {
@@ -153,8 +153,8 @@ async function draw() {
   at("cancel").hidden = false;
   try {
     for (const panel of panels) {
-      const asked = { label: panel.label, steps: panel.schedule.steps, seed, n, decoder, signal };
-      await model.draw(asked, (record) => {
+      const { label, schedule: { steps } } = panel;
+      await model.draw({ label, steps, seed: BigInt(seed), n, decoder, signal }, (record) => {
         if (signal.aborted) return;
         done += 1;
         show(panel, record);
