@@ -12,6 +12,8 @@ PRECISE := $(MODELS:%=build/precisions/%/bundle.json)
 # OpenVINO computes bf16 only where the CPU does; elsewhere every rounding of a bf16 engine is emulated.
 BF16    := $(if $(shell grep -Ewm1 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),openvino,onnxruntime)
 ENGINES := fp32:onnxruntime fp16:onnxruntime bf16:$(BF16) int8:onnxruntime int8:openvino
+# Chromium, with ONNX Runtime in WebAssembly.
+BROWSER := digits-var fp32:browser
 # Runs a command and prints its last line, or all that it printed if it fails.
 LAST    := sh -c 'out=$$("$$@" 2>&1) && echo "$$out" | tail -n 1 || { echo "$$out" >&2; exit 1; }' run
 # Small models run fastest on one thread per process; real ones choose for themselves.
@@ -84,8 +86,8 @@ format: $(VENV)/.dev
 
 # Two at once.
 parity: $(VENV)/.dev $(PRECISE)
-	for model in $(MODELS); do for engine in $(ENGINES); do echo $$model $$engine; done; done | xargs -P 2 -L 1 sh -c \
-	    'out=$$($(BIN)/python -m validate parity build/precisions/$$0 --precision $${1%:*} --backend $${1#*:} 2>&1) \
+	{ for model in $(MODELS); do for engine in $(ENGINES); do echo $$model $$engine; done; done; echo $(BROWSER); } | \
+	    xargs -P 2 -L 1 sh -c 'out=$$($(BIN)/python -m validate parity build/precisions/$$0 --precision $${1%:*} --backend $${1#*:} 2>&1) \
 	    && echo "$$0 $$1: $$(echo "$$out" | tail -n 1)" || { echo "$$0 $$1"; echo "$$out"; exit 1; }'
 
 # The precision that loses most, and a decoder that is distilled.

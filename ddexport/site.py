@@ -34,7 +34,6 @@ SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRM
 # A build for WebAssembly alone and one for WebGPU, each with the binary that it asks for.
 WASM_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 FILES = (*WASM_FILES, "ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm")
-PACKAGE_BYTES = 45 << 20  # of these files
 SINGLE_BYTES = 64 << 20  # of the bundles in one HTML file: a browser holds it as a text, and unpacked
 POLICY = (
     "default-src 'none'; script-src blob: 'wasm-unsafe-eval' '{script}'; style-src '{style}';"
@@ -67,9 +66,7 @@ def parts_of(bundles: Sequence[Path], precision: str | None = None) -> list[Part
         manifest = read_manifest(root)
         name, chosen = manifest.name, precision or manifest.precisions[0]
         if manifest.text:
-            raise SiteError(
-                f"{name} draws from sentences, and a page from labels", "See `ddexport serve --help`."
-            )
+            raise SiteError(f"{name} draws from sentences, and a page from labels", "Use `ddexport serve`.")
         if chosen not in PRECISIONS:
             raise SiteError(f"no browser computes in {chosen}", f"Add --precision: {', '.join(PRECISIONS)}.")
         if name in parts or not re.fullmatch(r"\w[\w.-]*", name):
@@ -90,8 +87,8 @@ def parts_of(bundles: Sequence[Path], precision: str | None = None) -> list[Part
 
 def write_site(parts: Sequence[Part], target: Path, replace: bool = False) -> None:
     """Makes the directory `target`. Raises SiteError, and OutputError where it cannot be written."""
-    package, size = fetched(), PACKAGE_BYTES + sum(part.bytes for part in parts)
-    with staged_directory(target, replace, size, SITE) as staging:
+    package = fetched()
+    with staged_directory(target, replace, marker=SITE) as staging:
         for name, content in _contents(parts, package, FILES):
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Path):
@@ -106,30 +103,27 @@ def write_page(parts: Sequence[Part], target: Path, replace: bool = False) -> No
     Raises SiteError for bundles that are too large, and OutputError where the file cannot be written.
     """
     if target.exists() and not (replace and target.is_file()):
-        raise OutputError(
-            f"{target} exists already", "use --force to replace a file, or another place with -o"
-        )
+        raise OutputError(f"{target} exists already", "use --force for a file, or another place with -o")
     if (size := sum(part.bytes for part in parts)) > SINGLE_BYTES:
-        message = (
-            f"one file holds bundles of {SINGLE_BYTES >> 20} MiB at most, and these have {size >> 20} MiB"
-        )
+        message = f"one file holds {SINGLE_BYTES >> 20} MiB of bundles at most, and these have {size >> 20}"
         raise SiteError(message, "Leave out --single-file, or take another precision or fewer bundles.")
     contents = {
         name: content.read_bytes() if isinstance(content, Path) else content
         for name, content in _contents(parts, fetched(), WASM_FILES)
     }
     page, style, script = (contents.pop(name).decode() for name in ("index.html", "style.css", "single.js"))
-    packed = {name: base64.b64encode(gzip.compress(content)).decode() for name, content in contents.items()}
-    data = f'<script type="application/json" id="files">{json.dumps(packed)}</script>'
+    packed = {name: base64.b64encode(gzip.compress(data, 6)).decode() for name, data in contents.items()}
+    listing = json.dumps(packed).replace("<", "\\u003c")  # in the name of a file
+    data = f'<script type="application/json" id="files">{listing}</script>'
     policy = POLICY.format(script=_digest(script.encode(), "sha256"), style=_digest(style.encode(), "sha256"))
-    for pattern, text in (
+    for place, text in (
         (r'(?<=<meta http-equiv="Content-Security-Policy" content=")[^"]*', policy),
         (r'<link rel="stylesheet" href="style.css">', f"<style>{style}</style>"),
         (r'<script type="module" src="page.js"></script>', ""),
         ("(?=</body>)", f"{data}<script>{script}</script>"),
     ):
-        page, count = re.subn(pattern, lambda _, text=text: text, page)  # type: ignore[misc]
-        assert count == 1, pattern
+        before, after = re.split(place, page)  # each is there once
+        page = before + text + after
     with atomic_write(target, follow=True) as stream:
         stream.write(page.encode())
 

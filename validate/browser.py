@@ -15,13 +15,12 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ddexport.runtime.bundle import FULL
 from ddexport.runtime.errors import BackendError, UsageError, VerificationError
 from ddexport.site import PACKAGE, VERSION, parts_of, write_site
 from ddexport.validate.compare import drawn_pair, first_decoders, steps_of
-from ddexport.validate.metrics._base import Comparison, Drawn, FloatArray, IntArray
+from ddexport.validate.metrics._base import Comparison, Drawn
 
 if TYPE_CHECKING:
     from ddexport.validate.reference import ReferenceRun, Request
@@ -29,10 +28,7 @@ if TYPE_CHECKING:
 BROWSER = "browser"
 BLANK = "parity.html"  # a page of the site without its policy, which forbids what playwright does
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = (
-    "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+FLAGS = ("--disable-gpu", "--disable-quic", "--disable-component-update", "--disable-sync")
 LOAD = """async ([url, options]) => {
   const { load } = await import(new URL("ddexport.js", location.href).href);
   globalThis.pipe = await load(url, options);
@@ -50,12 +46,6 @@ DRAW = """async ([label, seed, steps, decoder]) => {
 class Handler(SimpleHTTPRequestHandler):
     """Files, with the headers by which a page may have threads."""
 
-    extensions_map = {
-        **SimpleHTTPRequestHandler.extensions_map,
-        ".mjs": "text/javascript",
-        ".wasm": "application/wasm",
-    }
-
     def end_headers(self) -> None:
         self.send_header("cross-origin-opener-policy", "same-origin")
         self.send_header("cross-origin-embedder-policy", "require-corp")
@@ -69,10 +59,11 @@ class Handler(SimpleHTTPRequestHandler):
 def serving(folder: Path) -> Iterator[str]:
     """The address at which this process serves a folder to this machine."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
-        thread = Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+        Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
 
 
 def program() -> str:
@@ -88,12 +79,15 @@ def program() -> str:
 @contextmanager
 def chromium(*flags: str) -> Iterator[Any]:
     """A started Chromium of the system, as playwright's Browser. Raises BackendError if there is none."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import Error, sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program(), args=[*FLAGS, *flags])
-        yield browser
-        browser.close()
+        try:
+            browser = playwright.chromium.launch(executable_path=program(), args=[*FLAGS, *flags])
+        except Error as error:
+            raise BackendError(f"{program()} does not start: {error.message}", "Start it by hand.") from error
+        with browser:
+            yield browser
 
 
 class Tab:
@@ -106,8 +100,7 @@ class Tab:
     def compare(
         self, runs: list[ReferenceRun], request: Request, advance: Callable[[int], None]
     ) -> Comparison:
-        """What users get, end to end. Raises VerificationError where the bundle does not run, or the noise is
-        another in a single bit."""
+        """What users get. Raises VerificationError where nothing runs, or the noise differs in a bit."""
         comparison = Comparison()
         for run in runs:
             for decoder in (FULL, *first_decoders(runs, run)):
@@ -119,10 +112,8 @@ class Tab:
                 comparison.drawn.append(drawn_pair(run, decoder, got, request.places))
         return comparison
 
-    def _drawn(
-        self, run: ReferenceRun, decoder: str, request: Request, row: int
-    ) -> tuple[IntArray, FloatArray, NDArray[np.uint8]]:
-        """Of image 0 of a seed the tokens (T,), the sequence (L, Cv), the pixels (H, W, 3)."""
+    def _drawn(self, run: ReferenceRun, decoder: str, request: Request, row: int) -> tuple[Any, Any, Any]:
+        """Tokens int64 (T,), sequence float32 (L, Cv), pixels uint8 (H, W, 3)."""
         words = (int(request.labels[row]), str(request.seeds[row]), steps_of(run), decoder)
         answer = {name: base64.b64decode(text) for name, text in asked(self.page, DRAW, words).items()}
         numbers = request.uniforms[row].tobytes() if run.plan.teacher else b""
@@ -141,9 +132,7 @@ class Tab:
 def open_tab(root: Path, precision: str | None, emulate: bool | None, threads: int | None) -> Iterator[Tab]:
     """The bundle on a site of its own, open in a page. Raises DDError where that cannot be."""
     if emulate:
-        raise UsageError(
-            "--emulate is for engines of this machine", "Leave it out: a browser computes by itself."
-        )
+        raise UsageError("--emulate is for engines of this machine", "Leave it out.")
     with ExitStack() as stack:
         browser = stack.enter_context(chromium())
         [part] = parts_of([root], precision)
@@ -164,7 +153,5 @@ def asked(page: Any, function: str, argument: Sequence[Any]) -> Any:
     try:
         return page.evaluate(function, list(argument))
     except Error as error:
-        said = error.message.splitlines()[0].removeprefix("Page.evaluate: ")
-        raise VerificationError(
-            f"the bundle does not run: {said}", "docs/browser.md has the limits"
-        ) from error
+        message = error.message.splitlines()[0].replace("Page.evaluate", "the bundle does not run")
+        raise VerificationError(message, "docs/browser.md lists the errors.") from error

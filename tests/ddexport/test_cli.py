@@ -89,6 +89,7 @@ class TestHelp:
             "inspect",
             "sample",
             "serve",
+            "web",
             "doctor",
             "validate",
             "distill",

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from ddexport.cli import main
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
 from ddexport.runtime.pipeline import load
+from tests.runtime.server.serving import serving
 from tests.web.conftest import MODELS, Visit
 
 pytestmark = pytest.mark.web
@@ -91,18 +92,31 @@ def test_the_noise_is_equal_in_every_bit(visit: Go, address: str) -> None:
         assert base64.b64decode(uniform) == uniform_numbers(seed, [image], count).tobytes()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_one_file_opens_from_a_disk(
-    visit: Go, embedded_bundle: Callable[[str], Path], tmp_path: Path, precision: str
+    visit: Go, embedded_bundle: Callable[[str], Path], tmp_path: Path
 ) -> None:
     page, bundle = tmp_path / "page.html", embedded_bundle("digits-var")
-    words = ["web", str(bundle), "-o", str(page), "--single-file", "--precision", precision]
+    words = ["web", str(bundle), "-o", str(page), "--single-file", "--precision", "int8"]
     assert CliRunner().invoke(main, words).exit_code == 0
     visited = visit(f"{page.as_uri()}#label=3&steps=2&n=2&decoder=small")
-    with load(bundle, "onnxruntime", threads=1, precision=precision) as pipe:
+    with load(bundle, "onnxruntime", threads=1, precision="int8") as pipe:
         same(drawn(visited, 2), pipe([3], 2, num_images=2, output="numpy", decoder="small").images)
     assert all(url.startswith(("file:", "blob:", "data:")) for url in visited.asked)
     assert visited.faults == []
+
+
+def test_a_server_draws_for_the_same_page(
+    visit: Go, embedded_bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bundle = embedded_bundle("digits-var")
+    with serving(
+        tmp_path, bundle, "--backend", "onnxruntime", "--threads", 1, "--precision", "fp32"
+    ) as server:
+        visited = visit(f"{server.url}/#label=7&steps=2&seed=5&n=2")
+        images = drawn(visited, 2)
+    with load(bundle, "onnxruntime", threads=1, precision="fp32") as pipe:
+        assert np.array_equal(images, pipe(["seven"], 2, seed=5, num_images=2, output="numpy").images)
+    assert all(url.startswith((server.url, "blob:")) for url in visited.asked) and visited.faults == []
 
 
 def test_a_damaged_bundle_is_told(visit: Go, site: Path, address: str, browser: Any) -> None:
