@@ -130,10 +130,10 @@ function request() {
 /** Writes the controls into the URL, and what follows from them. */
 function remember() {
   const { labels, schedules, n, decoder } = request();
-  const images = labels.length * schedules.length * n;
+  const panels = labels.length * schedules.length;
   history.replaceState(null, "", `#${new URLSearchParams(new FormData(form))}`);
-  at("draw").textContent = images ? `Draw ${count(images, "image")}` : "Choose labels and steps";
-  at("draw").disabled = !images;
+  at("draw").textContent = panels ? `Draw ${count(panels * n, "image")}` : "Choose labels and steps";
+  at("draw").disabled = !panels;
   at("decoder-note").textContent = model.decoders.find(({ name }) => name === decoder).note;
 }
 

@@ -48,7 +48,7 @@ export function pickLabels(box, { labels, aliases }, chosen, changed) {
       ariaSelected: String(picked.has(number)), onclick: () => pick(number),
     }, element("span", {}, labels[number], element("small", {}, alias ? ` ${alias}` : "")),
     element("small", {}, number))));
-    if (!matches.length) list.append(element("li", { role: "option", ariaDisabled: "true" }, "No such label"));
+    if (!matches.length) list.append(element("li", { role: "option", ariaDisabled: "true" }, "Not found"));
     list.children[active]?.scrollIntoView({ block: "nearest" });
   }
 
