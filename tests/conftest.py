@@ -212,7 +212,9 @@ def embedded_bundle(cached_export: CachedExport) -> Callable[[str], Path]:
         except (DDError, OSError):
             return False
         files = (file for part in ("ddexport", "runtime", "recipes") for file in (ROOT / part).rglob("*.*"))
-        newest = max(file.stat().st_mtime for file in files if file.suffix != ".pyc")
+        newest = max(
+            file.stat().st_mtime for file in files if file.suffix not in (".pyc", ".js", ".css", ".html")
+        )
         if newest > (built / "bundle.json").stat().st_mtime or manifest.tools != tool_versions():
             return False
         if not set(precisions) <= set(manifest.precisions):

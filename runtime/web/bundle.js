@@ -43,14 +43,10 @@ export function graphOf(manifest, role, precision, split) {
   const graph = manifest.graphs.find((candidate) => fits(candidate, precision))
     ?? (role === "teacher" ? manifest.graphs.find((candidate) => fits(candidate, FLOAT32)) : undefined);
   if (graph) return graph;
-  const code = role.startsWith("decoder") ? "no_decoder" : "no_precision";
-  throw new DDError(code, `${manifest.name} has no ${role.replace("_", " ")} in ${precision}.`,
-    `It has: ${precisionsOf(manifest).join(", ")}; decoders ${decodersOf(manifest).join(", ")}.`);
-}
-
-/** The names of the decoders. */
-export function decodersOf(manifest) {
-  return ["full", ...Object.keys(manifest.decoders ?? {})];
+  const precisions = precisionsOf(manifest);
+  throw new DDError(precisions.includes(precision) ? "no_decoder" : "no_precision",
+    `${manifest.name} has no ${role.replace("_", " ")} in ${precision}.`,
+    `It has: ${precisions.join(", ")}; decoders ${["full", ...Object.keys(manifest.decoders ?? {})].join(", ")}.`);
 }
 
 /** The numbers of steps of the schedules, and "teacher" where there is one. */

@@ -8,7 +8,7 @@ export class DDError extends Error {
   }
 }
 
-const MEMORY = /out of memory|allocat|bad_alloc|memory access out of bounds|Array buffer|Maximum call stack/i;
+const MEMORY = /RangeError|out of memory|allocat|bad_alloc|out of bounds/i;
 
 /** What an engine or a browser throws, as a DDError. what: the work that failed. */
 export function explained(error, what) {

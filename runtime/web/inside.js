@@ -1,17 +1,16 @@
 /** How an image was drawn, in a dialog: noise, composed sequence, and what the decoder makes of its parts. */
 import { canvasOf, chip, download, duration, element } from "./dom.js";
 
-const SIDE = 192; // pixels of a map, before the style scales it
-const NUMBERED = 30; // pixels of a cell that has room for a number
+const NUMBERED = 6; // cells of a side up to which there is room for numbers
 const dialog = document.getElementById("inside");
 const part = (name) => dialog.querySelector(name);
 let shown;
 
-/** Shows the image of a panel. A server's records have no steps: then there is the image alone. */
+/** Shows an image of a panel. A server's records have no steps: then it is the image alone. */
 export function openInside(model, panel, index) {
   const record = panel.records[index];
-  const { steps = [], image, seconds } = record;
-  const picture = canvasOf(image);
+  const { steps = [], seconds } = record;
+  const picture = canvasOf(record.image);
   const times = Object.entries(seconds).map(([name, time]) => `${name} ${duration(time)}`);
   shown = { model, panel, index, record };
   part("h2").replaceChildren(panel.name, element("small", {}, `${panel.title}, image ${index + 1}`));
@@ -36,26 +35,18 @@ function showStep(number) {
   const ends = sides.map((_, i) => sides.slice(0, i + 1).reduce((sum, side) => sum + side * side, 0));
   const latents = record.noise.slice();
   if (number) latents.set(record.steps[number - 1].sequence.subarray(0, known * width));
-  const teacher = role === "teacher";
-  const input = teacher ? { what: "uniform numbers", values: record.uniforms, width: 1, known: 0, tokens: [] }
-    : { what: "noise", values: latents, width, known, tokens: [] };
+  const input = role === "teacher" ? { what: "chance", values: record.uniforms, width: 1 }
+    : { what: "noise", values: latents, width, known };
   const output = { what: "sequence", values: sequence, width, known, tokens };
-  const strip = (title, note, cell) => element("section", {},
-    element("h3", {}, title), element("p", { className: "note" }, note),
-    element("ol", {}, ...sides.map((side, i) => element("li", {}, cell(side, ends[i] - side * side),
-      scales ? element("small", {}, `${side} \u00d7 ${side}`) : ""))));
   const decoded = sides.map(() => element("div", { className: "tile" }));
+  const strip = (name, cell) => part(`.strips .${name}`).replaceChildren(...sides.map((side, i) =>
+    element("li", {}, cell(i), scales ? element("small", {}, `${side} \u00d7 ${side}`) : "")));
+  part(".strips").replaceChildren(document.getElementById("strips").content.cloneNode(true));
   part(".strips").classList.toggle("raster", !scales);
-  part(".strips").replaceChildren(
-    strip(teacher ? "Chance" : "Noise", teacher ? "A number from 0 to 1 for each position, by which the teacher takes a token."
-      : `${width} normal numbers for each position. Three of them make the colour.`,
-    (side, start) => mapOf(input, side, start)),
-    strip("Sequence", "Squares are tokens of the codebook with their numbers, circles are embeddings that the network "
-      + `computed.${known ? " Rings mark what was known before this step." : ""}`,
-    (side, start) => mapOf(output, side, start)),
-    strip("Image", scales ? "What the decoder makes of the sequence up to each scale." : "What the decoder makes of it.",
-      (side) => decoded[sides.indexOf(side)]),
-  );
+  for (const text of dialog.querySelectorAll("[data-role]")) text.hidden = text.dataset.role !== role;
+  strip("input", (i) => mapOf(input, sides[i], ends[i] - sides[i] ** 2));
+  strip("output", (i) => mapOf(output, sides[i], ends[i] - sides[i] ** 2));
+  strip("decoded", (i) => decoded[i]);
   decode(sequence, ends.map((end) => end * width), decoded);
 }
 
@@ -68,41 +59,28 @@ async function decode(sequence, ends, tiles) {
   }
 }
 
-/** Positions from `start` on as side x side cells whose colour is the first three of `width` numbers. */
-function mapOf({ what, values, width, known, tokens }, side, start) {
-  const own = Array.from(tokens).slice(start, start + side * side);
-  const canvas = element("canvas", {
-    className: "map", width: SIDE, height: SIDE, role: "img",
-    ariaLabel: `${what}, ${side} by ${side}${own.length ? `, tokens ${own.join(" ")}` : ""}`,
-  });
-  const context = canvas.getContext("2d");
-  const cell = SIDE / side;
+/** Positions from `start` on as side x side cells; the first three of `width` numbers are the colour. */
+function mapOf({ what, values, width, known = 0, tokens = [] }, side, start) {
   const rms = Math.sqrt(values.reduce((sum, value) => sum + value * value, 0) / values.length);
-  const brightness = (value) => (width === 1 ? 255 * value : 128 + (56 * value) / rms);
-  Object.assign(context, { textAlign: "center", textBaseline: "middle", font: `600 ${Math.min(cell * 0.36, 40)}px monospace` });
-  for (let i = 0; i < side * side; i++) {
-    const position = start + i;
-    const [x, y] = [((i % side) + 0.5) * cell, (Math.floor(i / side) + 0.5) * cell];
-    const colour = [0, 1, 2].map((channel) => brightness(values[position * width + Math.min(channel, width - 1)]));
-    const outline = (radius) => {
-      context.beginPath();
-      if (what === "sequence" && i >= own.length) context.arc(x, y, radius, 0, 2 * Math.PI);
-      else context.roundRect(x - radius, y - radius, 2 * radius, 2 * radius, radius / 6);
-    };
-    context.fillStyle = `rgb(${colour.join(" ")})`;
-    outline(cell / 2 - 1);
-    context.fill();
-    context.fillStyle = context.strokeStyle = 0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2] > 128 ? "#000" : "#fff";
-    outline(cell * 0.42);
-    if (position < known) context.stroke();
-    if (i < own.length && cell >= NUMBERED) context.fillText(own[i], x, y);
+  const brightness = (value) => Math.round(width === 1 ? 255 * value : 128 + (56 * value) / rms);
+  const own = Array.from(tokens).slice(start, start + side * side);
+  const map = element("div", { className: `map ${what}`, role: "img" });
+  map.ariaLabel = `${what}, ${side} by ${side}${own.length ? `, tokens ${own.join(" ")}` : ""}`;
+  map.style.setProperty("--side", side);
+  for (let position = start; position < start + side * side; position++) {
+    const token = own[position - start];
+    const number = side > NUMBERED ? "" : String(token ?? "");
+    const cell = element("span", { title: `Position ${position}` }, number);
+    const colour = [0, 1, 2].map((i) => brightness(values[position * width + Math.min(i, width - 1)]));
+    const light = 0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2] > 128;
+    cell.style.setProperty("background", `rgb(${colour.join(" ")})`);
+    cell.style.setProperty("color", light ? "#000" : "#fff");
+    cell.classList.toggle("known", position < known);
+    if (token !== undefined) cell.className += " token";
+    if (token !== undefined) cell.title += `, token ${token}`;
+    map.append(cell);
   }
-  canvas.onmousemove = ({ offsetX, offsetY }) => {
-    const [column, row] = [offsetX / canvas.clientWidth, offsetY / canvas.clientHeight].map((at) => Math.floor(at * side));
-    const token = own[row * side + column];
-    canvas.title = `Position ${start + row * side + column}${token === undefined ? "" : `, token ${token}`}`;
-  };
-  return canvas;
+  return map;
 }
 
 function turn(by) {

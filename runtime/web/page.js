@@ -5,14 +5,14 @@ import { pickLabels } from "./picker.js";
 
 const WORDS = ["No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten"];
 const FIRST_LABELS = [207, 7, 0]; // a golden retriever of ImageNet, a seven of the digits
-const FIRST_IMAGES = 8;
-const MOST_IMAGES = 64;
+const [FIRST_IMAGES, MOST_IMAGES] = [8, 64];
 const QUICK = 16; // network steps of a teacher that is chosen at first
 const SMALL = 64; // pixels of a side up to which images are shown pixel by pixel
 const KEY_NEEDED = "invalid_api_key";
 
 const at = (id) => document.getElementById(id);
 const form = at("controls");
+const { model: choice, seed: seedField, n: countField } = form.elements;
 const CLAIM = at("claim").textContent; // until a model says more
 let site, engine, model, drawing;
 
@@ -26,8 +26,8 @@ async function start() {
     engine ??= await (await (site.server ? import("./server.js") : import("./local.js"))).connect(site);
     const { models } = engine;
     const { name, title } = models.find((one) => one.name === wanted.get("model")) ?? models[0];
-    form.elements.model.replaceChildren(...models.map((one) => new Option(one.name)));
-    form.elements.model.value = name;
+    choice.replaceChildren(...models.map((one) => new Option(one.name)));
+    choice.value = name;
     at("models").hidden = models.length < 2;
     if (model?.name !== name) await open(name, title);
   } catch (error) {
@@ -57,63 +57,60 @@ async function open(name, title) {
   } finally {
     report("loading", "");
   }
-  describe(size);
   at("key").hidden = true;
+  describe(size);
 }
 
 /** What the model is. size: bytes that were loaded. */
 function describe(size) {
-  const { image, labels, schedules, licence } = model;
+  const { image: { width, height }, labels, schedules } = model;
   const fewest = Math.min(...schedules.map(({ passes }) => passes));
-  const teacher = schedules.find(({ steps }) => steps === "teacher");
-  const most = Math.max(fewest, teacher?.passes ?? model.scales?.length ?? model.sequence?.length ?? 0);
-  const word = WORDS[most]?.toLowerCase() ?? most;
-  at("claim").textContent = `${WORDS[fewest] ?? fewest} network step${fewest === 1 ? "" : "s"}${
-    most > fewest ? ` instead of ${word}` : ""}.`;
+  const whole = schedules.find(({ steps }) => steps === "teacher")?.passes ?? model.scales?.length;
+  const most = whole ?? model.sequence?.length ?? fewest;
+  const instead = most > fewest ? ` instead of ${WORDS[most]?.toLowerCase() ?? most}` : "";
+  at("claim").textContent = `${WORDS[fewest] ?? fewest} network step${fewest === 1 ? "" : "s"}${instead}.`;
   at("passes").style.setProperty("--passes", most);
   at("passes").style.setProperty("--done", fewest);
   at("bars").hidden = !engine.local; // a server does not say how long its parts took
   at("where").textContent = engine.local
     ? "It runs in this browser: what you draw stays on your machine." : "It runs on the server of this page.";
-  at("facts").replaceChildren(...[
-    ["Image", `${image.width} \u00d7 ${image.height}`], ["Labels", labels.length.toLocaleString("en")],
-    ["Computed by", model.device], ["Loaded", size && megabytes(size)],
-  ].filter(([, value]) => value).map(fact));
-  at("random").hidden = !model.randomWeights;
-  at("licence").replaceChildren(...Object.entries(licence).map(fact));
+  const facts = { Image: `${width} \u00d7 ${height}`, Labels: labels.length, "Computed by": model.device };
+  if (size) facts.Loaded = megabytes(size);
+  at("facts").replaceChildren(...Object.entries(facts).map(fact));
+  at("licence").replaceChildren(...Object.entries(model.licence).map(fact));
   at("card").textContent = model.card;
-  document.body.className = image.width <= SMALL ? "ready pixels" : "ready";
+  at("random").hidden = !model.randomWeights;
+  document.body.className = width <= SMALL ? "ready pixels" : "ready";
 }
 
 function fact([name, value]) {
-  const text = [value].flat().join(", ");
+  const text = [value].flat().map((one) => one.toLocaleString("en")).join(", ");
   return element("div", {}, element("dt", {}, name.replaceAll("_", " ")), element("dd", {}, text));
 }
 
 /** Controls from the parameters of a URL where the model has such, else its own. */
 function fillControls(wanted) {
-  const known = (name, values, otherwise) => {
-    const good = wanted.getAll(name).filter((value) => values.includes(value));
-    return good.length ? good : otherwise;
-  };
   const { labels, schedules, decoders, mostImages = MOST_IMAGES } = model;
-  const numbers = labels.map((_, number) => String(number));
-  const chosen = known("label", numbers, [FIRST_LABELS.find((number) => number < labels.length)]);
-  const names = schedules.map(({ steps }) => String(steps));
-  const quick = schedules.at(-1).passes <= QUICK ? names.slice(-1) : [];
-  const steps = known("steps", names, [names[0], ...quick]);
-  const [decoder] = known("decoder", decoders.map(({ name }) => name), [decoders[0].name]);
-  pickLabels(at("labels"), model, chosen.map(Number), remember);
-  at("steps").replaceChildren(...schedules.map((schedule, i) => chip(titleOf(schedule), {
-    type: "checkbox", name: "steps", value: names[i], checked: steps.includes(names[i]),
-  })));
-  at("decoders").replaceChildren(...decoders.map(({ name }) => chip(name, {
-    type: "radio", name: "decoder", value: name, checked: name === decoder,
-  })));
+  const chosen = (name, values, otherwise) => {
+    const known = wanted.getAll(name).filter((value) => values.includes(value));
+    return known.length ? known : otherwise;
+  };
+  const chips = (name, type, values, titles, checked) => values.map((value, i) =>
+    chip(titles[i], { type, name, value, checked: checked.includes(value) }));
+  const likely = FIRST_LABELS.find((number) => number < labels.length);
+  const numbers = chosen("label", labels.map((_, number) => String(number)), [likely]).map(Number);
+  const steps = schedules.map((schedule) => String(schedule.steps));
+  const first = schedules.at(-1).passes <= QUICK ? [steps[0], steps.at(-1)] : [steps[0]];
+  const names = decoders.map(({ name }) => name);
+  pickLabels(at("labels"), model, numbers, remember);
+  at("steps").replaceChildren(
+    ...chips("steps", "checkbox", steps, schedules.map(titleOf), chosen("steps", steps, first)));
+  at("decoders").replaceChildren(
+    ...chips("decoder", "radio", names, names, chosen("decoder", names, names.slice(0, 1))));
   at("decoder-field").hidden = decoders.length < 2;
-  form.elements.seed.value = /^\d{1,20}$/.test(wanted.get("seed")) ? wanted.get("seed") : "0";
-  form.elements.n.max = mostImages;
-  form.elements.n.value = Math.min(Number.parseInt(wanted.get("n"), 10) || FIRST_IMAGES, mostImages);
+  seedField.value = /^\d{1,20}$/.test(wanted.get("seed")) ? wanted.get("seed") : "0";
+  countField.max = mostImages;
+  countField.value = Math.min(Number.parseInt(wanted.get("n"), 10) || FIRST_IMAGES, mostImages);
   remember();
 }
 
@@ -124,7 +121,7 @@ function request() {
   return {
     labels: data.getAll("label").map(Number),
     schedules: model.schedules.filter((schedule) => steps.includes(String(schedule.steps))),
-    seed: BigInt(data.get("seed")),
+    seed: data.get("seed"),
     n: Number(data.get("n")),
     decoder: data.get("decoder"),
   };
@@ -132,12 +129,12 @@ function request() {
 
 /** Writes the controls into the URL, and what follows from them. */
 function remember() {
-  const data = new FormData(form);
-  const images = data.getAll("label").length * data.getAll("steps").length * data.get("n");
-  history.replaceState(null, "", `#${new URLSearchParams(data)}`);
+  const { labels, schedules, n, decoder } = request();
+  const images = labels.length * schedules.length * n;
+  history.replaceState(null, "", `#${new URLSearchParams(new FormData(form))}`);
   at("draw").textContent = images ? `Draw ${count(images, "image")}` : "Choose labels and steps";
   at("draw").disabled = !images;
-  at("decoder-note").textContent = model.decoders.find(({ name }) => name === data.get("decoder")).note;
+  at("decoder-note").textContent = model.decoders.find(({ name }) => name === decoder).note;
 }
 
 async function draw() {
@@ -151,18 +148,19 @@ async function draw() {
   const all = count(panels.length * n, "image");
   const began = performance.now();
   let done = 0;
-  report("status", `Drawing ${all}`, 0);
+  const progress = () => report("status", `Drawing ${all}`, done / (panels.length * n));
+  progress();
   at("cancel").hidden = false;
   try {
     for (const panel of panels) {
-      const asked = { label: panel.label, steps: panel.schedule.steps, seed, n, decoder, signal };
-      await model.draw(asked, (record) => {
+      const { label, schedule: { steps } } = panel;
+      await model.draw({ label, steps, seed: BigInt(seed), n, decoder, signal }, (record) => {
         if (signal.aborted) return;
         done += 1;
         show(panel, record);
         compare(panels);
-        report("status", `Drawing ${all}`, done / (panels.length * n));
-      }, ({ file, loaded, total }) => report("status", `Loading ${file}, ${megabytes(total)}`, loaded / total));
+        progress();
+      }, ({ file, loaded, total }) => report("status", `Loading ${file}`, loaded / total));
       signal.throwIfAborted();
     }
     report("status", `${all} in ${duration((performance.now() - began) / 1000)}`);
@@ -194,9 +192,9 @@ form.onsubmit = (event) => {
   draw();
 };
 form.oninput = remember;
-form.elements.model.onchange = ({ target }) => { location.hash = new URLSearchParams({ model: target.value }); };
+choice.onchange = () => { location.hash = new URLSearchParams({ model: choice.value }); };
 at("dice").onclick = () => {
-  [form.elements.seed.value] = crypto.getRandomValues(new Uint16Array(1));
+  [seedField.value] = crypto.getRandomValues(new Uint16Array(1));
   remember();
 };
 at("cancel").onclick = () => drawing.abort();

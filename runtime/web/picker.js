@@ -7,21 +7,19 @@ const LISTED = 60; // matches that are listed
 /** Fills a box for the labels of a model. chosen: class numbers. changed: called when others are chosen. */
 export function pickLabels(box, { labels, aliases }, chosen, changed) {
   if (labels.length <= FEW) {
-    const input = (value) => ({ type: "checkbox", name: "label", value, checked: chosen.includes(value) });
-    box.replaceChildren(element("div", { className: "chips" }, ...labels.map((name, i) => chip(name, input(i)))));
+    const chips = labels.map((name, value) =>
+      chip(name, { type: "checkbox", name: "label", value, checked: chosen.includes(value) }));
+    box.replaceChildren(element("div", { className: "chips" }, ...chips));
     return;
   }
+  box.replaceChildren(document.getElementById("picker").content.cloneNode(true));
+  const [input, list, tags] = ["input", "[role=listbox]", ".tags"].map((name) => box.querySelector(name));
   const picked = new Set(chosen);
-  let matches = [];
-  let active = 0;
-  const input = element("input", {
-    role: "combobox", spellcheck: false, placeholder: `Search ${labels.length.toLocaleString("en")} labels`,
-    ariaLabel: "Search the labels", ariaAutoComplete: "list", "aria-controls": "matches",
-  });
-  const list = element("ul", { id: "matches", role: "listbox", ariaLabel: "Labels", ariaMultiSelectable: "true" });
-  const tags = element("ul", { className: "chips tags", ariaLabel: "Chosen labels" });
+  let [shown, matches, active] = [false, [], 0];
+  input.placeholder = `Search ${labels.length.toLocaleString("en")} labels`;
 
-  function find(shown = true) {
+  function open(wanted = true) {
+    shown = wanted;
     matches = shown ? search(labels, aliases, input.value).slice(0, LISTED) : [];
     active = 0;
     render();
@@ -30,25 +28,31 @@ export function pickLabels(box, { labels, aliases }, chosen, changed) {
   function pick(number) {
     if (!picked.delete(number)) picked.add(number);
     input.focus();
+    input.select();
     render();
+    showTags();
     changed();
   }
 
   function move(by) {
     if (matches.length) active = (active + by + matches.length) % matches.length;
-    else find();
+    else open();
   }
 
   function render() {
-    list.hidden = !matches.length;
-    input.ariaExpanded = String(!list.hidden);
+    list.hidden = !shown;
+    input.ariaExpanded = String(shown);
     input.setAttribute("aria-activedescendant", matches.length ? `match-${active}` : "");
     list.replaceChildren(...matches.map(({ number, alias }, i) => element("li", {
       id: `match-${i}`, role: "option", className: i === active ? "active" : "",
       ariaSelected: String(picked.has(number)), onclick: () => pick(number),
     }, element("span", {}, labels[number], element("small", {}, alias ? ` ${alias}` : "")),
-    element("small", {}, String(number)))));
+    element("small", {}, number))));
+    if (!matches.length) list.append(element("li", { role: "option", ariaDisabled: "true" }, "No such label"));
     list.children[active]?.scrollIntoView({ block: "nearest" });
+  }
+
+  function showTags() {
     tags.replaceChildren(...[...picked].map((number) => element("li", {},
       element("input", { type: "hidden", name: "label", value: number }),
       element("button", {
@@ -60,16 +64,15 @@ export function pickLabels(box, { labels, aliases }, chosen, changed) {
     if (event.key === "Backspace" && !input.value && picked.size) pick([...picked].at(-1));
     if (!["ArrowDown", "ArrowUp", "Enter", "Escape"].includes(event.key)) return;
     event.preventDefault();
-    if (event.key === "Escape") find(false);
+    if (event.key === "Escape") open(false);
     else if (event.key === "Enter" && matches.length) pick(matches[active].number);
     else move(event.key === "ArrowUp" ? -1 : 1);
     render();
   };
-  input.oninput = input.onclick = () => find();
-  input.onblur = () => find(false);
+  input.oninput = input.onclick = () => open();
+  input.onblur = () => open(false);
   list.onmousedown = (event) => event.preventDefault(); // or the input loses the focus, and the list closes
-  box.replaceChildren(element("div", { className: "combobox" }, input, list), tags);
-  render();
+  showTags();
 }
 
 /** What a query means, best first: [{ number, alias }] with the alias that matched better than the name. */

@@ -8,12 +8,13 @@ export async function connect({ server, key }) {
   const headers = { "content-type": "application/json", ...(key && { authorization: `Bearer ${key}` }) };
   const ask = (path, options) => request(server + path, { headers, ...options });
   const models = (await ask("models")).data.map(({ id, title }) => ({ name: id, title }));
-  return { local: false, models, open: async (name) => modelOf(await ask(`models/${encodeURIComponent(name)}`), ask) };
+  const open = async (name) => modelOf(await ask(`models/${encodeURIComponent(name)}`), ask);
+  return { local: false, models, open };
 }
 
 function modelOf({ id: name, title, labels, aliases = {}, schedules, licence, card, ...facts }, ask) {
   if (facts.prompts !== "labels") {
-    throw new DDError("text_model", `${name} draws from sentences, this page from labels.`, "Choose another model.");
+    throw new DDError("text_model", `${name} draws from sentences.`, "Choose another model.");
   }
   const [width, height] = facts.size.split("x").map(Number);
   const { backend, device, precision } = facts.engine;
@@ -42,7 +43,8 @@ function modelOf({ id: name, title, labels, aliases = {}, schedules, licence, ca
 /** The JSON that the server answers. While its queue is full, asks again when it says so. */
 async function request(url, options) {
   const answer = await fetch(url, options).catch((error) => {
-    throw error.name === "AbortError" ? error : new DDError("network", "The server does not answer.", "Try again later.");
+    if (error.name === "AbortError") throw error;
+    throw new DDError("network", "The server does not answer.", "Try again later.");
   });
   if (answer.status === 429) {
     const seconds = answer.headers.get("retry-after") ?? 1;
