@@ -47,10 +47,10 @@ def pytest_collection_finish() -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Without Chromium what needs it is skipped, but not in CI."""
-    from ddexport.runtime.errors import BackendError
-    from ddexport.validate.browser import program
-
     if item.get_closest_marker("web") and os.environ.get("CI") != "true":
+        from ddexport.runtime.errors import BackendError
+        from ddexport.validate.browser import program
+
         try:
             program()
         except BackendError as error:

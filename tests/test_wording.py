@@ -76,7 +76,6 @@ distill var-d16
 distill digits-var --stages student,judge
 distill digits-var --quick --install
 push digits-var nobody
-web digits-var
 web digits-var -o site --single-file
 """.strip().splitlines()
 NONE = ["sample", "inspect digits-var"]

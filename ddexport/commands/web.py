@@ -12,8 +12,8 @@ from ddexport.runtime.options import PATH, option, shared
 EPILOG = """
 \b
 Examples:
-  ddexport web digits-var -o site
-  ddexport web digits-var digits-llamagen -o build/site --force
+  ddexport web digits-var
+  ddexport web digits-var digits-llamagen -o site --force
   ddexport web build/llamagen-b --precision fp16 -o llamagen-site
   ddexport web digits-var --single-file -o digits.html
 """
@@ -21,7 +21,7 @@ Examples:
 
 @click.command("web", cls=console.Command, epilog=EPILOG)
 @shared("bundle", name="bundles", metavar="[BUNDLE]...", nargs=-1)
-@option("-o", "--output", type=PATH, metavar="PATH", required=True,
+@option("-o", "--output", type=PATH, metavar="PATH", default="build/site",
         help="Directory of the new site, or HTML file.")  # fmt: skip
 @shared("precision", show_default="the first of a bundle",
         help="Precision to compute in: fp32, fp16 or int8.")  # fmt: skip
