@@ -1,13 +1,12 @@
-"""Times bundles in headless Chromium, and prints figures as JSON: `python docs/browser_times.py BUNDLE:PRECISION:DECODER...`.
+"""Times bundles in headless Chromium: `python docs/browser_times.py BUNDLE:PRECISION:DECODER...` prints JSON.
 
-Each runs in a browser of its own, in WebAssembly on one thread: the median of three images in one step, and the
-largest resident set of a process of the browser, which is that of the page's.
+Each runs in a browser of its own, in WebAssembly on one thread. A row has the medians of three images in one
+step, and the largest resident set of a process of the browser, which is that of the page.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -23,13 +22,14 @@ TIME = """async ([url, options, decoder, n]) => {
   const pipe = await load(url, { ...options, decoder, device: "wasm", threads: 1 });
   const loaded = (performance.now() - began) / 1000;
   const { drawn } = await pipe([pipe.labels.length - 1], { steps: 1, n, decoder });
-  return { loaded, student: drawn.map((one) => one.seconds.student), decoder: drawn.map((one) => one.seconds.decoder) };
+  const median = (part) => drawn.map(({ seconds }) => seconds[part]).sort((a, b) => a - b)[Math.floor(n / 2)];
+  return { loaded, student_seconds: median("student"), decoder_seconds: median("decoder") };
 }"""
 
 
 def peak_mib() -> float:
-    """The largest resident set that a process of Chromium has had."""
-    peaks = [0]
+    """The largest resident set that a running process of Chromium has had."""
+    peaks = []
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             facts = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -44,8 +44,8 @@ def timed(bundle: Path, precision: str, decoder: str) -> dict[str, Any]:
     """A row of the table."""
     [part] = parts_of([bundle], precision)
     graphs = [part.manifest.graph("student", precision), part.manifest.decoder(decoder, precision)]
-    row = {"model": part.manifest.name, "precision": precision, "decoder": decoder}
-    row["mib"] = sum(info.bytes for graph in graphs for info in graph.files) / 2**20
+    size = sum(info.bytes for graph in graphs for info in graph.files)
+    row = {"model": part.manifest.name, "precision": precision, "decoder": decoder, "mib": size / 2**20}
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         site = Path(folder) / "site"
         write_site([part], site)
@@ -54,20 +54,11 @@ def timed(bundle: Path, precision: str, decoder: str) -> dict[str, Any]:
             page = browser.new_page()
             page.set_default_timeout(0)
             page.goto(address + BLANK)
-            try:
-                options = {"precision": precision}
-                url = f"bundles/{part.manifest.name}/"
-                got = asked(page, TIME, (url, options, decoder, IMAGES))
-            except Exception as error:
-                return row | {"fault": str(error), "peak_mib": peak_mib()}
-        seconds = {name: statistics.median(got[name]) for name in ("student", "decoder")}
-        return row | seconds | {"loaded": got["loaded"], "peak_mib": peak_mib(), "total": sum(seconds.values())}
+            words = (f"bundles/{part.manifest.name}/", {"precision": precision}, decoder, IMAGES)
+            return row | asked(page, TIME, words) | {"peak_mib": peak_mib()}
 
 
 if __name__ == "__main__":
-    rows = []
-    for words in sys.argv[1:]:
-        path, precision, decoder = words.split(":")
-        rows.append(timed(Path(path), precision, decoder))
-        print(rows[-1], file=sys.stderr)
-    print(json.dumps({"rows": rows}))
+    asked_for = [words.split(":") for words in sys.argv[1:]]
+    rows = [timed(Path(path), precision, decoder) for path, precision, decoder in asked_for]
+    sys.stdout.write(json.dumps({"rows": rows}))

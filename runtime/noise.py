@@ -94,18 +94,16 @@ def philox4x32(counter: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
 def _box_muller(words: NDArray[np.uint64]) -> NDArray[np.float32]:
     """uint64 (4, N, blocks) of 32-bit words -> float32 (N, blocks, 4).
 
-    Logarithm, sine and cosine are polynomials here (fdlibm's, without branches): those of NumPy differ between
-    machines in the last bit, + - * / and sqrt do not. runtime/web/noise.js computes the same in a browser.
+    Logarithm, sine and cosine are polynomials here (fdlibm's, without branches): those of NumPy differ
+    between machines in the last bit, + - * / and sqrt do not. runtime/web/noise.js has the same.
     """
-    first, second = words[0::2], words[1::2]
-    radius = np.sqrt(-2.0 * _log_of_share(first + np.uint64(1)))
-    quarter = (second + np.uint64(1 << 29)) >> np.uint64(30)
-    angle = (second.astype(np.int64) - (quarter << np.uint64(30)).astype(np.int64)) * (np.pi / 2.0 * 2.0**-30)
+    radius = np.sqrt(-2.0 * _log_of_share(words[0::2] + np.uint64(1)))
+    whole = words[1::2].astype(np.int64)
+    quarter = (whole + (1 << 29)) >> 30
+    angle = (whole - (quarter << 30)) * (np.pi / 2.0 * 2.0**-30)
     sine, cosine = _sine(angle), _cosine(angle)
-    turned = (quarter & np.uint64(1)).astype(np.bool_)
-    x, y = np.where(turned, sine, cosine), np.where(turned, cosine, sine)
-    x = np.where((quarter + np.uint64(1)) & np.uint64(2), -x, x)
-    y = np.where(quarter & np.uint64(2), -y, y)
+    x, y = np.where(quarter & 1, sine, cosine), np.where(quarter & 1, cosine, sine)
+    x, y = np.where((quarter + 1) & 2, -x, x), np.where(quarter & 2, -y, y)
     values = np.stack([radius * x, radius * y], axis=-1).astype(np.float32)
     return np.moveaxis(values, 0, -2).reshape(*words.shape[1:], 4)
 
