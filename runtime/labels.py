@@ -33,7 +33,7 @@ class Labels:
 
     def __init__(self, names: Iterable[str], aliases: Mapping[int, Iterable[str]] | None = None) -> None:
         self.names = tuple(names)
-        self._aliases = {number: tuple(words) for number, words in (aliases or {}).items()}
+        self.aliases = {number: tuple(words) for number, words in (aliases or {}).items()}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,7 +87,7 @@ class Labels:
         """The classes that bear a name or an alias."""
         owners = defaultdict(list)
         for number, name in enumerate(self.names):
-            for word in dict.fromkeys(_key(word) for word in (name, *self._aliases.get(number, ()))):
+            for word in dict.fromkeys(_key(word) for word in (name, *self.aliases.get(number, ()))):
                 owners[word].append(number)
         return dict(owners)
 

@@ -103,6 +103,8 @@ class Service:
             "size": size_of(manifest.image.width, manifest.image.height),
             "prompts": "labels" if manifest.text is None else "sentences",
             "labels": list(pipe.labels.names),
+            "aliases": dict(pipe.labels.aliases),
+            "max_images": self.max_images,
             "schedules": [
                 {
                     "steps": steps,

@@ -1,8 +1,6 @@
 /** The engine of the page where `ddexport serve` draws; docs/serving.md has its requests. */
 import { DDError } from "./errors.js";
 
-const MOST_IMAGES = 10; // the server's default, where it does not say
-
 /** site: { server: URL, key }. The server's models, and `open`, as local.js has them. */
 export async function connect({ server, key }) {
   const headers = { "content-type": "application/json", ...(key && { authorization: `Bearer ${key}` }) };
@@ -12,7 +10,7 @@ export async function connect({ server, key }) {
   return { local: false, models, open };
 }
 
-function modelOf({ id: name, title, labels, aliases = {}, schedules, licence, card, ...facts }, ask) {
+function modelOf({ id: name, title, labels, aliases, schedules, licence, card, ...facts }, ask) {
   if (facts.prompts !== "labels") {
     throw new DDError("text_model", `${name} draws from sentences.`, "Choose another model.");
   }
@@ -34,7 +32,7 @@ function modelOf({ id: name, title, labels, aliases = {}, schedules, licence, ca
     name, title, labels, aliases, schedules, licence, card, draw, close() {},
     decoders: facts.decoders.map((decoder) => ({ name: decoder, note: "" })),
     image: { width, height },
-    mostImages: facts.max_images ?? MOST_IMAGES,
+    mostImages: facts.max_images,
     randomWeights: facts.random_weights,
     device: `server: ${backend}, ${device}, ${precision}`,
   };

@@ -74,7 +74,7 @@ def test_labels_mean_the_same(visit: Go, address: str) -> None:
     """All names and numbers of ImageNet, in another case too, and what is wrong or ambiguous."""
     path = Path(recipes.__path__[0]) / "labels" / "imagenet.json"
     labels = read_labels(path, 1000)
-    aliases = {str(number): list(words) for number, words in labels._aliases.items()}
+    aliases = {str(number): list(words) for number, words in labels.aliases.items()}
     words = [word for names in aliases.values() for word in names]
     asked = [*labels.names, *words, "  Golden   RETRIEVER ", "7", "-1", "1000", "crane", "no such thing", ""]
     answers = visit(f"{address}noise.js").page.evaluate(

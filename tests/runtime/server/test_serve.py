@@ -280,9 +280,8 @@ def test_answers(server: Server) -> None:
     until(lambda: "\\ninfo: forged" in server.log)
     assert "openapi" in server.http.get("/docs").text
     details = server.http.get("/v1/models/toy").json()
-    assert [schedule["steps"] for schedule in details["schedules"]][:2] == [1, 2] and details[
-        "prompts"
-    ] == "labels"
+    assert [schedule["steps"] for schedule in details["schedules"]][:2] == [1, 2]
+    assert (details["prompts"], details["max_images"], details["aliases"]) == ("labels", 10, {})
 
 
 def test_keys_and_several_bundles(golden_bundle: Path, shared_bundle: Path, tmp_path: Path) -> None:
