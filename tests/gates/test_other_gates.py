@@ -85,7 +85,7 @@ def test_fid_without_a_reference_set_gives_no_verdict(planted: Planted) -> None:
 def test_a_report_of_another_bundle_is_not_believed(planted: Planted, model: str) -> None:
     """The decoder is broken after the reports were written."""
     bundle = planted(model)
-    parity = validate("parity", bundle, "--backend", "onnxruntime", "--images", 8, "--threads", 1)
+    parity = validate("parity", bundle, "--backend", "onnxruntime", "--threads", 1)
     assert parity.exit_code == 0, parity.stderr
     before = validate("report", bundle, "-o", bundle / "page.html")
     assert before.exit_code == 0, before.stderr
