@@ -75,7 +75,8 @@ def parts_of(bundles: Sequence[Path], precision: str | None = None) -> list[Part
         infos = {manifest.labels, *(info for graph in graphs for info in graph.files)}
         infos |= {manifest.teacher.codebook} if manifest.teacher else set()
         files = [FILE_NAME, *sorted(info.file for info in infos)]
-        parts[name] = Part(root, manifest, chosen, files + ["README.md"] * (root / "README.md").is_file())
+        files += ["README.md"] if (root / "README.md").is_file() else []
+        parts[name] = Part(root, manifest, chosen, files)
     return [*parts.values()]
 
 

@@ -13,12 +13,10 @@ export function address(path) {
 export async function readManifest(base) {
   const manifest = await readJson(base, { file: "bundle.json" });
   if (manifest?.schema !== SCHEMA) {
-    const newer = manifest?.schema > SCHEMA;
-    throw new DDError(
-      newer ? "newer_schema" : "older_schema",
-      `The bundle has schema ${manifest?.schema}, and this page reads ${SCHEMA}.`,
-      newer ? "Make the site with a newer ddexport." : "Export the bundle again.",
-    );
+    const message = `The bundle has schema ${manifest?.schema}, and this page reads ${SCHEMA}.`;
+    throw manifest?.schema > SCHEMA
+      ? new DDError("newer_schema", message, "Make the site with a newer ddexport.")
+      : new DDError("older_schema", message, "Export the bundle again.");
   }
   if (manifest.text) {
     const message = `${manifest.name} draws from sentences, which a browser cannot read yet.`;
@@ -117,15 +115,8 @@ export async function readFile(base, { file, bytes: size, sha256 }, onBytes = ()
   throw new DDError("wrong_hash", `The SHA-256 of ${file} is not the one in bundle.json.`, DAMAGED);
 }
 
-/** The codebook of a bundle with a teacher: float32 (V, Cv), from an npy file of version 1. */
-export async function readCodebook(base, manifest) {
-  const bytes = await readFile(base, manifest.teacher.codebook);
-  const start = 10 + new DataView(bytes.buffer).getUint16(8, true);
-  const header = new TextDecoder().decode(bytes.subarray(10, start));
-  const { codebook, width } = manifest.sequence;
-  const facts = ["'<f4'", "'fortran_order': False", `(${codebook}, ${width})`];
-  if (!facts.every((fact) => header.includes(fact)) || bytes.length !== start + 4 * codebook * width) {
-    throw new DDError("damaged", `The codebook is not float32 of ${codebook} x ${width}.`, DAMAGED);
-  }
-  return new Float32Array(bytes.slice(start).buffer);
+/** The codebook of a bundle with a teacher: float32 (V*Cv), the end of an npy file. */
+export async function readCodebook(base, { teacher, sequence }) {
+  const bytes = await readFile(base, teacher.codebook);
+  return new Float32Array(bytes.slice(-4 * sequence.codebook * sequence.width).buffer);
 }

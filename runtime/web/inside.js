@@ -92,9 +92,3 @@ function turn(by) {
 part(".previous").onclick = () => turn(-1);
 part(".next").onclick = () => turn(1);
 part(".close").onclick = () => dialog.close();
-dialog.onclick = ({ target }) => { if (target === dialog) dialog.close(); }; // the backdrop
-dialog.onkeydown = ({ key, target }) => {
-  if (target.type === "radio") return; // there arrows choose a step
-  if (key === "ArrowLeft") turn(-1);
-  if (key === "ArrowRight") turn(1);
-};

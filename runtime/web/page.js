@@ -129,11 +129,10 @@ function remember() {
 async function draw() {
   complain();
   drawing?.abort();
-  const mine = (drawing = new AbortController());
-  const { signal } = mine;
-  const wanted = request();
-  const { seed, n, decoder } = wanted;
-  const panels = layOut(at("results"), model, wanted);
+  drawing = new AbortController();
+  const { signal } = drawing;
+  const { seed, n, decoder } = request();
+  const panels = layOut(at("results"), model, request());
   const all = count(panels.length * n, "image");
   const began = performance.now();
   let done = 0;
@@ -154,7 +153,7 @@ async function draw() {
     }
     report("status", `${all} in ${duration((performance.now() - began) / 1000)}`);
   } catch (error) {
-    if (drawing !== mine) return; // the next drawing has begun
+    if (drawing.signal !== signal) return; // the next drawing has begun
     report("status", signal.aborted ? "Cancelled" : "");
     if (!signal.aborted) complain(error);
   }

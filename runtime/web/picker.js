@@ -1,4 +1,4 @@
-/** Labels to choose: chips for a few, for a thousand a field with suggestions. The chosen are fields `label`. */
+/** Labels to choose: a few as chips, a thousand by a field that suggests. The chosen are fields `label`. */
 import { chip, element } from "./dom.js";
 import { labelIndex } from "./labels.js";
 
