@@ -30,15 +30,11 @@ SITE = "site.json"
 WEB = Path(ddexport.runtime.__file__).parent / "web"
 PRECISIONS = (FLOAT32, "fp16", "int8")  # that browsers compute in
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
-SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
+SHA512 = "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 # A build for WebAssembly alone and one for WebGPU, each with the binary that it asks for.
 WASM_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 FILES = (*WASM_FILES, "ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm")
 SINGLE_BYTES = 64 << 20  # of the bundles in one HTML file: a browser holds it as a text, and unpacked
-POLICY = (
-    "default-src 'none'; script-src blob: 'wasm-unsafe-eval' '{script}'; style-src '{style}';"
-    " worker-src blob:; connect-src blob:; img-src blob: data:; base-uri 'none'; form-action 'none'"
-)
 
 
 class SiteError(DDError):
@@ -46,13 +42,12 @@ class SiteError(DDError):
 
 
 class Part(NamedTuple):
-    """A bundle of a site: its directory, what it computes in, its files, and how large they are."""
+    """A bundle of a site: its directory, what it computes in, and its files."""
 
     root: Path
     manifest: Manifest
     precision: str
-    files: tuple[str, ...]
-    bytes: int
+    files: list[str]
 
 
 def parts_of(bundles: Sequence[Path], precision: str | None = None) -> list[Part]:
@@ -72,16 +67,16 @@ def parts_of(bundles: Sequence[Path], precision: str | None = None) -> list[Part
         if name in parts or not re.fullmatch(r"\w[\w.-]*", name):
             what = "there is another bundle of this name" if name in parts else "it cannot be a folder's name"
             raise SiteError(f"no folder of the site can be called {name!r}: {what}", "Make a site of each.")
-        manifest.graph("student" if manifest.schedules else "decoder", chosen)
+        manifest.graph("student", chosen)
         # As in the runtime: there is no int8 teacher.
         able = {graph.precision for graph in manifest.graphs if graph.role == TEACHER}
-        teacher = next((one for one in (chosen, FLOAT32, *manifest.precisions) if one in able), None)
+        teacher = chosen if chosen in able else FLOAT32
         graphs = [g for g in manifest.graphs if g.precision == (teacher if g.role == TEACHER else chosen)]
         infos = {manifest.labels, *(info for graph in graphs for info in graph.files)}
         infos |= {manifest.teacher.codebook} if manifest.teacher else set()
-        listed = [FILE_NAME, "README.md", *sorted(info.file for info in infos)]
-        files = tuple(file for file in listed if (root / file).is_file())
-        parts[name] = Part(root, manifest, chosen, files, sum(info.bytes for info in infos))
+        files = [FILE_NAME, *sorted(info.file for info in infos)]
+        files += ["README.md"] if (root / "README.md").is_file() else []
+        parts[name] = Part(root, manifest, chosen, files)
     return [*parts.values()]
 
 
@@ -91,10 +86,7 @@ def write_site(parts: Sequence[Part], target: Path, replace: bool = False) -> No
     with staged_directory(target, replace, marker=SITE) as staging:
         for name, content in _contents(parts, package, FILES):
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, Path):
-                shutil.copyfile(content, staging / name)
-            else:
-                (staging / name).write_bytes(content)
+            (staging / name).write_bytes(content)
 
 
 def write_page(parts: Sequence[Part], target: Path, replace: bool = False) -> None:
@@ -104,26 +96,24 @@ def write_page(parts: Sequence[Part], target: Path, replace: bool = False) -> No
     """
     if target.exists() and not (replace and target.is_file()):
         raise OutputError(f"{target} exists already", "use --force for a file, or another place with -o")
-    if (size := sum(part.bytes for part in parts)) > SINGLE_BYTES:
+    size = sum((part.root / file).stat().st_size for part in parts for file in part.files)
+    if size > SINGLE_BYTES:
         message = f"one file holds {SINGLE_BYTES >> 20} MiB of bundles at most, and these have {size >> 20}"
         raise SiteError(message, "Leave out --single-file, or take another precision or fewer bundles.")
-    contents = {
-        name: content.read_bytes() if isinstance(content, Path) else content
-        for name, content in _contents(parts, fetched(), WASM_FILES)
-    }
+    contents = dict(_contents(parts, fetched(), WASM_FILES))
     page, style, script = (contents.pop(name).decode() for name in ("index.html", "style.css", "single.js"))
     packed = {name: base64.b64encode(gzip.compress(data, 6)).decode() for name, data in contents.items()}
     listing = json.dumps(packed).replace("<", "\\u003c")  # in the name of a file
     data = f'<script type="application/json" id="files">{listing}</script>'
-    policy = POLICY.format(script=_digest(script.encode(), "sha256"), style=_digest(style.encode(), "sha256"))
-    for place, text in (
-        (r'(?<=<meta http-equiv="Content-Security-Policy" content=")[^"]*', policy),
-        (r'<link rel="stylesheet" href="style.css">', f"<style>{style}</style>"),
-        (r'<script type="module" src="page.js"></script>', ""),
-        ("(?=</body>)", f"{data}<script>{script}</script>"),
+    for old, new in (
+        ("script-src 'self'", f"script-src 'self' '{_digest(script.encode(), 'sha256')}'"),
+        ("style-src 'self'", f"style-src '{_digest(style.encode(), 'sha256')}'"),
+        ("'self'", "blob:"),
+        ('<link rel="stylesheet" href="style.css">', f"<style>{style}</style>"),
+        ('<script type="module" src="page.js"></script>', ""),
+        ("</body>", f'{data}<script type="module">{script}</script></body>'),
     ):
-        before, after = re.split(place, page)  # each is there once
-        page = before + text + after
+        page = page.replace(old, new)
     with atomic_write(target, follow=True) as stream:
         stream.write(page.encode())
 
@@ -135,7 +125,7 @@ def fetched() -> Path:
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddexport"
     package = cache / f"{PACKAGE}-{VERSION}.tgz"
-    if package.is_file() and _digest(package.read_bytes()) == f"sha512-{SHA512}":
+    if package.is_file() and _digest(package.read_bytes()) == SHA512:
         return package
     npm = shutil.which("npm") or shutil.which("npm", path=Path(sys.executable).parent)
     if npm is None:
@@ -145,32 +135,32 @@ def fetched() -> Path:
         words = [npm, "pack", f"{PACKAGE}@{VERSION}", "--ignore-scripts", "--loglevel=error"]
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
         got = Path(folder) / package.name
-        if done.returncode or not got.is_file():
+        if not got.is_file():
             said = re.sub(r"\s+", " ", done.stderr.replace("npm error", ""))[:300].strip()
             hint = f"Where there is a network: `npm pack {PACKAGE}@{VERSION}`, and copy the file to {cache}."
             raise SiteError(f"npm could not fetch {PACKAGE} {VERSION}: {said}", hint)
-        if _digest(got.read_bytes()) != f"sha512-{SHA512}":
+        if _digest(got.read_bytes()) != SHA512:
             message = f"the SHA-512 of {PACKAGE} {VERSION} from npm's registry is not the one known here"
             raise SiteError(message, "Do not use that file; see `npm config get registry`.")
         got.replace(package)
     return package
 
 
-def _contents(
-    parts: Sequence[Part], package: Path, names: Sequence[str]
-) -> Iterator[tuple[str, bytes | Path]]:
+def _contents(parts: Sequence[Part], package: Path, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     """Every file of a site by its path there. names: of the package."""
-    yield from ((path.relative_to(WEB).as_posix(), path) for path in WEB.rglob("*") if path.is_file())
+    for path in filter(Path.is_file, WEB.rglob("*")):
+        yield path.relative_to(WEB).as_posix(), path.read_bytes()
     with tarfile.open(package) as archive:
         for member in archive:
             name = member.name.rpartition("/")[2]
             if name in names and (stream := archive.extractfile(member)):
                 yield f"onnxruntime/{name}", stream.read()
-    entries: list[dict[str, str]] = []
-    for root, manifest, precision, files, _ in parts:
+    entries = []
+    for root, manifest, precision, files in parts:
         url = f"bundles/{manifest.name}/"
-        yield from ((f"{url}{file}", root / file) for file in files)
         entries.append({"name": manifest.name, "title": manifest.title, "url": url, "precision": precision})
+        for file in files:
+            yield url + file, (root / file).read_bytes()
     yield SITE, json.dumps({"bundles": entries, "onnxruntime": VERSION}, indent=2).encode()
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ddexport.site import parts_of, write_site
-from ddexport.validate.browser import BLANK, asked, chromium, serving
+from ddexport.validate.browser import BLANK, chromium, serving
 
 IMAGES = 3
 TIME = """async ([url, options, decoder, n]) => {
-  const { load } = await import(new URL("ddexport.js", location.href).href);
+  const { load } = await import(location.href);
   const began = performance.now();
   const pipe = await load(url, { ...options, decoder, device: "wasm", threads: 1 });
   const loaded = (performance.now() - began) / 1000;
@@ -47,15 +47,13 @@ def timed(bundle: Path, precision: str, decoder: str) -> dict[str, Any]:
     size = sum(info.bytes for graph in graphs for info in graph.files)
     row = {"model": part.manifest.name, "precision": precision, "decoder": decoder, "mib": size / 2**20}
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
-        site = Path(folder) / "site"
-        write_site([part], site)
-        (site / BLANK).write_text("<!doctype html>")
-        with serving(site) as address:
+        write_site([part], Path(folder))
+        with serving(Path(folder)) as address:
             page = browser.new_page()
             page.set_default_timeout(0)
             page.goto(address + BLANK)
-            words = (f"bundles/{part.manifest.name}/", {"precision": precision}, decoder, IMAGES)
-            return row | asked(page, TIME, words) | {"peak_mib": peak_mib()}
+            words = [f"bundles/{part.manifest.name}/", {"precision": precision}, decoder, IMAGES]
+            return row | page.evaluate(TIME, words) | {"peak_mib": peak_mib()}
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,20 +25,16 @@ if TYPE_CHECKING:
     from ddexport.validate.reference import ReferenceRun, Request
 
 BROWSER = "browser"
-BLANK = "parity.html"  # a page of the site without its policy, which forbids what playwright does
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = ("--disable-gpu", "--disable-quic", "--disable-component-update", "--disable-sync")
+BLANK = "ddexport.js"  # an address of the site without its policy, which forbids what playwright does
 LOAD = """async ([url, options]) => {
-  const { load } = await import(new URL("ddexport.js", location.href).href);
+  const { load } = await import(location.href);
   globalThis.pipe = await load(url, options);
 }"""
 DRAW = """async ([label, seed, steps, decoder]) => {
-  const base64 = (array) => new Uint8Array(array.buffer, array.byteOffset, array.byteLength).toBase64();
-  const { drawn: [one] } = await globalThis.pipe([label], { seed: BigInt(seed), steps, decoder });
-  const tokens = Int32Array.from(one.steps.flatMap((step) => [...step.tokens]));
-  const { noise, uniforms = new Float64Array(), image: { data: pixels } } = one;
-  const arrays = { noise, uniforms, pixels, tokens, sequence: one.steps.at(-1).sequence };
-  return Object.fromEntries(Object.entries(arrays).map(([name, array]) => [name, base64(array)]));
+  const { drawn: [record] } = await globalThis.pipe([label], { seed: BigInt(seed), steps, decoder });
+  const { noise, uniforms = [], image } = record;
+  const tokens = record.steps.flatMap((step) => [...step.tokens]);
+  return { noise, uniforms, tokens, sequence: record.steps.at(-1).sequence, pixels: image.data };
 }"""
 
 
@@ -68,22 +63,21 @@ def serving(folder: Path) -> Iterator[str]:
 
 def program() -> str:
     """The Chromium of the system. Raises BackendError if there is none."""
-    names = [os.environ["CHROMIUM"]] if os.environ.get("CHROMIUM") else PROGRAMS
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        hint = "Install it (Debian: apt-get install chromium), or name the program in CHROMIUM."
-        raise BackendError(f"there is no {' or '.join(names)} on this machine", hint)
-    return path
+    name = os.environ.get("CHROMIUM") or "chromium"
+    if path := shutil.which(name):
+        return path
+    hint = "Install it (Debian: apt-get install chromium), or name the program in CHROMIUM."
+    raise BackendError(f"there is no {name} on this machine", hint)
 
 
 @contextmanager
-def chromium(*flags: str) -> Iterator[Any]:
+def chromium() -> Iterator[Any]:
     """A started Chromium of the system, as playwright's Browser. Raises BackendError if there is none."""
     from playwright.sync_api import Error, sync_playwright
 
     with sync_playwright() as playwright:
         try:
-            browser = playwright.chromium.launch(executable_path=program(), args=[*FLAGS, *flags])
+            browser = playwright.chromium.launch(executable_path=program(), args=["--disable-gpu"])
         except Error as error:
             raise BackendError(f"{program()} does not start: {error.message}", "Start it by hand.") from error
         with browser:
@@ -100,58 +94,50 @@ class Tab:
     def compare(
         self, runs: list[ReferenceRun], request: Request, advance: Callable[[int], None]
     ) -> Comparison:
-        """What users get. Raises VerificationError where nothing runs, or the noise differs in a bit."""
+        """What users get. Raises VerificationError where the noise differs in a bit."""
         comparison = Comparison()
         for run in runs:
             for decoder in (FULL, *first_decoders(runs, run)):
-                rows = []
-                for row in range(len(request.labels)):
-                    rows.append(self._drawn(run, decoder, request, row))
-                    advance(2 * (decoder == FULL))
+                rows = [self._drawn(run, decoder, request, row) for row in range(len(request.labels))]
                 got = Drawn(*map(np.stack, zip(*rows, strict=True)))
                 comparison.drawn.append(drawn_pair(run, decoder, got, request.places))
+            advance(2 * len(request.labels))
         return comparison
 
     def _drawn(self, run: ReferenceRun, decoder: str, request: Request, row: int) -> tuple[Any, Any, Any]:
         """Tokens int64 (T,), sequence float32 (L, Cv), pixels uint8 (H, W, 3)."""
-        words = (int(request.labels[row]), str(request.seeds[row]), steps_of(run), decoder)
-        answer = {name: base64.b64decode(text) for name, text in asked(self.page, DRAW, words).items()}
-        numbers = request.uniforms[row].tobytes() if run.plan.teacher else b""
-        if (answer["noise"], answer["uniforms"]) != (request.noise[row].tobytes(), numbers):
+        seed, noise = request.seeds[row], request.noise[row]
+        words = [int(request.labels[row]), str(seed), steps_of(run), decoder]
+        answer = self.page.evaluate(DRAW, words)  # typed arrays arrive as lists
+        uniforms = request.uniforms[row].tobytes() if run.plan.teacher else b""
+        same = np.array(answer["noise"], np.float32).tobytes() == noise.tobytes()
+        if not same or np.array(answer["uniforms"], np.float64).tobytes() != uniforms:
             raise VerificationError(
-                f"the browser's noise of seed {request.seeds[row]} is not that of docs/bundle.md",
+                f"the browser's noise of seed {seed} is not that of docs/bundle.md",
                 "runtime/web/noise.js is wrong, or this browser: please report it",
             )
-        tokens = np.frombuffer(answer["tokens"], np.int32).astype(np.int64)
-        sequence = np.frombuffer(answer["sequence"], np.float32).reshape(request.noise[row].shape)
-        pixels = np.frombuffer(answer["pixels"], np.uint8).reshape(*run.pixels.shape[1:3], 4)
-        return tokens, sequence, pixels[..., :3]
+        sequence = np.array(answer["sequence"], np.float32).reshape(noise.shape)
+        pixels = np.array(answer["pixels"], np.uint8).reshape(*run.pixels.shape[1:3], 4)
+        return np.array(answer["tokens"], np.int64), sequence, pixels[..., :3]
 
 
 @contextmanager
 def open_tab(root: Path, precision: str | None, emulate: bool | None, threads: int | None) -> Iterator[Tab]:
-    """The bundle on a site of its own, open in a page. Raises DDError where that cannot be."""
-    if emulate:
-        raise UsageError("--emulate is for engines of this machine", "Leave it out.")
-    with ExitStack() as stack:
-        browser = stack.enter_context(chromium())
-        [part] = parts_of([root], precision)
-        site = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "site"
-        write_site([part], site)
-        (site / BLANK).write_text("<!doctype html><title>parity</title>")
-        page = browser.new_page()
-        page.goto(stack.enter_context(serving(site)) + BLANK)
-        options = {"precision": part.precision, "device": "wasm", "threads": threads}
-        asked(page, LOAD, (f"bundles/{part.manifest.name}/", options))
-        yield Tab(page, part.precision)
-
-
-def asked(page: Any, function: str, argument: Sequence[Any]) -> Any:
-    """What a function of JavaScript returns in a page. Raises VerificationError."""
+    """The bundle on a site of its own, open in a page. Raises DDError where that cannot be, or ends so."""
     from playwright.sync_api import Error
 
-    try:
-        return page.evaluate(function, list(argument))
-    except Error as error:
-        message = error.message.splitlines()[0].replace("Page.evaluate", "the bundle does not run")
-        raise VerificationError(message, "docs/browser.md lists the errors.") from error
+    if emulate:
+        raise UsageError("--emulate is for engines of this machine", "Leave it out.")
+    [part] = parts_of([root], precision)
+    options = {"precision": part.precision, "device": "wasm", "threads": threads}
+    with chromium() as browser, tempfile.TemporaryDirectory() as folder:
+        write_site([part], Path(folder))
+        with serving(Path(folder)) as address:
+            page = browser.new_page()
+            page.goto(address + BLANK)
+            try:
+                page.evaluate(LOAD, [f"bundles/{part.manifest.name}/", options])
+                yield Tab(page, part.precision)
+            except Error as error:
+                message = error.message.splitlines()[0].replace("Page.evaluate", "the bundle does not run")
+                raise VerificationError(message, "docs/browser.md lists the errors.") from error

@@ -30,12 +30,7 @@ Examples:
 @shared("json")
 @console.debug_option
 def command(
-    bundles: tuple[Path, ...],
-    output: Path,
-    precision: str | None,
-    single_file: bool,
-    force: bool,
-    as_json: bool,
+    bundles: list[Path], output: Path, precision: str | None, single_file: bool, force: bool, as_json: bool
 ) -> None:
     """Make a web page that draws with BUNDLE.
 

@@ -8,75 +8,74 @@ import { sample } from "./sampler.js";
 import { openEngine } from "./session.js";
 import { generate } from "./teacher.js";
 
-const OPTIONS = ["steps", "seed", "n", "decoder", "firstImage", "onImage", "onProgress", "signal"];
-
 /**
- * Opens a bundle directory at an URL, and the graphs of the fewest steps; others when they are first needed.
+ * Opens a bundle directory at an URL, and the graphs of the fewest steps; others when first needed.
  * precision: the manifest's first if undefined. device: "auto" is WebGPU on a real adapter, else WebAssembly.
  * onProgress({ file, loaded, total }): in bytes. Rejects with a DDError.
  *
- * The pipe: pipe(labels, { steps, seed, n, decoder, firstImage, onImage, onProgress, signal }) gives
- * { images, tokens, drawn }: for each image an ImageData, the int32 tokens of the last step, and the record
- * that onImage gets as soon as it is ready: { label, index, image, tokens, noise, uniforms, steps, seconds };
- * steps: [{ role, known, tokens: int32, sequence: float32 (L*Cv), seconds }].
+ * pipe(labels, { steps, seed, n, decoder, firstImage, onProgress }) gives { images, tokens, drawn }: of
+ * each image an ImageData, the int32 tokens of the last step, and a record
+ * { label, index, image, tokens, noise, uniforms, steps, seconds }; steps: of student and teacher in order,
+ * [{ role, known, tokens: int32, sequence: float32 (L*Cv), seconds }].
  */
 export async function load(url, { precision, device = "auto", decoder = "full", threads, onProgress } = {}) {
   const base = url.endsWith("/") ? url : `${url}/`;
   const manifest = await readManifest(base);
-  const { names, aliases = {} } = await readJson(base, manifest.labels.file, manifest.labels);
+  const { names, aliases = {} } = await readJson(base, manifest.labels);
   const chosen = precision ?? precisionsOf(manifest)[0];
   const engine = await openEngine({ device, precision: chosen, threads });
-  const { length, width, split } = manifest.sequence;
-  const sessions = new Map();
+  const { tensor } = engine;
+  const { length, width } = manifest.sequence;
+  const sessions = new Map(); // by file
   let codebook;
   let last = Promise.resolve(); // a session runs one request at a time
 
+  /** What a schedule needs: { decoder, student, teacher }, each with `run`. */
   async function open(schedule, decoder, onProgress = () => {}) {
-    const graphs = [decoderGraph(decoder)];
-    if (schedule.known.length) graphs.unshift(studentGraph(schedule));
-    if (schedule.teacher) graphs.push(graphOf(manifest, "teacher", chosen));
-    const missing = graphs.filter((graph) => !sessions.has(graph.file));
-    const total = missing.flatMap((graph) => graph.files).reduce((sum, info) => sum + info.bytes, 0);
+    const role = decoder === "full" ? "decoder" : `decoder_${decoder}`;
+    const graphs = { decoder: graphOf(manifest, role, chosen) };
+    if (schedule.known.length) graphs.student = graphOf(manifest, "student", chosen, schedule.split);
+    if (schedule.teacher) graphs.teacher = graphOf(manifest, "teacher", chosen);
+    const missing = Object.values(graphs).filter(({ file }) => !sessions.has(file));
+    const total = missing.flatMap(({ files }) => files).reduce((sum, { bytes }) => sum + bytes, 0);
     let loaded = 0;
     for (const graph of missing) {
-      onProgress({ file: graph.file, loaded, total });
-      const opened = await engine.open(base, graph, (bytes) => {
+      const arrived = (bytes) => {
         loaded += bytes;
         onProgress({ file: graph.file, loaded, total });
-      });
-      sessions.set(graph.file, opened);
+      };
+      arrived(0);
+      sessions.set(graph.file, await engine.open(base, graph, arrived));
     }
     if (schedule.teacher) codebook ??= await readCodebook(base, manifest);
+    return Object.fromEntries(Object.entries(graphs).map(([role, { file }]) => [role, sessions.get(file)]));
   }
 
-  const studentGraph = (schedule) => graphOf(manifest, "student", chosen, schedule.split ?? split);
-  const decoderGraph = (name) => graphOf(manifest, name === "full" ? "decoder" : `decoder_${name}`, chosen);
-
   async function decode(sequence, decoder = "full") {
-    const feeds = { sequence: engine.tensor("float32", sequence, [1, length, width]) };
-    const { image } = await sessions.get(decoderGraph(decoder).file).run(feeds, ["image"]);
+    const opened = await open({ known: [] }, decoder);
+    const feeds = { sequence: tensor("float32", sequence, [1, length, width]) };
+    const { image } = await opened.decoder.run(feeds, ["image"]);
     const picture = toImageData(image.data, manifest.image);
     image.dispose();
     return picture;
   }
 
-  async function draw(label, index, seed, schedule, decoder) {
+  async function draw(label, index, seed, schedule, opened, decoder) {
     const noise = gaussianNoise(seed, index, length * width);
     const uniforms = schedule.teacher && uniformNumbers(seed, index, length);
     const student = async (latents, known) => {
       const feeds = {
-        latents: engine.tensor("float32", latents, [1, length, width]),
-        label: engine.tensor("int64", [label], [1]),
-        known: engine.tensor("int64", [known], [1]),
+        latents: tensor("float32", latents, [1, length, width]),
+        label: tensor("int64", [label], [1]),
+        known: tensor("int64", [known], [1]),
       };
-      const outputs = await sessions.get(studentGraph(schedule).file).run(feeds, ["sequence", "tokens"]);
-      const tokens = Int32Array.from(outputs.tokens.data, Number);
-      return { sequence: outputs.sequence.data.slice(), tokens };
+      const { sequence, tokens } = await opened.student.run(feeds, ["sequence", "tokens"]);
+      return { sequence: sequence.data.slice(), tokens: Int32Array.from(tokens.data, Number) };
     };
-    const { run } = sessions.get(schedule.teacher && graphOf(manifest, "teacher", chosen).file) ?? {};
-    const { tensor } = engine;
-    const continued = (span, prefix) =>
-      generate({ run, tensor, teacher: manifest.teacher, span, prefix, label, uniforms });
+    const continued = (span, prefix) => {
+      const { run } = opened.teacher;
+      return generate({ run, tensor, teacher: manifest.teacher, span, prefix, label, uniforms });
+    };
     const steps = await sample({ student, generate: continued, codebook, noise, schedule, width });
     const began = performance.now();
     const image = await decode(steps.at(-1).sequence, decoder);
@@ -86,20 +85,17 @@ export async function load(url, { precision, device = "auto", decoder = "full", 
   }
 
   async function call(labels, request = {}) {
-    const unknown = Object.keys(request).find((name) => !OPTIONS.includes(name));
+    const { steps, seed = 0, n = 1, decoder = "full", firstImage = 0, onProgress, ...others } = request;
+    const [unknown] = Object.keys(others);
     if (unknown) throw new DDError("invalid_value", `A pipe takes no option called ${unknown}.`);
-    const { steps, seed = 0, n = 1, firstImage = 0, onImage, signal } = request;
-    const decoder = request.decoder ?? "full";
     if (!(Number.isInteger(n) && n > 0)) throw new DDError("invalid_value", `n must be 1 or more, not ${n}.`);
     const numbers = [labels].flat().map((label) => labelIndex(names, aliases, label));
     const schedule = scheduleOf(manifest, steps);
-    await open(schedule, decoder, request.onProgress);
+    const opened = await open(schedule, decoder, onProgress);
     const drawn = [];
-    for (let i = 0; i < numbers.length * n; i++) {
-      signal?.throwIfAborted();
-      const label = numbers[Math.floor(i / n)];
-      drawn.push(await draw(label, BigInt(firstImage) + BigInt(i), seed, schedule, decoder));
-      onImage?.(drawn[i]);
+    for (const label of numbers.flatMap((number) => Array(n).fill(number))) {
+      const index = BigInt(firstImage) + BigInt(drawn.length);
+      drawn.push(await draw(label, index, seed, schedule, opened, decoder));
     }
     return { images: drawn.map(({ image }) => image), tokens: drawn.map(({ tokens }) => tokens), drawn };
   }

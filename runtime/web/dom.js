@@ -16,10 +16,12 @@ export function chip(text, input) {
   return element("label", { className: "chip" }, element("input", input), element("span", {}, text));
 }
 
-/** The pixels of an ImageData as a canvas. */
+/** An ImageData or ImageBitmap as a canvas. */
 export function canvasOf(image) {
   const canvas = element("canvas", { width: image.width, height: image.height });
-  canvas.getContext("2d").putImageData(image, 0, 0);
+  const context = canvas.getContext("2d");
+  if (image instanceof ImageData) context.putImageData(image, 0, 0);
+  else context.drawImage(image, 0, 0);
   return canvas;
 }
 

@@ -23,7 +23,7 @@ export function openInside(model, panel, index) {
   part(".chips").replaceChildren(...steps.map(({ role }, i) => chip(`${i + 1}. ${role}`, {
     type: "radio", name: "step", checked: i === steps.length - 1, onchange: () => showStep(i),
   })));
-  part(".strips").replaceChildren();
+  part(".strips").hidden = !steps.length;
   if (!dialog.open) dialog.showModal();
   if (steps.length) showStep(steps.length - 1);
 }
@@ -31,52 +31,53 @@ export function openInside(model, panel, index) {
 function showStep(number) {
   const { model: { sequence: { length, width }, scales }, record } = shown;
   const { role, known, tokens, sequence } = record.steps[number];
-  const sides = scales ?? [Math.sqrt(length)];
-  const ends = sides.map((_, i) => sides.slice(0, i + 1).reduce((sum, side) => sum + side * side, 0));
   const latents = record.noise.slice();
   if (number) latents.set(record.steps[number - 1].sequence.subarray(0, known * width));
   const input = role === "teacher" ? { what: "chance", values: record.uniforms, width: 1 }
     : { what: "noise", values: latents, width, known };
   const output = { what: "sequence", values: sequence, width, known, tokens };
-  const decoded = sides.map(() => element("div", { className: "tile" }));
-  const strip = (name, cell) => part(`.strips .${name}`).replaceChildren(...sides.map((side, i) =>
-    element("li", {}, cell(i), scales ? element("small", {}, `${side} \u00d7 ${side}`) : "")));
-  part(".strips").replaceChildren(document.getElementById("strips").content.cloneNode(true));
+  let end = 0;
+  const parts = (scales ?? [Math.sqrt(length)]).map((side) => {
+    const start = end;
+    end += side * side;
+    return { side, start, end, tile: element("div", { className: "tile" }) };
+  });
+  const strip = (name, cell) => part(name).replaceChildren(...parts.map((one) =>
+    element("li", {}, cell(one), scales ? element("small", {}, `${one.side} \u00d7 ${one.side}`) : "")));
   part(".strips").classList.toggle("raster", !scales);
-  for (const text of dialog.querySelectorAll("[data-role]")) text.hidden = text.dataset.role !== role;
-  strip("input", (i) => mapOf(input, sides[i], ends[i] - sides[i] ** 2));
-  strip("output", (i) => mapOf(output, sides[i], ends[i] - sides[i] ** 2));
-  strip("decoded", (i) => decoded[i]);
-  decode(sequence, ends.map((end) => end * width), decoded);
+  strip(".input", (one) => mapOf(input, one));
+  strip(".output", (one) => mapOf(output, one));
+  strip(".decoded", ({ tile }) => tile);
+  decode(sequence, parts);
 }
 
-/** Fills each tile with the image of the sequence up to an end, the rest zero. */
-async function decode(sequence, ends, tiles) {
+/** Fills each tile with the image of the sequence up to its end, the rest zero. */
+async function decode(sequence, parts) {
   const { model, panel } = shown;
-  for (const [i, tile] of tiles.entries()) {
+  for (const { tile, end } of parts) {
     if (!tile.isConnected || !dialog.open) return; // the visitor went on
-    tile.replaceChildren(canvasOf(await model.decode(sequence.slice().fill(0, ends[i]), panel.decoder)));
+    const begun = sequence.slice().fill(0, end * model.sequence.width);
+    tile.replaceChildren(canvasOf(await model.decode(begun, panel.decoder)));
   }
 }
 
-/** Positions from `start` on as side x side cells; the first three of `width` numbers are the colour. */
-function mapOf({ what, values, width, known = 0, tokens = [] }, side, start) {
-  const rms = Math.sqrt(values.reduce((sum, value) => sum + value * value, 0) / values.length);
+/** Positions of a part as side x side cells; the first three of `width` numbers are the colour. */
+function mapOf({ what, values, width, known = 0, tokens = [] }, { side, start, end }) {
+  const rms = Math.hypot(...values) / Math.sqrt(values.length);
   const brightness = (value) => Math.round(width === 1 ? 255 * value : 128 + (56 * value) / rms);
-  const own = Array.from(tokens).slice(start, start + side * side);
+  const own = Array.from(tokens).slice(start, end);
   const map = element("div", { className: `map ${what}`, role: "img" });
   map.ariaLabel = `${what}, ${side} by ${side}${own.length ? `, tokens ${own.join(" ")}` : ""}`;
   map.style.setProperty("--side", side);
-  for (let position = start; position < start + side * side; position++) {
-    const token = own[position - start];
-    const number = side > NUMBERED ? "" : String(token ?? "");
-    const cell = element("span", { title: `Position ${position}` }, number);
+  for (let position = start; position < end; position++) {
+    const token = tokens[position];
     const colour = [0, 1, 2].map((i) => brightness(values[position * width + Math.min(i, width - 1)]));
     const light = 0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2] > 128;
-    cell.style.setProperty("background", `rgb(${colour.join(" ")})`);
-    cell.style.setProperty("color", light ? "#000" : "#fff");
+    const cell = element("span", { title: `Position ${position}` }, side > NUMBERED ? "" : token ?? "");
+    cell.style.background = `rgb(${colour.join(" ")})`;
+    cell.style.color = light ? "#000" : "#fff";
     cell.classList.toggle("known", position < known);
-    if (token !== undefined) cell.className += " token";
+    cell.classList.toggle("token", token !== undefined);
     if (token !== undefined) cell.title += `, token ${token}`;
     map.append(cell);
   }
@@ -91,9 +92,3 @@ function turn(by) {
 part(".previous").onclick = () => turn(-1);
 part(".next").onclick = () => turn(1);
 part(".close").onclick = () => dialog.close();
-dialog.onclick = ({ target }) => { if (target === dialog) dialog.close(); }; // the backdrop
-dialog.onkeydown = ({ key, target }) => {
-  if (target.type === "radio") return; // there arrows choose a step
-  if (key === "ArrowLeft") turn(-1);
-  if (key === "ArrowRight") turn(1);
-};

@@ -11,69 +11,60 @@ const LN2_LOW = 1.90821492927058770002e-10;
 
 /** Standard normal noise of one image: float32 (count,). seed, image: numbers or BigInts below 2^64. */
 export function gaussianNoise(seed, image, count) {
-  const values = new Float32Array(Math.ceil(count / 4) * 4);
-  forBlocks(seed, image, values.length / 4, GAUSSIAN_DOMAIN, (block, words) => {
-    for (let pair = 0; pair < 4; pair += 2) { // Box-Muller
-      const radius = Math.sqrt(-2 * logOfShare(words[pair] + 1));
-      const quarter = Math.floor((words[pair + 1] + QUARTER / 2) / QUARTER);
-      const angle = (words[pair + 1] - quarter * QUARTER) * (Math.PI / 2 / QUARTER);
-      const sine = sineOf(angle);
-      const cosine = cosineOf(angle);
-      const [x, y] = [[cosine, sine], [-sine, cosine], [-cosine, -sine], [sine, -cosine]][quarter % 4];
-      values[4 * block + pair] = radius * x;
-      values[4 * block + pair + 1] = radius * y;
-    }
-  });
-  return values.subarray(0, count);
+  const normal = (words) => [...boxMuller(words[0], words[1]), ...boxMuller(words[2], words[3])];
+  return fill(new Float32Array(count), seed, image, GAUSSIAN_DOMAIN, normal);
 }
 
 /** A number between 0 and 1 for each position of an image, float64 (length,): a teacher draws by them. */
 export function uniformNumbers(seed, image, length) {
-  const values = new Float64Array(Math.ceil(length / 4) * 4);
-  forBlocks(seed, image, values.length / 4, UNIFORM_DOMAIN, (block, words) => {
-    for (let i = 0; i < 4; i++) values[4 * block + i] = (words[i] + 0.5) / WORD;
-  });
-  return values.subarray(0, length);
+  const uniform = (words) => words.map((word) => (word + 0.5) / WORD);
+  return fill(new Float64Array(length), seed, image, UNIFORM_DOMAIN, uniform);
+}
+
+function fill(values, seed, image, domain, numbersOf) {
+  const key = wordsOf(seed, "seed");
+  const counter = wordsOf(image, "image index");
+  for (let i = 0; i < values.length; i += 4) {
+    const numbers = numbersOf(philox4x32([i / 4, domain, ...counter], key));
+    values.set(numbers.slice(0, values.length - i), i);
+  }
+  return values;
+}
+
+function boxMuller(first, second) {
+  const radius = Math.sqrt(-2 * logOfShare(first + 1));
+  const quarter = Math.floor((second + QUARTER / 2) / QUARTER);
+  const angle = (second - quarter * QUARTER) * (Math.PI / 2 / QUARTER);
+  const sine = sineOf(angle);
+  const cosine = cosineOf(angle);
+  const [x, y] = [[cosine, sine], [-sine, cosine], [-cosine, -sine], [sine, -cosine]][quarter % 4];
+  return [radius * x, radius * y];
 }
 
 /** Philox4x32-10 (Salmon et al., SC 2011): counter (4,) and key (2,) of 32-bit words -> four words. */
-export function philox4x32(counter, key) {
-  let [c0, c1, c2, c3] = counter;
-  let [k0, k1] = key;
+function philox4x32([c0, c1, c2, c3], [k0, k1]) {
   for (let round = 0; round < ROUNDS; round++) {
-    const high0 = highWord(c0, 0xd2511f53);
-    const high1 = highWord(c2, 0xcd9e8d57);
-    const low0 = Math.imul(c0, 0xd2511f53);
-    const low1 = Math.imul(c2, 0xcd9e8d57);
-    c0 = (high1 ^ c1 ^ k0) >>> 0;
-    c1 = low1 >>> 0;
-    c2 = (high0 ^ c3 ^ k1) >>> 0;
-    c3 = low0 >>> 0;
-    k0 = (k0 + 0x9e3779b9) >>> 0;
-    k1 = (k1 + 0xbb67ae85) >>> 0;
+    const [low0, high0] = product(c0, 0xd2511f53);
+    const [low1, high1] = product(c2, 0xcd9e8d57);
+    [c0, c1, c2, c3] = [(high1 ^ c1 ^ k0) >>> 0, low1, (high0 ^ c3 ^ k1) >>> 0, low0];
+    [k0, k1] = [(k0 + 0x9e3779b9) >>> 0, (k1 + 0xbb67ae85) >>> 0];
   }
   return [c0, c1, c2, c3];
 }
 
-/** The upper half of the 64-bit product of two words; every number on the way is an exact float64. */
-function highWord(a, b) {
-  const carry = Math.floor((a * (b & 0xffff)) / 65536);
-  return Math.floor((a * (b >>> 16) + carry) / 65536);
+/** The words of the product of two, the lower one first. BigInts would take eight times as long. */
+function product(a, b) {
+  const carry = Math.floor((a * (b & 0xffff)) / 65536); // exact, as all sums and products below 2^53
+  return [Math.imul(a, b) >>> 0, Math.floor((a * (b >>> 16) + carry) / 65536)];
 }
 
-function forBlocks(seed, image, blocks, domain, take) {
-  const key = wordsOf(seed, "seed");
-  const [low, high] = wordsOf(image, "image index");
-  for (let block = 0; block < blocks; block++) take(block, philox4x32([block, domain, low, high], key));
-}
+/** The 32-bit words of a BigInt below 2^64, the lower one first. */
+const halves = (number) => [Number(number & 0xffffffffn), Number(number >> 32n)];
 
 function wordsOf(value, what) {
   const whole = typeof value === "bigint" || Number.isSafeInteger(value);
-  if (!whole || value < 0 || BigInt(value) >= 1n << 64n) {
-    throw new DDError("invalid_value", `The ${what} must be an integer from 0 to 2^64 - 1, but is ${value}.`);
-  }
-  const number = BigInt(value);
-  return [Number(number & 0xffffffffn), Number(number >> 32n)];
+  if (whole && value >= 0 && value < 2n ** 64n) return halves(BigInt(value));
+  throw new DDError("invalid_value", `The ${what} must be an integer from 0 to 2^64 - 1, but is ${value}.`);
 }
 
 // The polynomials of fdlibm (Sun Microsystems, 1993), without branches. The functions of Math differ between

@@ -1,4 +1,5 @@
 /** The page: opens a model, keeps controls and URL in step, draws. Its engine is local.js or server.js. */
+import { address } from "./bundle.js";
 import { chip, count, duration, element, megabytes } from "./dom.js";
 import { compare, layOut, show, titleOf } from "./panels.js";
 import { pickLabels } from "./picker.js";
@@ -13,60 +14,48 @@ const KEY_NEEDED = "invalid_api_key";
 const at = (id) => document.getElementById(id);
 const form = at("controls");
 const { model: choice, seed: seedField, n: countField } = form.elements;
-const CLAIM = at("claim").textContent; // until a model says more
 let site, engine, model, drawing;
 
 /** Opens what the URL names, and draws if it says what. */
 async function start() {
   const wanted = new URLSearchParams(location.hash.slice(1));
-  drawing?.abort();
+  let size = 0;
   complain();
+  report("loading", "Loading", NaN);
   try {
-    site ??= await (await fetch(globalThis.embedded?.["site.json"] ?? "site.json")).json();
-    engine ??= await (await (site.server ? import("./server.js") : import("./local.js"))).connect(site);
+    site ??= await (await fetch(address("site.json"))).json();
+    engine = await (await (site.server ? import("./server.js") : import("./local.js"))).connect(site);
     const { models } = engine;
     const { name, title } = models.find((one) => one.name === wanted.get("model")) ?? models[0];
     choice.replaceChildren(...models.map((one) => new Option(one.name)));
     choice.value = name;
     at("models").hidden = models.length < 2;
-    if (model?.name !== name) await open(name, title);
+    at("title").textContent = title;
+    model = await engine.open(name, ({ file, loaded, total }) => {
+      size = total;
+      if (loaded === total) report("loading", `Preparing ${megabytes(total)}`, NaN);
+      else report("loading", `Loading ${file}, ${megabytes(loaded)} of ${megabytes(total)}`, loaded / total);
+    });
   } catch (error) {
     at("key").hidden = error.code !== KEY_NEEDED;
     if (error.code !== KEY_NEEDED || site.key) complain(error);
     return;
-  }
-  fillControls(wanted);
-  if (wanted.has("label")) await draw();
-  else layOut(at("results"), model, request()); // what is to come
-}
-
-async function open(name, title) {
-  let size = 0;
-  model?.close();
-  model = undefined;
-  document.body.className = "";
-  at("title").textContent = title;
-  at("claim").textContent = CLAIM;
-  report("loading", "Loading", NaN);
-  try {
-    model = await engine.open(name, { decoder: "full", onProgress({ file, loaded, total }) {
-      size = total;
-      if (loaded === total) report("loading", `Preparing ${megabytes(total)}`, NaN);
-      else report("loading", `Loading ${file}, ${megabytes(loaded)} of ${megabytes(total)}`, loaded / total);
-    } });
   } finally {
     report("loading", "");
   }
   at("key").hidden = true;
   describe(size);
+  fillControls(wanted);
+  if (wanted.has("label")) await draw();
+  else layOut(at("results"), model, request()); // what is to come
 }
 
 /** What the model is. size: bytes that were loaded. */
 function describe(size) {
   const { image: { width, height }, labels, schedules } = model;
   const fewest = Math.min(...schedules.map(({ passes }) => passes));
-  const whole = schedules.find(({ steps }) => steps === "teacher")?.passes ?? model.scales?.length;
-  const most = whole ?? model.sequence?.length ?? fewest;
+  const teacher = schedules.find(({ steps }) => steps === "teacher");
+  const most = teacher?.passes ?? model.scales?.length ?? model.sequence?.length ?? fewest;
   const instead = most > fewest ? ` instead of ${WORDS[most]?.toLowerCase() ?? most}` : "";
   at("claim").textContent = `${WORDS[fewest] ?? fewest} network step${fewest === 1 ? "" : "s"}${instead}.`;
   at("passes").style.setProperty("--passes", most);
@@ -95,18 +84,19 @@ function fillControls(wanted) {
     const known = wanted.getAll(name).filter((value) => values.includes(value));
     return known.length ? known : otherwise;
   };
-  const chips = (name, type, values, titles, checked) => values.map((value, i) =>
-    chip(titles[i], { type, name, value, checked: checked.includes(value) }));
-  const likely = FIRST_LABELS.find((number) => number < labels.length);
-  const numbers = chosen("label", labels.map((_, number) => String(number)), [likely]).map(Number);
+  const chips = (input, values, titles, otherwise) => {
+    const checked = chosen(input.name, values, otherwise);
+    return values.map((value, i) => chip(titles[i], { ...input, value, checked: checked.includes(value) }));
+  };
   const steps = schedules.map((schedule) => String(schedule.steps));
   const first = schedules.at(-1).passes <= QUICK ? [steps[0], steps.at(-1)] : [steps[0]];
-  const names = decoders.map(({ name }) => name);
+  const likely = FIRST_LABELS.find((number) => number < labels.length);
+  const numbers = chosen("label", labels.map((_, number) => String(number)), [likely]).map(Number);
   pickLabels(at("labels"), model, numbers, remember);
   at("steps").replaceChildren(
-    ...chips("steps", "checkbox", steps, schedules.map(titleOf), chosen("steps", steps, first)));
+    ...chips({ name: "steps", type: "checkbox" }, steps, schedules.map(titleOf), first));
   at("decoders").replaceChildren(
-    ...chips("decoder", "radio", names, names, chosen("decoder", names, names.slice(0, 1))));
+    ...chips({ name: "decoder", type: "radio" }, decoders, decoders, [decoders[0]]));
   at("decoder-field").hidden = decoders.length < 2;
   seedField.value = /^\d{1,20}$/.test(wanted.get("seed")) ? wanted.get("seed") : "0";
   countField.max = mostImages;
@@ -129,22 +119,20 @@ function request() {
 
 /** Writes the controls into the URL, and what follows from them. */
 function remember() {
-  const { labels, schedules, n, decoder } = request();
+  const { labels, schedules, n } = request();
   const panels = labels.length * schedules.length;
   history.replaceState(null, "", `#${new URLSearchParams(new FormData(form))}`);
   at("draw").textContent = panels ? `Draw ${count(panels * n, "image")}` : "Choose labels and steps";
   at("draw").disabled = !panels;
-  at("decoder-note").textContent = model.decoders.find(({ name }) => name === decoder).note;
 }
 
 async function draw() {
   complain();
   drawing?.abort();
-  const mine = (drawing = new AbortController());
-  const { signal } = mine;
-  const wanted = request();
-  const { seed, n, decoder } = wanted;
-  const panels = layOut(at("results"), model, wanted);
+  drawing = new AbortController();
+  const { signal } = drawing;
+  const { seed, n, decoder } = request();
+  const panels = layOut(at("results"), model, request());
   const all = count(panels.length * n, "image");
   const began = performance.now();
   let done = 0;
@@ -165,7 +153,7 @@ async function draw() {
     }
     report("status", `${all} in ${duration((performance.now() - began) / 1000)}`);
   } catch (error) {
-    if (drawing !== mine) return; // the next drawing has begun
+    if (drawing.signal !== signal) return; // the next drawing has begun
     report("status", signal.aborted ? "Cancelled" : "");
     if (!signal.aborted) complain(error);
   }
@@ -203,5 +191,5 @@ at("key").onsubmit = (event) => {
   site.key = event.target.elements.key.value;
   start();
 };
-addEventListener("hashchange", () => (model ? start() : location.reload()));
+addEventListener("hashchange", () => location.reload());
 start();

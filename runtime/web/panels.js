@@ -23,10 +23,9 @@ export function layOut(box, model, { labels, schedules, ...same }) {
 function panelOf(model, label, schedule, { seed, n, decoder }) {
   const node = document.getElementById("panel").content.cloneNode(true).firstElementChild;
   const part = (name) => node.querySelector(name);
-  const [name, title, { steps }] = [model.labels[label], titleOf(schedule), schedule];
-  const start = `${model.name}-${name.replace(/[^\p{L}\p{N}]+/gu, "-")}-seed${seed}`;
-  const end = `${steps === "teacher" ? steps : `${steps}step${steps === 1 ? "" : "s"}`}.png`;
-  const fileOf = (index) => (index === undefined ? `${start}-${end}` : `${start}-${index}-${end}`);
+  const [name, title] = [model.labels[label], titleOf(schedule)];
+  const fileOf = (...what) =>
+    `${[model.name, name, `seed ${seed}`, title, ...what].join(" ").replace(/[^\p{L}\p{N}]+/gu, "-")}.png`;
   const panel = { node, part, label, name, schedule, title, seed, decoder, fileOf, records: [] };
   panel.tiles = Array.from({ length: n }, (_, index) => element("button", {
     type: "button", className: "tile", disabled: true, ariaLabel: `${name}, ${title}, image ${index + 1}`,
@@ -78,6 +77,6 @@ function sheetOf(records, { width, height }) {
   const canvas = element("canvas", { width: columns * width, height: rows * height });
   const context = canvas.getContext("2d");
   records.forEach(({ image }, i) =>
-    context.putImageData(image, (i % columns) * width, Math.floor(i / columns) * height));
+    context.drawImage(canvasOf(image), (i % columns) * width, Math.floor(i / columns) * height));
   return canvas;
 }

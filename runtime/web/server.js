@@ -10,12 +10,12 @@ export async function connect({ server, key }) {
   return { local: false, models, open };
 }
 
-function modelOf({ id: name, title, labels, aliases, schedules, licence, card, ...facts }, ask) {
-  if (facts.prompts !== "labels") {
+function modelOf({ id: name, prompts, size, engine, ...facts }, ask) {
+  if (prompts !== "labels") {
     throw new DDError("text_model", `${name} draws from sentences.`, "Choose another model.");
   }
-  const [width, height] = facts.size.split("x").map(Number);
-  const { backend, device, precision } = facts.engine;
+  const [width, height] = size.split("x").map(Number);
+  const device = `server: ${engine.backend}, ${engine.device}, ${engine.precision}`;
 
   async function draw({ label, seed, signal, ...rest }, onImage) {
     const began = performance.now();
@@ -24,18 +24,14 @@ function modelOf({ id: name, title, labels, aliases, schedules, licence, card, .
     const { data } = await ask("images/generations", { method: "POST", body, signal });
     const total = (performance.now() - began) / 1000 / data.length;
     for (const [index, { b64_json: text }] of data.entries()) {
-      onImage({ label, index, image: await pixels(text), seconds: { total } });
+      const png = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+      onImage({ label, index, image: await createImageBitmap(new Blob([png])), seconds: { total } });
     }
   }
 
-  return {
-    name, title, labels, aliases, schedules, licence, card, draw, close() {},
-    decoders: facts.decoders.map((decoder) => ({ name: decoder, note: "" })),
-    image: { width, height },
-    mostImages: facts.max_images,
-    randomWeights: facts.random_weights,
-    device: `server: ${backend}, ${device}, ${precision}`,
-  };
+  const image = { width, height };
+  const { random_weights: randomWeights, max_images: mostImages } = facts;
+  return { ...facts, name, device, image, randomWeights, mostImages, draw };
 }
 
 /** The JSON that the server answers. While its queue is full, asks again when it says so. */
@@ -52,13 +48,4 @@ async function request(url, options) {
   const { error, ...content } = await answer.json().catch(() => ({}));
   if (answer.ok) return content;
   throw new DDError(error?.code ?? "network", error?.message ?? `The server says ${answer.status}.`);
-}
-
-/** A PNG in base64 as ImageData. */
-async function pixels(text) {
-  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-  const bitmap = await createImageBitmap(new Blob([bytes]));
-  const context = new OffscreenCanvas(bitmap.width, bitmap.height).getContext("2d");
-  context.drawImage(bitmap, 0, 0);
-  return context.getImageData(0, 0, bitmap.width, bitmap.height);
 }

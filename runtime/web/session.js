@@ -28,7 +28,8 @@ export async function openEngine({ device, precision, threads }) {
   return {
     device: chosen,
     threads: ort.env.wasm.numThreads,
-    tensor: (type, values, dims) => new ort.Tensor(type, type === "int64" ? Array.from(values) : values, dims),
+    tensor: (type, values, dims) =>
+      new ort.Tensor(type, type === "int64" ? Array.from(values) : values, dims),
     open: (base, graph, onBytes) => openGraph(ort, chosen, base, graph, onBytes),
   };
 }
@@ -37,13 +38,13 @@ async function deviceOf(device, precision) {
   if (!["auto", "wasm", "webgpu"].includes(device)) {
     throw new DDError("invalid_value", `There is no device ${device}.`, "Give auto, wasm or webgpu.");
   }
-  if (device === "wasm") return "wasm";
+  if (device === "wasm" || globalThis.embedded) return "wasm"; // a page in one file has this alone
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   const half = adapter?.features.has("shader-f16") || precision !== "fp16";
   if (device === "auto") {
-    return adapter && half && !adapter.info?.isFallbackAdapter && !globalThis.embedded ? "webgpu" : "wasm";
+    return adapter && half && !adapter.info?.isFallbackAdapter ? "webgpu" : "wasm";
   }
-  if (!adapter) throw new DDError("no_webgpu", "This browser has no WebGPU.", "Leave the choice to the page.");
+  if (!adapter) throw new DDError("no_webgpu", "This browser has no WebGPU.", "Let the page choose.");
   if (half) return "webgpu";
   throw new DDError("no_fp16", "This GPU cannot compute in fp16.", "Take another precision, or WebAssembly.");
 }

@@ -25,9 +25,7 @@ def site(embedded_bundle: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     return folder
 
 
-@pytest.fixture(
-    scope="module"
-)  # playwright keeps a running loop of asyncio, which other modules' tests refuse
+@pytest.fixture(scope="module")  # playwright keeps a loop of asyncio, which other modules' tests refuse
 def browser() -> Iterator[Any]:
     with chromium() as started:
         yield started
