@@ -70,7 +70,7 @@ def parts_of(bundles: Sequence[Path], precision: str | None = None) -> list[Part
         manifest.graph("student", chosen)
         # As in the runtime: there is no int8 teacher.
         able = {graph.precision for graph in manifest.graphs if graph.role == TEACHER}
-        teacher = chosen if chosen in able else FLOAT32
+        teacher = next((one for one in (chosen, FLOAT32, *manifest.precisions) if one in able), None)
         graphs = [g for g in manifest.graphs if g.precision == (teacher if g.role == TEACHER else chosen)]
         infos = {manifest.labels, *(info for graph in graphs for info in graph.files)}
         infos |= {manifest.teacher.codebook} if manifest.teacher else set()
@@ -101,6 +101,7 @@ def write_page(parts: Sequence[Part], target: Path, replace: bool = False) -> No
         message = f"one file holds {SINGLE_BYTES >> 20} MiB of bundles at most, and these have {size >> 20}"
         raise SiteError(message, "Leave out --single-file, or take another precision or fewer bundles.")
     contents = dict(_contents(parts, fetched(), WASM_FILES))
+    target.parent.mkdir(parents=True, exist_ok=True)
     page, style, script = (contents.pop(name).decode() for name in ("index.html", "style.css", "single.js"))
     packed = {name: base64.b64encode(gzip.compress(data, 6)).decode() for name, data in contents.items()}
     listing = json.dumps(packed).replace("<", "\\u003c")  # in the name of a file
@@ -137,6 +138,7 @@ def fetched() -> Path:
         got = Path(folder) / package.name
         if not got.is_file():
             said = re.sub(r"\s+", " ", done.stderr.replace("npm error", ""))[:300].strip()
+            said = said or f"it ended with {done.returncode}"
             hint = f"Where there is a network: `npm pack {PACKAGE}@{VERSION}`, and copy the file to {cache}."
             raise SiteError(f"npm could not fetch {PACKAGE} {VERSION}: {said}", hint)
         if _digest(got.read_bytes()) != SHA512:
@@ -154,7 +156,8 @@ def _contents(parts: Sequence[Part], package: Path, names: Sequence[str]) -> Ite
         for member in archive:
             name = member.name.rpartition("/")[2]
             if name in names and (stream := archive.extractfile(member)):
-                yield f"onnxruntime/{name}", stream.read()
+                # Not every file server knows .mjs, and a browser wants to be told that it is JavaScript.
+                yield f"onnxruntime/{name.replace('.mjs', '.js')}", stream.read()
     entries = []
     for root, manifest, precision, files in parts:
         url = f"bundles/{manifest.name}/"

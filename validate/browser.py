@@ -79,7 +79,9 @@ def chromium() -> Iterator[Any]:
         try:
             browser = playwright.chromium.launch(executable_path=program(), args=["--disable-gpu"])
         except Error as error:
-            raise BackendError(f"{program()} does not start: {error.message}", "Start it by hand.") from error
+            raise BackendError(
+                f"{program()} does not start: {error.message.splitlines()[0]}", "Start it by hand."
+            ) from error
         with browser:
             yield browser
 
@@ -118,7 +120,11 @@ class Tab:
             )
         sequence = np.array(answer["sequence"], np.float32).reshape(noise.shape)
         pixels = np.array(answer["pixels"], np.uint8).reshape(*run.pixels.shape[1:3], 4)
-        return np.array(answer["tokens"], np.int64), sequence, pixels[..., :3]
+        tokens = np.array(answer["tokens"], np.int64)
+        if tokens.size != run.drawn.tokens.shape[1]:
+            fault = f"{run.title}: the browser drew {tokens.size} tokens, not {run.drawn.tokens.shape[1]}"
+            raise VerificationError(fault, "runtime/web/ does not follow the schedule.")
+        return tokens, sequence, pixels[..., :3]
 
 
 @contextmanager

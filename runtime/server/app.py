@@ -156,16 +156,17 @@ def create_app(service: Service) -> Front:
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/", include_in_schema=False)
-    @app.get("/{file}", include_in_schema=False)
+    pages = {path.name: path for path in WEB.iterdir() if path.suffix in TYPES}
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    @app.api_route("/{file}", methods=["GET", "HEAD"], include_in_schema=False)
     async def page(file: str = "index.html") -> Response:
         """The page of `ddexport web`, which by its site.json knows that a server draws."""
-        path = WEB / file
         if file == "site.json":
             return JSONResponse({"server": "v1/"})
-        if path.suffix not in TYPES or not path.is_file():
+        if file not in pages:
             raise HTTPException(404)
-        return FileResponse(path, media_type=TYPES[path.suffix], headers=STRICT_HEADERS)
+        return FileResponse(pages[file], media_type=TYPES[pages[file].suffix], headers=STRICT_HEADERS)
 
     @app.exception_handler(RefusedError)
     async def refused(request: Request, error: Exception) -> Response:

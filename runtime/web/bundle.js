@@ -31,12 +31,12 @@ export function precisionsOf(manifest) {
   return [...new Set(listed("student"))].filter((precision) => listed("decoder").includes(precision));
 }
 
-/** The graph of a role, of the student with that split. A teacher in another precision is float32. */
+/** The graph of a role, of the student with that split. An int8 bundle has a teacher in another precision. */
 export function graphOf(manifest, role, precision, split = manifest.sequence.split) {
   const wanted = split === manifest.sequence.split ? undefined : split;
   const graphs = manifest.graphs.filter((graph) => graph.role === role && graph.split === wanted);
   const computed = (name) => graphs.find((graph) => graph.precision === name);
-  const graph = computed(precision) ?? (role === "teacher" ? computed("fp32") : undefined);
+  const graph = computed(precision) ?? (role === "teacher" ? computed("fp32") ?? graphs[0] : undefined);
   if (graph) return graph;
   const precisions = precisionsOf(manifest);
   const code = precisions.includes(precision) ? "no_decoder" : "no_precision";

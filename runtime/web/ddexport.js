@@ -5,7 +5,7 @@ import { toImageData } from "./images.js";
 import { labelIndex } from "./labels.js";
 import { gaussianNoise, uniformNumbers } from "./noise.js";
 import { sample } from "./sampler.js";
-import { openEngine } from "./session.js";
+import { counter, openEngine } from "./session.js";
 import { generate } from "./teacher.js";
 
 /**
@@ -18,12 +18,14 @@ import { generate } from "./teacher.js";
  * { label, index, image, tokens, noise, uniforms, steps, seconds }; steps: of student and teacher in order,
  * [{ role, known, tokens: int32, sequence: float32 (L*Cv), seconds }].
  */
-export async function load(url, { precision, device = "auto", decoder = "full", threads, onProgress } = {}) {
-  const base = url.endsWith("/") ? url : `${url}/`;
+export async function load(url, options = {}) {
+  const { precision, device = "auto", decoder = "full", threads, onProgress, ...others } = options;
+  refuse(others);
+  const base = `${url}`.replace(/\/?$/, "/");
   const manifest = await readManifest(base);
   const { names, aliases = {} } = await readJson(base, manifest.labels);
   const chosen = precision ?? precisionsOf(manifest)[0];
-  const engine = await openEngine({ device, precision: chosen, threads });
+  const engine = await openEngine({ device, precision: chosen, threads, onProgress });
   const { tensor } = engine;
   const { length, width } = manifest.sequence;
   const sessions = new Map(); // by file
@@ -31,22 +33,15 @@ export async function load(url, { precision, device = "auto", decoder = "full", 
   let last = Promise.resolve(); // a session runs one request at a time
 
   /** What a schedule needs: { decoder, student, teacher }, each with `run`. */
-  async function open(schedule, decoder, onProgress = () => {}) {
+  async function open(schedule, decoder, onProgress) {
     const role = decoder === "full" ? "decoder" : `decoder_${decoder}`;
     const graphs = { decoder: graphOf(manifest, role, chosen) };
     if (schedule.known.length) graphs.student = graphOf(manifest, "student", chosen, schedule.split);
     if (schedule.teacher) graphs.teacher = graphOf(manifest, "teacher", chosen);
     const missing = Object.values(graphs).filter(({ file }) => !sessions.has(file));
     const total = missing.flatMap(({ files }) => files).reduce((sum, { bytes }) => sum + bytes, 0);
-    let loaded = 0;
-    for (const graph of missing) {
-      const arrived = (bytes) => {
-        loaded += bytes;
-        onProgress({ file: graph.file, loaded, total });
-      };
-      arrived(0);
-      sessions.set(graph.file, await engine.open(base, graph, arrived));
-    }
+    const arrived = counter("the model", total, onProgress);
+    for (const graph of missing) sessions.set(graph.file, await engine.open(base, graph, arrived));
     if (schedule.teacher) codebook ??= await readCodebook(base, manifest);
     return Object.fromEntries(Object.entries(graphs).map(([role, { file }]) => [role, sessions.get(file)]));
   }
@@ -86,14 +81,18 @@ export async function load(url, { precision, device = "auto", decoder = "full", 
 
   async function call(labels, request = {}) {
     const { steps, seed = 0, n = 1, decoder = "full", firstImage = 0, onProgress, ...others } = request;
-    const [unknown] = Object.keys(others);
-    if (unknown) throw new DDError("invalid_value", `A pipe takes no option called ${unknown}.`);
+    refuse(others);
     if (!(Number.isInteger(n) && n > 0)) throw new DDError("invalid_value", `n must be 1 or more, not ${n}.`);
+    if (!Number.isSafeInteger(firstImage) && typeof firstImage !== "bigint") {
+      throw new DDError("invalid_value", `firstImage must be an integer, not ${firstImage}.`);
+    }
     const numbers = [labels].flat().map((label) => labelIndex(names, aliases, label));
+    if (!numbers.length) throw new DDError("unknown_label", "No label is given.");
     const schedule = scheduleOf(manifest, steps);
     const opened = await open(schedule, decoder, onProgress);
     const drawn = [];
     for (const label of numbers.flatMap((number) => Array(n).fill(number))) {
+      await new Promise(setTimeout); // in WebAssembly all else is microtasks: the page could not even paint
       const index = BigInt(firstImage) + BigInt(drawn.length);
       drawn.push(await draw(label, index, seed, schedule, opened, decoder));
     }
@@ -120,4 +119,9 @@ export async function load(url, { precision, device = "auto", decoder = "full", 
       sessions.clear();
     }),
   });
+}
+
+function refuse(others) {
+  const [unknown] = Object.keys(others);
+  if (unknown) throw new DDError("invalid_value", `There is no option ${unknown}.`);
 }

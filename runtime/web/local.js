@@ -10,21 +10,21 @@ export function connect({ bundles }) {
   return {
     local: true,
     models: bundles,
-    open: (name, onProgress) => openModel(bundles.find((bundle) => bundle.name === name), onProgress),
+    open: (name, decoder, onProgress) =>
+      openModel({ ...bundles.find((bundle) => bundle.name === name), decoder }, onProgress),
   };
 }
 
-async function openModel({ url, precision }, onProgress) {
+async function openModel({ url, precision, decoder }, onProgress) {
   // A page in one file starts no worker: it computes itself.
   const { ask } = globalThis.embedded ? await import("./worker.js") : startWorker();
-  const { manifest, device, threads, ...opened } = await ask("load", { url, precision }, onProgress);
+  const { manifest, device, threads, ...opened } = await ask("load", { url, precision, decoder }, onProgress);
   const engine = device === "wasm" ? `WebAssembly, ${count(threads, "thread")}` : "WebGPU";
 
   // One by one, so that the page shows what is ready and can stop.
   async function draw({ n, signal, ...request }, onImage, onProgress) {
     for (let firstImage = 0; firstImage < n && !signal?.aborted; firstImage++) {
       onImage(await ask("draw", { ...request, firstImage }, onProgress));
-      await new Promise(setTimeout);
     }
   }
 

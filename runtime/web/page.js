@@ -1,5 +1,5 @@
 /** The page: opens a model, keeps controls and URL in step, draws. Its engine is local.js or server.js. */
-import { address } from "./bundle.js";
+import { readJson } from "./bundle.js";
 import { chip, count, duration, element, megabytes } from "./dom.js";
 import { compare, layOut, show, titleOf } from "./panels.js";
 import { pickLabels } from "./picker.js";
@@ -23,7 +23,7 @@ async function start() {
   complain();
   report("loading", "Loading", NaN);
   try {
-    site ??= await (await fetch(address("site.json"))).json();
+    site ??= await readJson("", { file: "site.json" });
     engine = await (await (site.server ? import("./server.js") : import("./local.js"))).connect(site);
     const { models } = engine;
     const { name, title } = models.find((one) => one.name === wanted.get("model")) ?? models[0];
@@ -31,13 +31,15 @@ async function start() {
     choice.value = name;
     at("models").hidden = models.length < 2;
     at("title").textContent = title;
-    model = await engine.open(name, ({ file, loaded, total }) => {
+    // A link with the small decoder needs no other one.
+    const decoder = wanted.get("decoder") === "small" ? "small" : undefined;
+    model = await engine.open(name, decoder, ({ file, loaded, total }) => {
       size = total;
       if (loaded === total) report("loading", `Preparing ${megabytes(total)}`, NaN);
       else report("loading", `Loading ${file}, ${megabytes(loaded)} of ${megabytes(total)}`, loaded / total);
     });
   } catch (error) {
-    at("key").hidden = error.code !== KEY_NEEDED;
+    if (error.code === KEY_NEEDED) at("key").hidden = false;
     if (error.code !== KEY_NEEDED || site.key) complain(error);
     return;
   } finally {
@@ -64,7 +66,7 @@ function describe(size) {
   at("where").textContent = engine.local
     ? "It runs in this browser: what you draw stays on your machine." : "It runs on the server of this page.";
   const facts = { Image: `${width} \u00d7 ${height}`, Labels: labels.length, "Computed by": model.device };
-  if (size) facts.Loaded = megabytes(size);
+  if (size) facts.Weights = megabytes(size);
   at("facts").replaceChildren(...Object.entries(facts).map(fact));
   at("licence").replaceChildren(...Object.entries(model.licence).map(fact));
   at("card").textContent = model.card;
@@ -100,7 +102,8 @@ function fillControls(wanted) {
   at("decoder-field").hidden = decoders.length < 2;
   seedField.value = /^\d{1,20}$/.test(wanted.get("seed")) ? wanted.get("seed") : "0";
   countField.max = mostImages;
-  countField.value = Math.min(Number.parseInt(wanted.get("n"), 10) || FIRST_IMAGES, mostImages);
+  const images = Number.parseInt(wanted.get("n"), 10) || FIRST_IMAGES;
+  countField.value = Math.max(1, Math.min(images, mostImages));
   remember();
 }
 
@@ -148,7 +151,9 @@ async function draw() {
         show(panel, record);
         compare(panels);
         progress();
-      }, ({ file, loaded, total }) => report("status", `Loading ${file}`, loaded / total));
+      }, ({ file, loaded, total }) => {
+        if (!signal.aborted) report("status", `Loading ${file}`, loaded / total);
+      });
       signal.throwIfAborted();
     }
     report("status", `${all} in ${duration((performance.now() - began) / 1000)}`);

@@ -67,7 +67,7 @@ const secondsOf = ({ seconds }) => Object.values(seconds).reduce((sum, part) => 
 
 /** The first image of a graph takes longer; a median leaves that out. */
 function medianOf(records, value) {
-  return records.map(value).sort((one, other) => one - other)[records.length >> 1];
+  return records.map(value).sort((one, other) => one - other)[(records.length - 1) >> 1];
 }
 
 /** All images on one canvas. */

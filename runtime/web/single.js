@@ -1,5 +1,5 @@
 // Starts a page in one file (docs/browser.md): from a disk a page fetches nothing but its own blob: URLs.
-const TYPES = { js: "text/javascript", mjs: "text/javascript", wasm: "application/wasm" };
+const TYPES = { js: "text/javascript", wasm: "application/wasm" };
 const packed = JSON.parse(document.getElementById("files").textContent);
 const embedded = {}; // URLs by path
 

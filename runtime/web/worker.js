@@ -4,8 +4,8 @@ import { load } from "./ddexport.js";
 let pipe;
 
 const methods = {
-  async load({ url, precision }, onProgress) {
-    pipe = await load(url, { precision, onProgress });
+  async load({ url, ...options }, onProgress) {
+    pipe = await load(url, { ...options, onProgress });
     const { manifest, labels, aliases, device, threads } = pipe;
     return { manifest, labels, aliases, device, threads, precision: pipe.precision };
   },

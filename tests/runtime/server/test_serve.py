@@ -281,7 +281,11 @@ def test_answers(server: Server) -> None:
     assert "openapi" in server.http.get("/docs").text
     details = server.http.get("/v1/models/toy").json()
     assert [schedule["steps"] for schedule in details["schedules"]][:2] == [1, 2]
-    assert (details["prompts"], details["max_images"], details["aliases"]) == ("labels", 10, {"2": ["a pair"]})
+    assert (details["prompts"], details["max_images"], details["aliases"]) == (
+        "labels",
+        10,
+        {"2": ["a pair"]},
+    )
 
 
 def test_keys_and_several_bundles(golden_bundle: Path, shared_bundle: Path, tmp_path: Path) -> None:
