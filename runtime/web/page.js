@@ -2,7 +2,7 @@
 import { readJson } from "./bundle.js";
 import { chip, count, duration, element, megabytes } from "./dom.js";
 import { compare, layOut, show, titleOf } from "./panels.js";
-import { pickLabels } from "./picker.js";
+import { pickLabels, writeSentences } from "./picker.js";
 
 const WORDS = ["No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten"];
 const FIRST_LABELS = [207, 7, 0]; // a golden retriever of ImageNet, a seven of the digits
@@ -65,7 +65,7 @@ function describe(size) {
   at("bars").hidden = !engine.local; // a server does not say how long its parts took
   at("where").textContent = engine.local
     ? "It runs in this browser: what you draw stays on your machine." : "It runs on the server of this page.";
-  const facts = { Image: `${width} \u00d7 ${height}`, Labels: labels.length, "Computed by": model.device };
+  const facts = { Image: `${width} \u00d7 ${height}`, Labels: labels.length || "sentences", "Computed by": model.device };
   if (size) facts.Weights = megabytes(size);
   at("facts").replaceChildren(...Object.entries(facts).map(fact));
   at("licence").replaceChildren(...Object.entries(model.licence).map(fact));
@@ -94,7 +94,9 @@ function fillControls(wanted) {
   const first = schedules.at(-1).passes <= QUICK ? [steps[0], steps.at(-1)] : [steps[0]];
   const likely = FIRST_LABELS.find((number) => number < labels.length);
   const numbers = chosen("label", labels.map((_, number) => String(number)), [likely]).map(Number);
-  pickLabels(at("labels"), model, numbers, remember);
+  if (model.sentences) writeSentences(at("labels"), wanted.get("label") ?? "");
+  else pickLabels(at("labels"), model, numbers, remember);
+  at("labels-title").textContent = model.sentences ? "Sentences" : "Labels";
   at("steps").replaceChildren(
     ...chips({ name: "steps", type: "checkbox" }, steps, schedules.map(titleOf), first));
   at("decoders").replaceChildren(
@@ -112,7 +114,9 @@ function request() {
   const data = new FormData(form);
   const steps = data.getAll("steps");
   return {
-    labels: data.getAll("label").map(Number),
+    labels: model.sentences
+      ? data.get("label").split("\n").map((line) => line.trim()).filter(Boolean)
+      : data.getAll("label").map(Number),
     schedules: model.schedules.filter((schedule) => steps.includes(String(schedule.steps))),
     seed: data.get("seed"),
     n: Number(data.get("n")),
@@ -125,7 +129,7 @@ function remember() {
   const { labels, schedules, n } = request();
   const panels = labels.length * schedules.length;
   history.replaceState(null, "", `#${new URLSearchParams(new FormData(form))}`);
-  at("draw").textContent = panels ? `Draw ${count(panels * n, "image")}` : "Choose labels and steps";
+  at("draw").textContent = panels ? `Draw ${count(panels * n, "image")}` : "Choose what to draw";
   at("draw").disabled = !panels;
 }
 

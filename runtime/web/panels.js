@@ -12,7 +12,8 @@ export function titleOf({ steps, passes, teacher }) {
 export function layOut(box, model, { labels, schedules, ...same }) {
   const sections = labels.map((label) => schedules.map((schedule) => panelOf(model, label, schedule, same)));
   box.replaceChildren(...sections.map((panels, i) => element("section", {},
-    element("h2", {}, model.labels[labels[i]], element("small", {}, ` class ${labels[i]}`)),
+    element("h2", {}, nameOf(model, labels[i]),
+      element("small", {}, model.sentences ? "" : ` class ${labels[i]}`)),
     element("div", { className: "panels" }, ...panels.map(({ node }) => node)))));
   box.style.setProperty("--panels", schedules.length);
   box.style.setProperty("--ratio", model.image.width / model.image.height);
@@ -20,10 +21,12 @@ export function layOut(box, model, { labels, schedules, ...same }) {
   return sections.flat();
 }
 
+const nameOf = ({ labels, sentences }, label) => (sentences ? label : labels[label]);
+
 function panelOf(model, label, schedule, { seed, n, decoder }) {
   const node = document.getElementById("panel").content.cloneNode(true).firstElementChild;
   const part = (name) => node.querySelector(name);
-  const [name, title] = [model.labels[label], titleOf(schedule)];
+  const [name, title] = [nameOf(model, label), titleOf(schedule)];
   const fileOf = (...what) =>
     `${[model.name, name, `seed ${seed}`, title, ...what].join(" ").replace(/[^\p{L}\p{N}]+/gu, "-")}.png`;
   const panel = { node, part, label, name, schedule, title, seed, decoder, fileOf, records: [] };

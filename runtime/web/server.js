@@ -11,9 +11,6 @@ export async function connect({ server, key }) {
 }
 
 function modelOf({ id: name, prompts, size, engine, ...facts }, ask) {
-  if (prompts !== "labels") {
-    throw new DDError("text_model", `${name} draws from sentences.`, "Choose another model.");
-  }
   const [width, height] = size.split("x").map(Number);
   const device = `server: ${engine.backend}, ${engine.device}, ${engine.precision}`;
 
@@ -31,7 +28,8 @@ function modelOf({ id: name, prompts, size, engine, ...facts }, ask) {
 
   const image = { width, height };
   const { random_weights: randomWeights, max_images: mostImages } = facts;
-  return { ...facts, name, device, image, randomWeights, mostImages, draw };
+  const sentences = prompts === "sentences";
+  return { ...facts, name, sentences, device, image, randomWeights, mostImages, draw };
 }
 
 /** The JSON that the server answers. While its queue is full, asks again when it says so. */

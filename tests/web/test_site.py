@@ -37,11 +37,11 @@ NUMBERS = """async ([seeds, count]) => {
 }"""
 
 
-def drawn(visited: Visit, count: int) -> np.ndarray:
-    """The images (N, 32, 32, 3) that the page shows, once it has drawn so many."""
+def drawn(visited: Visit, count: int, side: int = 32) -> np.ndarray:
+    """The images (N, side, side, 3) that the page shows, once it has drawn so many."""
     page = visited.page
     page.locator("#results canvas").nth(count - 1).wait_for(timeout=120_000)
-    return np.array(page.evaluate(CANVASES), np.uint8).reshape(-1, 32, 32, 4)[..., :3]
+    return np.array(page.evaluate(CANVASES), np.uint8).reshape(-1, side, side, 4)[..., :3]
 
 
 def same(images: np.ndarray, expected: np.ndarray) -> None:
@@ -108,6 +108,20 @@ def test_a_server_draws_for_the_same_page(
     with load(bundle, "onnxruntime", threads=1, precision="fp32") as pipe:
         assert np.array_equal(images, pipe(["seven"], 2, seed=5, num_images=2, output="numpy").images)
     assert all(url.startswith((server.url, "blob:")) for url in visited.asked) and visited.faults == []
+
+
+def test_a_server_draws_from_sentences(visit: Go, text_bundle: Path, tmp_path: Path) -> None:
+    """One a line; as text they may hold anything."""
+    prompts = ["a red fox", "<b>an owl & a cup</b>"]
+    with serving(tmp_path, text_bundle, "--backend", "onnxruntime", "--threads", 1) as server:
+        visited = visit(f"{server.url}/#steps=1&seed=5&n=1")
+        visited.page.get_by_label("Sentences, one a line").fill("\n".join(prompts))
+        visited.page.click("#draw")
+        with load(text_bundle, "onnxruntime", threads=1) as pipe:
+            result = pipe(prompts[:1], 1, seed=5, output="numpy")
+            assert np.array_equal(drawn(visited, 2, pipe.manifest.image.height)[:1], result.images)
+        assert visited.page.locator("h2").all_inner_texts()[:2] == prompts
+    assert visited.faults == []
 
 
 def test_a_damaged_bundle_is_told(visit: Go, site: Path, address: str, browser: Any) -> None:
