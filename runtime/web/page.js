@@ -65,7 +65,8 @@ function describe(size) {
   at("bars").hidden = !engine.local; // a server does not say how long its parts took
   at("where").textContent = engine.local
     ? "It runs in this browser: what you draw stays on your machine." : "It runs on the server of this page.";
-  const facts = { Image: `${width} \u00d7 ${height}`, Labels: labels.length || "sentences", "Computed by": model.device };
+  const source = labels.length ? count(labels.length, "label") : "sentences";
+  const facts = { Image: `${width} \u00d7 ${height}`, "Drawn from": source, "Computed by": model.device };
   if (size) facts.Weights = megabytes(size);
   at("facts").replaceChildren(...Object.entries(facts).map(fact));
   at("licence").replaceChildren(...Object.entries(model.licence).map(fact));

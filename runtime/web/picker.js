@@ -1,11 +1,12 @@
-/** What to draw, in fields `label`: a few labels as chips, a thousand by a field that suggests, or sentences. */
+/** What to draw, in fields `label`: labels as chips, or by a field that suggests if many; or sentences. */
 import { chip, element } from "./dom.js";
 import { labelIndex } from "./labels.js";
 
 /** Fills a box for sentences, one a line. text: those at first. */
 export function writeSentences(box, text) {
   const ariaLabel = "Sentences, one a line";
-  box.replaceChildren(element("textarea", { name: "label", rows: 3, ariaLabel, placeholder: ariaLabel, value: text }));
+  const field = { name: "label", rows: 3, ariaLabel, placeholder: ariaLabel, value: text };
+  box.replaceChildren(element("textarea", field));
 }
 
 const FEW = 20; // labels that are shown all at once
