@@ -2,14 +2,14 @@
 import { chip, element } from "./dom.js";
 import { labelIndex } from "./labels.js";
 
+const FEW = 20; // labels that are shown all at once
+
 /** Fills a box for sentences, one a line. text: those at first. */
 export function writeSentences(box, text) {
   const ariaLabel = "Sentences, one a line";
   const field = { name: "label", rows: 3, ariaLabel, placeholder: ariaLabel, value: text };
   box.replaceChildren(element("textarea", field));
 }
-
-const FEW = 20; // labels that are shown all at once
 
 /** Fills a box for the labels of a model. chosen: class numbers. changed: called when others are chosen. */
 export function pickLabels(box, { labels, aliases }, chosen, changed) {
