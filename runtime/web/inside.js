@@ -33,7 +33,7 @@ function showStep(number) {
   const { role, known, tokens, sequence } = record.steps[number];
   const latents = record.noise.slice();
   if (number) latents.set(record.steps[number - 1].sequence.subarray(0, known * width));
-  const input = role === "teacher" ? { what: "chance", values: record.uniforms, width: 1 }
+  const input = role === "teacher" ? { what: "uniforms", values: record.uniforms, width: 1 }
     : { what: "noise", values: latents, width, known };
   const output = { what: "sequence", values: sequence, width, known, tokens };
   let end = 0;
