@@ -59,13 +59,15 @@ class TextCondition(Record, frozen=True):
     """Images of a text: `tokens` rows of features of that `width` at most, left-padded.
 
     vector: the row of the embedded text that the student's embeddings are conditioned on, the last one or the
-    mean of all; None where no student is known.
+    mean of all; None where no student is known. examples: prompts in lower case that checks draw, in place of
+    trial prompts about anything.
     """
 
     kind: Literal["text"]
     tokens: Positive
     width: Positive
     vector: Literal["last", "mean"] | None = None
+    examples: tuple[str, ...] = ()
 
 
 class Sampling(Record, frozen=True):
@@ -288,6 +290,13 @@ def with_student(recipe: Recipe, settings: Any, where: str) -> Recipe:
     return recipe_from_dict(data, f"the config in {where}")
 
 
+def student_config(recipe: Recipe) -> dict[str, Any]:
+    """What `with_student` reads of a checkpoint."""
+    data, condition = recipe.to_dict(), recipe.condition
+    vector = condition.vector if condition else None
+    return {"schedules": data["schedules"], "split": recipe.sequence.split, "vector": vector}
+
+
 def recipe_names() -> list[str]:
     """The recipes that ship with the project, sorted."""
     folder = resources.files("ddexport.recipes")
@@ -370,11 +379,14 @@ def class_names(recipe: Recipe) -> dict[str, Any]:
 
 
 def embedded_weights(source: Source) -> Path:
-    """The file of weights that ships with the project. Raises `RecipeError` if it is not there."""
+    """The file of weights that ships with the project, or the directory of a text encoder. Raises
+    `RecipeError` if it is not there.
+    """
     path = Path(str(resources.files("ddexport.recipes") / "weights" / source.embedded))
-    if not path.is_file():
-        name, small, _ = source.embedded.rpartition("-decoder")
-        command = f"decoder --model {name}" if small else source.embedded.rsplit("-", 1)[0]
+    if not path.exists():
+        stem = path.stem
+        name = re.sub("-(text-encoder|decoder-.+|[^-]+)$", "", stem)
+        command = f"decoder --model {name}" if "-decoder-" in stem else name
         raise RecipeError(
             f"the embedded weights {source.embedded} are missing",
             f"train them: ddexport distill {command} --install",

@@ -99,7 +99,8 @@ def _is_decoder_at_hand(recipe: Recipe, request: WeightRequest, role: str) -> bo
 
 def _is_encoder_wanted(recipe: Recipe, request: WeightRequest) -> bool:
     """Whether the bundle gets a text encoder. Raises `RecipeError` if it is wanted and nowhere."""
-    at_hand = ENCODER in request.files or bool(recipe.files.get(ENCODER, Source()).repo)
+    source = recipe.files.get(ENCODER, Source())
+    at_hand = ENCODER in request.files or bool(source.repo or source.embedded)
     at_hand &= recipe.condition is not None and request.random_seed is None
     if request.text_encoder and not at_hand:
         how = "give its directory: --text-encoder DIR; there is no random one"

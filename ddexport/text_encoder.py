@@ -6,6 +6,7 @@ The module is transformers', but for two things: its weights are read as those o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ddexport.families._checkpoint import as_float32
 from ddexport.families._weight_file import CheckpointError, read_weights
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.records import read_json
+from ddexport.staging import staged_directory
 
 REST = ("decoder.", "lm_head.")  # what a whole T5 has besides its encoder
 NAMED_KEYS = 3
@@ -93,6 +95,44 @@ def text_encoder(path: Path) -> TextEncoder:
     encoder.stack.load_state_dict(_weights(path, encoder.stack.state_dict()), strict=True, assign=True)
     encoder.requires_grad_(False).eval()
     return encoder
+
+
+def new_text_encoder(width: int, words: int, layers: int, heads: int, hidden: int) -> TextEncoder:
+    """An untrained encoder of that width for so many words. hidden: the inner width of its networks."""
+    from transformers import T5Config
+
+    config = T5Config(
+        vocab_size=words,
+        d_model=width,
+        d_kv=width // heads,
+        d_ff=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        feed_forward_proj="gated-gelu",
+        relative_attention_max_distance=32,
+        dropout_rate=0.0,
+        use_cache=False,
+    )
+    encoder = TextEncoder(config, Path())
+    # Each head prefers some distances from the start. T5's own biases are near zero: for thousands of
+    # iterations attention then counts words, and does not learn which belong together.
+    nn.init.normal_(encoder.stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight, std=2.0)
+    return encoder
+
+
+def save_text_encoder(encoder: TextEncoder, tokenizer: Any, path: Path) -> None:
+    """Writes the directory that `text_encoder` reads, with float16 weights and tokenizer.json, atomically.
+
+    tokenizer: of the package tokenizers.
+    """
+    from safetensors.torch import save
+
+    with staged_directory(path, replace=True, marker="config.json") as folder:
+        config = {k: v for k, v in encoder.stack.config.to_diff_dict().items() if v is not None}
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "t5"}, indent=1) + "\n")
+        (folder / "tokenizer.json").write_text(tokenizer.to_str() + "\n")
+        state = {f"encoder.{k}": v.half().contiguous() for k, v in encoder.stack.state_dict().items()}
+        (folder / "model.safetensors").write_bytes(save(state))
 
 
 def _weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ untrusted: every key and every shape must be the expected one, every weight a fi
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from ddexport.families import family
 from ddexport.families._base import Layout, Student
 from ddexport.families._small_decoder import SmallDecoder
 from ddexport.families._weight_file import SHARD, CheckpointError, read_weights
+from ddexport.recipe import student_config
 from ddexport.runtime.files import atomic_write
 
 if TYPE_CHECKING:
@@ -126,9 +128,12 @@ def save_part(
     for name, value in state.items():
         if not value.isfinite().all():
             raise CheckpointError(f"{role}: {name} overflows {dtype}", "store it in float32")
+    # One key: safetensors writes several in any order.
+    metadata = {"ddexport": f"{role} of {recipe.name}"}
+    if role == "student" and recipe.condition:
+        metadata = {"config": json.dumps(student_config(recipe), sort_keys=True)}
     with atomic_write(Path(path)) as stream:
-        # One key: safetensors writes several in any order.
-        stream.write(save(state, {"ddexport": f"{role} of {recipe.name}"}))
+        stream.write(save(state, metadata))
 
 
 def published_state(module: nn.Module, recipe: Recipe, role: str) -> dict[str, Tensor]:

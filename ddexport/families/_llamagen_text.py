@@ -75,6 +75,15 @@ class TextKey:
         return weights @ torch.cat([self.value.to(v.dtype), v], dim=2)
 
 
+class TextRow(TextKey):
+    """A text as position 0 of the images that follow it, all at once; takes the place of a cache."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        score = F.pad(self.score.to(q.dtype), (0, k.shape[2] - 1))
+        weights = (q @ k.transpose(-2, -1) + score + mask.to(q.dtype)).softmax(-1)
+        return weights @ torch.cat([self.value.to(v.dtype), v[:, :, 1:]], dim=2)
+
+
 class TextCache(ExplicitCache):
     """A cache whose position 0 is the text: its value, and the score of the key, are those of all its rows.
 

@@ -5,15 +5,18 @@ Shapes: those of `_llamagen_text`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ddexport.families._base import compose
 from ddexport.families._llamagen_blocks import LayerCache
 from ddexport.families._llamagen_models import LlamaGenStudent, LlamaGenTeacher
-from ddexport.families._llamagen_text import TextKey, text_mask, text_prefix, with_text_rows
+from ddexport.families._llamagen_text import TextKey, TextRow, text_mask, text_prefix, with_text_rows
+
+
+def shared_by(images: int, *prefix: Tensor) -> list[Tensor]:
+    """What is seen of P texts [P, ...] for so many images, of which as many in a row share a text."""
+    return [rows.repeat_interleave(images // len(rows), 0) for rows in prefix]
 
 
 class LlamaGenTextStudent(LlamaGenStudent):
@@ -33,7 +36,10 @@ class LlamaGenTextStudent(LlamaGenStudent):
     def heads(  # type: ignore[override]
         self, tokens: Tensor, features: Tensor, mask: Tensor, known: Tensor
     ) -> tuple[Tensor, Tensor]:
-        hidden, condition = self.trunk(tokens, features, mask, known)
+        """As that of a class. Texts that n images in a row share may be given once: features
+        [B / n, T, W]."""
+        values, log_count, condition = shared_by(len(tokens), *self.prefix(features, mask))
+        hidden = self._images(tokens, values, log_count, known)
         return self.logits(hidden), self.embeddings(hidden, condition)
 
     def trunk(  # type: ignore[override]
@@ -55,12 +61,15 @@ class LlamaGenTextStudent(LlamaGenStudent):
         self, tokens: Tensor, values: Tensor, log_count: Tensor, condition: Tensor, known: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What `forward` gives, from what `prefix` gives of the text: L positions, L + 1 keys."""
+        x, S = self._images(tokens, values, log_count, known), self.geometry.split
+        return self._composed(tokens, x[:, :S], x[:, S:], condition, known)
+
+    def _images(self, tokens: Tensor, values: Tensor, log_count: Tensor, known: Tensor) -> Tensor:
         x = self._embedded(tokens, known)
         turn, mask = self.rotation[:, 1:], self.mask[1:, 1:]
         for block, value in zip(self.blocks, values.unbind(1), strict=True):
             x = block(x, turn, mask, TextKey(value, log_count))
-        S = self.geometry.split
-        return self._composed(tokens, x[:, :S], x[:, S:], condition, known)
+        return x
 
     @property
     def _data(self) -> Tensor:
@@ -82,15 +91,31 @@ class LlamaGenTextTeacher(LlamaGenTeacher):
     """The auto-regressive model behind a text. Its first token comes from the last row of the text."""
 
     def forward(self, tokens: Tensor, features: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        """tokens [B, L] int64, features [B, T, W], mask [B, T] -> logits [B, L, V]; see that of a class."""
-        cache = [None] * len(self.blocks)
-        return self._logits(tokens[:, :-1], features, mask, cache)[:, -tokens.shape[1] :]
+        """tokens [B, L] int64, features [B, T, W], mask [B, T] -> logits [B, L, V]; see that of a class.
+
+        Texts that n images in a row share may be given once: features [B / n, T, W].
+        """
+        prefix = text_prefix(self.condition_embedding, self.blocks, features, mask)
+        values, log_count, last = shared_by(len(tokens), *prefix)
+        x = torch.cat([last[:, None], self.token_embedding(tokens[:, :-1])], dim=1)
+        turn, visible = self.rotation[:, :-1], self.mask[:-1, :-1]
+        for block, value in zip(self.blocks, values.unbind(1), strict=True):
+            x = block(x, turn, visible, TextRow(value, log_count))
+        return self.logits_head(self.norm(x))
 
     def step(  # type: ignore[override]
         self, tokens: Tensor, features: Tensor, mask: Tensor, cache: list[LayerCache]
     ) -> Tensor:
         """The logits [B, V] of the token that follows; as that of a class."""
-        return self._logits(tokens, features, mask, cache)[:, -1]
+        x, start = self.token_embedding(tokens), cache[0].length
+        if start == 0:
+            x = torch.cat([self.condition_embedding(features), x], dim=1)
+        end, length = start + x.shape[1], self.geometry.length
+        turn = with_text_rows(self.rotation, features.shape[1])[:, start:end]
+        visible = text_mask(mask, length)[:, :, start:end, :end]
+        for block, layer in zip(self.blocks, cache, strict=True):
+            x = block(x, turn, visible, layer)
+        return self.logits_head(self.norm(x))[:, -1]
 
     def pair(self, features: Tensor, mask: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """The null text has the rows of the prompt's own mask, so that it depends on the prompt's length."""
@@ -110,16 +135,3 @@ class LlamaGenTextTeacher(LlamaGenTeacher):
 
     def new_cache(self) -> list[LayerCache]:
         return [LayerCache(self.geometry.text.tokens + self.geometry.length) for _ in self.blocks]
-
-    def _logits(
-        self, tokens: Tensor, features: Tensor, mask: Tensor, cache: Sequence[LayerCache | None]
-    ) -> Tensor:
-        x, start = self.token_embedding(tokens), cache[0].length if cache[0] else 0
-        if start == 0:
-            x = torch.cat([self.condition_embedding(features), x], dim=1)
-        end, length = start + x.shape[1], self.geometry.length
-        turn = with_text_rows(self.rotation, features.shape[1])[:, start:end]
-        visible = text_mask(mask, length)[:, :, start:end, :end]
-        for block, layer in zip(self.blocks, cache, strict=True):
-            x = block(x, turn, visible, layer)
-        return self.logits_head(self.norm(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +63,8 @@ class LlamaGenFamily(Family):
         if role == "student":
             return (LlamaGenTextStudent if geometry.text else LlamaGenStudent)(geometry).eval()
         if role == "teacher":
+            if geometry.text:  # its first token always comes from the last row
+                geometry = replace(geometry, text=replace(geometry.text, vector="last"))
             return (LlamaGenTextTeacher if geometry.text else LlamaGenTeacher)(geometry).eval()
         codec = codec_of_recipe(recipe, geometry.side)
         return RasterTokenizer(codec, geometry.codebook, geometry.code_width, geometry.side).eval()

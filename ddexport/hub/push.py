@@ -112,7 +112,8 @@ def _picture(bundle: Path, manifest: Manifest) -> bytes | None:
         if manifest.weights.kind == "random" or (manifest.text and not manifest.text.tokenizer):
             return None
         with load(bundle, verify=False) as pipe, trials():
-            labels = [*TRIAL_PROMPTS] if manifest.text else labels
+            examples = (manifest.recipe.get("condition") or {}).get("examples")
+            labels = [*(examples or TRIAL_PROMPTS)] if manifest.text else labels
             grid([*pipe(labels).images], SHOWN).save(stream, "png")
     except BackendError as error:
         logger.warning("the card has no picture: %s", error.message)

@@ -146,10 +146,16 @@ def test_what_a_recipe_names_has_to_be_there(golden_recipe: Recipe) -> None:
         with pytest.raises(RecipeError) as caught:
             class_names(edited(golden_recipe, lambda d, labels=labels: d.update(labels=labels)))
         assert labels in caught.value.message
-    recipe = edited(golden_recipe, lambda d: d["files"].update(student={"embedded": "no.safetensors"}))
-    with pytest.raises(RecipeError) as caught:
-        embedded_weights(recipe.files["student"])
-    assert "no.safetensors" in caught.value.message
+    commands = {
+        "a-b-student.safetensors": "a-b",
+        "a-b-text-encoder": "a-b",
+        "a-b-decoder-small.safetensors": "decoder --model a-b",
+    }
+    for file, command in commands.items():
+        recipe = edited(golden_recipe, lambda d, file=file: d["files"].update(student={"embedded": file}))
+        with pytest.raises(RecipeError) as caught:
+            embedded_weights(recipe.files["student"])
+        assert file in caught.value.message and f"ddexport distill {command} --i" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("name", recipe_names())

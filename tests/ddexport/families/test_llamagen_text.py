@@ -125,6 +125,27 @@ def test_behind_the_prefix_a_student_draws_what_it_draws_behind_the_padded_text(
         close(got, wanted, 1e-12)
 
 
+@torch.no_grad()
+def test_images_in_a_row_may_share_a_text(teacher: Any) -> None:
+    """For training: what is seen of the text is computed once."""
+    part, tokens, counts = student(), EXPECTED["teacher_tf_tokens"], torch.tensor([0, 5])
+    text = tuple(rows[:1] for rows in TEXT)
+    twice = tuple(rows.repeat(2, *[1] * (rows.ndim - 1)) for rows in text)
+    close(teacher(tokens[:2], *text), teacher(tokens[:2], *twice), TOLERANCE)
+    shared = part.heads(EXPECTED["noise"][:2], *text, counts)
+    for got, wanted in zip(shared, part.heads(EXPECTED["noise"][:2], *twice, counts), strict=True):
+        close(got, wanted, TOLERANCE)
+
+
+@torch.no_grad()
+def test_the_first_token_comes_from_the_last_row_whatever_a_student_is_conditioned_on(teacher: Any) -> None:
+    data = RECIPE.to_dict()
+    mean = recipe_from_dict(data | {"condition": data["condition"] | {"vector": "mean"}})
+    other = load_part(mean, "teacher", FOLDER / "teacher.pth")
+    for got, wanted in zip(other.prefix(*TEXT), teacher.prefix(*TEXT), strict=True):
+        close(got, wanted, 1e-7)
+
+
 def test_weights_are_read_strictly_and_the_null_text_is_never_made_up(tmp_path: Path, teacher: Any) -> None:
     weights = torch.load(FOLDER / "teacher.pth", weights_only=True)["model"]
     stored = weights["cls_embedding.uncond_embedding"]
