@@ -167,8 +167,7 @@ class Sampler:
             guided.append(logits)
             return chosen_tokens(logits, uniforms[:, positions], choice)
 
-        condition = given if len(given) > 1 else given[0]
-        tokens = self.generate(self.teacher, self.tokenizer, condition, choose, choice.cfg, prefix, end)
+        tokens = self.generate(self.teacher, self.tokenizer, given, choose, choice.cfg, prefix, end)
         return prefix, torch.cat(guided, 1), tokens, torch.cat([codebook[tokens], noise[:, end:]], 1)
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from ddexport.runtime import console
 from ddexport.runtime.options import option, shared
 
 if TYPE_CHECKING:
+    from ddexport.distill.loop import Run
     from ddexport.distill.train import StageReport
     from ddexport.recipe import Recipe
 
@@ -46,11 +48,13 @@ Examples:
   ddexport distill digits-var --quick
   ddexport distill digits-llamagen --stages tokenizer,teacher --threads 2
   ddexport distill digits-var --seed 1 --out runs/digits-var-seed-1 --json
+  ddexport distill --model llamagen-t2i-xl --prompts prompts.txt --device cuda
 """
 
 
 @command.command("model", cls=console.Command, epilog=MODEL_EPILOG)
-@shared("model")
+@shared("model", required=False)
+@shared("named", options=OPTIONS)
 @option("--out", type=click.Path(path_type=Path), metavar="DIR", show_default="runs/MODEL",
         help="Directory of the run.")  # fmt: skip
 @shared("seed", type=int, help="Seed of all random numbers.")
@@ -64,10 +68,17 @@ Examples:
 @option("--compile/--no-compile", default=True, help="Train with torch.compile.")
 @option("--install", is_flag=True,
         help="Afterwards copy the weights to recipes/weights, from where MODEL is exported.")  # fmt: skip
+@option("--prompts", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+        help="Train the student of a published text model from these prompts: a text file with one prompt on"
+        " each line, or an npz of their features.")  # fmt: skip
+@shared("vae", "teacher", "text-encoder", "revision", "cache-dir", "offline", "random-weights",
+        options=OPTIONS)  # fmt: skip
+@option(
+    "--device", default="cpu", metavar="NAME", help="Device of PyTorch, with --prompts: cpu, cuda or cuda:N."
+)
 @shared("json")
 @console.debug_option
 def model_command(
-    model: str,
     out: Path | None,
     seed: int,
     student_seed: int | None,
@@ -76,28 +87,39 @@ def model_command(
     threads: int,
     compile: bool,
     install: bool,
+    prompts: Path | None,
+    device: str,
     as_json: bool,
+    **weights: Any,
 ) -> None:
     """Train the tokenizer, teacher and student of MODEL.
 
-    The recipe needs a section `distill`, which names the data set. To continue a run that was interrupted,
+    The recipe needs a section `distill`, which names the data set. Of a published text model the student
+    alone is trained, from pairs that its teacher makes of --prompts. To continue a run that was interrupted,
     repeat the same command. Stages whose settings, seed and inputs have not changed are not run again.
     """
-    from ddexport.recipe import load_recipe
-
     if quick and install:
         raise click.UsageError("--install cannot be used with --quick, which does not train to the end.")
-    recipe = load_recipe(model)
-    folder = out or Path("runs") / (f"{recipe.name}-quick" if quick else recipe.name)
-    reports = run(model, folder, seed, stages, quick, threads, compile, student_seed)
-    if install:
-        from ddexport.distill.train import ROLES
+    if prompts is not None and (stages or install or student_seed is not None):
+        raise click.UsageError("--prompts cannot be used with --stages, --install or --student-seed.")
+    recipe, requested = recipe_and_weights(**weights, checkpoint=None, weights=None)
+    given = requested["files"] or requested["random_seed"] is not None or device != "cpu"
+    if prompts is None and given:
+        raise click.UsageError("weights and --device are for --prompts: without, all parts are trained here.")
+    from ddexport.devices import torch_device
+    from ddexport.distill.loop import Run
+    from ddexport.distill.train import shipped
 
-        _install(recipe, folder, {role: recipe.files[role].embedded for role in ROLES.values()})
-    if as_json:
-        console.emit_json({"model": recipe.name, "folder": folder, "seed": seed, "stages": reports})
-        return
-    _show(reports)
+    folder = out or Path("runs") / (f"{recipe.name}-quick" if quick else recipe.name)
+    run = Run(folder, seed, compile and not quick, str(torch_device(device)))
+    with _threads(threads):
+        if prompts is None:
+            reports = _from_data(recipe, stages, quick, run, student_seed)
+        else:
+            reports = _from_prompts(recipe, prompts, requested, quick, run)
+    if install:
+        _install(recipe, folder, shipped(recipe))
+    _show(recipe, run, reports, as_json)
 
 
 def _install(recipe: Recipe, folder: Path, files: Mapping[str, str]) -> None:
@@ -109,7 +131,10 @@ def _install(recipe: Recipe, folder: Path, files: Mapping[str, str]) -> None:
         click.echo(f"installed {path}", err=True)
 
 
-def _show(reports: list[StageReport]) -> None:
+def _show(recipe: Recipe, run: Run, reports: list[StageReport], as_json: bool) -> None:
+    if as_json:
+        console.emit_json({"model": recipe.name, "folder": run.folder, "seed": run.seed, "stages": reports})
+        return
     for report in reports:
         size = f"{report.bytes / 1e6:6.2f} MB" if report.bytes else ""
         click.echo(
@@ -118,38 +143,47 @@ def _show(reports: list[StageReport]) -> None:
         )
 
 
-def run(
-    model: str,
-    folder: Path,
-    seed: int,
-    stages: str | None,
-    quick: bool,
-    threads: int,
-    compile: bool,
-    student_seed: int | None = None,
-) -> list[StageReport]:
-    """Train the recipe `model` in `folder`. Raises DDError, click.BadParameter for an unknown stage."""
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many of torch, for a while."""
     import torch
 
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _from_prompts(
+    recipe: Recipe, prompts: Path, requested: dict[str, Any], quick: bool, run: Run
+) -> list[StageReport]:
+    from ddexport.distill.prompts import distil_from_prompts
+    from ddexport.distill.settings import prompt_settings, quick_prompts
+    from ddexport.sources import WeightRequest
+
+    settings = prompt_settings(recipe)
+    settings = quick_prompts(settings) if quick else settings
+    return distil_from_prompts(recipe, prompts, WeightRequest(**requested), settings, run)
+
+
+def _from_data(
+    recipe: Recipe, stages: str | None, quick: bool, run: Run, student_seed: int | None
+) -> list[StageReport]:
+    """Raises click.BadParameter for an unknown stage."""
     from ddexport.distill.settings import distill_settings
     from ddexport.distill.settings import quick as quickened
     from ddexport.distill.train import STAGES, train
-    from ddexport.recipe import load_recipe
 
     chosen = tuple(name.strip() for name in stages.split(",")) if stages else STAGES
     unknown = [name for name in chosen if name not in STAGES]
     if unknown:
         text = f"unknown stage {unknown[0]!r}; stages: {', '.join(STAGES)}"
         raise click.BadParameter(text, param_hint="--stages")
-    recipe = load_recipe(model)
     settings = distill_settings(recipe)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        settings = quickened(settings) if quick else settings
-        return train(recipe, settings, folder, seed, chosen, compile and not quick, student_seed)
-    finally:
-        torch.set_num_threads(before)
+    settings = quickened(settings) if quick else settings
+    return train(recipe, settings, run, chosen, student_seed)
 
 
 DECODER_EPILOG = """
@@ -197,8 +231,6 @@ def decoder_command(
     recipe, requested = recipe_and_weights(**weights)
     if install and (requested["files"] or requested["random_seed"] is not None):
         raise click.UsageError("--install is for decoders of the weights that ship.")
-    import torch
-
     from ddexport.devices import torch_device
     from ddexport.distill.loop import Run
     from ddexport.distill.settings import decoder_settings, quick_decoder
@@ -209,16 +241,9 @@ def decoder_command(
     settings = decoder_settings(recipe, SMALL)
     folder = out or Path("runs") / f"{recipe.name}-decoder{'-quick' if quick else ''}"
     run = Run(folder, seed, device=str(torch_device(device)))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        settings = quick_decoder(settings) if quick else settings
+    settings = quick_decoder(settings) if quick else settings
+    with _threads(threads):
         reports = distil_decoder(recipe, SMALL, WeightRequest(**requested), settings, run)
-    finally:
-        torch.set_num_threads(before)
     if install:
         _install(recipe, folder, {decoder_role(SMALL): reports[-1].file})
-    if as_json:
-        console.emit_json({"model": recipe.name, "folder": folder, "seed": seed, "stages": reports})
-    else:
-        _show(reports)
+    _show(recipe, run, reports, as_json)

@@ -14,6 +14,10 @@ from typing import Any
 
 import torch
 
+# A CPU with vectors of 512 bits, but not of bfloat16. torch.compile cannot trace the question.
+_HAS = torch.cpu.get_capabilities()
+SLOW_BFLOAT16 = bool(_HAS.get("avx512_f") and not (_HAS.get("avx512_bf16") or _HAS.get("amx_bf16")))
+
 log = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # <malloc.h> of the GNU C library
@@ -68,6 +72,9 @@ def private_compile_cache() -> Iterator[None]:
                 os.environ[name] = before
 
 
-def bfloat16() -> torch.autocast:
-    """bfloat16 products where torch deems them safe; weights, norms and losses stay float32."""
-    return torch.autocast("cpu", torch.bfloat16)
+def bfloat16(device: str = "cpu") -> torch.autocast:
+    """bfloat16 products where torch deems them safe; weights, norms and losses stay float32.
+
+    Where they would take three times as long, all is float32.
+    """
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or not SLOW_BFLOAT16)

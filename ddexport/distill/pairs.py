@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddexport.distill.conditions import Condition
 from ddexport.distill.loop import Run
 from ddexport.distill.mapping import tokens_from_noise
 from ddexport.distill.settings import PairSettings
@@ -12,8 +13,6 @@ from ddexport.distill.teacher import generate
 from ddexport.distill.trainers import Choose, Tokenizer
 from ddexport.families._base import Teacher
 from ddexport.runtime.console import progress
-
-CHUNK = 1000
 
 
 def by_map(noise: Tensor, codebook: Tensor, steps: int) -> Choose:
@@ -26,23 +25,34 @@ def by_map(noise: Tensor, codebook: Tensor, steps: int) -> Choose:
 
 
 def mapped_tokens(
-    teacher: Teacher, tokenizer: Tokenizer, noise: Tensor, labels: Tensor, settings: PairSettings
+    teacher: Teacher,
+    tokenizer: Tokenizer,
+    noise: Tensor,
+    condition: tuple[Tensor, ...],
+    settings: PairSettings,
 ) -> Tensor:
-    """noise (B, L, Cv), labels (B,) -> the map's tokens (B, L) int64."""
+    """noise (B, L, Cv), and what the teacher reads of each image -> the map's tokens (B, L) int64."""
     choose = by_map(noise, tokenizer.codebook, settings.steps)
-    return generate(teacher, tokenizer, labels, choose, settings.guidance, settings.top_k)
+    return generate(teacher, tokenizer, condition, choose, settings.guidance, settings.top_k)
 
 
-def make_pairs(teacher: Teacher, tokenizer: Tokenizer, settings: PairSettings, run: Run) -> dict[str, Tensor]:
-    """All pairs: noise (N, L, Cv) float32, tokens (N, L) int16, labels (N,) int64 (uniform)."""
+@torch.no_grad()
+def make_pairs(
+    teacher: Teacher, tokenizer: Tokenizer, condition: Condition, settings: PairSettings, run: Run
+) -> dict[str, Tensor]:
+    """All pairs: noise (N, L, Cv) float32, tokens (N, L) int16, and the rows of the condition."""
     length, width = teacher.geometry.length, teacher.geometry.code_width
+    device = tokenizer.codebook.device
     parts: list[dict[str, Tensor]] = []
-    starts = range(0, settings.count, CHUNK)
+    starts = range(0, settings.count, settings.batch)
     for number, start in enumerate(progress(starts, "pairs")):
         generator = run.generator("pairs", number)
-        count = min(CHUNK, settings.count - start)
-        labels = torch.randint(teacher.geometry.classes, (count,), generator=generator)
+        count = min(settings.batch, settings.count - start)
+        labels = condition.labels(count // condition.images, generator)
+        rows = condition.rows(labels, generator)
+        rows = {name: row.repeat_interleave(condition.images, 0) for name, row in rows.items()}
         noise = torch.randn(count, length, width, generator=generator)
-        tokens = mapped_tokens(teacher, tokenizer, noise, labels, settings)
-        parts.append({"noise": noise, "labels": labels, "tokens": tokens.to(torch.int16)})
+        inputs = tuple(tensor.to(device) for tensor in condition.inputs(rows))
+        tokens = mapped_tokens(teacher, tokenizer, noise.to(device), inputs, settings)
+        parts.append({"noise": noise, "tokens": tokens.to(torch.int16).cpu(), **rows})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 from msgspec.structs import replace
@@ -48,7 +48,8 @@ class TokenizerSettings(Loop, frozen=True):
     nothing yet would pull these together. `absolute` weighs |error| against squared error, `commitment` the
     pull of the encoder towards its codes, `prefix` is the share of images that are decoded from a random
     number of leading scales (where there are several); codes that nothing chose for `reseed` iterations
-    restart from residuals, until half of the run.
+    restart from residuals, until half of the run. `foreground` is what pixels that differ from the corner of
+    the image weigh more than others: thin strokes are few.
     """
 
     continuous: Natural = 200
@@ -56,6 +57,7 @@ class TokenizerSettings(Loop, frozen=True):
     commitment: Weight = 0.25
     prefix: Share = 0.5
     reseed: Positive = 50
+    foreground: Weight = 0.0
 
 
 class TeacherSettings(Loop, frozen=True):
@@ -67,13 +69,15 @@ class TeacherSettings(Loop, frozen=True):
 
 class PairSettings(Record, frozen=True):
     """`count` noise -> token pairs; guidance, which each family counts for itself
-    (`ddexport/distill/trainers/`), and top-k (0: all) act on the probabilities before the map.
+    (`ddexport/distill/trainers/`), and top-k (0: all) act on the probabilities before the map. `batch` of
+    them are made at once.
     """
 
     count: Positive
     guidance: Weight
     top_k: Natural = 0
     steps: Positive = 32
+    batch: Positive = 1000
 
 
 class StudentSettings(Loop, frozen=True):
@@ -99,6 +103,17 @@ class SmallDecoderSettings(Loop, frozen=True):
     finish: Loop | None = None
 
 
+class TextEncoderSize(Record, frozen=True):
+    """A T5 encoder that is trained with the teacher: layers, heads, and the inner width of its networks. So
+    many `images` of a batch share a sentence, which is then read once.
+    """
+
+    layers: Positive
+    heads: Positive
+    hidden: Positive
+    images: Positive = 4
+
+
 class DistillSettings(Record, frozen=True):
     """All stages of one run."""
 
@@ -109,6 +124,40 @@ class DistillSettings(Record, frozen=True):
     teacher: TeacherSettings
     pairs: PairSettings
     student: StudentSettings
+    text_encoder: TextEncoderSize | None = None
+
+
+class PromptSettings(Record, frozen=True):
+    """A student of a published text model: what it is trained for (docs/text-to-image.md), its pairs, of
+    which so many `images` in a row have a prompt, and its training.
+    """
+
+    schedules: dict[str, Any]
+    split: Positive
+    vector: Literal["last", "mean"]
+    pairs: PairSettings
+    student: StudentSettings
+    images: Positive = 4
+
+
+def prompt_settings(recipe: Recipe) -> PromptSettings:
+    """Those of a recipe whose student is trained from prompts. Raises RecipeError for none, or a wrong
+    key."""
+    if not recipe.condition or "data" in recipe.distill or not recipe.distill:
+        hint = "llamagen-t2i-xl is one; docs/text-to-image.md says what a recipe needs"
+        raise RecipeError(f"{recipe.name} has no student that is trained from prompts", hint)
+    settings = convert(PromptSettings, recipe.distill, f"{recipe.name}: distill", RecipeError, HINT)
+    _check_shares(settings.images, settings.pairs, settings.student, where=f"{recipe.name}: distill")
+    return settings
+
+
+def _check_shares(images: int, pairs: PairSettings, *loops: Loop, where: str) -> None:
+    """Raises RecipeError unless as many images share a text in every batch."""
+    if any(size % images for size in (pairs.count, pairs.batch, *(loop.batch for loop in loops))):
+        hint = f"make them multiples of {images}"
+        raise RecipeError(
+            f"{where}: {images} images share a text, but batches or pairs.count do not fit", hint
+        )
 
 
 def distill_settings(recipe: Recipe) -> DistillSettings:
@@ -117,8 +166,15 @@ def distill_settings(recipe: Recipe) -> DistillSettings:
     if not recipe.distill:
         hint = "give a recipe with such a section; recipes/digits-var.yaml is an example"
         raise RecipeError(f"the recipe {recipe.name} has no section `distill`: it cannot be trained", hint)
+    if recipe.condition and "data" not in recipe.distill:
+        hint = f"give them: ddexport distill {recipe.name} --prompts FILE"
+        raise RecipeError(f"the student of {recipe.name} is trained from prompts", hint)
     settings = convert(DistillSettings, recipe.distill, where, RecipeError, HINT)
     steps = len(family(recipe.family).geometry(recipe).starts) - 1
+    if (settings.text_encoder is None) != (recipe.condition is None):
+        raise RecipeError(f"{where}: text_encoder must be there if the model draws from texts", HINT)
+    if size := settings.text_encoder:
+        _check_shares(size.images, settings.pairs, settings.teacher, settings.student, where=where)
     if max(settings.student.timesteps) >= steps:
         raise RecipeError(
             f"{where}: student.timesteps: {list(settings.student.timesteps)} are not numbers of AR steps",
@@ -149,6 +205,13 @@ def quick_decoder(settings: SmallDecoderSettings) -> SmallDecoderSettings:
     short: dict[str, Any] = {"iterations": 3, "batch": 8, "warmup": 1}
     finish = replace(settings.finish, **short) if settings.finish else None
     return replace(settings, **short, chunk=8, chunks=2, refresh=2, finish=finish)
+
+
+def quick_prompts(settings: PromptSettings) -> PromptSettings:
+    """A few iterations, as `quick`."""
+    pairs = replace(settings.pairs, count=2 * settings.images, steps=4)
+    student = replace(settings.student, iterations=3, batch=settings.images, warmup=1)
+    return replace(settings, pairs=pairs, student=student)
 
 
 def quick(settings: DistillSettings) -> DistillSettings:

@@ -9,8 +9,6 @@ grows. What else was tried is in docs/log.md.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
@@ -27,7 +25,7 @@ from ddexport.distill.loop import Run, fit
 from ddexport.distill.machine import keep_freed_memory
 from ddexport.distill.settings import Loop, SmallDecoderSettings
 from ddexport.distill.teacher import at_random, generate
-from ddexport.distill.train import StageReport, new_part, run_stage
+from ddexport.distill.train import StageReport, key_of, new_part, run_stage
 from ddexport.distill.trainers import Tokenizer
 from ddexport.families._base import Student, Teacher
 from ddexport.families._checkpoint import connect, load_part, save_part
@@ -104,9 +102,8 @@ class Sequences:
         taught = min(round(count * settings.teacher), count - random) if self.teacher else 0
         if self.teacher and taught:
             choose, guidance = at_random(generator), settings.guidance
-            yield self.tokenizer.embed(
-                generate(self.teacher, self.tokenizer, labels[:taught].to(device), choose, guidance)
-            )
+            condition = (labels[:taught].to(device),)
+            yield self.tokenizer.embed(generate(self.teacher, self.tokenizer, condition, choose, guidance))
         alone = [s for s in self.recipe.schedules.values() if s.teacher is None]
         rest = torch.arange(random + taught, count)
         for schedule, rows in zip(alone, rest.tensor_split(len(alone)), strict=True):
@@ -193,8 +190,8 @@ def distil_decoder(
         "schedules": to_builtins(recipe.schedules),
         "weights": to_builtins(provenance(bare, request, sources)),
     }
-    begun = _key(values)
-    finished = _key({"before": begun, "settings": to_builtins(settings.finish)})
+    begun = key_of(values)
+    finished = key_of({"before": begun, "settings": to_builtins(settings.finish)})
 
     @cache
     def parts() -> dict[str, Any]:
@@ -224,7 +221,3 @@ def distil_decoder(
         run_stage(role, run, begun, first, begin),
         run_stage(f"{role}-finish", run, finished, second, finish),
     ]
-
-
-def _key(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

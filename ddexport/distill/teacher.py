@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ddexport.distill.augment import random_affine
+from ddexport.distill.conditions import Captions, Condition
 from ddexport.distill.data import ImageSet
 from ddexport.distill.loop import Run, fit
 from ddexport.distill.machine import bfloat16, compiled
@@ -22,58 +22,87 @@ def token_copies(
     """Tokens (copies * N, L) int16 and labels (copies * N,) of augmented copies; the first copy is the data
     itself.
     """
-    tokens = []
+    tokens, labels = [], []
     for copy in range(copies):
-        batch = images.images()
-        if copy:
-            generator = run.generator("teacher-augment", copy)
-            batch = random_affine(batch, generator, augment.degrees, augment.shift, augment.scale)
+        generator = run.generator("teacher-augment", copy)
+        batch, of_copy = images.copy(generator, augment if copy else None)
         tokens.append(tokens_of_images(tokenizer, batch).to(torch.int16))
-    return torch.cat(tokens), images.labels.repeat(copies)
+        labels.append(of_copy)
+    return torch.cat(tokens), torch.cat(labels)
 
 
 def train_teacher(
     teacher: Teacher,
     tokenizer: Tokenizer,
+    condition: Condition,
     tokens: Tensor,
     labels: Tensor,
     settings: TeacherSettings,
     run: Run,
     key: str,
 ) -> None:
-    """Train `teacher` in place: cross entropy of every token given the AR steps before it and the label."""
+    """Train `teacher` in place, with the text encoder if there is one: cross entropy of every token given the
+    AR steps before it and the condition.
+    """
     family_trainer = trainer(teacher.family)
     family_trainer.initialise_teacher(teacher, run.generator("teacher-init"))
-    null = teacher.geometry.classes
+    # What a sentence says of ink and ground shows in a fourth of the images: by their tokens alone an encoder
+    # does not learn which word is which.
+    reader = condition.new_reader() if isinstance(condition, Captions) else None
+    trained = (
+        nn.ModuleList([teacher, condition.encoder, reader]) if isinstance(condition, Captions) else teacher
+    )
 
-    def cross_entropy(batch: Tensor, label: Tensor) -> Tensor:
+    def cross_entropy(batch: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         with torch.no_grad():
-            inputs = family_trainer.teacher_inputs(tokenizer, batch)
+            tokens = family_trainer.teacher_inputs(tokenizer, batch)
         with bfloat16():
-            logits = teacher(inputs, label)
+            logits = teacher(tokens, *inputs)
         return F.cross_entropy(logits.float().flatten(0, 1), batch.flatten())
 
+    alike = _Alike(labels, condition.images)
     cross_entropy_compiled = compiled(cross_entropy, run.compile)
 
     def loss(i: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        index = torch.randint(len(tokens), (settings.batch,), generator=generator)
-        dropped = torch.rand(settings.batch, generator=generator) < settings.drop_label
-        label = labels[index].masked_fill(dropped, null)
-        return cross_entropy_compiled(tokens[index].long(), label), {}
+        index = torch.randint(len(tokens), (settings.batch // condition.images,), generator=generator)
+        dropped = torch.rand(len(index), generator=generator) < settings.drop_label
+        inputs = condition.inputs(condition.rows(labels[index], generator))
+        figures = {}
+        if isinstance(condition, Captions) and reader:
+            figures["misread"] = condition.misread(reader, inputs, labels[index])
+        inputs = condition.without(inputs, dropped, teacher)
+        index = alike(index, generator).flatten()
+        return cross_entropy_compiled(tokens[index].long(), inputs) + sum(figures.values()), figures
 
-    fit("teacher", run, settings, teacher, loss, key)
+    fit("teacher", run, settings, trained, loss, key)
+
+
+class _Alike:
+    """Finds images of a label, for a sentence that several of a batch share."""
+
+    def __init__(self, labels: Tensor, images: int) -> None:
+        self.labels, self.others = labels, images - 1
+        self.order, self.counts = labels.argsort(), torch.bincount(labels)
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def __call__(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Of images (n,) each with random others of its label: (n, images)."""
+        label = self.labels[index]
+        pick = torch.rand(self.others, len(index), generator=generator) * self.counts[label]
+        return torch.stack([index, *self.order[self.starts[label] + pick.long()]], 1)
 
 
 @torch.no_grad()
 def generate(
     teacher: Teacher,
     tokenizer: Tokenizer,
-    labels: Tensor,
+    condition: tuple[Tensor, ...],
     choose: Choose,
     guidance: float,
     top_k: int = 0,
 ) -> Tensor:
-    """Sample AR step by AR step, with cached keys and values: labels (B,) -> tokens (B, L) int64.
+    """Sample AR step by AR step, with cached keys and values: tokens (B, L) int64. condition: as that of
+    `Trainer.generate`.
 
     `choose(log_p, positions)` picks the tokens (B, n) of one AR step from its log probabilities (B, n, V)
     float64; `positions` is the step's slice of the sequence. Guidance is meant as the family has it.
@@ -82,7 +111,7 @@ def generate(
     def choose_from(logits: Tensor, positions: slice) -> Tensor:
         return choose(log_probabilities(logits, top_k), positions)
 
-    return trainer(teacher.family).generate(teacher, tokenizer, labels, choose_from, guidance)
+    return trainer(teacher.family).generate(teacher, tokenizer, condition, choose_from, guidance)
 
 
 def log_probabilities(logits: Tensor, top_k: int = 0) -> Tensor:

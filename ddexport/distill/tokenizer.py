@@ -13,13 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ddexport.distill.augment import random_affine
 from ddexport.distill.data import ImageSet
 from ddexport.distill.loop import Run, fit
 from ddexport.distill.machine import bfloat16
 from ddexport.distill.settings import Augmentation, Loop, TokenizerSettings
 from ddexport.distill.trainers import Tokenizer, Trainer
 from ddexport.families._vq_codec import ResidualBlock, SpatialAttention
+
+DRAWN = 0.4  # of [-1, 1]: what differs more from the corner of the image is not its ground
 
 
 class _Training(nn.Module):
@@ -33,10 +34,15 @@ class _Training(nn.Module):
         self.register_buffer("last_used", torch.zeros(len(tokenizer.codebook), dtype=torch.int64))
 
 
-def image_error(decoded: Tensor, images: Tensor, absolute: float) -> Tensor:
+def image_error(decoded: Tensor, images: Tensor, settings: TokenizerSettings) -> Tensor:
     """Mean squared error plus `absolute` times the mean absolute error, both (B, 3, H, W) in [-1, 1]."""
     error = decoded.float() - images
-    return error.square().mean() + absolute * error.abs().mean()
+    error = error.square() + settings.absolute * error.abs()
+    if settings.foreground:
+        drawn = (images - images[:, :, :1, :1]).abs().amax(1, keepdim=True) > DRAWN
+        weight = 1 + settings.foreground * drawn
+        error = error * (weight / weight.mean())
+    return error.mean()
 
 
 def train_tokenizer(
@@ -56,9 +62,7 @@ def train_tokenizer(
 
     def continuous(batch: Tensor) -> Tensor:
         with bfloat16():
-            return image_error(
-                decoded_latent(tokenizer, trainer.latent(tokenizer, batch)), batch, settings.absolute
-            )
+            return image_error(decoded_latent(tokenizer, trainer.latent(tokenizer, batch)), batch, settings)
 
     def quantised(batch: Tensor, choice: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with bfloat16():
@@ -70,11 +74,11 @@ def train_tokenizer(
         chosen = sums.detach()[choice, torch.arange(len(batch))]
         with bfloat16():
             decoded = decoded_latent(tokenizer, latent + (chosen - latent).detach())
-        return image_error(decoded, batch, settings.absolute), codes, commitment, tokens
+        return image_error(decoded, batch, settings), codes, commitment, tokens
 
     def loss(i: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         nonlocal chosen_codes
-        batch = draw_images(images, settings.batch, generator, augment)
+        batch = images.draw(settings.batch, generator, augment)
         if i < settings.continuous:
             return continuous(batch), {}
         prefix = torch.randint(scales, (settings.batch,), generator=generator)
@@ -86,7 +90,7 @@ def train_tokenizer(
     def after_step(i: int) -> None:
         generator = run.generator("tokenizer-codes", i)
         if i + 1 == settings.continuous:
-            seed_codebook(tokenizer, trainer, draw_images(images, 256, generator, augment), generator)
+            seed_codebook(tokenizer, trainer, images.draw(256, generator, augment), generator)
             training.last_used[:] = i
         if i < settings.continuous:
             return
@@ -94,7 +98,7 @@ def train_tokenizer(
         if (i + 1) % settings.reseed == 0 and i < settings.iterations // 2:
             dead = (training.last_used <= i - settings.reseed).nonzero()[:, 0]
             with torch.no_grad():
-                batch = draw_images(images, settings.batch, generator, augment)
+                batch = images.draw(settings.batch, generator, augment)
                 vectors = torch.cat(trainer.residual_vectors(tokenizer, trainer.latent(tokenizer, batch)))
                 pick = torch.randint(len(vectors), (len(dead),), generator=generator)
                 tokenizer.embedding.weight[dead] = vectors[pick]
@@ -108,7 +112,7 @@ def train_decoder(
     tokenizer: Tokenizer,
     images: ImageSet,
     loop: Loop,
-    absolute: float,
+    settings: TokenizerSettings,
     augment: Augmentation,
     run: Run,
     key: str,
@@ -123,20 +127,13 @@ def train_decoder(
             latent = tokenizer.latent(tokenizer.embed(tokenizer.tokens(tokenizer.encode(batch))))
         with bfloat16():
             decoded = decoded_latent(tokenizer, latent)
-        return image_error(decoded, batch, absolute)
+        return image_error(decoded, batch, settings)
 
     def loss(i: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        return error(draw_images(images, loop.batch, generator, augment)), {}
+        return error(images.draw(loop.batch, generator, augment)), {}
 
     fit("decoder", run, loop, tokenizer, loss, key)
     tokenizer.requires_grad_(True)
-
-
-def draw_images(images: ImageSet, count: int, generator: torch.Generator, augment: Augmentation) -> Tensor:
-    """`count` augmented images of the set: (count, 3, H, W) float32 in [-1, 1], contiguous."""
-    index = torch.randint(len(images), (count,), generator=generator)
-    batch = images.images(index)
-    return random_affine(batch, generator, augment.degrees, augment.shift, augment.scale).contiguous()
 
 
 @torch.no_grad()

@@ -31,21 +31,25 @@ from msgspec import structs
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from ddexport.distill.conditions import Captions, Classes, Condition, word_tokenizer
 from ddexport.distill.data import DataSet, load_data
 from ddexport.distill.loop import Run, finish
 from ddexport.distill.machine import keep_freed_memory, private_compile_cache
 from ddexport.distill.pairs import make_pairs
-from ddexport.distill.settings import DistillSettings
+from ddexport.distill.settings import DistillSettings, TextEncoderSize
 from ddexport.distill.student import train_student
 from ddexport.distill.teacher import token_copies, train_teacher
 from ddexport.distill.tokenizer import train_decoder, train_tokenizer
 from ddexport.distill.trainers import trainer
 from ddexport.families import family
 from ddexport.families._checkpoint import load_part, save_part
+from ddexport.runtime.bundle import ENCODER
 from ddexport.runtime.console import stage as announce
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.files import atomic_write, make_directory
 from ddexport.runtime.records import Record, convert, read_json, to_json
+from ddexport.staging import staged_directory
+from ddexport.text_encoder import new_text_encoder, save_text_encoder, text_encoder
 
 if TYPE_CHECKING:
     from ddexport.recipe import Recipe
@@ -94,6 +98,11 @@ def run_stage(stage: str, run: Run, key: str, path: Path, work: Callable[[], Non
     return StageReport(stage, "trained", seconds, path.name, path.stat().st_size)
 
 
+def key_of(values: Mapping[str, Any]) -> str:
+    """Names what a result depends on."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def _is_finished(stage: str, run: Run, key: str, path: Path) -> bool:
     return _finished(run).get(stage, NEVER).key == key and path.is_file()
 
@@ -139,7 +148,9 @@ class Training:
                 "settings": structs.asdict(getattr(self.settings, stage)),
                 "before": self.key(FOLLOWS[stage]) if stage in FOLLOWS else self._origin(),
             }
-            self._keys[stage] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+            if stage == "teacher" and self.settings.text_encoder:
+                values |= self._origin_of_text(self.settings.text_encoder)
+            self._keys[stage] = key_of(values)
         return self._keys[stage]
 
     def run_stages(self, stages: tuple[str, ...] = STAGES) -> list[StageReport]:
@@ -163,9 +174,9 @@ class Training:
 
     def _decoder(self) -> None:
         tokenizer = self._load("tokenizer", "tokenizer")
-        loop, absolute = self.settings.decoder, self.settings.tokenizer.absolute
+        loop, settings = self.settings.decoder, self.settings.tokenizer
         train_decoder(
-            tokenizer, self.data.train, loop, absolute, self.settings.augment, self.run, self.key("decoder")
+            tokenizer, self.data.train, loop, settings, self.settings.augment, self.run, self.key("decoder")
         )
         self._save(tokenizer, "tokenizer", "decoder")
 
@@ -173,12 +184,17 @@ class Training:
         tokenizer, teacher = self._load("tokenizer", "tokenizer"), self._new("teacher")
         settings, augment = self.settings.teacher, self.settings.augment
         tokens, labels = token_copies(tokenizer, self.data.train, settings.copies, augment, self.run)
-        train_teacher(teacher, tokenizer, tokens, labels, settings, self.run, self.key("teacher"))
+        seed_torch(self.run.seed, ENCODER)
+        condition, key = condition_of(self.recipe, self.settings, self.data), self.key("teacher")
+        train_teacher(teacher, tokenizer, condition, tokens, labels, settings, self.run, key)
+        if isinstance(condition, Captions):
+            path = self.run.folder / self.recipe.files[ENCODER].embedded
+            save_text_encoder(condition.encoder, condition.tokenizer, path)
         self._save(teacher, "teacher", "teacher")
 
     def _pairs(self) -> None:
         tokenizer, teacher = self._load("tokenizer", "tokenizer"), self._load("teacher", "teacher")
-        pairs = make_pairs(teacher, tokenizer, self.settings.pairs, self.run)
+        pairs = make_pairs(teacher, tokenizer, self._condition(), self.settings.pairs, self.run)
         with atomic_write(self.path("pairs")) as stream:
             stream.write(save(pairs))
 
@@ -189,9 +205,24 @@ class Training:
         tokenizer, teacher = self._load("tokenizer", "tokenizer"), self._load("teacher", "teacher")
         student, pairs = self._new("student"), load_file(self.path("pairs"))
         codebook: Tensor = tokenizer.codebook
-        settings, run = self.settings.student, self._run_of("student")
-        train_student(student, teacher, codebook, pairs, settings, run, self.key("student"))
+        settings, run, key = self.settings.student, self._run_of("student"), self.key("student")
+        train_student(student, teacher, codebook, self._condition(), pairs, settings, run, key)
         self._save(student, "student", "student")
+
+    def _condition(self) -> Condition:
+        return condition_of(self.recipe, self.settings, self.data, self.run.folder)
+
+    def _origin_of_text(self, size: TextEncoderSize) -> dict[str, Any]:
+        """What a teacher depends on besides, of which a sample of sentences stands for the grammar."""
+        generator = torch.Generator().manual_seed(0)
+        sample = self.data.captions(self.data.train.random_labels(1000, generator), generator)
+        condition = self.recipe.to_dict()["condition"] | {"examples": None}
+        return {
+            "condition": condition,
+            "text_encoder": structs.asdict(size),
+            "words": self.data.words,
+            "sentences": sample,
+        }
 
     def _origin(self) -> dict[str, Any]:
         """What the first stage depends on."""
@@ -233,30 +264,55 @@ class Training:
 
 def new_part(recipe: Recipe, role: str, seed: int) -> Any:
     """The untrained module of a role."""
-    torch.manual_seed(int(hashlib.sha256(f"{seed}/{role}".encode()).hexdigest()[:12], 16))
+    seed_torch(seed, role)
     return family(recipe.family).build(recipe, role)
+
+
+def condition_of(
+    recipe: Recipe, settings: DistillSettings, data: DataSet, folder: Path | None = None
+) -> Condition:
+    """What the model draws from, with the text encoder of a run's `folder`, or an untrained one."""
+    text, size = recipe.condition, settings.text_encoder
+    if text is None or size is None:
+        return Classes(recipe.classes)
+    tokenizer = word_tokenizer(data.words)
+    if folder is None:
+        words = tokenizer.get_vocab_size()
+        encoder = new_text_encoder(text.width, words, size.layers, size.heads, size.hidden)
+    else:
+        encoder = text_encoder(folder / recipe.files[ENCODER].embedded)
+    return Captions(data, tokenizer, encoder, text.tokens, size.images)
+
+
+def seed_torch(seed: int, role: str) -> None:
+    """Start torch's own random numbers, which modules are made of."""
+    torch.manual_seed(int(hashlib.sha256(f"{seed}/{role}".encode()).hexdigest()[:12], 16))
 
 
 def train(
     recipe: Recipe,
     settings: DistillSettings,
-    folder: Path,
-    seed: int = 0,
+    run: Run,
     stages: tuple[str, ...] = STAGES,
-    compile: bool = True,
     student_seed: int | None = None,
 ) -> list[StageReport]:
-    """Train `recipe` in `folder`, going on where an earlier run stopped.
+    """Train `recipe` in the run's folder, going on where an earlier run stopped.
 
     `student_seed` is the student's seed where it is not that of the other stages, to see what it alone
     changes.
 
     Raises OutputError when the folder cannot be made, DDError for data or earlier stages that are missing.
     """
-    make_directory(folder)
+    make_directory(run.folder)
     keep_freed_memory()
     with private_compile_cache():
-        return Training(recipe, settings, Run(folder, seed, compile), student_seed).run_stages(stages)
+        return Training(recipe, settings, run, student_seed).run_stages(stages)
+
+
+def shipped(recipe: Recipe) -> dict[str, str]:
+    """The files and directories of a run that ship, by role."""
+    roles = [*ROLES.values(), *([ENCODER] if recipe.condition else [])]
+    return {role: recipe.files[role].embedded for role in roles}
 
 
 def install(recipe: Recipe, folder: Path, files: Mapping[str, str], target: Path) -> list[Path]:
@@ -265,13 +321,17 @@ def install(recipe: Recipe, folder: Path, files: Mapping[str, str], target: Path
     files: by role. Raises DDError when one is missing, or the recipe has no name for it.
     """
     for role, name in files.items():
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             raise DDError(f"{folder} does not hold {name}", "run all stages before --install")
         if role not in recipe.files or not recipe.files[role].embedded:
             raise DDError(f"recipe {recipe.name} has no name for {name}", f"state files.{role}.embedded")
     paths = []
     for role, name in files.items():
         paths.append(target / recipe.files[role].embedded)
+        if (folder / name).is_dir():
+            with staged_directory(paths[-1], replace=True, marker="config.json") as directory:
+                shutil.copytree(folder / name, directory, dirs_exist_ok=True)
+            continue
         with atomic_write(paths[-1]) as stream, (folder / name).open("rb") as source:
             shutil.copyfileobj(source, stream)
     return paths

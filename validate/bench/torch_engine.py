@@ -98,10 +98,9 @@ class TorchEngine(Backend):
         teacher = self.open(self.manifest.graph(TEACHER, self.configuration.graphs))
         first = torch.from_numpy(prefix) if span.start else None
         given = tuple(torch.from_numpy(array) for array in condition.values())
-        labels = given if len(given) > 1 else given[0]
         with torch.inference_mode():
             draw = trainer(teacher.family).generate
-            tokens = draw(teacher, self._tokenizer, labels, choose, cfg, first, span.end)
+            tokens = draw(teacher, self._tokenizer, given, choose, cfg, first, span.end)
         return np.asarray(tokens.numpy(), dtype=np.int64)
 
     def _naive(self, student: Any) -> Callable[..., Any]:

@@ -7,6 +7,6 @@ install when its source is missing.
 
 from __future__ import annotations
 
-from ddexport.distill.data._base import DataSet, ImageSet, load_data
+from ddexport.distill.data._base import DataSet, ImageSet, Part, load_data
 
-__all__ = ["DataSet", "ImageSet", "load_data"]
+__all__ = ["DataSet", "ImageSet", "Part", "load_data"]

@@ -6,12 +6,14 @@ import hashlib
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddexport.distill.augment import random_affine
+from ddexport.distill.settings import Augmentation
 from ddexport.runtime.errors import DDError
 
 
@@ -32,14 +34,67 @@ class ImageSet:
             return pixels[:, None].expand(-1, 3, -1, -1)
         return pixels.permute(0, 3, 1, 2)
 
+    def random_labels(self, count: int, generator: torch.Generator) -> Tensor:
+        """Of the set's images: (count,) int64."""
+        return self.labels[torch.randint(len(self), (count,), generator=generator)]
+
+    def draw(self, count: int, generator: torch.Generator, augment: Augmentation) -> Tensor:
+        """`count` augmented images: (count, 3, H, W) float32 in [-1, 1], contiguous."""
+        index = torch.randint(len(self), (count,), generator=generator)
+        return self._augmented(self.images(index), generator, augment).contiguous()
+
+    def copy(self, generator: torch.Generator, augment: Augmentation | None) -> tuple[Tensor, Tensor]:
+        """All images, augmented if so asked, and their labels (N,)."""
+        images = self.images()
+        return (self._augmented(images, generator, augment) if augment else images), self.labels
+
+    def _augmented(self, images: Tensor, generator: torch.Generator, augment: Augmentation) -> Tensor:
+        return random_affine(images, generator, augment.degrees, augment.shift, augment.scale)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured together: so many `images` take a label, and then the next of the labels (M,).
+
+    held_out: whether their captions are in frames that no training reads.
+    """
+
+    name: str
+    labels: Tensor
+    images: int = 1
+    held_out: bool = False
+
+    def of(self, count: int) -> Tensor:
+        """The labels of so many images: (count,) int64."""
+        return self.labels[torch.arange(count) // self.images % len(self.labels)]
+
 
 @dataclass(frozen=True)
 class DataSet:
-    """A training part and a held-out part that no training ever reads."""
+    """A training part and a held-out part that no training ever reads.
+
+    words: that its captions are made of, if there are any; attributes: what they say of each label (M, A).
+    """
 
     name: str
     train: ImageSet
     held_out: ImageSet
+    words: ClassVar[tuple[str, ...]] = ()
+    attributes: ClassVar[Tensor]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is measured apart."""
+        return (Part("", torch.arange(int(self.train.labels.max()) + 1)),)
+
+    def captions(self, labels: Tensor, generator: torch.Generator, held_out: bool = False) -> list[str]:
+        """A sentence about each label (N,), another one each time. held_out: as that of `Part`.
+
+        Raises DDError for data without.
+        """
+        raise DDError(
+            f"the images of {self.name} have no captions", "a model of texts needs data with captions"
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 over all pixels and labels: a stage whose data changed is trained again."""

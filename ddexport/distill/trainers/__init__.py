@@ -42,15 +42,16 @@ class Trainer(Protocol):
         self,
         teacher: Any,
         tokenizer: Tokenizer,
-        labels: Tensor,
+        condition: tuple[Tensor, ...],
         choose: Choose,
         guidance: float,
         prefix: Tensor | None = None,
         end: int | None = None,
     ) -> Tensor:
-        """Sample AR step by AR step: labels (B,) -> tokens (B, L), or those before position `end`.
+        """Sample AR step by AR step: tokens (B, L), or those before position `end`.
 
-        `choose` picks from logits (B, n, V). prefix: tokens (B, n) that are there already.
+        condition: labels (B,) alone; or features (B, T, W) and mask (B, T) of texts. `choose` picks from
+        logits (B, n, V). prefix: tokens (B, n) that are there already.
         """
 
     def initialise_student(self, student: Any, teacher: Any, generator: torch.Generator) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddexport.distill.trainers import Choose
 from ddexport.families._llamagen_models import LlamaGenStudent, LlamaGenTeacher, guided
+from ddexport.families._llamagen_text import CaptionEmbedding
 from ddexport.families._llamagen_tokenizer import RasterTokenizer
 
 UNGUIDED = 1.0  # LlamaGen's scale that leaves the conditional model as it is
@@ -55,6 +56,8 @@ def initialise_teacher(teacher: LlamaGenTeacher, generator: torch.Generator) -> 
             p.zero_()
         else:
             p.normal_(0.0, 0.02, generator=generator)
+    if isinstance(caption := teacher.condition_embedding, CaptionEmbedding):
+        caption.null.normal_(generator=generator)  # as large as the features; it is not trained
 
 
 def teacher_inputs(tokenizer: RasterTokenizer, tokens: Tensor) -> Tensor:
@@ -66,7 +69,7 @@ def teacher_inputs(tokenizer: RasterTokenizer, tokens: Tensor) -> Tensor:
 def generate(
     teacher: Any,
     tokenizer: RasterTokenizer,
-    labels: Tensor | tuple[Tensor, ...],
+    condition: tuple[Tensor, ...],
     choose: Choose,
     guidance: float,
     prefix: Tensor | None = None,
@@ -74,10 +77,9 @@ def generate(
 ) -> Tensor:
     """Sample token by token from a `LlamaGenTeacher`: tokens (B, `end` or L). Guidance is the same at all.
 
-    labels: (B,), or of texts features (B, T, W) and mask (B, T). guidance: 1 is none.
+    guidance: 1 is none.
     """
     cache, guide = teacher.new_cache(), guidance != UNGUIDED
-    condition = labels if isinstance(labels, tuple) else (labels,)
     pair = teacher.pair(*condition) if guide else condition
     none = torch.empty(len(condition[0]), 0, dtype=torch.int64, device=condition[0].device)
     tokens = [none if prefix is None else prefix]

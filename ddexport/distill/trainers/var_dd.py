@@ -89,17 +89,18 @@ def teacher_inputs(tokenizer: MultiScaleTokenizer, tokens: Tensor) -> Tensor:
 def generate(
     teacher: VarTeacher,
     tokenizer: MultiScaleTokenizer,
-    labels: Tensor,
+    condition: tuple[Tensor, ...],
     choose: Choose,
     guidance: float,
     prefix: Tensor | None = None,
     end: int | None = None,
 ) -> Tensor:
-    """Sample scale by scale: labels (B,) -> tokens (B, `end` or L). Guidance grows with it: g * k / (K - 1).
+    """Sample scale by scale: tokens (B, `end` or L). Guidance grows with it: g * k / (K - 1).
 
     `prefix`, tokens (B, n) of whole scales, is read in one pass with the first scale drawn, in which all
     positions see each other, as in the published sampler.
     """
+    (labels,) = condition
     scales, prefix_length = len(tokenizer.scales), 0 if prefix is None else prefix.shape[1]
     cache = teacher.new_cache()
     pair = torch.cat([labels, torch.full_like(labels, teacher.geometry.classes)]) if guidance else labels

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ddexport.distill.conditions import Classes
 from ddexport.distill.loop import Run
 from ddexport.distill.machine import bfloat16
 from ddexport.distill.pairs import make_pairs, mapped_tokens
@@ -112,7 +113,7 @@ def met_while_drawing(model, labels, guidance):
         met.append(log_p)
         return log_p.argmax(-1)
 
-    return generate(model.teacher, model.tokenizer, labels, choose, guidance), torch.cat(met, 1)
+    return generate(model.teacher, model.tokenizer, (labels,), choose, guidance), torch.cat(met, 1)
 
 
 @torch.no_grad()
@@ -155,16 +156,17 @@ def test_ordinary_sampling_has_the_given_frequencies():
 def test_pairs_are_the_map_of_their_noise_whatever_the_chunk(model, tmp_path):
     """And a token depends on the noise up to its own AR step only, which a causal student can learn."""
     settings = PairSettings(count=6, guidance=1.5, steps=4)
-    pairs = make_pairs(model.teacher, model.tokenizer, settings, Run(tmp_path, 5))
-    again = make_pairs(model.teacher, model.tokenizer, settings, Run(tmp_path, 5))
+    pairs = make_pairs(model.teacher, model.tokenizer, Classes(10), settings, Run(tmp_path, 5))
+    again = make_pairs(model.teacher, model.tokenizer, Classes(10), settings, Run(tmp_path, 5))
     assert all(torch.equal(pairs[name], again[name]) for name in pairs)
 
     def mapped(noise):
-        return mapped_tokens(model.teacher, model.tokenizer, noise, pairs["labels"][3:4], settings)
+        return mapped_tokens(model.teacher, model.tokenizer, noise, (pairs["labels"][3:4],), settings)
 
     noise, tokens = pairs["noise"][3:4].clone(), pairs["tokens"][3:4].long()
     assert torch.equal(mapped(noise), tokens)
-    noise[:, 5:] = make_pairs(model.teacher, model.tokenizer, settings, Run(tmp_path, 6))["noise"][3:4, 5:]
+    other = make_pairs(model.teacher, model.tokenizer, Classes(10), settings, Run(tmp_path, 6))
+    noise[:, 5:] = other["noise"][3:4, 5:]
     changed = mapped(noise)
     assert torch.equal(changed[:, :5], tokens[:, :5]) and not torch.equal(changed, tokens)
 
@@ -202,7 +204,7 @@ def test_losses_count_unknown_positions_only_and_each_the_same(model):
     labels, known = torch.tensor([1, 2]), torch.tensor([1, 5])
 
     def loss(noise=noise, tokens=tokens, rows=slice(None), weight=1.0):
-        return student_loss(student, noise[rows], tokens[rows], labels[rows], known[rows], weight)
+        return student_loss(student, noise[rows], tokens[rows], (labels[rows],), known[rows], weight)
 
     value = loss()
     torch.testing.assert_close(value[0], value[1] + value[2])
@@ -218,7 +220,7 @@ def test_losses_count_unknown_positions_only_and_each_the_same(model):
     tail = torch.cat([student.codebook[tokens[:, :-1]], noise[:, -1:]], dim=1)
     with bfloat16():
         logits = student.heads(tail, labels, last)[0][:, -1]
-    entropy = student_loss(student, noise, tokens, labels, last, 0.0)[0]
+    entropy = student_loss(student, noise, tokens, (labels,), last, 0.0)[0]
     torch.testing.assert_close(entropy, F.cross_entropy(logits.float(), tokens[:, -1]), atol=1e-3, rtol=0)
     alone = [loss(rows=slice(i, i + 1), weight=0.0)[0] for i in range(2)]
     counts = [model.length - 1, model.length - 5]

@@ -16,13 +16,15 @@ from torch import nn
 from ddexport.commands.distill import command
 from ddexport.distill import loop as loop_module
 from ddexport.distill.data import DataSet, ImageSet
+from ddexport.distill.data.coloured_digits import ColouredDigits, ColouredDigitsData
 from ddexport.distill.loop import Run, fit, rate_at, save_atomically
 from ddexport.distill.machine import private_compile_cache
 from ddexport.distill.settings import Loop, distill_settings, quick
-from ddexport.distill.train import STAGES, install, train
+from ddexport.distill.train import STAGES, install, shipped, train
 from ddexport.families._checkpoint import load_part
 from ddexport.recipe import RecipeError, load_recipe, recipe_from_dict
 from ddexport.runtime.errors import DDError, OutputError
+from ddexport.text_encoder import text_encoder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,6 +36,13 @@ def small(tmp_path_factory):
     draws = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (24, 8, 8), dtype=torch.uint8, generator=draws)
     images = ImageSet(pixels, torch.arange(24) % 10)
+    coloured = ColouredDigits(pixels, images.labels)
+
+    def data_of(name):
+        if name == "coloured_digits":
+            return ColouredDigitsData(name, coloured, coloured)
+        return DataSet(name, images, images)
+
     folder = tmp_path_factory.mktemp("recipes")
 
     def recipe_file(name):
@@ -50,7 +59,7 @@ def small(tmp_path_factory):
         return str(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ddexport.distill.train.load_data", lambda name: DataSet(name, images, images))
+        patch.setattr("ddexport.distill.train.load_data", data_of)
         yield recipe_file
 
 
@@ -104,6 +113,19 @@ def test_the_stages_know_no_family(small, tmp_path):
     check_weights(small("digits-llamagen"), tmp_path)
 
 
+def test_a_text_model_is_trained_with_its_encoder(small, tmp_path):
+    assert set(quick_run(small("digits-t2i"), tmp_path).values()) == {"trained"}
+    check_weights(small("digits-t2i"), tmp_path)
+    encoder = text_encoder(tmp_path / "digits-t2i-text-encoder")
+    assert all(torch.equal(p, p.half().float()) for p in encoder.parameters())
+    assert encoder.tokenizer_file(96).is_file()
+    target = tmp_path / "weights"
+    target.mkdir()
+    recipe = load_recipe("digits-t2i")
+    assert len(install(recipe, tmp_path, shipped(recipe), target)) == 4
+    assert text_encoder(target / "digits-t2i-text-encoder").words == encoder.words
+
+
 def test_a_second_run_trains_nothing(small, finished):
     before = {path.name: path.stat().st_mtime_ns for path in finished.glob("*.safetensors")}
     assert set(quick_run(small("digits-var"), finished).values()) == {"unchanged"}
@@ -114,11 +136,11 @@ def test_changed_settings_train_their_stage_and_those_after_it(small, finished):
     recipe = load_recipe(small("digits-var"))
     settings = quick(distill_settings(recipe))
     changed = replace(settings, student=replace(settings.student, regression=2.0))
-    reports = {r.stage: r.outcome for r in train(recipe, changed, finished, stages=(), compile=False)}
+    reports = {r.stage: r.outcome for r in train(recipe, changed, Run(finished, 0), stages=())}
     assert reports == dict.fromkeys(STAGES, "unchanged") | {"student": "left out"}
-    other_student = train(recipe, settings, finished, student_seed=1, stages=(), compile=False)
+    other_student = train(recipe, settings, Run(finished, 0), student_seed=1, stages=())
     assert [r.outcome for r in other_student] == ["unchanged"] * 4 + ["left out"]
-    another = {r.outcome for r in train(recipe, settings, finished, seed=1, stages=(), compile=False)}
+    another = {r.outcome for r in train(recipe, settings, Run(finished, 1), stages=())}
     assert another == {"left out"}
 
 
