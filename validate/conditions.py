@@ -1,4 +1,4 @@
-"""What both sides of a comparison draw from: the classes of a bundle, or eight texts.
+"""What both sides of a comparison draw from: the classes of a bundle, or eight or so texts.
 
 Of texts the bundle gets prompts, or features where it has no text encoder. The reference gets features, those
 that its own encoder makes of the prompts.
@@ -6,6 +6,7 @@ that its own encoder makes of the prompts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -58,13 +59,20 @@ class Classes:
 class Texts:
     """Labels number `count` texts: prompts, or Gaussian features where the bundle has no text encoder."""
 
-    kind, count = "text", TRIAL_TEXTS
+    kind = "text"
 
-    def __init__(self, text: Text, features: Features | None = None, encoder: bool = True) -> None:
+    def __init__(
+        self,
+        text: Text,
+        features: Features | None = None,
+        encoder: bool = True,
+        prompts: tuple[str, ...] = TRIAL_PROMPTS,
+    ) -> None:
         """features: what the reference's encoder makes of the prompts. encoder: whether the bundle's, if it
         has one, is used."""
-        self.prompts = TRIAL_PROMPTS if text.tokenizer and encoder else ()
+        self.prompts = prompts if text.tokenizer and encoder else ()
         self.features = trial_features(text.tokens, text.width) if features is None else features
+        self.count = len(self.prompts) or len(self.features)
 
     def of_bundle(self, labels: IntArray) -> Any:
         """What a pipeline is given."""
@@ -87,7 +95,16 @@ def conditions_of(
     manifest: Manifest, features: Features | None = None, encoder: bool = True
 ) -> Classes | Texts:
     """Those of a bundle. features, encoder: as those of `Texts`."""
-    return Classes(manifest.classes) if manifest.text is None else Texts(manifest.text, features, encoder)
+    if manifest.text is None:
+        return Classes(manifest.classes)
+    return Texts(manifest.text, features, encoder, prompts_of(manifest)[0])
+
+
+def prompts_of(manifest: Manifest) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is drawn of a bundle with a text encoder, and the same as the published code cleans it: the
+    examples of its recipe, which are clean, or the trial prompts."""
+    examples = tuple((manifest.recipe.get("condition") or {}).get("examples") or ())
+    return (examples, examples) if examples else (TRIAL_PROMPTS, CLEANED)
 
 
 def spread(count: int, images: int, seed: int) -> IntArray:
@@ -99,10 +116,11 @@ def names_of(root: Path, manifest: Manifest) -> tuple[str, ...]:
     """What each label stands for, for people."""
     if manifest.text is None:
         return tuple(read_labels(resolve(root, manifest.labels.file), manifest.classes).names)
-    return tuple(f"text {number}" for number in range(TRIAL_TEXTS))
+    prompts = prompts_of(manifest)[0] if manifest.text.tokenizer else ()
+    return prompts or tuple(f"text {number}" for number in range(TRIAL_TEXTS))
 
 
-def encoded(encoder: TextEncoder, text: Text) -> Features:
+def encoded(encoder: TextEncoder, text: Text, prompts: Sequence[str]) -> Features:
     """The prompts as the published script makes features of them: padded to all tokens by the tokenizer of
     transformers, which also cuts; then rolled, so that the rows of a text are the last ones.
 
@@ -114,7 +132,7 @@ def encoded(encoder: TextEncoder, text: Text) -> Features:
     file = encoder.tokenizer_file(text.width)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), pad_token=PADDING, eos_token=END)
     how = {"padding": "max_length", "truncation": True, "max_length": text.tokens, "return_tensors": "pt"}
-    words = tokenizer(list(CLEANED), **how).to(next(encoder.parameters()).device)
+    words = tokenizer(list(prompts), **how).to(next(encoder.parameters()).device)
     mask = words["attention_mask"]
     with torch.inference_mode():
         hidden = encoder(words["input_ids"], mask)

@@ -217,6 +217,30 @@ def panels_of_images(panels: Mapping[str, FloatArray], columns: int) -> Image.Im
     return sheet
 
 
+def sheet_of_sentences(
+    rows: Sequence[tuple[str, Sequence[FloatArray]]], titles: Sequence[str], remark: str
+) -> Image.Image:
+    """Sentences, each beside sets of images (n, 3, H, W) in [0, 1] under their titles."""
+    count, _, height, width = rows[0][1][0].shape
+    font, wide, high = _font(15), count * width * ZOOM, height * ZOOM
+    lines = (remark, *(sentence for sentence, _ in rows))
+    text = round(max(map(font.getlength, lines))) + 2 * GAP
+    size = (text + len(titles) * (wide + GAP), 2 * HEAD + len(rows) * (high + GAP // 2))
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        pen.text((text + column * (wide + GAP), 3), title, INK, font=font)
+    for number, (sentence, sets) in enumerate(rows):
+        top = HEAD + GAP // 2 + number * (high + GAP // 2)
+        pen.text((text - GAP, top + high // 2), sentence, INK, font=font, anchor="rm")
+        for column, images in enumerate(sets):
+            pixels = _to_uint8(images.transpose(1, 2, 0, 3).reshape(3, height, count * width))
+            tiles = Image.fromarray(pixels).resize((wide, high), Image.Resampling.NEAREST)
+            sheet.paste(tiles, (text + column * (wide + GAP), top))
+    pen.text((text - GAP, size[1] - HEAD), remark, GREY, font=font, anchor="ra")
+    return sheet
+
+
 def ranked(pairs: Sequence[ImagePair]) -> list[tuple[ImagePair, int, float]]:
     """The images with the largest difference, each once, where it is worst: pair, index, difference."""
     worst: dict[int, tuple[ImagePair, int, float]] = {}

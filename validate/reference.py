@@ -20,7 +20,7 @@ from ddexport.devices import torch_device
 from ddexport.recipe import FILE_OPTIONS
 from ddexport.runtime.bundle import ENCODER, FULL, PREFIXES, TEACHER, Manifest, Source, decoder_role
 from ddexport.runtime.errors import DDError
-from ddexport.validate.conditions import Classes, Texts, conditions_of, encoded, spread
+from ddexport.validate.conditions import Classes, Texts, conditions_of, encoded, prompts_of, spread
 from ddexport.validate.metrics._base import Drawn, FloatArray, IntArray
 
 if TYPE_CHECKING:
@@ -236,7 +236,8 @@ def build_reference(
     features = tokenizer_file = None
     if encoder and text is not None and text.tokenizer is not None:
         module = text_encoder(_file_of(manifest, recipe, ENCODER, sources.get(ENCODER), files))
-        tokenizer_file, features = module.tokenizer_file(text.width), encoded(module.to(device), text)
+        tokenizer_file = module.tokenizer_file(text.width)
+        features = encoded(module.to(device), text, prompts_of(manifest)[1])
         del module  # it may be larger than all the others
     for part in parts.values():
         connect(part, parts["tokenizer"])

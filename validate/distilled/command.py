@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
@@ -24,18 +25,10 @@ Examples:
   ddexport validate distilled digits-llamagen --samples 500 --seeds 0 --json
   ddexport validate distilled digits-var --weights runs/digits-var --threads 2
 """
-FIGURES = {  # heading, factor, decimal places
-    "accuracy": ("acc %", 100.0, 1),
-    "frechet": ("FD", 1.0, 2),
-    "precision": ("prec", 1.0, 2),
-    "recall": ("rec", 1.0, 2),
-    "variance": ("var", 1.0, 1),
-    "paired_error": ("paired", 1.0, 4),
-    "paired_ratio": ("ratio", 1.0, 2),
-}
+Columns: TypeAlias = Mapping[str, tuple[str, float, int]]  # heading, factor, decimal places
 
 
-def table(rows: Sequence[Mapping[str, Any]], batches: Sequence[int]) -> str:
+def table(rows: Sequence[Mapping[str, Any]], columns: Columns, batches: Sequence[int]) -> str:
     """The rows as text: figures ± half of their range over the seeds, times with the speed-up."""
     from ddexport.validate.report import wide_table
 
@@ -43,7 +36,7 @@ def table(rows: Sequence[Mapping[str, Any]], batches: Sequence[int]) -> str:
     lines: list[Mapping[str, str]] = []
     for row in rows:
         line = {"": str(row["name"]), "passes": str(row.get("passes", ""))}
-        for name, (heading, factor, places) in FIGURES.items():
+        for name, (heading, factor, places) in columns.items():
             values = [row[key] for key in (name, f"{name}_half_range") if key in row]
             line[heading] = " ±".join(f"{value * factor:.{places}f}" for value in values)
         for key, heading in ((f"ms_{batch}", f"ms, batch {batch}") for batch in batches):
@@ -52,13 +45,19 @@ def table(rows: Sequence[Mapping[str, Any]], batches: Sequence[int]) -> str:
     return wide_table(lines)
 
 
-def as_text(report: Mapping[str, Any]) -> str:
+def tables(rows: Sequence[Mapping[str, Any]], columns: Columns, batches: Sequence[int]) -> list[str]:
+    """A table for each part of the data."""
+    parts = groupby(rows, lambda row: row.get("part", ""))
+    return [f"{part}\n{table(list(own), columns, batches)}".lstrip("\n") for part, own in parts]
+
+
+def as_text(report: Mapping[str, Any], columns: Columns) -> str:
     """The whole report for people."""
     accuracy = report["classifier_accuracy"]
     lines = [
         f"{report['model']}: {report['samples']} images for each of the seeds {report['seeds']};",
         f"the digit classifier recognizes {accuracy:.1%} of the held-out digits\n",
-        table(report["rows"], list(report["rounds"])),
+        *tables(report["rows"], columns, list(report["rounds"])),
         f"\nms per image: PyTorch, threads: {report['threads']}, medians of runs in turns",
         "\nchi-square test of the mapping from noise to tokens, on the trained teacher",
     ]
@@ -137,24 +136,25 @@ def command(
     from ddexport.distill.data import load_data
     from ddexport.distill.settings import distill_settings
     from ddexport.validate.distilled.draws import load_models
-    from ddexport.validate.distilled.figures import Gauge
     from ddexport.validate.distilled.map_check import check_map
-    from ddexport.validate.distilled.measure import measured_rows, sheet_of_samples
+    from ddexport.validate.distilled.measure import gauge_of, measured_rows, sheet_of_samples
     from ddexport.validate.distilled.times import ROUNDS
     from ddexport.validate.features.digits import classifier_path, held_out_accuracy, load_classifier
     from ddexport.validate.plots import frechet_against_time
 
     torch.set_num_threads(threads)
-    models = load_models(recipe, weights)
     data = load_data(distill_settings(recipe).data)
+    models = load_models(recipe, weights, data)
     if train_classifier:
         write_classifier(recipe, data)
     classifier = load_classifier(classifier_path())
     if grid is not None:
-        write_image(grid, sheet_of_samples(models, seeds[0]), follow=True)
-    rows = measured_rows(models, Gauge(classifier, data), data, seeds, samples)
+        write_image(grid, sheet_of_samples(models, data, seeds[0]), follow=True)
+    gauge = gauge_of(data, classifier)
+    rows = measured_rows(models, gauge, data, seeds, samples)
     if plot is not None:
-        write_image(plot, frechet_against_time(rows, recipe.title, list(ROUNDS)), follow=True)
+        of_first_part = [row for row in rows if row.get("part") == rows[0].get("part")]
+        write_image(plot, frechet_against_time(of_first_part, recipe.title, list(ROUNDS)), follow=True)
     with console.stage("chi-square test of the mapping"):
         tests = check_map(models, draws)
 
@@ -171,4 +171,4 @@ def command(
     if as_json:
         console.emit_json(report)
     else:
-        click.echo(as_text(report))
+        click.echo(as_text(report, gauge.COLUMNS))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -15,10 +16,13 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
+from ddexport.distill.conditions import Condition
+from ddexport.distill.data import DataSet, Part
 from ddexport.distill.pairs import mapped_tokens
 from ddexport.distill.settings import PairSettings, distill_settings
 from ddexport.distill.teacher import at_random, generate
 from ddexport.distill.tokenizer import images_of_sequences
+from ddexport.distill.train import condition_of
 from ddexport.distill.trainers import Choose, trainer
 from ddexport.families._checkpoint import connect, load_part
 from ddexport.recipe import Recipe, embedded_weights
@@ -34,12 +38,13 @@ Module: TypeAlias = Any  # torch.nn.Module: its stubs are not analysed
 
 @dataclass(frozen=True)
 class Models:
-    """The trained parts of one recipe, in eval mode, and how its pairs were drawn."""
+    """The trained parts of one recipe, in eval mode, what they draw from, and how its pairs were drawn."""
 
     recipe: Recipe
     tokenizer: Module
     teacher: Module
     student: Module
+    condition: Condition
     pairs: PairSettings
 
     @cached_property
@@ -50,38 +55,42 @@ class Models:
         draw_tokens = trainer(self.teacher.family).generate
         return Sampler(self.student, self.tokenizer, self.teacher, draw_tokens, choice)
 
-    def teacher_tokens(self, labels: Tensor, choose: Choose) -> Tensor:
-        """The teacher with the guidance and top-k of the pairs: labels (N,) -> tokens (N, L) int64."""
+    def teacher_tokens(self, condition: tuple[Tensor, ...], choose: Choose) -> Tensor:
+        """The teacher with the guidance and top-k of the pairs: tokens (N, L) int64."""
         pairs = self.pairs
-        return generate(self.teacher, self.tokenizer, labels, choose, pairs.guidance, pairs.top_k)
+        return generate(self.teacher, self.tokenizer, condition, choose, pairs.guidance, pairs.top_k)
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What the images of a seed are drawn from; noise and uniform numbers are the runtime's.
 
-    labels (N,) int64, noise (N, L, Cv) float32, uniforms (N, L) float64; the generator is for draws that the
-    runtime does not make.
+    labels (N,) int64, condition: what networks read of them, with N rows; noise (N, L, Cv) float32, uniforms
+    (N, L) float64; the generator is for draws that the runtime does not make.
     """
 
     labels: Tensor
+    condition: tuple[Tensor, ...]
     noise: Tensor
     uniforms: Tensor
     generator: torch.Generator
 
     @classmethod
-    def of(cls, recipe: Recipe, seed: int, count: int) -> Inputs:
-        """`count` images with the labels 0, 1, ..., classes - 1, 0, 1, ..."""
-        sequence, labels = recipe.sequence, torch.arange(count) % recipe.classes
+    def of(cls, models: Models, part: Part, seed: int, count: int) -> Inputs:
+        """`count` images of a part of the data."""
+        sequence, labels = models.recipe.sequence, part.of(count)
+        with torch.inference_mode():
+            rows = models.condition.rows(labels, torch.Generator().manual_seed(seed), part.held_out)
+            condition = models.condition.inputs(rows)
         noise = torch.from_numpy(gaussian_noise(seed, range(count), sequence.length, sequence.width))
         uniforms = torch.from_numpy(uniform_numbers(seed, range(count), sequence.length))
-        return cls(labels, noise, uniforms, torch.Generator().manual_seed(seed))
+        return cls(labels, condition, noise, uniforms, torch.Generator().manual_seed(seed))
 
     def by_chunks(self, work: Callable[[Inputs], Tensor]) -> Tensor:
         """The results of `work` on `CHUNK` images at a time, concatenated."""
-        splits = [tensor.split(CHUNK) for tensor in (self.labels, self.noise, self.uniforms)]
+        splits = [tensor.split(CHUNK) for tensor in (self.labels, self.noise, self.uniforms, *self.condition)]
         parts = zip(*splits, strict=True)
-        return torch.cat([work(Inputs(a, b, c, self.generator)) for a, b, c in parts])
+        return torch.cat([work(Inputs(a, tuple(rest), b, c, self.generator)) for a, b, c, *rest in parts])
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ class Method:
         return self.kind in ("map", "student", "discrete")
 
 
-def load_models(recipe: Recipe, folder: Path | None) -> Models:
+def load_models(recipe: Recipe, folder: Path | None, data: DataSet) -> Models:
     """The recipe's parts from a run's `folder`, or the embedded ones.
 
     Raises DDError for a missing or bad file, and for a recipe that was not trained here.
@@ -118,12 +127,15 @@ def load_models(recipe: Recipe, folder: Path | None) -> Models:
         if source is None or not source.embedded:
             raise DDError(
                 f"the recipe {recipe.name} has no embedded {role}",
-                "only recipes trained with `ddexport distill` can be measured: digits-var, digits-llamagen",
+                "only recipes trained with `ddexport distill` can be measured, such as digits-var",
             )
         path = folder / source.embedded if folder else embedded_weights(source)
         parts[role] = load_part(recipe, role, path)
     connect(parts["student"], parts["tokenizer"])
-    return Models(recipe, **parts, pairs=distill_settings(recipe).pairs)
+    settings = distill_settings(recipe)
+    shipped = Path(str(resources.files("ddexport.recipes") / "weights"))
+    condition = condition_of(recipe, settings, data, folder or shipped)
+    return Models(recipe, **parts, condition=condition, pairs=settings.pairs)
 
 
 def methods(models: Models) -> list[Method]:
@@ -151,7 +163,7 @@ def methods(models: Models) -> list[Method]:
 def draw(models: Models, rows: Sequence[Method], inputs: Inputs) -> Iterator[tuple[Method, Tensor]]:
     """The images (N, 3, H, W) in [0, 1] of every method, in the order of `rows`."""
     labels, sample = inputs.labels, at_random(inputs.generator)
-    of_teacher = inputs.by_chunks(lambda part: models.teacher_tokens(part.labels, sample))
+    of_teacher = inputs.by_chunks(lambda part: models.teacher_tokens(part.condition, sample))
     for method in rows:
         if method.plan is not None:
             sequences = inputs.by_chunks(partial(student_sequences, models, method.plan))
@@ -166,13 +178,14 @@ def draw(models: Models, rows: Sequence[Method], inputs: Inputs) -> Iterator[tup
 
 def student_sequences(models: Models, plan: Plan, inputs: Inputs) -> Tensor:
     """Few-step sampling by the reference loop: sequences (N, L, Cv) float32."""
-    arrays = (inputs.noise.numpy(), (inputs.labels.numpy(),), plan, inputs.uniforms.numpy())
-    return torch.from_numpy(models.sampler.sample(*arrays)[-1].sequence)
+    condition = tuple(tensor.numpy() for tensor in inputs.condition)
+    passes = models.sampler.sample(inputs.noise.numpy(), condition, plan, inputs.uniforms.numpy())
+    return torch.from_numpy(passes[-1].sequence)
 
 
 def tokens_of_map(models: Models, inputs: Inputs) -> Tensor:
     """What the map makes of the noise: tokens (N, L) int64."""
-    return mapped_tokens(models.teacher, models.tokenizer, inputs.noise, inputs.labels, models.pairs)
+    return mapped_tokens(models.teacher, models.tokenizer, inputs.noise, inputs.condition, models.pairs)
 
 
 def independent_marginals(tokens: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:

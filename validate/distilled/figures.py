@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from ddexport.distill.data import DataSet
+from ddexport.distill.data import DataSet, Part
 from ddexport.validate.features.digits import DigitClassifier
 from ddexport.validate.metrics.frechet import frechet
 from ddexport.validate.metrics.precision_recall import precision_recall
@@ -26,11 +26,25 @@ class Gauge:
     these digits.
     """
 
+    COLUMNS = {  # heading, factor, decimal places
+        "accuracy": ("acc %", 100.0, 1),
+        "frechet": ("FD", 1.0, 2),
+        "precision": ("prec", 1.0, 2),
+        "recall": ("rec", 1.0, 2),
+        "variance": ("var", 1.0, 1),
+        "paired_error": ("paired", 1.0, 4),
+        "paired_ratio": ("ratio", 1.0, 2),
+    }
+
     def __init__(self, classifier: DigitClassifier, data: DataSet) -> None:
         features = classifier.read(data.train.images()).features.numpy()
-        self.classifier = classifier
+        self.classifier, self.data = classifier, data
         self.scale: Float64Array = features.std(0)
         self.real: Float64Array = features / self.scale
+
+    def held_out(self, part: Part, count: int) -> tuple[Tensor, Tensor]:
+        """All digits that no training read: (N, 3, H, W) in [-1, 1], and labels (N,)."""
+        return self.data.held_out.images(), self.data.held_out.labels
 
     def measure(self, images: Tensor, labels: Tensor, target: Tensor | None = None) -> dict[str, float]:
         """The figures of images (N, 3, H, W) in [0, 1] asked for by labels (N,).

@@ -25,14 +25,16 @@ def check_map(models: Models, draws: int, steps: int | None = None) -> list[dict
     integration; the recipe's by default.
     """
     generator = torch.Generator().manual_seed(SEED)
-    labels = torch.randint(models.recipe.classes, (CONTEXTS,), generator=generator)
+    labels = models.condition.labels(CONTEXTS, generator)
     laws: list[Tensor] = []  # of each AR step, log probabilities (CONTEXTS, n, V)
 
     def choose(log_p: Tensor, positions: slice) -> Tensor:
         laws.append(log_p)
         return torch.multinomial(log_p.exp().flatten(0, 1), 1, generator=generator).view(log_p.shape[:-1])
 
-    models.teacher_tokens(labels, choose)
+    with torch.inference_mode():
+        condition = models.condition.inputs(models.condition.rows(labels, generator))
+    models.teacher_tokens(condition, choose)
     codebook, sizes = models.tokenizer.codebook, [log_p.shape[1] for log_p in laws]
     results = []
     for step in sorted({round(i * (len(sizes) - 1) / (TESTED - 1)) for i in range(TESTED)}):

@@ -9,6 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from ddexport.distill.data import Part
 from ddexport.distill.teacher import at_random, log_probabilities
 from ddexport.distill.trainers import trainer
 from ddexport.validate.distilled.draws import Inputs, Method, Models, student_sequences
@@ -16,7 +17,7 @@ from ddexport.validate.distilled.draws import Inputs, Method, Models, student_se
 ROUNDS = {1: 21, 64: 5}  # by batch size: a short run is more easily disturbed
 
 
-def time_methods(models: Models, rows: Sequence[Method]) -> dict[str, dict[str, float]]:
+def time_methods(models: Models, part: Part, rows: Sequence[Method]) -> dict[str, dict[str, float]]:
     """Milliseconds an image by each method's name: `ms_B` in batches of B, of which `network_ms_B` without
     the decoder.
 
@@ -24,7 +25,7 @@ def time_methods(models: Models, rows: Sequence[Method]) -> dict[str, dict[str, 
     """
     times: dict[str, dict[str, float]] = {method.name: {} for method in rows if method.timed}
     for batch, rounds in ROUNDS.items():
-        inputs = Inputs.of(models.recipe, 0, batch)
+        inputs = Inputs.of(models, part, 0, batch)
         spent: dict[str, list[tuple[float, float]]] = {name: [] for name in times}
         for number in range(rounds + 1):
             for method in (method for method in rows if method.timed):
@@ -51,11 +52,11 @@ def timed_sequences(models: Models, method: Method, inputs: Inputs) -> Tensor:
     if method.plan is not None:
         return student_sequences(models, method.plan, inputs)
     if method.kind == "teacher":
-        tokens = models.teacher_tokens(labels, sample)
+        tokens = models.teacher_tokens(inputs.condition, sample)
     else:
         teacher, length = models.teacher, models.recipe.sequence.length
         zeros = labels.new_zeros(len(labels), length)
-        logits = teacher(trainer(teacher.family).teacher_inputs(models.tokenizer, zeros), labels)
+        logits = teacher(trainer(teacher.family).teacher_inputs(models.tokenizer, zeros), *inputs.condition)
         tokens = sample(log_probabilities(logits, models.pairs.top_k), slice(0, length))
     embedded: Tensor = models.tokenizer.embed(tokens)
     return embedded
