@@ -4,14 +4,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # Nothing is compiled ahead: Python compiles what is imported, a tenth of what is installed, and a minute sooner.
 INSTALL := $(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt
-# The embedded models, one of each family.
-MODELS  := digits-var digits-llamagen
+# The embedded models: one of each family, and one that draws from sentences.
+CLASSES := digits-var digits-llamagen
+MODELS  := $(CLASSES) digits-t2i
 BUNDLES := $(MODELS:%=build/%/bundle.json)
 # The same in every precision: what tests, parity and image quality are held against.
 PRECISE := $(MODELS:%=build/precisions/%/bundle.json)
 # OpenVINO computes bf16 only where the CPU does; elsewhere every rounding of a bf16 engine is emulated.
 BF16    := $(if $(shell grep -Ewm1 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),openvino,onnxruntime)
 ENGINES := fp32:onnxruntime fp16:onnxruntime bf16:$(BF16) int8:onnxruntime int8:openvino
+TEXT    := fp32:onnxruntime fp16:onnxruntime int8:onnxruntime
 # Chromium, with ONNX Runtime in WebAssembly.
 BROWSER := digits-var fp32:browser
 # Runs a command and prints its last line, or all that it printed if it fails.
@@ -45,13 +47,15 @@ help:
 
 demo: $(VENV)/.export $(BUNDLES)
 	@for model in $(MODELS); do \
+	    what= && if [ $$model = digits-t2i ]; then what="--prompts docs/prompts.txt"; fi && \
 	    echo && echo "== $$model" && \
-	    $(LAST) $(BIN)/ddexport sample build/$$model --steps 1 -n 8 -o build/$$model-one-step.png && \
-	    $(LAST) $(BIN)/ddexport sample build/$$model --steps 2 -n 8 -o build/$$model-two-steps.png && \
+	    $(LAST) $(BIN)/ddexport sample build/$$model --steps 1 -n 8 $$what -o build/$$model-one-step.png && \
+	    $(LAST) $(BIN)/ddexport sample build/$$model --steps 2 -n 8 $$what -o build/$$model-two-steps.png && \
 	    $(LAST) $(BIN)/ddexport validate parity build/$$model || exit; \
 	done
 	@echo
-	@echo "Look at build/digits-*-one-step.png: each digit was drawn in one network step, by a VAR and by a LlamaGen student."
+	@echo "Look at build/digits-*-one-step.png: each digit was drawn in one network step, by a VAR and by a LlamaGen student;"
+	@echo "those of digits-t2i from the sentences of docs/prompts.txt."
 	@echo "build/digits-*-two-steps.png: the same noise in two steps. build/digits-*/parity/index.html: the comparison."
 
 bundles: $(PRECISE)
@@ -86,7 +90,8 @@ format: $(VENV)/.dev
 
 # Two at once.
 parity: $(VENV)/.dev $(PRECISE)
-	{ for model in $(MODELS); do for engine in $(ENGINES); do echo $$model $$engine; done; done; echo $(BROWSER); } | \
+	{ for model in $(CLASSES); do for engine in $(ENGINES); do echo $$model $$engine; done; done; \
+	    for engine in $(TEXT); do echo digits-t2i $$engine; done; echo $(BROWSER); } | \
 	    xargs -P 2 -L 1 sh -c 'out=$$($(BIN)/python -m validate parity build/precisions/$$0 --precision $${1%:*} --backend $${1#*:} 2>&1) \
 	    && echo "$$0 $$1: $$(echo "$$out" | tail -n 1)" || { echo "$$0 $$1"; echo "$$out"; exit 1; }'
 
@@ -98,10 +103,10 @@ quality: $(VENV)/.dev $(PRECISE)
 
 # What the small decoders cost (docs/small-decoders.md): ten minutes.
 decoders: $(VENV)/.dev $(PRECISE)
-	for model in $(MODELS); do for seed in 0 1 2; do echo $$model $$seed; done; done | xargs -P 2 -L 1 sh -c \
+	for model in $(CLASSES); do for seed in 0 1 2; do echo $$model $$seed; done; done | xargs -P 2 -L 1 sh -c \
 	    '$(RECORD) decoder-$$0-$$1 $(BIN)/ddexport validate fid build/precisions/$$0 --decoder small --steps 1,2 --seed $$1 \
 	    --precision fp32 --batch 200 --threads 1 --backend onnxruntime --report build/decoders/$$0-$$1 --json'
-	for model in $(MODELS); do \
+	for model in $(CLASSES); do \
 	    $(BIN)/python docs/decoder_grid.py build/precisions/$$model docs/images/decoder-$$model.png || exit; \
 	done
 	$(COG) -r $(PAGES)
@@ -120,16 +125,18 @@ distill: $(VENV)/.dev
 # The tables of docs/results.md are made from the JSON files that these runs write.
 docs: $(VENV)/.dev $(PRECISE)
 	$(BIN)/ddexport sample build/precisions/digits-var --steps 1 -n 16 -o docs/images/digits-one-step.png
-	$(RECORD) bench-digits $(BIN)/ddexport bench $(MODELS:%=build/precisions/%) --precision fp32,fp16,int8 --steps 1,2,teacher \
+	$(RECORD) bench-digits $(BIN)/ddexport bench $(CLASSES:%=build/precisions/%) --precision fp32,fp16,int8 --steps 1,2,teacher \
 	    --backend onnxruntime,openvino,torch-eager,naive --against naive --duration 1 --plot docs/images/bench.png --json
-	for model in $(MODELS); do \
+	$(RECORD) distilled-digits-t2i $(BIN)/ddexport validate distilled digits-t2i --samples 4000 --seeds 0,1,2 --draws 2000 \
+	    --grid docs/images/digits-t2i-grid.png --json
+	for model in $(CLASSES); do \
 	    $(RECORD) distilled-$$model $(BIN)/ddexport validate distilled $$model --samples 1000 --seeds 0 --draws 2000 \
 	        --grid docs/images/$$model-grid.png --plot docs/images/$$model-quality.png --json || exit; \
 	done
 	for run in digits-var:fp32 digits-var:fp16 digits-var:int8 digits-llamagen:fp32; do echo $$run; done | xargs -P 2 -L 1 sh -c \
 	    '$(RECORD) fid-$${0%:*}-$${0#*:} $(BIN)/ddexport validate fid build/precisions/$${0%:*} --precision $${0#*:} \
 	    --images 2000 --batch 200 --threads 1 --backend onnxruntime --json'
-	$(BIN)/ddexport web $(MODELS:%=build/precisions/%) -o build/site --force
+	$(BIN)/ddexport web $(CLASSES:%=build/precisions/%) -o build/site --force
 	$(BIN)/python docs/browser_picture.py build/site docs/images/browser.png
 	$(COG) -r $(PAGES)
 
@@ -159,7 +166,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.export: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e ".[cpu,export,validate]"
+	$(INSTALL) -e ".[cpu,export,text-encoder,validate]"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt

@@ -79,7 +79,7 @@ def command_for(program, words):
         command, words = found[words[0]].load(), words[1:]
     else:
         command = found["validate" if "validate" in program else "sample"].load()
-    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+    while isinstance(command, click.Group) and words and words[0] not in ("-h", "--help"):
         command = command.get_command(click.Context(command), words[0])
         words = words[1:]
     return command, words

@@ -257,10 +257,10 @@ def whole_null_text(graph: onnx.GraphProto) -> None:
     node.input[1] = "planted"
 
 
-def swapped_letters(graph: onnx.GraphProto) -> None:
+def swapped_tokens(graph: onnx.GraphProto, first: int = 4, second: int = 18) -> None:
     """Two tokens of the text encoder."""
     array, put = initializer(graph, lambda tensor: "embed_tokens" in tensor.name)
-    array[[4, 18]] = array[[18, 4]]
+    array[[first, second]] = array[[second, first]]
     put(array)
 
 

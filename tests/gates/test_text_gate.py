@@ -172,7 +172,7 @@ def test_a_fault_of_the_runtime_fails(
         ("teacher_prefix", faults.without_last_row, GUIDED),
         ("teacher_prefix", faults.whole_null_text, GUIDED),
         ("teacher", faults.without_count, GUIDED),
-        ("text_encoder", faults.swapped_letters, FEATURES),
+        ("text_encoder", faults.swapped_tokens, FEATURES),
     ],
 )
 def test_a_fault_of_a_graph_fails(planted: Any, parity: Any, role: str, edit: faults.Edit, row: str) -> None:

