@@ -36,6 +36,15 @@ DISTILLED = {
     "ms, batch 1": "{ms_1:.1f}", "ms, batch 64": "{ms_64:.1f}",
 }  # fmt: skip
 
+# Of a model that draws from sentences; `part` says which of its tables a row is in.
+DISTILLED_TEXT = {
+    "images of": "{name}", "passes": "{passes}",
+    "all right": "{right:.1%} ±{right_half_range:.1%}|{right:.1%}", "digit": "{digit:.1%}",
+    "ink": "{ink:.1%}", "ground": "{ground:.1%}", "place": "{place:.1%}",
+    "FD digit": "{frechet:.2f} ±{frechet_half_range:.2f}|{frechet:.2f}", "FD colour": "{frechet_colour:.2g}",
+    "drift": "{drift:.1%}", "paired ratio": "{paired_ratio:.2f}",
+}  # fmt: skip
+
 
 # Of `pivot`: what `validate fid --decoder small` measured, a line for each seed and number of steps.
 DECODER_ROWS = ("FID, bundle", "FID, PyTorch", "FID, increase", "share read as the class, difference")
