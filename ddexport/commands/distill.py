@@ -105,7 +105,7 @@ def model_command(
     recipe, requested = recipe_and_weights(**weights, checkpoint=None, weights=None)
     given = requested["files"] or requested["random_seed"] is not None or device != "cpu"
     if prompts is None and given:
-        raise click.UsageError("weights and --device are for --prompts: without, all parts are trained here.")
+        raise click.UsageError("Weights and --device are for --prompts; else all parts are trained.")
     from ddexport.devices import torch_device
     from ddexport.distill.loop import Run
     from ddexport.distill.train import shipped
