@@ -119,9 +119,9 @@ def command(
     """Measure quality and speed of a model trained by `distill`.
 
     Teacher, student and a baseline generate images in PyTorch. The table shows the accuracy of a digit
-    classifier on them, Frechet distance (FD), precision, recall and time per image; of a model that draws from
-    sentences, how many images show what their sentence says. MODEL needs a recipe that `ddexport distill` can
-    train.
+    classifier on them, Frechet distance (FD), precision, recall and time per image; of a model that draws
+    from sentences, how many images show what their sentence says. MODEL needs a recipe that `ddexport
+    distill` can train.
     """
     from ddexport.recipe import load_recipe
     from ddexport.runtime.files import check_image_suffix, check_writable, write_image
