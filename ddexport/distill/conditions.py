@@ -39,6 +39,14 @@ class Condition(Protocol):
     def without(self, inputs: tuple[Tensor, ...], dropped: Tensor, teacher: Any) -> tuple[Tensor, ...]:
         """These inputs, with guidance's null condition where `dropped` (N,) is true."""
 
+    def trained(self) -> tuple[nn.Module, ...]:
+        """What is trained with a teacher, besides."""
+        return ()
+
+    def losses(self, inputs: tuple[Tensor, ...], labels: Tensor) -> dict[str, Tensor]:
+        """What that is trained for, besides the loss of the teacher."""
+        return {}
+
 
 class Classes(Condition):
     """A label is a class, and nothing else is read."""
@@ -85,6 +93,8 @@ class Captions(Texts):
         """data: has captions. tokenizer: of `word_tokenizer`. tokens: T, `</s>` among them."""
         self.data, self.tokenizer, self.encoder = data, tokenizer, encoder
         self.tokens, self.images = tokens, images
+        sizes = (data.attributes.amax(0) + 1).tolist()  # of what sentences speak of
+        self.readers = nn.ModuleList(nn.Linear(encoder.width, size) for size in sizes)
 
     def labels(self, count: int, generator: torch.Generator) -> Tensor:
         return self.data.train.random_labels(count, generator)
@@ -93,22 +103,24 @@ class Captions(Texts):
         ids = self.ids(self.data.captions(labels, generator, held_out))
         return {"labels": labels, "ids": ids.to(torch.int16)}
 
-    def new_reader(self) -> nn.ModuleList:
-        """Linear classifiers of features, one for each attribute that sentences speak of."""
-        sizes = (self.data.attributes.amax(0) + 1).tolist()
-        return nn.ModuleList(nn.Linear(self.encoder.width, size) for size in sizes)
+    def trained(self) -> tuple[nn.Module, ...]:
+        return self.encoder, self.readers
 
-    def misread(self, reader: nn.ModuleList, inputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """Cross entropy of the attributes, read from the last row of a text and from the mean of its rows."""
+    def losses(self, inputs: tuple[Tensor, ...], labels: Tensor) -> dict[str, Tensor]:
+        """Cross entropy of linear readers of the attributes, from the last row of a text and its mean row.
+
+        What a sentence says of ink and ground shows in a fourth of the images: by their tokens alone an encoder
+        does not learn which word is which.
+        """
         features, mask = inputs
         mean = features.sum(1) / mask.sum(1, keepdim=True)
         columns = self.data.attributes[labels].T
         read = [
-            F.cross_entropy(one(x), c)
+            F.cross_entropy(reader(x), column)
             for x in (features[:, -1], mean)
-            for one, c in zip(reader, columns, strict=True)
+            for reader, column in zip(self.readers, columns, strict=True)
         ]
-        return torch.stack(read).sum()
+        return {"misread": torch.stack(read).sum()}
 
     def ids(self, sentences: Sequence[str]) -> Tensor:
         """Numbers of the words of sentences, left-padded: (N, T) int64."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddexport.distill.conditions import Captions, Condition
+from ddexport.distill.conditions import Condition
 from ddexport.distill.data import ImageSet
 from ddexport.distill.loop import Run, fit
 from ddexport.distill.machine import bfloat16, compiled
@@ -46,12 +46,7 @@ def train_teacher(
     """
     family_trainer = trainer(teacher.family)
     family_trainer.initialise_teacher(teacher, run.generator("teacher-init"))
-    # What a sentence says of ink and ground shows in a fourth of the images: by their tokens alone an encoder
-    # does not learn which word is which.
-    reader = condition.new_reader() if isinstance(condition, Captions) else None
-    trained = (
-        nn.ModuleList([teacher, condition.encoder, reader]) if isinstance(condition, Captions) else teacher
-    )
+    trained = nn.ModuleList([teacher, *condition.trained()])
 
     def cross_entropy(batch: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         with torch.no_grad():
@@ -67,9 +62,7 @@ def train_teacher(
         index = torch.randint(len(tokens), (settings.batch // condition.images,), generator=generator)
         dropped = torch.rand(len(index), generator=generator) < settings.drop_label
         inputs = condition.inputs(condition.rows(labels[index], generator))
-        figures = {}
-        if isinstance(condition, Captions) and reader:
-            figures["misread"] = condition.misread(reader, inputs, labels[index])
+        figures = condition.losses(inputs, labels[index])
         inputs = condition.without(inputs, dropped, teacher)
         index = alike(index, generator).flatten()
         return cross_entropy_compiled(tokens[index].long(), inputs) + sum(figures.values()), figures
