@@ -109,8 +109,8 @@ class Captions(Texts):
     def losses(self, inputs: tuple[Tensor, ...], labels: Tensor) -> dict[str, Tensor]:
         """Cross entropy of linear readers of the attributes, from the last row of a text and its mean row.
 
-        What a sentence says of ink and ground shows in a fourth of the images: by their tokens alone an encoder
-        does not learn which word is which.
+        What a sentence says of ink and ground shows in a fourth of the images: by their tokens alone an
+        encoder does not learn which word is which.
         """
         features, mask = inputs
         mean = features.sum(1) / mask.sum(1, keepdim=True)
