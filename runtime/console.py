@@ -37,6 +37,7 @@ EXTRAS = {  # the extra of the project that brings a package
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "prometheus_client"), "serve"),
     "mlxtend": "distill",
     "playwright": "web",
+    "ray": "ray",
 }
 
 T = TypeVar("T")
@@ -232,8 +233,8 @@ class Progress(Generic[T]):
     Either iterate over it, or use it as a context manager and call `advance`.
     """
 
-    def __init__(self, items: Iterable[T], total: int | None, label: str) -> None:
-        self._items, self._total, self._label = items, total, label
+    def __init__(self, items: Iterable[T], total: int | None, label: str, unit: str = "") -> None:
+        self._items, self._total, self._label, self._unit = items, total, label, unit
         self._done, self._drawn = 0, False
         self._start = time.monotonic()
         self._next_draw = self._start + BAR_AFTER_SECONDS
@@ -253,8 +254,9 @@ class Progress(Generic[T]):
             return f"{self._label}  {self._done}  {duration(elapsed)}"
         share = min(self._done / self._total, 1.0)
         bar = ("#" * round(24 * share)).ljust(24, ".")
+        rate = f"  {self._done / elapsed:.1f} {self._unit}/s" if self._unit else ""
         left = f"  {duration(elapsed / share - elapsed)} left" if 0 < share < 1 else ""
-        return f"{self._label}  [{bar}]  {self._done}/{self._total}{left}"
+        return f"{self._label}  [{bar}]  {self._done}/{self._total}{rate}{left}"
 
     def __enter__(self) -> Progress[T]:
         return self
@@ -271,14 +273,17 @@ class Progress(Generic[T]):
 
 
 @overload
-def progress(work: int, label: str) -> Progress[None]: ...
+def progress(work: int, label: str, unit: str = "") -> Progress[None]: ...
 @overload
-def progress(work: Iterable[T], label: str) -> Progress[T]: ...
-def progress(work: Iterable[T] | int, label: str) -> Progress[T] | Progress[None]:
-    """`for item in progress(items, "drawing")`, or `with progress(64, "drawing") as bar: bar.advance(8)`."""
+def progress(work: Iterable[T], label: str, unit: str = "") -> Progress[T]: ...
+def progress(work: Iterable[T] | int, label: str, unit: str = "") -> Progress[T] | Progress[None]:
+    """`for item in progress(items, "drawing")`, or `with progress(64, "drawing") as bar: bar.advance(8)`.
+
+    unit: of the work, whose rate is shown then.
+    """
     if isinstance(work, int):
-        return Progress[None]((), work, label)
-    return Progress(work, len(work) if isinstance(work, Sized) else None, label)
+        return Progress[None]((), work, label, unit)
+    return Progress(work, len(work) if isinstance(work, Sized) else None, label, unit)
 
 
 class _StderrHandler(logging.Handler):

@@ -18,7 +18,7 @@ from ddexport.runtime.errors import NoiseError
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
-GAUSSIAN_DOMAIN, UNIFORM_DOMAIN = 0, 2  # 1: the labels of validate fid
+GAUSSIAN_DOMAIN, LABEL_DOMAIN, UNIFORM_DOMAIN = range(3)
 LOW_WORD = np.uint64(0xFFFFFFFF)
 WORD_BITS = np.uint64(32)
 CHUNK = 8192  # blocks computed at once: their arrays stay in the cache, which halves the time
@@ -64,6 +64,15 @@ def uniform_numbers(seed: int, image_indices: Iterable[int], length: int) -> NDA
     words = _random_words(seed, image_indices, -(-length // 4), UNIFORM_DOMAIN)
     values = (np.moveaxis(words, 0, -1).astype(np.float64) + 0.5) * 2.0**-32
     return values.reshape(words.shape[1], words.shape[2] * 4)[:, :length]
+
+
+def uniform_labels(seed: int, image_indices: Iterable[int], classes: int) -> NDArray[np.int64]:
+    """A label drawn uniformly for each image of a seed: int64 (N,) from 0 to classes - 1.
+
+    Independent of the noise of the same seed. Raises NoiseError as `uniform_numbers`.
+    """
+    word = _random_words(seed, image_indices, 1, LABEL_DOMAIN)[0, :, 0]
+    return np.asarray((word * np.uint64(classes)) >> WORD_BITS, dtype=np.int64)
 
 
 def _random_words(seed: int, image_indices: Iterable[int], blocks: int, domain: int) -> NDArray[np.uint64]:

@@ -28,6 +28,7 @@ Examples:
   ddexport validate fid digits-var
   ddexport validate fid digits-var --images 500 --steps 2 --no-reference-model --report fid-500 --json
   ddexport validate fid digits-var --decoder small --steps 1,2 --seed 1
+  ddexport validate fid digits-var --images-from digits-50k
   ddexport validate fid var-d16
   ddexport validate fid build/var-d16 --checkpoint var-d16.pth --vae vae_ch160v4096z32.pth \\
       --features-weights pt_inception-2015-12-05-6726825d.pth --reference statistic.pth
@@ -63,6 +64,7 @@ class Options:
     allow_few: bool = False
     bootstrap: int | None = None
     save_images: Path | None = None
+    images_from: Path | None = None
     state: Path | None = None
 
 
@@ -104,6 +106,9 @@ def run_fid(options: Options, state: Path | None = None) -> Report:
         help="Allow fewer images than the features need. The figures mean nothing then.")  # fmt: skip
 @option("--bootstrap", type=click.IntRange(min=0), metavar="N", show_default="200; 40 for inception",
         help="Number of bootstrap resamples for the confidence intervals. 0: no intervals.")  # fmt: skip
+@option("--images-from", type=PATH, metavar="DIR",
+        help="Measure the images of this directory, which `ddexport sample --shards` wrote; its seed, steps and"
+        " the like are taken.")  # fmt: skip
 @option("--save-images", type=PATH, metavar="DIR", help="Also write every image to this directory, as PNG.")
 @option("--state", type=PATH, metavar="DIR", show_default="beside the report",
         help="Directory of the state of an interrupted run.")  # fmt: skip

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ddexport.runtime.bundle import FULL
 from ddexport.runtime.errors import BackendError, VerificationError
-from ddexport.runtime.noise import gaussian_noise, philox4x32
+from ddexport.runtime.noise import gaussian_noise, uniform_labels
 from ddexport.runtime.pipeline import Pipeline
 from ddexport.runtime.schedule import Schedule
 from ddexport.validate.conditions import conditions_of
@@ -29,16 +29,13 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 ByteImages: TypeAlias = npt.NDArray[np.uint8]
 Schedules: TypeAlias = Mapping[int, tuple[int, ...]]
 
-LABEL_DOMAIN = 1  # the second counter word is 0 for noise (docs/bundle.md), so labels never share its numbers
-LOW_WORD, WORD_BITS = np.uint64(0xFFFFFFFF), np.uint64(32)
-
 
 @dataclass(frozen=True)
 class Order:
     """Which images are drawn: `images` of them, with labels uniform at random from the seed.
 
-    With `per_class` the labels go round instead: 0, 1, ..., classes - 1, 0, ..., so many of each. classes:
-    their number, or that of the texts.
+    With `per_class` the labels go round instead: 0, 1, ..., classes - 1, 0, ..., so many of each; `given` are
+    those of images that were drawn before. classes: their number, or that of the texts.
     """
 
     images: int
@@ -47,16 +44,15 @@ class Order:
     length: int
     width: int
     per_class: int | None = None
+    given: tuple[int, ...] | None = None
 
     def labels(self, indices: range) -> IntArray:
         """The labels (N,) int64 of the images `indices`."""
-        index = np.arange(indices.start, indices.stop, dtype=np.uint64)
+        if self.given is not None:
+            return np.array(self.given[indices.start : indices.stop], np.int64)
         if self.per_class is not None:
-            return (index % np.uint64(self.classes)).astype(np.int64)
-        zero = np.zeros_like(index)
-        counter = np.stack([zero, zero + np.uint64(LABEL_DOMAIN), index & LOW_WORD, index >> WORD_BITS])
-        word = philox4x32(counter, self.seed)[0]
-        return np.asarray((word * np.uint64(self.classes)) >> WORD_BITS, dtype=np.int64)
+            return np.arange(indices.start, indices.stop, dtype=np.int64) % self.classes
+        return uniform_labels(self.seed, indices, self.classes)
 
     def noise(self, indices: range) -> FloatArray:
         """The noise (N, L, Cv) float32 of the images `indices`, the runtime's own for this seed."""
@@ -69,6 +65,8 @@ class Order:
     @property
     def label_rule(self) -> str:
         """How the labels are chosen, in words."""
+        if self.given is not None:
+            return "of the shards"
         return "uniform" if self.per_class is None else f"{self.per_class} of each class"
 
 

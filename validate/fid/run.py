@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ddexport.runtime import console
 from ddexport.runtime.bundle import FULL, Manifest
 from ddexport.runtime.files import make_directory, write_image
 from ddexport.runtime.images import to_pil
+from ddexport.runtime.shards.image_set import Reader
 from ddexport.validate.contents import check_contents, open_manifest
 from ddexport.validate.fid.command import Options
 from ddexport.validate.fid.draws import ByteImages, Draw, Order, by_pipeline, by_reference
@@ -33,6 +34,7 @@ from ddexport.validate.fid.files import (
 )
 from ddexport.validate.fid.plan import NONE, Plan, plan_of, require_enough, why_no_verdict
 from ddexport.validate.fid.references import Reference, load
+from ddexport.validate.fid.shards import by_shards, labels_of, options_of
 from ddexport.validate.reference import build_reference, describe_weights
 from ddexport.validate.report import SCHEMA, Measurement, Report, versions
 from ddexport.validate.runners import opened
@@ -44,14 +46,23 @@ def run(options: Options, state: Path | None) -> Report:
     torch_device(options.device)  # said before the work
     with console.stage(f"loading {options.bundle}", keep=False):
         manifest, digest = open_manifest(options.bundle)
-    how = (options.backend, options.precision, options.emulate, options.threads)
-    with opened(options.bundle, manifest, *how) as pipe, ExitStack() as closing:
-        plan = plan_of(manifest, pipe.precision, options)
+    with ExitStack() as closing:
+        if options.images_from:
+            reader = Reader(options.images_from)
+            options = options_of(reader, options, digest)
+            backend, precision = reader.set.backend, reader.set.precision
+            plan = plan_of(manifest, precision, options)
+            plan = replace(plan, order=replace(plan.order, given=labels_of(reader, manifest)))
+            sides = {BUNDLE: by_shards(reader, options.steps[0])}
+        else:
+            how = (options.backend, options.precision, options.emulate, options.threads)
+            pipe = closing.enter_context(opened(options.bundle, manifest, *how))
+            backend, precision = pipe.backend.name, pipe.precision
+            plan = plan_of(manifest, precision, options)
+            sides = {BUNDLE: by_pipeline(pipe, plan.schedules, options.decoder)}
         compared = _reference_set(manifest, plan, options.allow_few)
-        sides = {BUNDLE: by_pipeline(pipe, plan.schedules, options.decoder)}
         if options.reference_model:
             sides[REFERENCE] = _reference_model(manifest, plan, options)
-        backend, precision = pipe.backend.name, pipe.precision
         settings = _settings(manifest, plan, options, backend)
         identity = {**settings, "manifest": digest, "backend": backend, "precision": precision}
         place = options.state or (state / digest_of(identity) if state else None)
@@ -126,6 +137,7 @@ def _settings(manifest: Manifest, plan: Plan, options: Options, backend: str) ->
         "images": plan.order.images,
         "seed": plan.order.seed,
         "labels": plan.order.label_rule,
+        "images from": str(options.images_from or ""),
         "batch": plan.batch,
         "steps": list(plan.schedules),
         "threads": options.threads,

@@ -1,0 +1,151 @@
+"""A set of images on disk: set.json, and tar files of fixed ranges of images, as WebDataset reads them.
+
+A tar file has for each image NUMBER.png and NUMBER.json: index, label, seed, the name of the class or the
+prompt, and the SHA-256 of the pixels. It appears when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.files import atomic_write, make_directory
+from ddexport.runtime.records import Positive, Record, convert, read_json
+
+SET = "set.json"
+KEPT = 2  # open shards
+
+
+class ShardError(DDError):
+    """A set of images that is of another run, incomplete or damaged."""
+
+
+class ImageSet(Record, frozen=True, kw_only=True):
+    """What the images depend on, and how many are in a tar file. manifest, conditions: SHA-256 of the bundle's
+    manifest, and of the labels or prompts of the images. sampling: that of a teacher."""
+
+    bundle: str
+    manifest: str
+    backend: str
+    device: str
+    precision: str
+    decoder: str
+    steps: int | str
+    sampling: Mapping[str, float]
+    seed: int
+    conditions: str
+    count: Positive
+    shard_size: Positive
+
+    @property
+    def ranges(self) -> list[range]:
+        """The images of each shard."""
+        starts = range(0, self.count, self.shard_size)
+        return [range(start, min(start + self.shard_size, self.count)) for start in starts]
+
+
+def shard_name(images: range) -> str:
+    """The file of a range of images: 00000500-00000999.tar."""
+    return f"{images.start:08d}-{images.stop - 1:08d}.tar"
+
+
+def open_set(folder: Path, wanted: ImageSet) -> None:
+    """Makes the directory of a set, or checks that it holds the same set. Raises ShardError, OutputError."""
+    make_directory(folder)
+    if {path.name for path in folder.iterdir()} <= {SET}:
+        with atomic_write(folder / SET) as stream:
+            stream.write(msgspec.json.format(msgspec.json.encode(wanted)))
+    if not (folder / SET).exists():
+        raise ShardError(f"{folder} has files, but no {SET}", "Name a new directory for the images.")
+    there = read_set(folder)
+    differences = [
+        f"{name} {getattr(there, name)}, here {getattr(wanted, name)}"
+        for name in ImageSet.__struct_fields__
+        if getattr(there, name) != getattr(wanted, name)
+    ]
+    if differences:
+        hint = "Repeat the command that made it, or name another directory."
+        raise ShardError(f"{folder} holds another set of images: {'; '.join(differences)}", hint)
+
+
+def read_set(folder: Path) -> ImageSet:
+    """Reads set.json. Raises ShardError."""
+    return convert(ImageSet, read_json(folder / SET, ShardError), SET, ShardError)
+
+
+def write_image(archive: tarfile.TarFile, image: Image.Image, facts: Mapping[str, Any]) -> None:
+    """Adds an image; facts: what its JSON says beside the SHA-256, with its index. Nothing tells the time."""
+    pixels = hashlib.sha256(image.tobytes()).hexdigest()
+    png = io.BytesIO()
+    image.save(png, format="png")
+    text = json.dumps({**facts, "sha256": pixels}, ensure_ascii=False).encode()
+    for suffix, content in (("png", png.getvalue()), ("json", text)):
+        member = tarfile.TarInfo(f"{facts['index']:08d}.{suffix}")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+
+
+def read_facts(path: Path, images: range) -> list[bytes]:
+    """The JSON of each image of a shard. Raises ShardError for one that is not whole."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            members = {member.name: member for member in archive}
+            names = [f"{index:08d}.{suffix}" for index in images for suffix in ("png", "json")]
+            if list(members) != names:
+                raise ValueError(f"it has {len(members)} of {len(names)} files")
+            return [archive.extractfile(members[name]).read() for name in names[1::2]]  # type: ignore[union-attr]
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise ShardError(f"{path} is damaged: {error}", "Repeat the command that made it.") from error
+
+
+def digest(folder: Path, whole: ImageSet) -> str:
+    """SHA-256 of what all JSON files say, in the order of the images, whatever the shards. Raises ShardError."""
+    total = hashlib.sha256()
+    for images in whole.ranges:
+        for text in read_facts(folder / shard_name(images), images):
+            total.update(text)
+    return total.hexdigest()
+
+
+class Reader:
+    """Reads images by their indices. facts: what the JSON of each image says."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ShardError for what is missing or damaged, here and when pixels are read."""
+        self.folder, self.set = folder, read_set(folder)
+        ranges = self.set.ranges
+        missing = sum(not (folder / shard_name(images)).is_file() for images in ranges)
+        if missing:
+            text = f"{folder} lacks {missing} of {len(ranges)} shards"
+            raise ShardError(text, "Repeat the command that makes it.")
+        texts = [text for images in ranges for text in read_facts(folder / shard_name(images), images)]
+        self.facts: list[dict[str, Any]] = [json.loads(text) for text in texts]
+        self._shard = lru_cache(KEPT)(self._read)
+
+    def images(self, indices: range) -> NDArray[np.uint8]:
+        """The pixels, uint8 (N, H, W, C)."""
+        places = [divmod(index, self.set.shard_size) for index in indices]
+        return np.stack([self._shard(number)[place] for number, place in places])
+
+    def _read(self, number: int) -> list[NDArray[np.uint8]]:
+        images = self.set.ranges[number]
+        path, pictures = self.folder / shard_name(images), []
+        with tarfile.open(path, "r:") as archive:
+            for index in images:
+                picture = np.asarray(Image.open(archive.extractfile(f"{index:08d}.png")))  # type: ignore[arg-type]
+                if hashlib.sha256(picture.tobytes()).hexdigest() != self.facts[index]["sha256"]:
+                    raise ShardError(f"{path}: image {index} is damaged", "Remove the file and draw it again.")
+                pictures.append(picture)
+        return pictures
