@@ -93,18 +93,19 @@ def _steps(ctx: click.Context, param: click.Parameter, value: Any) -> int | str 
 @option("-o", "--output", default="out.png", metavar="PATH",
         help="File for one picture of all images, or directory for one file per image.")  # fmt: skip
 @option("--shards", type=PATH, metavar="DIR",
-        help="Directory of a set of images, in place of --output: tar files with a PNG and a JSON for each image,"
-        " drawn by several processes. The same command goes on with a set that is not complete.")  # fmt: skip
+        help="Directory of a set of images, in place of --output: tar files with a PNG and a JSON for each"
+        " image, drawn by several processes. The same command goes on with an incomplete set.")  # fmt: skip
 @option("--labels", "label_source", metavar="uniform|FILE", show_default="uniform",
         help="With --shards: labels drawn at random, or one a line of this file.")  # fmt: skip
 @option("--count", type=POSITIVE, metavar="N", show_default="the number of labels or prompts",
         help="With --shards: number of images in the set. Labels and prompts go round.")  # fmt: skip
-@option("--shard-size", type=POSITIVE, metavar="N", default=SHARD_SIZE, help="Number of images in a tar file.")
-@option("--workers", type=POSITIVE, metavar="N", show_default="as many as there is room for",
-        help="With --shards: number of processes, with one thread each unless --threads says more.")  # fmt: skip
+@option("--shard-size", type=POSITIVE, metavar="N", default=SHARD_SIZE,
+        help="With --shards: number of images in a tar file.")  # fmt: skip
+@option("--workers", type=POSITIVE, metavar="N", show_default="one a CPU, or one on a GPU",
+        help="With --shards: number of processes, each with one thread unless --threads says more.")  # fmt: skip
 @option("--ray", "address", metavar="ADDRESS|local", show_default="processes of this machine",
-        help="With --shards: draw on this Ray cluster, which shares the directories of bundle and images; local"
-        " starts one on this machine.")  # fmt: skip
+        help="With --shards: draw on this Ray cluster, whose machines share the directories of bundle and"
+        " images; local starts one on this machine.")  # fmt: skip
 @shared("json")
 @option("--list-labels", is_flag=True, help="Print the classes of the bundle and exit.")
 @shared("no-verify")
@@ -380,7 +381,12 @@ def _labels(own: NDArray[np.int64] | None, labels: tuple[str, ...], pipe: Pipeli
 
 
 def _label_numbers(
-    bundle: Path, manifest: Manifest, labels: tuple[str, ...], source: str | None, count: int | None, seed: int
+    bundle: Path,
+    manifest: Manifest,
+    labels: tuple[str, ...],
+    source: str | None,
+    count: int | None,
+    seed: int,
 ) -> NDArray[np.int64]:
     """The class (N,) of each image of a set. Raises LabelError."""
     import numpy as np
@@ -400,7 +406,9 @@ def _label_numbers(
             lines = Path(source).read_text(encoding="utf-8").splitlines()
             labels = tuple(line for line in lines if line.strip())
         except (OSError, UnicodeDecodeError) as error:
-            raise LabelError(f"{source} cannot be read: {error}", "Give uniform, or one label a line.") from error
+            raise LabelError(
+                f"{source} cannot be read: {error}", "Give uniform, or one label a line."
+            ) from error
     numbers = read_labels(resolve(bundle, manifest.labels.file), manifest.classes).indices(labels)
     return np.resize(numbers, count or len(numbers))
 

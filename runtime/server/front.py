@@ -31,6 +31,9 @@ class Front:
         self.inner, self.service = inner, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # its lifespan, of which a host such as Ray Serve tells it
+            await self.inner(scope, receive, send)
+            return
         began = time.monotonic()
         headers, path = Headers(scope=scope), scope["path"]
         given = headers.get("x-request-id", "")

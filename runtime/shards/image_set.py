@@ -33,8 +33,8 @@ class ShardError(DDError):
 
 
 class ImageSet(Record, frozen=True, kw_only=True):
-    """What the images depend on, and how many are in a tar file. manifest, conditions: SHA-256 of the bundle's
-    manifest, and of the labels or prompts of the images. sampling: that of a teacher."""
+    """What the images depend on, and how many are in a tar file. manifest, conditions: SHA-256 of the
+    bundle's manifest, and of the labels or prompts. sampling: that of a teacher."""
 
     bundle: str
     manifest: str
@@ -111,7 +111,7 @@ def read_facts(path: Path, images: range) -> list[bytes]:
 
 
 def digest(folder: Path, whole: ImageSet) -> str:
-    """SHA-256 of what all JSON files say, in the order of the images, whatever the shards. Raises ShardError."""
+    """SHA-256 of all JSON files in the order of the images, whatever the shards. Raises ShardError."""
     total = hashlib.sha256()
     for images in whole.ranges:
         for text in read_facts(folder / shard_name(images), images):
@@ -146,6 +146,8 @@ class Reader:
             for index in images:
                 picture = np.asarray(Image.open(archive.extractfile(f"{index:08d}.png")))  # type: ignore[arg-type]
                 if hashlib.sha256(picture.tobytes()).hexdigest() != self.facts[index]["sha256"]:
-                    raise ShardError(f"{path}: image {index} is damaged", "Remove the file and draw it again.")
+                    raise ShardError(
+                        f"{path}: image {index} is damaged", "Remove the file and draw it again."
+                    )
                 pictures.append(picture)
         return pictures

@@ -27,8 +27,8 @@ Shard: TypeAlias = tuple[range, NDArray[np.int64]]
 
 
 def draw(task: Task, shards: Sequence[Shard], workers: int) -> Iterator[int]:
-    """Draws shards in so many processes. Yields the number of images of every batch; of a process that dies the
-    shard is begun again, and its images are counted off. Raises DDError."""
+    """Draws shards in so many processes. Yields the number of images of every batch; the shard of a process
+    that dies is begun again, and its images are counted off. Raises DDError."""
     todo, deaths = deque(shards), 0
     doing: dict[Connection, tuple[Shard, int]] = {}  # by process: its shard, and the images that it has drawn
     processes: list[multiprocessing.process.BaseProcess] = []

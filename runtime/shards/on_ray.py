@@ -28,7 +28,9 @@ def cluster(address: str) -> Iterator[Any]:
     try:
         ray.init(log_to_driver=True, logging_level="warning", **where)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise BackendError(f"no Ray cluster at {address}: {error}", "Give --ray local or an address.") from error
+        raise BackendError(
+            f"no Ray cluster at {address}: {error}", "Give --ray local or an address."
+        ) from error
     try:
         yield ray
     finally:
@@ -50,8 +52,8 @@ def configured(ray: Any, task: Task) -> Configuration:
 
 
 def draw(ray: Any, task: Task, shards: Sequence[Shard], workers: int | None) -> Iterator[int]:
-    """Draws shards in so many actors, as many as fit the cluster if None. Yields the number of images of every
-    shard. Raises DDError."""
+    """Draws shards in so many actors, as many as fit the cluster if None. Yields the number of images of
+    every shard. Raises DDError."""
     from ray.util import ActorPool
 
     share, total = resources(task), ray.cluster_resources()

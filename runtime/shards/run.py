@@ -49,11 +49,14 @@ def draw_set(
         open_set(task.folder, whole)
         shards = [(images, numbers[images.start : images.stop]) for images in _missing(task, whole)]
         to_draw = sum(len(images) for images, _ in shards)
-        if not ray:
-            workers = workers or max(1, len(os.sched_getaffinity(0)) // task.engine["threads"])
+        if not (ray or workers):
+            room = len(os.sched_getaffinity(0)) // task.engine["threads"]
+            workers = max(1, room) if whole.device == "cpu" else 1
         with console.progress(to_draw, "drawing", "images") as bar:
             if shards:
-                counts = on_ray.draw(ray, task, shards, workers) if ray else local.draw(task, shards, workers or 1)
+                counts = (
+                    on_ray.draw(ray, task, shards, workers) if ray else local.draw(task, shards, workers or 1)
+                )
                 for count in counts:
                     bar.advance(count)
         drawn = time.perf_counter() - began
@@ -107,8 +110,8 @@ def _described(
 
 @contextmanager
 def _owned(task: Task) -> Iterator[None]:
-    """The directory for this process alone; what killed workers left half written is removed, before and after.
-    Raises ShardError while another process draws into it."""
+    """The directory for this process alone; what killed workers left half written is removed, before and
+    after. Raises ShardError while another process draws into it."""
     make_directory(task.folder)
     lock = os.open(task.folder, os.O_RDONLY)  # a lock goes with its process, however that ends
     try:

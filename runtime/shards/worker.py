@@ -69,16 +69,17 @@ class Worker:
             self.batch = 1
 
     def draw(self, images: range, numbers: NDArray[np.int64]) -> Iterator[int]:
-        """Writes the shard of a range of images, numbers (N,) their classes or prompts. Yields the size of every
-        batch that is drawn; the shard is there at the end. Raises DDError."""
+        """Writes the shard of a range of images, numbers (N,) their classes or prompts. Yields the size of
+        every batch that is drawn; the shard is there at the end. Raises DDError."""
         named = self.task.prompts or self.pipe.labels.names
         kind = "prompt" if self.task.prompts else "class"
         given = self.texts.rows(numbers) if self.texts else Conditions(numbers)
         how = {"first_image": images.start, "batch_size": self.batch, "output": "numpy"}
         index = images.start
-        with atomic_write(self.task.folder / shard_name(images)) as stream, tarfile.open(
-            fileobj=stream, mode="w"
-        ) as archive:
+        with (
+            atomic_write(self.task.folder / shard_name(images)) as stream,
+            tarfile.open(fileobj=stream, mode="w") as archive,
+        ):
             for result in self.pipe.stream(given, **self.task.request, **how):
                 for image, label in zip(to_pil(result.images), result.labels.tolist(), strict=True):  # type: ignore[arg-type]
                     facts = {"index": index, "label": label, kind: named[label]}

@@ -107,8 +107,8 @@ def run_fid(options: Options, state: Path | None = None) -> Report:
 @option("--bootstrap", type=click.IntRange(min=0), metavar="N", show_default="200; 40 for inception",
         help="Number of bootstrap resamples for the confidence intervals. 0: no intervals.")  # fmt: skip
 @option("--images-from", type=PATH, metavar="DIR",
-        help="Measure the images of this directory, which `ddexport sample --shards` wrote; its seed, steps and"
-        " the like are taken.")  # fmt: skip
+        help="Measure the images in this directory, which `ddexport sample --shards` wrote, with its seed and"
+        " steps.")  # fmt: skip
 @option("--save-images", type=PATH, metavar="DIR", help="Also write every image to this directory, as PNG.")
 @option("--state", type=PATH, metavar="DIR", show_default="beside the report",
         help="Directory of the state of an interrupted run.")  # fmt: skip

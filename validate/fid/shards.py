@@ -25,11 +25,15 @@ def options_of(reader: Reader, options: Options, manifest: str) -> Options:
         text = f"{reader.folder} was drawn with another bundle, {drawn.bundle}"
         raise FidSettingError(text, "name that bundle, or draw the images again")
     if options.per_class is not None or (options.images or 0) > drawn.count:
-        raise FidSettingError(f"{reader.folder} has {drawn.count} images of its own labels", "leave the number out")
+        raise FidSettingError(
+            f"{reader.folder} has {drawn.count} images of its own labels", "leave the number out"
+        )
     values = {name: getattr(drawn, name) for name in TAKEN} | {"steps": (drawn.steps,)}
     for name, value in values.items():
         if getattr(options, name) not in (getattr(plain, name), value):
-            raise FidSettingError(f"{reader.folder} was drawn with {name} {getattr(drawn, name)}", f"leave out --{name}")
+            raise FidSettingError(
+                f"{reader.folder} was drawn with {name} {getattr(drawn, name)}", f"leave out --{name}"
+            )
     return replace(options, images=options.images or drawn.count, **values)
 
 
@@ -42,7 +46,9 @@ def labels_of(reader: Reader, manifest: Manifest) -> tuple[int, ...]:
         return tuple(prompts.index(facts["prompt"]) for facts in reader.facts)
     except ValueError as error:
         text = f"{reader.folder} has a prompt that is no example of {manifest.name}"
-        raise VerificationError(text, "draw the examples of its recipe: the reference knows no others") from error
+        raise VerificationError(
+            text, "draw the examples of its recipe: the reference knows no others"
+        ) from error
 
 
 def by_shards(reader: Reader, steps: int) -> Draw:
