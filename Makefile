@@ -64,7 +64,7 @@ test: $(VENV)/.dev $(PRECISE)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 test-all: $(VENV)/.dev $(PRECISE)
-	$(INSTALL) -e ".[dev,notebook]"
+	$(INSTALL) -e ".[dev,notebook,ray]"
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
 
 # mutmut names modules by their paths: it gets a copy in which everything lies under one name.

@@ -101,8 +101,8 @@ def _steps(ctx: click.Context, param: click.Parameter, value: Any) -> int | str 
         help="With --shards: number of images in the set. Labels and prompts go round.")  # fmt: skip
 @option("--shard-size", type=POSITIVE, metavar="N", default=SHARD_SIZE,
         help="With --shards: number of images in a tar file.")  # fmt: skip
-@option("--workers", type=POSITIVE, metavar="N", show_default="one a CPU, or one on a GPU",
-        help="With --shards: number of processes, each with one thread unless --threads says more.")  # fmt: skip
+@option("--workers", type=POSITIVE, metavar="N", show_default="one a CPU, one on a GPU",
+        help="With --shards: number of processes, of one thread each unless --threads is given.")  # fmt: skip
 @option("--ray", "address", metavar="ADDRESS|local", show_default="processes of this machine",
         help="With --shards: draw on this Ray cluster, whose machines share the directories of bundle and"
         " images; local starts one on this machine.")  # fmt: skip

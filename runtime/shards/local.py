@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import TypeAlias
 
 import numpy as np
@@ -31,7 +32,7 @@ def draw(task: Task, shards: Sequence[Shard], workers: int) -> Iterator[int]:
     that dies is begun again, and its images are counted off. Raises DDError."""
     todo, deaths = deque(shards), 0
     doing: dict[Connection, tuple[Shard, int]] = {}  # by process: its shard, and the images that it has drawn
-    processes: list[multiprocessing.process.BaseProcess] = []
+    processes: list[SpawnProcess] = []
     spawn = multiprocessing.get_context("spawn")
 
     def give(pipe: Connection) -> None:

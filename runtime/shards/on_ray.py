@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from ddexport.runtime.backends import Configuration
@@ -12,6 +14,7 @@ from ddexport.runtime.errors import BackendError, DDError
 from ddexport.runtime.shards.local import Shard
 from ddexport.runtime.shards.worker import Task, Worker, configuration
 
+CONNECT_SECONDS = 5
 LOCAL = "local"  # in place of an address: a cluster of this machine alone, for as long as the command runs
 
 
@@ -25,16 +28,19 @@ def cluster(address: str) -> Iterator[Any]:
     import ray
 
     where = {"include_dashboard": False} if address == LOCAL else {"address": address}
-    try:
-        ray.init(log_to_driver=True, logging_level="warning", **where)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise BackendError(
-            f"no Ray cluster at {address}: {error}", "Give --ray local or an address."
-        ) from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+    with redirect_stdout(sys.stderr):  # Ray prints what its processes say, and stdout is for the report
+        try:
+            if ":" in address:  # Ray itself tries for minutes
+                host, _, port = address.removeprefix("ray://").rpartition(":")
+                socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+            ray.init(logging_level="warning", **where)
+        except (OSError, RuntimeError, ValueError) as error:
+            hint = "Give --ray local, or the address of a cluster."
+            raise BackendError(f"no Ray cluster at {address}: {error}", hint) from error
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 def resources(task: Task) -> dict[str, int]:

@@ -74,7 +74,7 @@ class Worker:
         named = self.task.prompts or self.pipe.labels.names
         kind = "prompt" if self.task.prompts else "class"
         given = self.texts.rows(numbers) if self.texts else Conditions(numbers)
-        how = {"first_image": images.start, "batch_size": self.batch, "output": "numpy"}
+        how: dict[str, Any] = {"first_image": images.start, "batch_size": self.batch, "output": "numpy"}
         index = images.start
         with (
             atomic_write(self.task.folder / shard_name(images)) as stream,

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from ddexport import runtime
+from ddexport.runtime import cli as runtime_cli
 from ddexport.runtime.bundle import sha256_of
 from ddexport.validate import cli
 from ddexport.validate.fid.files import largest_difference
@@ -94,6 +95,22 @@ class TestGoodBundles:
         assert (printed["passed"], printed["kind"]) == (True, "fid")
         assert not (tmp_path / "report" / "fid-state").exists()
         assert not list((digits_bundle / "parity").glob("*fid*"))
+
+    def test_images_that_were_drawn_before(self, digits_bundle, fid, tmp_path):
+        """The same figures as of images that are drawn now; their seed and steps need not be said, and cannot
+        be others, nor can the bundle."""
+        words = [digits_bundle, "--shards", tmp_path / "set", "--count", IMAGES, "--seed", 4, "--steps", 1]
+        assert CliRunner().invoke(runtime_cli.command, [str(word) for word in words]).exit_code == 0
+        before = fid(digits_bundle, "--images-from", tmp_path / "set", "--json")
+        now = fid(digits_bundle, "--seed", 4, "--json")
+        assert before.exit_code == now.exit_code == 0, before.output
+        assert rows(before) == rows(now)
+        assert json.loads(before.stdout)["settings"]["labels"] == "of the shards"
+        other = fid(digits_bundle, "--images-from", tmp_path / "set", "--steps", 2)
+        copy = copy_of(digits_bundle, tmp_path, lambda data: data.update(title="another"))
+        foreign = fid(copy, "--images-from", tmp_path / "set")
+        for result, text in ((other, "was drawn with steps 1"), (foreign, "was drawn with another bundle")):
+            assert result.exit_code == 1 and text in result.stderr, result.output
 
     def test_a_bundle_alone_gets_figures_and_no_verdict(self, digits_bundle, fid, tmp_path):
         """The images are those of the runtime for the same labels and seed, batch or not, and saved they are
