@@ -1,7 +1,7 @@
 """Measures how many images a second `ddexport sample --shards` draws, and says what that takes.
 
-python docs/capacity.py BUNDLE... : each in fp32 and int8, on one core and on all. Of the models of real size it
-takes the times of docs/results/bench-real-size.json. Prints JSON for docs/generate.py.
+python docs/capacity.py BUNDLE...: fp32 and int8, on one core and on all. Of models of real size it takes the
+times of docs/results/bench-real-size.json. Prints JSON for docs/generate.py.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ddexport.runtime.bundle import Manifest
     from ddexport.runtime.conditions import Conditions
     from ddexport.runtime.pipeline import Pipeline
     from ddexport.runtime.result import Result
@@ -42,7 +41,6 @@ Examples:
   ddexport sample digits-var --labels uniform --count 50000 --shards digits-50k
   ddexport sample digits-t2i --prompts prompts.txt --count 9000 --shards /mnt/t2i --ray 10.0.0.1:6379
 """
-UNIFORM = "uniform"
 SHARD_SIZE = 500
 ONLY_SHARDS = ("label_source", "count", "shard_size", "workers", "address")
 NO_SHARDS = ("features", "noise", "dump", "output", "num_images", "list_labels")
@@ -123,15 +121,18 @@ def command(ctx: click.Context, /, as_json: bool, list_labels: bool, **options: 
             how = "cannot be used with --shards" if in_shards else "needs --shards"
             raise click.UsageError(f"{max(parameter.opts, key=len)} {how}.")
     if in_shards:
-        kept = {name: value for name, value in options.items() if name not in NO_SHARDS}
-        report = sample_shards(**kept)
+        from ddexport.runtime.shards import request
+
+        report = request.sample_shards(**{key: options[key] for key in options if key not in NO_SHARDS})
+        line = request.report_line(report)
     else:
         options["seed"] = options["seed"] if "seed" in given else None
-        report = sample(**{name: value for name, value in options.items() if name not in ONLY_SHARDS})
+        report = sample(**{key: options[key] for key in options if key not in (*ONLY_SHARDS, "shards")})
+        line = report_line(report)
     if as_json:
         console.emit_json(report)
     else:
-        click.echo(shards_line(report) if in_shards else report_line(report))
+        click.echo(line)
 
 
 def sample(
@@ -153,7 +154,6 @@ def sample(
     dump: Path | None,
     output: str,
     no_verify: bool,
-    shards: None = None,
     **sampling: Any,
 ) -> dict[str, Any]:
     """Draws and writes what the options ask for, and returns the report.
@@ -225,49 +225,6 @@ def sample(
         }
 
 
-def sample_shards(
-    bundle: Path,
-    shards: Path,
-    labels: tuple[str, ...],
-    label_source: str | None,
-    prompts: tuple[str, ...],
-    prompt_file: Path | None,
-    count: int | None,
-    shard_size: int,
-    workers: int | None,
-    address: str | None,
-    backend: str,
-    device: str | None,
-    threads: int | None,
-    precision: str | None,
-    batch_size: int | None,
-    no_verify: bool,
-    **request: Any,
-) -> dict[str, Any]:
-    """Draws a set of images, and returns the report. Raises DDError; what is drawn by then stays."""
-    import numpy as np
-
-    from ddexport.runtime.bundle import read_manifest
-    from ddexport.runtime.shards.run import draw_set
-    from ddexport.runtime.shards.worker import Task
-    from ddexport.runtime.text import read_prompts
-
-    manifest = read_manifest(bundle, verify=False)
-    if manifest.text is None and (prompts or prompt_file):
-        raise TextError(f"{manifest.name} draws classes, not texts", "Give --labels.")
-    if manifest.text is not None:
-        if labels or label_source or bool(prompts) == bool(prompt_file):
-            raise TextError(f"{manifest.name} draws from texts", "Give --prompt or --prompts, and no label.")
-        prompts = tuple(read_prompts(prompt_file)) if prompt_file else prompts
-        numbers = np.resize(np.arange(len(prompts)), count or len(prompts))
-    else:
-        numbers = _label_numbers(bundle, manifest, labels, label_source, count, request["seed"])
-    engine = {"backend": backend, "device": device, "threads": threads or 1, "precision": precision}
-    paths = (bundle.resolve(), shards.resolve())
-    task = Task(*paths, "", engine, request, prompts, batch_size, not no_verify)
-    return draw_set(task, numbers, shard_size, workers, address)
-
-
 def report_line(report: dict[str, Any]) -> str:
     """The report for people, in one line, and in another what a further decoder costs."""
     parts = {what: spent for what, spent in report["seconds"].items() if what != "load" and spent}
@@ -279,17 +236,6 @@ def report_line(report: dict[str, Any]) -> str:
     return (
         f"{report['output']}: {_count(report['images'], 'image')} in {_count(report['steps'], 'step')}; "
         f"{times}, {image} per image; {engine}{shown}"
-    )
-
-
-def shards_line(report: dict[str, Any]) -> str:
-    """The report of a set of images for people, in one line, and in another its digest."""
-    engine = ", ".join((report["backend"], report["device"], report["precision"]))
-    return (
-        f"{report['shards']}: {_count(report['images'], 'image')} in {_count(report['files'], 'shard')},"
-        f" {report['drawn']} drawn now; {_count(report['steps'], 'step')},"
-        f" {console.duration(report['seconds'])}, {report['images_per_second']:.1f} images/s; {engine}\n"
-        f"sha256 {report['sha256']}"
     )
 
 
@@ -378,39 +324,6 @@ def _labels(own: NDArray[np.int64] | None, labels: tuple[str, ...], pipe: Pipeli
     if classes <= FEW_CLASSES:
         return list(range(classes))
     return [number * (classes - 1) // (SHOWN_CLASSES - 1) for number in range(SHOWN_CLASSES)]
-
-
-def _label_numbers(
-    bundle: Path,
-    manifest: Manifest,
-    labels: tuple[str, ...],
-    source: str | None,
-    count: int | None,
-    seed: int,
-) -> NDArray[np.int64]:
-    """The class (N,) of each image of a set. Raises LabelError."""
-    import numpy as np
-
-    from ddexport.runtime.bundle import resolve
-    from ddexport.runtime.labels import read_labels
-    from ddexport.runtime.noise import uniform_labels
-
-    if labels and source:
-        raise click.UsageError("--label and --labels cannot be used together: give one of them.")
-    if not labels and source in (None, UNIFORM):
-        if count is None:
-            raise click.UsageError("--labels uniform needs --count.")
-        return uniform_labels(seed, range(count), manifest.classes)
-    if source is not None:
-        try:
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
-            labels = tuple(line for line in lines if line.strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise LabelError(
-                f"{source} cannot be read: {error}", "Give uniform, or one label a line."
-            ) from error
-    numbers = read_labels(resolve(bundle, manifest.labels.file), manifest.classes).indices(labels)
-    return np.resize(numbers, count or len(numbers))
 
 
 def _kept(batches: Iterator[Result], folder: Path | None, everything: bool, what: str) -> Iterator[Result]:

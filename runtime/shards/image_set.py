@@ -107,7 +107,9 @@ def read_facts(path: Path, images: range) -> list[bytes]:
                 raise ValueError(f"it has {len(members)} of {len(names)} files")
             return [archive.extractfile(members[name]).read() for name in names[1::2]]  # type: ignore[union-attr]
     except (OSError, tarfile.TarError, ValueError) as error:
-        raise ShardError(f"{path} is damaged: {error}", "Repeat the command that made it.") from error
+        raise ShardError(
+            f"{path} is missing or damaged: {error}", "Repeat the command that made it."
+        ) from error
 
 
 def digest(folder: Path, whole: ImageSet) -> str:
@@ -125,12 +127,8 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         """Raises ShardError for what is missing or damaged, here and when pixels are read."""
         self.folder, self.set = folder, read_set(folder)
-        ranges = self.set.ranges
-        missing = sum(not (folder / shard_name(images)).is_file() for images in ranges)
-        if missing:
-            text = f"{folder} lacks {missing} of {len(ranges)} shards"
-            raise ShardError(text, "Repeat the command that makes it.")
-        texts = [text for images in ranges for text in read_facts(folder / shard_name(images), images)]
+        shards = [(folder / shard_name(images), images) for images in self.set.ranges]
+        texts = [text for path, images in shards for text in read_facts(path, images)]
         self.facts: list[dict[str, Any]] = [json.loads(text) for text in texts]
         self._shard = lru_cache(KEPT)(self._read)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ddexport.runtime import console
 from ddexport.runtime.backends import Configuration
-from ddexport.runtime.bundle import FILE_NAME, Manifest, read_manifest, sha256_of
+from ddexport.runtime.bundle import FILE_NAME, Manifest, sha256_of
 from ddexport.runtime.files import make_directory
 from ddexport.runtime.shards import local, on_ray
 from ddexport.runtime.shards.image_set import ImageSet, ShardError, digest, open_set, read_facts, shard_name
@@ -28,7 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 def draw_set(
-    task: Task, numbers: NDArray[np.int64], shard_size: int, workers: int | None, address: str | None
+    task: Task,
+    manifest: Manifest,
+    numbers: NDArray[np.int64],
+    shard_size: int,
+    workers: int | None,
+    address: str | None,
 ) -> dict[str, Any]:
     """Draws the shards that are not there, and returns the report.
 
@@ -37,8 +42,7 @@ def draw_set(
     Raises DDError; what is drawn by then stays, and the same call goes on.
     """
     began = time.perf_counter()
-    manifest = read_manifest(task.bundle, task.verify)
-    task = replace(task, manifest=sha256_of(task.bundle / FILE_NAME), verify=task.verify and bool(address))
+    task = replace(task, manifest=sha256_of(task.bundle / FILE_NAME))
     with ExitStack() as closing:
         ray = closing.enter_context(on_ray.cluster(address)) if address else None
         chosen = on_ray.configured(ray, task) if ray else configuration(task)
@@ -67,7 +71,6 @@ def draw_set(
         "shards": str(task.folder),
         "images": len(numbers),
         "drawn": to_draw,
-        "files": len(whole.ranges),
         "sha256": total,
         "steps": steps,
         "seed": whole.seed,

@@ -103,7 +103,7 @@ def test_a_set_is_what_the_pipeline_draws(shared_bundle: Path, tmp_path: Path) -
             "sha256": "",
         }
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(files[f"{index:08d}.png"]))), image)
-    assert (report["images"], report["drawn"], report["files"]) == (COUNT, COUNT, 3)
+    assert (report["images"], report["drawn"]) == (COUNT, COUNT)
     reader = Reader(tmp_path / "set")
     assert [facts["label"] for facts in reader.facts] == labels.tolist()
     assert np.array_equal(reader.images(range(20, 60)), images[20:])
@@ -290,7 +290,7 @@ def test_damaged_shards(shared_bundle: Path, tmp_path: Path) -> None:
     shard = folder / "00000010-00000019.tar"
     content = shard.read_bytes()
     shard.write_bytes(content[:9000])
-    with pytest.raises(ShardError, match="is damaged"):
+    with pytest.raises(ShardError, match="is missing or damaged: unexpected end"):
         Reader(folder)
     again = drawn(shared_bundle, folder, "--count", 30, "--shard-size", 10)
     assert (again["drawn"], again["sha256"]) == (10, whole["sha256"])
@@ -298,7 +298,7 @@ def test_damaged_shards(shared_bundle: Path, tmp_path: Path) -> None:
     files = {name: data for name, data in members(folder).items() if name[:7] == "0000001"}
     files["00000010.png"] = files["00000011.png"]
     shard.unlink()
-    with pytest.raises(ShardError, match="lacks 1 of 3 shards"):
+    with pytest.raises(ShardError, match="is missing or damaged"):
         Reader(folder)
     with tarfile.open(shard, "w") as forged:
         for name, data in files.items():
