@@ -51,9 +51,9 @@ def write_repository(
     listed = sorted(manifest.schedules.items())
     ensembles = {NAMES.get(n, f"{n}_steps"): s for n, s in listed if not s.teacher and s.split in own}
     if manifest.text or not ensembles:
-        what = "draws from sentences" if manifest.text else "has no schedule of one student alone"
+        what = "takes sentences" if manifest.text else "has no schedule of one student alone"
         raise TritonError(
-            f"Triton cannot draw with this bundle: {manifest.name} {what}", "Use `ddexport serve`."
+            f"Triton cannot draw from a bundle that {what}: {manifest.name}", "Use `ddexport serve`."
         )
     student = manifest.graph("student", precision)
     graphs = {"student": student, "decoder": manifest.decoder(decoder, student.precision)}
@@ -100,13 +100,9 @@ def write_repository(
 def _readme(manifest: Manifest, summary: Mapping[str, Any], student: Any, plans: Plans) -> str:
     template = Path(__file__).with_name("readme.md").read_text(encoding="utf-8")
     needs = {f" The plans need TensorRT {e.version} on {'/'.join(e.targets)}." for _, e in plans.values()}
-    values = {
-        "manifest": manifest,
-        "names": "`, `".join(summary["ensembles"]),
-        "first": summary["ensembles"][0],
-    }
-    versions = {"opset": opset(student), "ir": student.ir_version, "needs": "".join(needs)}
-    return template.format(**summary, **values, **versions)
+    values = {"opset": opset(student), "ir": student.ir_version, "needs": "".join(needs)}
+    names = "`, `".join(summary["ensembles"])
+    return template.format(manifest=manifest, names=names, **summary, **values)
 
 
 def _plans(root: Path, manifest: Manifest, graphs: Mapping[str, Graph], wanted: bool | None) -> Plans:
@@ -115,8 +111,8 @@ def _plans(root: Path, manifest: Manifest, graphs: Mapping[str, Graph], wanted: 
     if wanted is False:
         return {}
     precision = graphs["student"].precision
-    found, errors = find_engines(root)
-    sets = {one.folder.name: one for one in found if one.precision == precision}
+    listed, errors = find_engines(root)
+    sets = {one.folder.name: one for one in listed if one.precision == precision}
     faults = {name: _fault(manifest, one) for name, one in sets.items()}
     able = [name for name in sets if not faults[name]]
     notes = [*(error.message for error in errors), *filter(None, faults.values())]
@@ -124,9 +120,8 @@ def _plans(root: Path, manifest: Manifest, graphs: Mapping[str, Graph], wanted: 
         message = f"several folders in engines/ have {precision} engines of full TensorRT: {', '.join(able)}"
         raise TritonError(message, "Leave one of them there, or use --no-engines.")
     if wanted and not able:
-        message = "; ".join(notes) or f"{manifest.name} has no {precision} engines"
         hint = f"Build some: ddexport trt {root} --backend tensorrt --precision {precision}"
-        raise TritonError(message, hint)
+        raise TritonError("; ".join(notes) or f"{manifest.name} has no {precision} engines", hint)
     for note in notes:
         logger.warning("not used: %s", note)
     chosen = {name: sets[able[0]].engines.get((graph.role, None)) for name, graph in graphs.items() if able}
