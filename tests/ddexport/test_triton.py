@@ -26,6 +26,7 @@ import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner, Result
+from filelock import FileLock
 from onnxruntime import InferenceSession
 from PIL import Image
 
@@ -48,9 +49,9 @@ TYPES = {"tensor(float)": "TYPE_FP32", "tensor(int64)": "TYPE_INT64", "tensor(ui
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     """The toy bundle with external data; its third step keeps more positions than its split."""
-    root, names = toy.write_bundle(tmp_path / "toy"), ("student.onnx", "student.onnx.data")
-    onnx.save(toy.student(), root / names[0], save_as_external_data=True, location=names[1], size_threshold=50)
-    files = [msgspec.to_builtins(file_info(root / name, root)) for name in names]
+    root, (graph, data) = toy.write_bundle(tmp_path / "toy"), ("student.onnx", "student.onnx.data")
+    onnx.save(toy.student(), root / graph, save_as_external_data=True, location=data, size_threshold=50)
+    files = [msgspec.to_builtins(file_info(root / name, root)) for name in (graph, data)]
     toy.change(root, lambda content: content["graphs"][0].update(files=files))
     return root
 
@@ -216,10 +217,11 @@ PACKAGES = ["nvidia-pytriton==0.7.0", f"onnxruntime=={onnxruntime.__version__}",
 def environment() -> Path:
     """One with tritonserver, which asks for NumPy below 2. It is kept in build/."""
     folder = ROOT / "build" / "pytriton"
-    if not (folder / "whole").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run([folder / "bin" / "pip", "install", "-q", *PACKAGES], check=True)
-        (folder / "whole").touch()
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "whole").exists():
+            subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+            subprocess.run([folder / "bin" / "pip", "install", "-q", *PACKAGES], check=True)
+            (folder / "whole").touch()
     return folder
 
 
