@@ -83,10 +83,11 @@ def write_repository(
         files[f"{name}/config.pbtxt"] = ensemble_config(name, schedule, manifest, most).encode()
         files[f"{name}/1/.keep"] = b""  # Triton needs the folder, and neither git nor S3 keeps an empty one
     for name, stored in graphs.items():
-        places = {info.file: "model.onnx" if info.file == stored.file else info.file for info in stored.files}
-        sources = {place: bundle / file for file, place in places.items()}
-        sources = {"model.plan": plans[name][0]} if name in plans else sources
-        files |= {f"{name}/1/{place}": source for place, source in sources.items()}
+        if name in plans:
+            files[f"{name}/1/model.plan"] = plans[name][0]
+        else:
+            files |= {f"{name}/1/{info.file}": bundle / info.file for info in stored.files}
+            files[f"{name}/1/model.onnx"] = files.pop(f"{name}/1/{stored.file}")
     with staged_directory(target, replace, marker=SUMMARY) as staging:
         for place, content in files.items():
             (staging / place).parent.mkdir(parents=True, exist_ok=True)

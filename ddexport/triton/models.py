@@ -51,9 +51,8 @@ def model_config(name: str, graph: Any, max_batch: int, engine: Engine | None = 
             kind = f"data_type: TYPE_{TYPES[info.type.tensor_type.elem_type]} dims: {dims or [1]}"
             own = "" if dims else " reshape { shape: [ ] }"  # Triton has no shape (B,)
             lines.append(f'{side} {{ name: "{info.name}" {kind}{own} }}')
-            zeros += [f'  inputs {{ key: "{info.name}" value {{ {kind} zero_data: true }} }}'] * (
-                side == "input"
-            )
+            if side == "input":
+                zeros.append(f'  inputs {{ key: "{info.name}" value {{ {kind} zero_data: true }} }}')
     for size in sorted({1, max_batch}):
         lines += [f'model_warmup {{ name: "batch of {size}" batch_size: {size}', *zeros, "}"]
     return "\n".join([*lines, ""])
