@@ -11,8 +11,8 @@ from ddexport.runtime import console
 
 # In the order in which a user meets them; commands of other packages follow.
 ORDER = (
-    "models", "onnx", "trt", "inspect", "sample", "serve", "web", "doctor", "validate", "distill", "bench",
-    "push",
+    "models", "onnx", "trt", "inspect", "sample", "serve", "web", "triton", "doctor", "validate", "distill",
+    "bench", "push",
 )  # fmt: skip
 
 

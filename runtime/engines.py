@@ -159,7 +159,7 @@ def fit(root: Path, manifest: Manifest, engines: EngineSet, index: int = 0) -> t
     Where other engines would do better, the text ends with the command that builds them. The contents of the
     plans are not read here: their SHA-256 is compared with what is loaded, when it is loaded.
     """
-    obstacles, notes = _against_bundle(manifest, engines), list[str]()
+    obstacles, notes = against_bundle(manifest, engines), list[str]()
     missing, supported = machine.gpu_fault(index), True
     like, *_ = members = list(engines.engines.values())
     for engine in members:
@@ -202,7 +202,8 @@ def build_command(root: Path, index: int, precision: str, like: Engine | None = 
     return shlex.join(words)
 
 
-def _against_bundle(manifest: Manifest, engines: EngineSet) -> list[str]:
+def against_bundle(manifest: Manifest, engines: EngineSet) -> list[str]:
+    """What stands in the way of engines on any machine: they are not of this bundle, or not whole."""
     obstacles = [f"there is no {role} engine" for role in ROLES if (role, None) not in engines.engines]
     for (role, split), engine in engines.engines.items():
         try:

@@ -101,6 +101,7 @@ def test_what_needs_an_extra_names_it(tmp_path: Path) -> None:
         (f"validate fid {bundle}", "validate"),
         (f"validate limits {bundle}", "validate"),
         ("validate distilled digits-var", "distill"),
+        (f"triton {bundle}", "export"),
     ):
         done = python(without, *words.split())
         assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr

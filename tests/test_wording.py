@@ -77,6 +77,7 @@ distill digits-var --stages student,judge
 distill digits-var --quick --install
 push digits-var nobody
 web digits-var -o site --single-file
+triton digits-var --max-batch 0
 """.strip().splitlines()
 NONE = ["sample", "inspect digits-var"]
 

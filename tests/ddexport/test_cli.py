@@ -90,6 +90,7 @@ class TestHelp:
             "sample",
             "serve",
             "web",
+            "triton",
             "doctor",
             "validate",
             "distill",
