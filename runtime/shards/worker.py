@@ -22,7 +22,7 @@ from ddexport.runtime.images import to_pil
 from ddexport.runtime.pipeline import default_batch_size, load
 from ddexport.runtime.shards.image_set import shard_name, write_image
 
-MAX_BATCH = 16  # more gains nothing on a CPU, and a worker that dies loses less
+MAX_BATCH = 16  # more gains nothing on a CPU
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +60,13 @@ class Worker:
         self.pipe = load(task.bundle, verify=False, **task.engine, **how)
         self.texts = self.pipe.conditions(task.prompts) if task.prompts else None
         schedule = self.pipe.schedule(request["steps"], request.get("teacher_start"))
-        wanted = task.batch_size or min(MAX_BATCH, default_batch_size(self.pipe.manifest, schedule))
-        self.batch = min(wanted, self.pipe.backend.max_batch or wanted)
+        engine, fit = self.pipe.backend, default_batch_size(self.pipe.manifest, schedule)
+        wanted = task.batch_size or (min(MAX_BATCH, fit) if engine.configuration.device == "cpu" else fit)
+        self.batch = min(wanted, engine.max_batch or wanted)
         if self.batch > 1 and not same_in_company(self.pipe, self.batch):
-            what = self.pipe.backend.configuration
-            logger.warning("%s rounds differently in batches, so images are drawn one by one", what)
-            self.batch = 1
+            note = "images depend on the batch size" if task.batch_size else "images are drawn one by one"
+            logger.warning("%s rounds differently in batches: %s", engine.configuration, note)
+            self.batch = task.batch_size or 1
 
     def draw(self, images: range, numbers: NDArray[np.int64]) -> Iterator[int]:
         """Writes the shard of a range of images, numbers (N,) their classes or prompts. Yields the size of
