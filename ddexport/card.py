@@ -10,6 +10,7 @@ from ddexport.precision.policy import FLOAT32
 from ddexport.recipe import Recipe
 from ddexport.runtime.bundle import Manifest
 from ddexport.runtime.records import read_json
+from ddexport.runtime.text import example_prompt
 
 ACCURACY_FILE = "parity/graphs.json"
 HEADINGS = ["graph", "reduced", "output", "rms error", "largest", "tokens", "image"]
@@ -62,7 +63,7 @@ def model_card(recipe: Recipe, manifest: Manifest, accuracy: Mapping[str, Any], 
     what = student if manifest.schedules else "An auto-regressive model"
     drawn, request = f" of {recipe.classes} classes", "--label 0"
     if manifest.text is not None:
-        drawn, request = " of a text", '--prompt "a red fox in the snow"'
+        drawn, request = " of a text", f'--prompt "{example_prompt(manifest.recipe)}"'
         request = request if manifest.text.tokenizer else "--features FILE.npz"
     lines = [
         f"# {recipe.title}",

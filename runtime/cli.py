@@ -291,7 +291,7 @@ def _conditions(
     features: Path | None,
 ) -> Conditions:
     """What the options ask for; own: the labels of a noise file, which number the prompts of a text model."""
-    from ddexport.runtime.text import read_features, read_prompts
+    from ddexport.runtime.text import example_prompt, read_features, read_prompts
 
     texts = (prompts, file, features)
     if pipe.texts is None:
@@ -300,8 +300,8 @@ def _conditions(
         return pipe.conditions(_labels(own, labels, pipe))
     if labels or sum(map(bool, texts)) != 1:
         raise TextError(
-            f"{pipe.manifest.name} draws from texts: it needs --prompt, --prompts or --features",
-            'Give a sentence, and no label: --prompt "a red fox in the snow".',
+            f"{pipe.manifest.name} draws from texts: give either --prompt, --prompts or --features",
+            f'Give a sentence, and no label: --prompt "{example_prompt(pipe.manifest.recipe)}".',
         )
     size, given = pipe.texts.size, list(prompts)
     if file is not None:

@@ -7,7 +7,7 @@ The models were trained on T rows of which the last n are these, and the others 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +116,12 @@ def trial_features(tokens: int, width: int, seed: int = 0) -> Features:
     counts = np.linspace(1, tokens, TRIAL_TEXTS).round()[:, None]
     features = np.random.default_rng(seed).standard_normal((TRIAL_TEXTS, tokens, width), np.float32)
     return Features(features, (np.arange(tokens) >= tokens - counts).astype(np.int64))
+
+
+def example_prompt(recipe: Mapping[str, Any]) -> str:
+    """A sentence to show how a model of texts is used: one that it knows, if its recipe says some."""
+    examples = (recipe.get("condition") or {}).get("examples") or ["a red fox in the snow"]
+    return str(examples[0])
 
 
 @contextmanager

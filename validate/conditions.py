@@ -1,7 +1,8 @@
 """What both sides of a comparison draw from: the classes of a bundle, or eight or so texts.
 
 Of texts the bundle gets prompts, or features where it has no text encoder. The reference gets features, those
-that its own encoder makes of the prompts.
+that its own encoder makes of the prompts. Where there is no encoder both get the same: the features of the
+recipe's examples if their encoder ships, because the limits were measured on these, else Gaussian ones.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ddexport.runtime.bundle import Manifest, Text, resolve
+from ddexport.runtime.bundle import ENCODER, Manifest, Text, resolve
 from ddexport.runtime.labels import read_labels
-from ddexport.runtime.text import END, PADDING, TRIAL_PROMPTS, TRIAL_TEXTS, Features, trial_features
+from ddexport.runtime.text import END, PADDING, TRIAL_PROMPTS, Features, trial_features
 
 if TYPE_CHECKING:
     from ddexport.text_encoder import TextEncoder
@@ -57,7 +58,7 @@ class Classes:
 
 
 class Texts:
-    """Labels number `count` texts: prompts, or Gaussian features where the bundle has no text encoder."""
+    """Labels number `count` texts: prompts, or features where the bundle has no text encoder."""
 
     kind = "text"
 
@@ -68,8 +69,8 @@ class Texts:
         encoder: bool = True,
         prompts: tuple[str, ...] = TRIAL_PROMPTS,
     ) -> None:
-        """features: what the reference's encoder makes of the prompts. encoder: whether the bundle's, if it
-        has one, is used."""
+        """features: what the reference's encoder makes of the prompts; Gaussian ones where there are none.
+        encoder: whether the bundle's, if it has one, is used."""
         self.prompts = prompts if text.tokenizer and encoder else ()
         self.features = trial_features(text.tokens, text.width) if features is None else features
         self.count = len(self.prompts) or len(self.features)
@@ -94,17 +95,35 @@ class Texts:
 def conditions_of(
     manifest: Manifest, features: Features | None = None, encoder: bool = True
 ) -> Classes | Texts:
-    """Those of a bundle. features, encoder: as those of `Texts`."""
+    """Those of a bundle. features, encoder: as those of `Texts`. Raises DDError where an encoder that ships
+    cannot be read."""
     if manifest.text is None:
         return Classes(manifest.classes)
+    if features is None and encoder and manifest.text.tokenizer is None:
+        features = _of_examples(manifest, manifest.text)
     return Texts(manifest.text, features, encoder, prompts_of(manifest)[0])
+
+
+def _of_examples(manifest: Manifest, text: Text) -> Features | None:
+    """What the text encoder that ships makes of the recipe's examples; None without either."""
+    from ddexport.recipe import Source, embedded_weights, recipe_of
+    from ddexport.text_encoder import text_encoder
+
+    source, examples = recipe_of(manifest).files.get(ENCODER, Source()), _examples(manifest)
+    if not (source.embedded and examples):
+        return None
+    return encoded(text_encoder(embedded_weights(source)), text, examples)
 
 
 def prompts_of(manifest: Manifest) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What is drawn of a bundle with a text encoder, and the same as the published code cleans it: the
     examples of its recipe, which are clean, or the trial prompts."""
-    examples = tuple((manifest.recipe.get("condition") or {}).get("examples") or ())
+    examples = _examples(manifest)
     return (examples, examples) if examples else (TRIAL_PROMPTS, CLEANED)
+
+
+def _examples(manifest: Manifest) -> tuple[str, ...]:
+    return tuple((manifest.recipe.get("condition") or {}).get("examples") or ())
 
 
 def spread(count: int, images: int, seed: int) -> IntArray:
@@ -116,8 +135,8 @@ def names_of(root: Path, manifest: Manifest) -> tuple[str, ...]:
     """What each label stands for, for people."""
     if manifest.text is None:
         return tuple(read_labels(resolve(root, manifest.labels.file), manifest.classes).names)
-    prompts = prompts_of(manifest)[0] if manifest.text.tokenizer else ()
-    return prompts or tuple(f"text {number}" for number in range(TRIAL_TEXTS))
+    conditions = conditions_of(manifest)
+    return conditions.prompts or tuple(f"text {number}" for number in range(conditions.count))
 
 
 def encoded(encoder: TextEncoder, text: Text, prompts: Sequence[str]) -> Features:

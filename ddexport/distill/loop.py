@@ -1,8 +1,9 @@
-"""The one training loop all stages share: it can be killed at any time and goes on with the same numbers.
+"""The one training loop all stages share: it can be killed at any time and goes on with the same batches.
 
 The batch of iteration i is drawn by a generator seeded with (seed, stage, i), never by a running state. With
 the weights, the optimiser and the averages saved every so often, a run that was killed and started again
-takes exactly the steps it would have taken.
+takes the steps that were left. Where arrays lie in memory decides the last bit of some sums, so that two runs
+agree to rounding, on one thread too (docs/log.md).
 """
 
 from __future__ import annotations

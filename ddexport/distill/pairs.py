@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ddexport.distill.conditions import Condition
@@ -13,6 +17,7 @@ from ddexport.distill.teacher import generate
 from ddexport.distill.trainers import Choose, Tokenizer
 from ddexport.families._base import Teacher
 from ddexport.runtime.console import progress
+from ddexport.runtime.errors import DDError
 
 
 def by_map(noise: Tensor, codebook: Tensor, steps: int) -> Choose:
@@ -56,3 +61,13 @@ def make_pairs(
         tokens = mapped_tokens(teacher, tokenizer, noise.to(device), inputs, settings)
         parts.append({"noise": noise, "tokens": tokens.to(torch.int16).cpu(), **rows})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def read_pairs(path: Path) -> dict[str, Tensor]:
+    """What `make_pairs` made. Raises DDError for a damaged file."""
+    try:
+        pairs: dict[str, Tensor] = load_file(path)
+        return pairs
+    except (OSError, SafetensorError) as error:
+        hint = "delete it and repeat the command: the pairs are made again"
+        raise DDError(f"{path} is damaged: {error}", hint) from error

@@ -5,27 +5,26 @@ No image is needed: tokenizer and teacher are there, and the text encoder reads 
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from msgspec import structs, to_builtins
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from ddexport.distill.conditions import Texts
 from ddexport.distill.loop import Run
 from ddexport.distill.machine import keep_freed_memory, private_compile_cache
-from ddexport.distill.pairs import make_pairs
+from ddexport.distill.pairs import make_pairs, read_pairs
 from ddexport.distill.settings import PromptSettings
 from ddexport.distill.student import train_student
 from ddexport.distill.train import StageReport, key_of, new_part, run_stage
 from ddexport.families._checkpoint import save_part
 from ddexport.recipe import Recipe, with_student
-from ddexport.runtime.bundle import ENCODER
+from ddexport.runtime.bundle import ENCODER, sha256_of
 from ddexport.runtime.console import stage as announce
 from ddexport.runtime.files import atomic_write, make_directory
 from ddexport.runtime.text import Features, PromptTokenizer, left_padded, read_features, read_prompts
@@ -57,7 +56,11 @@ def distil_from_prompts(
         OutputError: the folder cannot be made.
     """
     student = with_student(recipe, structs.asdict(settings), f"{recipe.name}: distill")
-    of_features = prompts.suffix.lower() == ".npz"
+    of_features, text = prompts.suffix.lower() == ".npz", recipe.condition
+    assert text is not None
+    # Read before weights are, which may take hours to fetch, and once, for it may be a pipe.
+    known = Texts([read_features(prompts, text.tokens, text.width)], settings.images) if of_features else None
+    lines = [] if of_features else read_prompts(prompts)
     request = replace(request, text_encoder=not of_features)
     sources = sources_of(recipe, request)
     make_directory(run.folder)
@@ -66,7 +69,7 @@ def distil_from_prompts(
         "version": VERSION,
         "seed": run.seed,
         "settings": [to_builtins(settings.pairs), settings.images],
-        "prompts": hashlib.sha256(prompts.read_bytes()).hexdigest() if prompts.is_file() else None,
+        "prompts": sha256_of(prompts) if of_features else lines,
         "weights": to_builtins(provenance(recipe, request, sources)),
         "model": recipe.to_dict()["model"],
     }
@@ -79,14 +82,9 @@ def distil_from_prompts(
 
     @cache
     def condition() -> Texts:
-        text = recipe.condition
-        assert text is not None
-        if of_features:
-            features = read_features(prompts, text.tokens, text.width)
-        else:
-            features = encoded(parts().pop(ENCODER), read_prompts(prompts), text.tokens, text.width)
-        rows, mask = torch.from_numpy(features.features), torch.from_numpy(features.mask)
-        return Texts(rows.to(run.device), mask.to(run.device), settings.images)
+        if known is not None:
+            return known
+        return Texts(encoded(parts().pop(ENCODER), lines, text.tokens, text.width), settings.images)
 
     def pair() -> None:
         condition()  # the text encoder is read first, and given back
@@ -95,7 +93,7 @@ def distil_from_prompts(
             stream.write(save(pairs))
 
     def train() -> None:
-        module, pairs = new_part(student, "student", run.seed), load_file(pairs_file)
+        module, pairs = new_part(student, "student", run.seed), read_pairs(pairs_file)
         codebook, teacher = parts()["tokenizer"].codebook.cpu(), parts()["teacher"].cpu()
         train_student(module, teacher, codebook, condition(), pairs, settings.student, run, of_student)
         save_part(module.cpu(), student, "student", student_file)
@@ -109,15 +107,13 @@ def distil_from_prompts(
 
 
 @torch.inference_mode()
-def encoded(encoder: TextEncoder, prompts: list[str], tokens: int, width: int) -> Features:
-    """The features of prompts, as a bundle makes them. Raises CheckpointError for an encoder of another
-    width, or without its tokenizer."""
+def encoded(encoder: TextEncoder, prompts: list[str], tokens: int, width: int) -> Iterator[Features]:
+    """The features of prompts, as a bundle makes them, some at a time. Raises CheckpointError for an encoder
+    of another width, or without its tokenizer."""
     device = next(encoder.parameters()).device
     tokenizer = PromptTokenizer(encoder.tokenizer_file(width), tokens)
-    parts = []
     with announce("encoding the prompts"):
         for start in range(0, len(prompts), BATCH):
             ids, mask = tokenizer(prompts[start : start + BATCH])
             hidden = encoder(*(torch.from_numpy(array).to(device) for array in (ids, mask)))
-            parts.append(left_padded(hidden.cpu().numpy(), mask, tokens))
-    return Features(np.concatenate([p.features for p in parts]), np.concatenate([p.mask for p in parts]))
+            yield left_padded(hidden.cpu().numpy(), mask, tokens)

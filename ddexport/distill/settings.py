@@ -147,7 +147,9 @@ def prompt_settings(recipe: Recipe) -> PromptSettings:
         hint = "llamagen-t2i-xl is one; docs/text-to-image.md says what a recipe needs"
         raise RecipeError(f"{recipe.name} has no student that is trained from prompts", hint)
     settings = convert(PromptSettings, recipe.distill, f"{recipe.name}: distill", RecipeError, HINT)
-    _check_shares(settings.images, settings.pairs, settings.student, where=f"{recipe.name}: distill")
+    where = f"{recipe.name}: distill"
+    _check_shares(settings.images, settings.pairs, settings.student, where=where)
+    _check_timesteps(recipe, settings.student, where)
     return settings
 
 
@@ -157,6 +159,16 @@ def _check_shares(images: int, pairs: PairSettings, *loops: Loop, where: str) ->
         hint = f"make them multiples of {images}"
         raise RecipeError(
             f"{where}: {images} images share a text, but batches or pairs.count do not fit", hint
+        )
+
+
+def _check_timesteps(recipe: Recipe, student: StudentSettings, where: str) -> None:
+    """Raises RecipeError unless the model has so many AR steps."""
+    steps = len(family(recipe.family).geometry(recipe).starts) - 1
+    if max(student.timesteps) >= steps:
+        raise RecipeError(
+            f"{where}: student.timesteps: {list(student.timesteps)} are not numbers of AR steps",
+            f"each from 0 to {steps - 1}",
         )
 
 
@@ -170,16 +182,11 @@ def distill_settings(recipe: Recipe) -> DistillSettings:
         hint = f"give them: ddexport distill {recipe.name} --prompts FILE"
         raise RecipeError(f"the student of {recipe.name} is trained from prompts", hint)
     settings = convert(DistillSettings, recipe.distill, where, RecipeError, HINT)
-    steps = len(family(recipe.family).geometry(recipe).starts) - 1
     if (settings.text_encoder is None) != (recipe.condition is None):
         raise RecipeError(f"{where}: text_encoder must be there if the model draws from texts", HINT)
     if size := settings.text_encoder:
         _check_shares(size.images, settings.pairs, settings.teacher, settings.student, where=where)
-    if max(settings.student.timesteps) >= steps:
-        raise RecipeError(
-            f"{where}: student.timesteps: {list(settings.student.timesteps)} are not numbers of AR steps",
-            f"each from 0 to {steps - 1}",
-        )
+    _check_timesteps(recipe, settings.student, where)
     return settings
 
 

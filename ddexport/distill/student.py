@@ -75,7 +75,8 @@ def train_student(
         with torch.no_grad():
             inputs = condition.inputs({name: row[::share] for name, row in rows.items()})
         noise, tokens, known = (x.to(run.device) for x in (rows["noise"], rows["tokens"].long(), known))
-        value, entropy, error = losses_compiled(noise, tokens, known, inputs)
+        given = tuple(x.to(run.device) for x in inputs)
+        value, entropy, error = losses_compiled(noise, tokens, known, given)
         return value, {"cross_entropy": entropy, "squared_error": error}
 
     fit("student", run, settings, student, loss, key)

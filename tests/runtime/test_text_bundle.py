@@ -156,7 +156,7 @@ class TestCommand:
         [
             ((), "--prompt"),
             (("--label", "1"), "--prompt"),
-            (("--prompt", "a", "--prompts", "x.txt"), "--prompt"),
+            (("--prompt", "a", "--prompts", "x.txt"), "either --prompt"),
             (("--prompts", "nowhere.txt"), "nowhere.txt"),
             (("--features", "nowhere.npz"), "nowhere.npz"),
         ],

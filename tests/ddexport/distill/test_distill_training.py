@@ -124,6 +124,9 @@ def test_a_text_model_is_trained_with_its_encoder(small, tmp_path):
     recipe = load_recipe("digits-t2i")
     assert len(install(recipe, tmp_path, shipped(recipe), target)) == 4
     assert text_encoder(target / "digits-t2i-text-encoder").words == encoder.words
+    (tmp_path / "digits-t2i-text-encoder" / "tokenizer.json").unlink()
+    result = run(small("digits-t2i"), "--quick", "--out", tmp_path)
+    assert result.exit_code == 1 and "digits-t2i-text-encoder/tokenizer.json" in result.stderr
 
 
 def test_a_second_run_trains_nothing(small, finished):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from ddexport.cli import main
+from ddexport.distill.conditions import Texts
+from ddexport.distill.pairs import read_pairs
 from ddexport.families._weight_file import config_of
 from ddexport.recipe import load_recipe
+from ddexport.runtime.errors import DDError
+from ddexport.runtime.text import trial_features
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 FOLDER = GOLDEN / "llamagen-t2i-small"
@@ -60,7 +67,9 @@ def test_from_prompts_to_a_picture(recipe: Path, tmp_path: Path) -> None:
     student = out / "student.safetensors"
     config = config_of(student)
     assert config == {key: DISTILL[key] for key in ("schedules", "split", "vector")}
-    prompts.write_text("a red fox\n")
+    os.mkfifo(tmp_path / "pipe")  # as the shell makes of <(...)
+    train[train.index(prompts)] = tmp_path / "pipe"
+    Thread(target=(tmp_path / "pipe").write_text, args=("a red fox\n",)).start()
     assert outcomes(invoke(*train)) == ["trained", "trained"]
 
     export = ["onnx", recipe, "-o", tmp_path / "bundle", "--checkpoint", student, *WEIGHTS]
@@ -107,18 +116,41 @@ def test_what_cannot_be_trained_says_why(
     assert not list(tmp_path.glob("runs/*/pairs*"))
 
 
-def test_prompts_that_are_none(recipe: Path, tmp_path: Path) -> None:
-    (tmp_path / "none.txt").write_text("")
-    result = invoke(
-        "distill", recipe, "--prompts", tmp_path / "none.txt", *WEIGHTS, "--out", tmp_path / "run"
-    )
-    assert result.exit_code == 1 and "Traceback" not in result.output
+@pytest.mark.parametrize("content", [None, b"", b"\xff"])
+def test_prompts_are_read_before_weights(recipe: Path, tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "none.txt"
+    if content is not None:
+        file.write_bytes(content)
+    result = invoke("distill", recipe, "--prompts", file, "--teacher", "absent.pth", "--out", tmp_path)
+    assert result.exit_code == 1 and "none.txt" in result.stderr and "absent" not in result.stderr
 
 
-def test_batches_hold_whole_groups_of_images(recipe: Path, tmp_path: Path) -> None:
+def test_features_are_kept_without_padding() -> None:
+    known = trial_features(12, 4)
+    texts = Texts([known.rows(slice(0, 3)), known.rows(slice(3, None))], images=2)
+    assert len(texts.own) == known.mask.sum()
+    labels = torch.tensor([5, 0, 7, 5])
+    features, mask = texts.inputs({"labels": labels})
+    assert np.array_equal(features, known.features[labels]) and np.array_equal(mask, known.mask[labels])
+
+
+@pytest.mark.parametrize("content", [b"", b"cut off"])
+def test_pairs_that_are_damaged(recipe: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "pairs.safetensors").write_bytes(content)
+    with pytest.raises(DDError, match="is damaged"):
+        read_pairs(tmp_path / "pairs.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "told"),
+    [("pairs", {"batch": 3}, "multiples of 2"), ("student", {"timesteps": [0, 16]}, "each from 0 to 15")],
+)
+def test_a_wrong_recipe_is_told_first(
+    recipe: Path, tmp_path: Path, part: str, change: dict[str, Any], told: str
+) -> None:
     data = json.loads(recipe.read_text())
-    data["distill"]["pairs"]["batch"] = 3
-    uneven = tmp_path / "uneven.yaml"
-    uneven.write_text(json.dumps(data))
-    result = invoke("distill", uneven, "--prompts", tmp_path / "none.txt", "--out", tmp_path / "run")
-    assert result.exit_code == 1 and "multiples of 2" in result.stderr
+    data["distill"][part] |= change
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(json.dumps(data))
+    result = invoke("distill", wrong, "--prompts", tmp_path / "none.txt", "--out", tmp_path / "run")
+    assert result.exit_code == 1 and told in result.stderr

@@ -62,6 +62,8 @@ def refused(response: httpx.Response, status: int, code: str, param: str | None 
 def compare_company(bundle: Path, folder: Path, pool: ThreadPoolExecutor, prompts: list[str]) -> None:
     """32 requests drawn in one batch equal `pipe()` alone, and themselves alone."""
     with serving(folder, bundle, "--max-batch", 64) as server, load(bundle) as pipe:
+        schemas = server.http.get("/openapi.json").json()["components"]["schemas"]
+        assert len(files(server.draw(**schemas["ImageRequest"]["examples"][0]))) == 2
         for steps in (1, 2):
             requests = [
                 {"prompt": prompts[i % len(prompts)], "seed": i, "n": 1 + i % 2, "steps": steps}
