@@ -42,6 +42,7 @@ Examples:
   ddexport sample digits-t2i --prompts prompts.txt --count 9000 --shards /mnt/t2i --ray 10.0.0.1:6379
 """
 SHARD_SIZE = 500
+MAX_COUNT = 10**8  # images; their labels are in memory
 ONLY_SHARDS = ("label_source", "count", "shard_size", "workers", "address")
 NO_SHARDS = ("features", "noise", "dump", "output", "num_images", "list_labels")
 
@@ -95,7 +96,8 @@ def _steps(ctx: click.Context, param: click.Parameter, value: Any) -> int | str 
         " image, drawn by several processes. The same command goes on with an incomplete set.")  # fmt: skip
 @option("--labels", "label_source", metavar="uniform|FILE", show_default="uniform",
         help="With --shards: labels drawn at random, or one a line of this file.")  # fmt: skip
-@option("--count", type=POSITIVE, metavar="N", show_default="the number of labels or prompts",
+@option("--count", type=click.IntRange(1, MAX_COUNT), metavar="N",
+        show_default="the number of labels or prompts",
         help="With --shards: number of images in the set. Labels and prompts go round.")  # fmt: skip
 @option("--shard-size", type=POSITIVE, metavar="N", default=SHARD_SIZE,
         help="With --shards: number of images in a tar file.")  # fmt: skip

@@ -26,6 +26,7 @@ from ddexport.runtime.records import Positive, Record, convert, read_json
 
 SET = "set.json"
 KEPT = 2  # open shards
+AGAIN = "Repeat the command that made it."
 
 
 class ShardError(DDError):
@@ -99,17 +100,39 @@ def write_image(archive: tarfile.TarFile, image: Image.Image, facts: Mapping[str
 
 def read_facts(path: Path, images: range) -> list[bytes]:
     """The JSON of each image of a shard. Raises ShardError for one that is not whole."""
+    return [text for text, _ in _members(path, images)]
+
+
+def read_shard(path: Path, images: range) -> tuple[list[dict[str, Any]], NDArray[np.uint8]]:
+    """What the JSON of each image of a shard says, and the pixels (N, H, W, C), compared with their SHA-256.
+
+    Raises ShardError for one that is not whole, or not as it was written.
+    """
+    facts, pictures = [], []
+    for index, (text, png) in zip(images, _members(path, images), strict=True):
+        try:
+            stated = json.loads(text)
+            picture = np.asarray(Image.open(io.BytesIO(png)))
+            if stated["sha256"] != hashlib.sha256(picture.tobytes()).hexdigest():
+                raise ValueError("other pixels than were drawn")
+        except Exception as error:  # the bytes are untrusted: Pillow raises what it likes
+            raise ShardError(f"{path} is damaged: image {index}: {error}", AGAIN) from error
+        facts.append(stated)
+        pictures.append(picture)
+    return facts, np.stack(pictures)
+
+
+def _members(path: Path, images: range) -> list[tuple[bytes, bytes]]:
+    """JSON and PNG of each image of a shard. Raises ShardError."""
+    names = [f"{index:08d}.{suffix}" for index in images for suffix in ("png", "json")]
     try:
         with tarfile.open(path, "r:") as archive:
-            members = {member.name: member for member in archive}
-            names = [f"{index:08d}.{suffix}" for index in images for suffix in ("png", "json")]
-            if list(members) != names:
-                raise ValueError(f"it has {len(members)} of {len(names)} files")
-            return [archive.extractfile(members[name]).read() for name in names[1::2]]  # type: ignore[union-attr]
-    except (OSError, tarfile.TarError, ValueError) as error:
-        raise ShardError(
-            f"{path} is missing or damaged: {error}", "Repeat the command that made it."
-        ) from error
+            contents = [(member.name, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
+        if [name for name, _ in contents] != names:
+            raise ValueError(f"it has {len(contents)} files in place of {len(names)}, or others")
+    except (OSError, tarfile.TarError, ValueError, AttributeError) as error:
+        raise ShardError(f"{path} is missing or damaged: {error}", AGAIN) from error
+    return [(text, png) for (_, png), (_, text) in zip(contents[::2], contents[1::2], strict=True)]
 
 
 def digest(folder: Path, whole: ImageSet) -> str:
@@ -129,23 +152,13 @@ class Reader:
         self.folder, self.set = folder, read_set(folder)
         shards = [(folder / shard_name(images), images) for images in self.set.ranges]
         texts = [text for path, images in shards for text in read_facts(path, images)]
-        self.facts: list[dict[str, Any]] = [json.loads(text) for text in texts]
-        self._shard = lru_cache(KEPT)(self._read)
+        try:
+            self.facts: list[dict[str, Any]] = [json.loads(text) for text in texts]
+        except ValueError as error:
+            raise ShardError(f"{folder} is damaged: {error}", AGAIN) from error
+        self._shard = lru_cache(KEPT)(lambda number: read_shard(*shards[number])[1])
 
     def images(self, indices: range) -> NDArray[np.uint8]:
         """The pixels, uint8 (N, H, W, C)."""
         places = [divmod(index, self.set.shard_size) for index in indices]
         return np.stack([self._shard(number)[place] for number, place in places])
-
-    def _read(self, number: int) -> list[NDArray[np.uint8]]:
-        images = self.set.ranges[number]
-        path, pictures = self.folder / shard_name(images), []
-        with tarfile.open(path, "r:") as archive:
-            for index in images:
-                picture = np.asarray(Image.open(archive.extractfile(f"{index:08d}.png")))  # type: ignore[arg-type]
-                if hashlib.sha256(picture.tobytes()).hexdigest() != self.facts[index]["sha256"]:
-                    raise ShardError(
-                        f"{path}: image {index} is damaged", "Remove the file and draw it again."
-                    )
-                pictures.append(picture)
-        return pictures

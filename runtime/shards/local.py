@@ -89,6 +89,7 @@ def _work(task: Task, pipe: Connection, quiet: bool) -> None:
     logging.basicConfig(format="warning: %(message)s", level=logging.ERROR if quiet else logging.WARNING)
     try:
         worker = Worker(task)
+        worker.open()
         while True:
             for count in worker.draw(*pipe.recv()):
                 pipe.send(count)

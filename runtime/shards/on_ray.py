@@ -1,21 +1,26 @@
-"""Workers as actors of a Ray cluster, which starts them again elsewhere when they or their machines die."""
+"""Workers as actors of a Ray cluster; one that dies, or whose machine dies, is replaced."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from ddexport.runtime.backends import Configuration
 from ddexport.runtime.errors import BackendError, DDError
-from ddexport.runtime.shards.local import Shard
+from ddexport.runtime.shards.local import MAX_DEATHS, Shard
 from ddexport.runtime.shards.worker import Task, Worker, configuration
 
 CONNECT_SECONDS = 5
-LOCAL = "local"  # in place of an address: a cluster of this machine alone, for as long as the command runs
+LOCAL = "local"  # Ray's word for a cluster of this machine alone, for as long as the command runs
+PATIENCE = 30  # seconds until it is said that nothing happens
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -27,7 +32,9 @@ def cluster(address: str) -> Iterator[Any]:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
-    where = {"include_dashboard": False} if address == LOCAL else {"address": address}
+    where: dict[str, Any] = {"address": address}
+    if address == LOCAL:
+        where["include_dashboard"] = False
     with redirect_stdout(sys.stderr):  # Ray prints what its processes say, and stdout is for the report
         try:
             if ":" in address:  # Ray itself tries for minutes
@@ -43,32 +50,75 @@ def cluster(address: str) -> Iterator[Any]:
             ray.shutdown()
 
 
-def resources(task: Task) -> dict[str, int]:
-    """What a worker takes."""
-    on_gpu = str(task.engine["device"]).startswith("cuda")
-    return {"num_cpus": task.engine["threads"], "num_gpus": int(on_gpu)}
-
-
 def configured(ray: Any, task: Task) -> Configuration:
-    """The engine that would run on a machine of the cluster. Raises DDError."""
+    """The engine that would run on a machine of the cluster that has room for a worker. Raises DDError."""
+    _room(ray, _share(task))
+    gpus = _share(task)["num_gpus"]
     with _explained(ray):
-        chosen = ray.get(ray.remote(**resources(task))(configuration).remote(task))
+        chosen = ray.get(ray.remote(num_cpus=0, num_gpus=gpus)(configuration).remote(task))
     assert isinstance(chosen, Configuration)
     return chosen
 
 
 def draw(ray: Any, task: Task, shards: Sequence[Shard], workers: int | None) -> Iterator[int]:
-    """Draws shards in so many actors, as many as fit the cluster if None. Yields the number of images of
-    every shard. Raises DDError."""
-    from ray.util import ActorPool
+    """Draws shards in so many actors, as many as the cluster has room for if None. Yields the number of
+    images of every shard. Raises DDError.
 
-    share, total = resources(task), ray.cluster_resources()
-    fit = min(int(total.get(name[4:-1].upper(), 0)) // n for name, n in share.items() if n)
-    count = min(workers or max(1, fit), len(shards))
-    actor = ray.remote(max_restarts=-1, max_task_retries=-1, **share)(Worker)
+    Not Ray's ActorPool, which gives work to actors that a busy cluster has no place for yet, and waits for
+    them; nor its retries, which have no end.
+    """
+    share, todo, deaths = _share(task), deque(shards), 0
+    actor = ray.remote(**share)(Worker)
+    doing: dict[Any, tuple[Any, Shard | None]] = {}  # by what is waited for: the actor, and its shard
+
+    def start() -> None:
+        worker = actor.remote(task)
+        doing[worker.open.remote()] = (worker, None)
+
+    room = _room(ray, share)
+    for _ in range(min(workers or room, room, len(shards))):
+        start()
     with _explained(ray):
-        pool = ActorPool([actor.remote(task) for _ in range(count)])
-        yield from pool.map_unordered(lambda worker, shard: worker.draw_whole.remote(*shard), shards)
+        while todo or any(shard for _, shard in doing.values()):
+            done, _ = ray.wait(list(doing), timeout=PATIENCE)
+            if not done:
+                if not any(shard for _, shard in doing.values()):
+                    logger.warning("the cluster is busy: waiting for room for a worker, %s", share)
+                continue
+            worker, shard = doing.pop(done[0])
+            try:
+                drawn = ray.get(done[0])
+            except ray.exceptions.RayActorError:
+                deaths += 1
+                if deaths == MAX_DEATHS:
+                    raise
+                if shard:
+                    todo.appendleft(shard)
+                start()
+                continue
+            if shard:
+                deaths = 0
+                yield drawn
+            if todo:
+                shard = todo.popleft()
+                doing[worker.draw_whole.remote(*shard)] = (worker, shard)
+
+
+def _share(task: Task) -> dict[str, int]:
+    """What a worker takes of the cluster."""
+    on_gpu = str(task.engine["device"]).startswith("cuda")
+    return {"num_cpus": task.engine["threads"], "num_gpus": int(on_gpu)}
+
+
+def _room(ray: Any, share: Mapping[str, int]) -> int:
+    """How many workers the machines of the cluster hold. Raises BackendError for none."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    room = sum(min(int(own.get(names[key], 0)) // n for key, n in share.items() if n) for own in machines)
+    if not room:
+        wanted = ", ".join(f"{n} {names[key]}" for key, n in share.items() if n)
+        raise BackendError(f"no machine of the cluster has {wanted} for a worker", "Give fewer --threads.")
+    return room
 
 
 @contextmanager

@@ -60,9 +60,10 @@ def sample_shards(
 def report_line(report: dict[str, Any]) -> str:
     """The report for people, in one line, and in another the digest."""
     engine = ", ".join((report["backend"], report["device"], report["precision"]))
+    rate = f", {report['images_per_second']:.1f} a second" if report["images_per_second"] else ""
     return (
         f"{report['shards']}: {report['images']:,} images, {report['drawn']:,} of them drawn now in"
-        f" {console.duration(report['seconds'])}, {report['images_per_second']:.1f} a second; {engine}\n"
+        f" {console.duration(report['seconds'])}{rate}; {engine}\n"
         f"sha256 {report['sha256']}"
     )
 
@@ -84,7 +85,7 @@ def _classes(
         return uniform_labels(seed, range(count), manifest.classes)
     if source is not None:
         try:
-            lines = Path(source).read_text(encoding="utf-8").splitlines()
+            lines = Path(source).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             hint = "Give uniform, or a file with one label a line."
             raise LabelError(f"{source} cannot be read: {error}", hint) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import time
@@ -20,7 +21,7 @@ from ddexport.runtime.backends import Configuration
 from ddexport.runtime.bundle import FILE_NAME, Manifest, sha256_of
 from ddexport.runtime.files import make_directory
 from ddexport.runtime.shards import local, on_ray
-from ddexport.runtime.shards.image_set import ImageSet, ShardError, digest, open_set, read_facts, shard_name
+from ddexport.runtime.shards.image_set import ImageSet, ShardError, digest, open_set, read_shard, shard_name
 from ddexport.runtime.shards.worker import Task, configuration
 from ddexport.runtime.teacher import sampling_of
 
@@ -51,19 +52,20 @@ def draw_set(
         whole, steps = _described(task, manifest, chosen, numbers, shard_size)
         closing.enter_context(_owned(task))
         open_set(task.folder, whole)
-        shards = [(images, numbers[images.start : images.stop]) for images in _missing(task, whole)]
+        shards = [(images, numbers[images.start : images.stop]) for images in whole.ranges]
+        with console.stage("checking what is there", keep=False):
+            shards = [shard for shard in shards if not _is_there(task, *shard)]
         to_draw = sum(len(images) for images, _ in shards)
         if not (ray or workers):
             room = len(os.sched_getaffinity(0)) // task.engine["threads"]
             workers = max(1, room) if whole.device == "cpu" else 1
+        rate = _Rate()
         with console.progress(to_draw, "drawing", "images") as bar:
-            if shards:
-                counts = (
-                    on_ray.draw(ray, task, shards, workers) if ray else local.draw(task, shards, workers or 1)
-                )
-                for count in counts:
-                    bar.advance(count)
-        drawn = time.perf_counter() - began
+            drawn = on_ray.draw(ray, task, shards, workers) if ray else local.draw(task, shards, workers or 1)
+            for count in drawn if shards else ():
+                bar.advance(count)
+                rate.count(count)
+        seconds = time.perf_counter() - began
         with console.stage("reading the shards", keep=False):
             total = digest(task.folder, whole)
     return {
@@ -77,9 +79,28 @@ def draw_set(
         **how,
         "decoder": whole.decoder,
         "random_weights": manifest.weights.kind == "random",
-        "seconds": round(drawn, 3),
-        "images_per_second": round(to_draw / drawn, 2),
+        "seconds": round(seconds, 3),
+        "images_per_second": rate.value,
     }
+
+
+class _Rate:
+    """Images a second since the first batch, so that loading does not count."""
+
+    def __init__(self) -> None:
+        self.began, self.images = 0.0, 0
+
+    def count(self, images: int) -> None:
+        """So many more were drawn."""
+        if self.began:
+            self.images += images
+        else:
+            self.began = time.perf_counter()
+
+    @property
+    def value(self) -> float | None:
+        """None where there was no second batch."""
+        return round(self.images / (time.perf_counter() - self.began), 2) if self.images else None
 
 
 def _described(
@@ -94,7 +115,7 @@ def _described(
     if (start := sampling.get("teacher_start")) is not None:
         schedule = schedule.with_teacher_start(manifest.teacher, start)
     manifest.decoder(decoder, chosen.graphs)
-    conditions = hashlib.sha256(numbers.astype("<i8").tobytes() + "\n".join(task.prompts).encode())
+    conditions = hashlib.sha256(numbers.astype("<i8").tobytes() + json.dumps(task.prompts).encode())
     return ImageSet(
         bundle=manifest.name,
         manifest=task.manifest,
@@ -137,14 +158,19 @@ def _sweep(task: Task) -> None:
         path.unlink(missing_ok=True)
 
 
-def _missing(task: Task, whole: ImageSet) -> Iterator[range]:
-    """The images of the shards that are not there, or damaged."""
-    for images in whole.ranges:
-        path = task.folder / shard_name(images)
-        if path.exists():
-            try:
-                read_facts(path, images)
-                continue
-            except ShardError as error:
-                logger.warning("%s; it is drawn again", error.message)
-        yield images
+def _is_there(task: Task, images: range, numbers: NDArray[np.int64]) -> bool:
+    """Whether the shard was drawn, and is as it was drawn."""
+    path = task.folder / shard_name(images)
+    if not path.exists():
+        return False
+    try:
+        facts, _ = read_shard(path, images)
+        said = [(one["index"], one["label"], one["seed"]) for one in facts]
+        if said != [
+            (index, label, task.request["seed"]) for index, label in zip(images, numbers, strict=True)
+        ]:
+            raise ShardError(f"{path} is damaged: it has other labels")
+    except (ShardError, KeyError) as error:
+        logger.warning("%s; it is drawn again", error)
+        return False
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -49,11 +50,14 @@ def configuration(task: Task) -> Configuration:
 
 
 class Worker:
-    """An open bundle, from which shards are drawn."""
+    """A bundle, from which shards are drawn once it is open."""
 
     def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def open(self) -> None:
         """Raises BackendError, and BundleError where another bundle lies at this place."""
-        self.task, request = task, task.request
+        task, request = self.task, self.task.request
         if sha256_of(task.bundle / FILE_NAME) != task.manifest:
             raise BundleError(f"{task.bundle} is another bundle here", "Copy the same one to all machines.")
         how = {"steps": request["steps"], "decoder": request["decoder"]}
@@ -76,16 +80,16 @@ class Worker:
         given = self.texts.rows(numbers) if self.texts else Conditions(numbers)
         how: dict[str, Any] = {"first_image": images.start, "batch_size": self.batch, "output": "numpy"}
         index = images.start
-        with (
-            atomic_write(self.task.folder / shard_name(images)) as stream,
-            tarfile.open(fileobj=stream, mode="w") as archive,
-        ):
-            for result in self.pipe.stream(given, **self.task.request, **how):
-                for image, label in zip(to_pil(result.images), result.labels.tolist(), strict=True):  # type: ignore[arg-type]
-                    facts = {"index": index, "label": label, kind: named[label]}
-                    write_image(archive, image, {**facts, "seed": self.task.request["seed"]})
-                    index += 1
-                yield len(result)
+        with atomic_write(self.task.folder / shard_name(images)) as stream:
+            with tarfile.open(fileobj=stream, mode="w") as archive:
+                for result in self.pipe.stream(given, **self.task.request, **how):
+                    for image, label in zip(to_pil(result.images), result.labels.tolist(), strict=True):  # type: ignore[arg-type]
+                        facts = {"index": index, "label": label, kind: named[label]}
+                        write_image(archive, image, {**facts, "seed": self.task.request["seed"]})
+                        index += 1
+                    yield len(result)
+            stream.flush()
+            os.fsync(stream.fileno())  # else a machine that dies may keep the name without the content
 
     def draw_whole(self, images: range, numbers: NDArray[np.int64]) -> int:
         """As `draw`, all at once; returns the number of images."""

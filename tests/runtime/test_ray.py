@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -86,6 +87,28 @@ def test_a_command_that_is_killed(shared_bundle: Path, tmp_path: Path, whole: di
     assert report["sha256"] == whole["sha256"]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert not partial(folder)
+
+
+def test_clusters_without_room(shared_bundle: Path, tmp_path: Path, whole: dict[str, Any]) -> None:
+    """Workers that have no place are not waited for; nor are machines that no cluster has."""
+    words = [sys.executable, INFER, shared_bundle, "--count", COUNT, "--ray", "local", "--json"]
+    command = [*map(str, words), "--shards", str(tmp_path / "set")]
+    done = subprocess.run([*command, "--workers", "64"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["sha256"] == whole["sha256"]
+    done = subprocess.run([*command, "--threads", "4096"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "error: no machine of the cluster has 4096 CPU for a worker" in done.stderr
+
+
+def test_actors_that_die_all_the_time(shared_bundle: Path, tmp_path: Path) -> None:
+    """They end the command."""
+    with start(shared_bundle, tmp_path / "set") as process:
+        while process.poll() is None:
+            for number in actors() if partial(tmp_path / "set") else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+            time.sleep(0.05)
+    assert process.returncode == 1
 
 
 def test_no_cluster(shared_bundle: Path, tmp_path: Path) -> None:

@@ -283,27 +283,43 @@ class TestWhatIsRefused:
         assert not list(tmp_path.iterdir())
 
 
-def test_damaged_shards(shared_bundle: Path, tmp_path: Path) -> None:
-    """One that is cut is drawn again; a pixel that is not what was drawn is told to who reads it."""
-    folder = tmp_path / "set"
-    whole = drawn(shared_bundle, folder, "--count", 30, "--shard-size", 10)
-    shard = folder / "00000010-00000019.tar"
-    content = shard.read_bytes()
-    shard.write_bytes(content[:9000])
-    with pytest.raises(ShardError, match="is missing or damaged: unexpected end"):
-        Reader(folder)
-    again = drawn(shared_bundle, folder, "--count", 30, "--shard-size", 10)
-    assert (again["drawn"], again["sha256"]) == (10, whole["sha256"])
-    assert shard.read_bytes() == content
-    files = {name: data for name, data in members(folder).items() if name[:7] == "0000001"}
-    files["00000010.png"] = files["00000011.png"]
-    shard.unlink()
-    with pytest.raises(ShardError, match="is missing or damaged"):
-        Reader(folder)
-    with tarfile.open(shard, "w") as forged:
+def forge(shard: Path, files: dict[str, bytes]) -> None:
+    """A tar file with these files."""
+    with tarfile.open(shard, "w") as archive:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
-            forged.addfile(member, io.BytesIO(data))
-    with pytest.raises(ShardError, match="image 10 is damaged"):
-        Reader(folder).images(range(30))
+            archive.addfile(member, io.BytesIO(data))
+
+
+def test_damaged_shards(shared_bundle: Path, tmp_path: Path) -> None:
+    """What is not as it was drawn is told to who reads it, and drawn again by the same command."""
+    folder = tmp_path / "set"
+    words: tuple[object, ...] = ("--count", 30, "--shard-size", 10)
+    whole = drawn(shared_bundle, folder, *words)
+    shard = folder / "00000010-00000019.tar"
+    content = shard.read_bytes()
+    files = {name: data for name, data in members(folder).items() if name[:7] == "0000001"}
+    png, text = "00000010.png", "00000010.json"
+    label = json.loads(files[text])["label"]
+    damages: list[tuple[dict[str, bytes] | None, str]] = [
+        ({png: files["00000011.png"]}, "other pixels"),
+        ({png: bytes(len(files[png]))}, "cannot identify"),
+        ({text: b"{}"}, "sha256"),
+        ({text: files[text].replace(f'"label": {label}'.encode(), b'"label": 9')}, ""),
+        ({"00000010.txt": b""}, "it has 21 files in place of 20"),
+        (None, "unexpected end of data"),
+    ]
+    for change, error in damages:
+        shard.write_bytes(content[:9000])
+        if change is not None:
+            forge(shard, files | change)
+        if error:
+            with pytest.raises(ShardError, match=f"{shard.name} is .*damaged: .*{error}"):
+                Reader(folder).images(range(30))
+        again = drawn(shared_bundle, folder, *words)
+        assert (again["drawn"], again["sha256"]) == (10, whole["sha256"]), change
+        assert shard.read_bytes() == content
+    shard.unlink()
+    with pytest.raises(ShardError, match="is missing or damaged"):
+        Reader(folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ddexport.runtime import console
 from ddexport.runtime.bundle import FULL
@@ -65,6 +66,7 @@ class Options:
     bootstrap: int | None = None
     save_images: Path | None = None
     images_from: Path | None = None
+    given: frozenset[str] = frozenset()  # the options that are not defaults
     state: Path | None = None
 
 
@@ -114,7 +116,8 @@ def run_fid(options: Options, state: Path | None = None) -> Report:
         help="Directory of the state of an interrupted run.")  # fmt: skip
 @shared("report", "json")
 @console.debug_option
-def command(report: Path | None, as_json: bool, **options: Any) -> None:
+@click.pass_context
+def command(ctx: click.Context, /, report: Path | None, as_json: bool, **options: Any) -> None:
     """Measure FID, Inception Score, precision and recall of BUNDLE.
 
     The images of the PyTorch model are measured too, from the same labels and noise. With --decoder small the
@@ -129,7 +132,8 @@ def command(report: Path | None, as_json: bool, **options: Any) -> None:
     if options["images"] and options["per_class"]:
         raise click.UsageError("--images and --per-class cannot be used together: give one of them.")
     require_validate_extra()
-    request = Options(**options)
+    given = (name for name in options if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE)
+    request = Options(**options, given=frozenset(given))
     directory = report_directory(request.bundle, report)
     result = run_fid(request, directory / STATES if directory else None)
     if directory is not None:

@@ -20,7 +20,7 @@ def options_of(reader: Reader, options: Options, manifest: str) -> Options:
 
     Raises FidSettingError for a set of another bundle, and for options that it contradicts.
     """
-    drawn, plain = reader.set, Options(options.bundle)
+    drawn = reader.set
     if drawn.manifest != manifest:
         text = f"{reader.folder} was drawn with another bundle, {drawn.bundle}"
         raise FidSettingError(text, "name that bundle, or draw the images again")
@@ -30,7 +30,7 @@ def options_of(reader: Reader, options: Options, manifest: str) -> Options:
         )
     values = {name: getattr(drawn, name) for name in TAKEN} | {"steps": (drawn.steps,)}
     for name, value in values.items():
-        if getattr(options, name) not in (getattr(plain, name), value):
+        if name in options.given and getattr(options, name) != value:
             raise FidSettingError(
                 f"{reader.folder} was drawn with {name} {getattr(drawn, name)}", f"leave out --{name}"
             )

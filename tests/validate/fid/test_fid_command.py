@@ -107,9 +107,14 @@ class TestGoodBundles:
         assert rows(before) == rows(now)
         assert json.loads(before.stdout)["settings"]["labels"] == "of the shards"
         other = fid(digits_bundle, "--images-from", tmp_path / "set", "--steps", 2)
+        seed = fid(digits_bundle, "--images-from", tmp_path / "set", "--seed", 0)
         copy = copy_of(digits_bundle, tmp_path, lambda data: data.update(title="another"))
         foreign = fid(copy, "--images-from", tmp_path / "set")
-        for result, text in ((other, "was drawn with steps 1"), (foreign, "was drawn with another bundle")):
+        for result, text in (
+            (other, "with steps 1"),
+            (seed, "with seed 4"),
+            (foreign, "was drawn with another bundle"),
+        ):
             assert result.exit_code == 1 and text in result.stderr, result.output
 
     def test_a_bundle_alone_gets_figures_and_no_verdict(self, digits_bundle, fid, tmp_path):
