@@ -136,6 +136,7 @@ docs: $(VENV)/.dev $(PRECISE)
 	for run in digits-var:fp32 digits-var:fp16 digits-var:int8 digits-llamagen:fp32; do echo $$run; done | xargs -P 2 -L 1 sh -c \
 	    '$(RECORD) fid-$${0%:*}-$${0#*:} $(BIN)/ddexport validate fid build/precisions/$${0%:*} --precision $${0#*:} \
 	    --images 2000 --batch 200 --threads 1 --backend onnxruntime --json'
+	$(RECORD) capacity $(BIN)/python docs/capacity.py $(CLASSES:%=build/precisions/%)
 	$(BIN)/ddexport web $(CLASSES:%=build/precisions/%) -o build/site --force
 	$(BIN)/python docs/browser_picture.py build/site docs/images/browser.png
 	$(COG) -r $(PAGES)

@@ -41,16 +41,8 @@ def row(model: str, engine: str, cores: int, rate: float, how: str) -> dict[str,
 def drawn(bundle: str, precision: str, workers: int) -> dict[str, Any]:
     """One bundle, with a process a core."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            "ddexport",
-            "sample",
-            bundle,
-            "--precision",
-            precision,
-            "--backend",
-            "onnxruntime",
-            "--json",
-        ]
+        program = Path(sys.executable).with_name("ddexport")
+        command = [program, "sample", bundle, "--precision", precision, "--backend", "onnxruntime", "--json"]
         command += ["--count", str(COUNT), "--shards", folder, "--workers", str(workers)]
         report = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     engine = f"{report['backend']} {precision}"
