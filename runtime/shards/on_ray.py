@@ -76,7 +76,8 @@ def draw(ray: Any, task: Task, shards: Sequence[Shard], workers: int | None) -> 
         doing[worker.open.remote()] = (worker, None)
 
     room = _room(ray, share)
-    for _ in range(min(workers or room, room, len(shards))):
+    count = min(workers or room, room, len(shards))
+    for _ in range(count):
         start()
     with _explained(ray):
         while todo or any(shard for _, shard in doing.values()):
@@ -90,7 +91,7 @@ def draw(ray: Any, task: Task, shards: Sequence[Shard], workers: int | None) -> 
                 drawn = ray.get(done[0])
             except ray.exceptions.RayActorError:
                 deaths += 1
-                if deaths == MAX_DEATHS:
+                if deaths == MAX_DEATHS * count:  # a machine that dies takes all its actors with it
                     raise
                 if shard:
                     todo.appendleft(shard)

@@ -59,13 +59,14 @@ def draw_set(
         if not (ray or workers):
             room = len(os.sched_getaffinity(0)) // task.engine["threads"]
             workers = max(1, room) if whole.device == "cpu" else 1
-        rate = _Rate()
+        first, loaded = 0, began  # the first batch, until which the bundle is loaded
         with console.progress(to_draw, "drawing", "images") as bar:
             drawn = on_ray.draw(ray, task, shards, workers) if ray else local.draw(task, shards, workers or 1)
             for count in drawn if shards else ():
                 bar.advance(count)
-                rate.count(count)
-        seconds = time.perf_counter() - began
+                if not first:
+                    first, loaded = count, time.perf_counter()
+        ended = time.perf_counter()
         with console.stage("reading the shards", keep=False):
             total = digest(task.folder, whole)
     return {
@@ -79,28 +80,9 @@ def draw_set(
         **how,
         "decoder": whole.decoder,
         "random_weights": manifest.weights.kind == "random",
-        "seconds": round(seconds, 3),
-        "images_per_second": rate.value,
+        "seconds": round(ended - began, 3),
+        "images_per_second": round((to_draw - first) / (ended - loaded), 2) if to_draw > first else None,
     }
-
-
-class _Rate:
-    """Images a second since the first batch, so that loading does not count."""
-
-    def __init__(self) -> None:
-        self.began, self.images = 0.0, 0
-
-    def count(self, images: int) -> None:
-        """So many more were drawn."""
-        if self.began:
-            self.images += images
-        else:
-            self.began = time.perf_counter()
-
-    @property
-    def value(self) -> float | None:
-        """None where there was no second batch."""
-        return round(self.images / (time.perf_counter() - self.began), 2) if self.images else None
 
 
 def _described(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -76,7 +77,8 @@ class TestHelp:
         examples = text.partition("Examples:\n")[2].replace("\\\n", "").splitlines()
         lines = [shlex.split(example) for example in examples]
         default = {"onnx": lambda line: f"build/{line[2]}", "sample": lambda line: "out.png"}.get(words)
-        places = [line[line.index("-o") + 1] if "-o" in line else default(line) for line in lines if default]
+        named = [[b for a, b in pairwise(line) if a in ("-o", "--shards")] for line in lines]
+        places = [(place or [default(line)])[0] for line, place in zip(lines, named, strict=True) if default]
         assert lines and len(set(places)) == len(places)
 
     def test_version_and_order(self) -> None:
