@@ -40,6 +40,7 @@ from ddexport.runtime.text import Features
 OUTPUTS = ("pil", "numpy", "sequence")
 MEMORY_TARGET = 2 << 30  # bytes; a CPU is no faster with more images at once
 MAX_BATCH = 64
+CPU_BATCH = 16  # of servers and workers: more gains nothing on a CPU
 DIFFUSERS = {
     "num_inference_steps": "steps",
     "num_images_per_prompt": "num_images",

@@ -19,12 +19,11 @@ from ddexport.runtime.bundle import FULL, Graph, Manifest, read_manifest, sha256
 from ddexport.runtime.engines import Engine, EngineSet, against_bundle, find_engines
 from ddexport.runtime.errors import DDError
 from ddexport.runtime.labels import read_labels
-from ddexport.runtime.pipeline import default_batch_size
+from ddexport.runtime.pipeline import CPU_BATCH, default_batch_size
 from ddexport.staging import staged_directory
 from ddexport.triton.models import ensemble_config, glue_graphs, model_config, opset
 
 SUMMARY = "ddexport.json"
-MAX_BATCH = 16  # that of `ddexport serve`: more gains nothing on a CPU
 NAMES = {1: "one_step", 2: "two_steps"}
 Plans = Mapping[str, tuple[Path, Engine]]
 logger = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ def write_repository(
     if student.precision == "bf16" and len(plans) < len(graphs):
         logger.warning("ONNX Runtime has no bf16 operators for CPUs: serve this repository on a GPU")
     limits = [_largest_batch(engine) for _, engine in plans.values()]
-    most = min([max_batch or min(MAX_BATCH, default_batch_size(manifest)), *limits])
+    most = min([max_batch or min(CPU_BATCH, default_batch_size(manifest)), *limits])
     summary = {
         "bundle": manifest.name, "precision": student.precision, "decoder": decoder, "max_batch": most,
         "models": {name: "tensorrt_plan" if name in plans else "onnxruntime" for name in graphs},

@@ -22,12 +22,11 @@ from ddexport.runtime.company import PROBE, same_in_company
 from ddexport.runtime.conditions import joined
 from ddexport.runtime.errors import BackendError, DDError, LabelError, NoiseError, ScheduleError, TextError
 from ddexport.runtime.noise import gaussian_noise, uniform_numbers
-from ddexport.runtime.pipeline import Pipeline, default_batch_size
+from ddexport.runtime.pipeline import CPU_BATCH, Pipeline, default_batch_size
 from ddexport.runtime.server.metrics import Metrics
 
 OWN_FAULTS = (LabelError, NoiseError, ScheduleError, TextError)  # of a request, whatever the engine does
 LONGEST_RETRY = 60  # seconds
-MAX_BATCH = 16  # more gains nothing on a CPU
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ class Batcher:
         BackendError if that is impossible, TextError for a bundle without its text encoder."""
         self.pipe, self.name, self.max_queue = pipe, pipe.manifest.name, max_queue
         self._metrics, self._on_fault = metrics, on_fault
-        max_batch = max_batch or min(MAX_BATCH, default_batch_size(pipe.manifest, pipe.schedule()))
+        max_batch = max_batch or min(CPU_BATCH, default_batch_size(pipe.manifest, pipe.schedule()))
         self.max_batch = min(max_batch, pipe.backend.max_batch or max_batch)
         if self.max_batch > 1 and not same_in_company(pipe, self.max_batch):
             logger.warning(

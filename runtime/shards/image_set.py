@@ -100,7 +100,7 @@ def write_image(archive: tarfile.TarFile, image: Image.Image, facts: Mapping[str
 
 def read_facts(path: Path, images: range) -> list[bytes]:
     """The JSON of each image of a shard. Raises ShardError for one that is not whole."""
-    return [text for text, _ in _members(path, images)]
+    return _members(path, images, "json")
 
 
 def read_shard(path: Path, images: range) -> tuple[list[dict[str, Any]], NDArray[np.uint8]]:
@@ -109,7 +109,8 @@ def read_shard(path: Path, images: range) -> tuple[list[dict[str, Any]], NDArray
     Raises ShardError for one that is not whole, or not as it was written.
     """
     facts, pictures = [], []
-    for index, (text, png) in zip(images, _members(path, images), strict=True):
+    texts, pngs = read_facts(path, images), _members(path, images, "png")
+    for index, text, png in zip(images, texts, pngs, strict=True):
         try:
             stated = json.loads(text)
             picture = np.asarray(Image.open(io.BytesIO(png)))
@@ -122,17 +123,18 @@ def read_shard(path: Path, images: range) -> tuple[list[dict[str, Any]], NDArray
     return facts, np.stack(pictures)
 
 
-def _members(path: Path, images: range) -> list[tuple[bytes, bytes]]:
-    """JSON and PNG of each image of a shard. Raises ShardError."""
-    names = [f"{index:08d}.{suffix}" for index in images for suffix in ("png", "json")]
+def _members(path: Path, images: range, suffix: str) -> list[bytes]:
+    """The files of one kind, an image each, of a shard that has all of both kinds. Raises ShardError."""
+    names = [f"{index:08d}.{kind}" for index in images for kind in ("png", "json")]
     try:
         with tarfile.open(path, "r:") as archive:
-            contents = [(member.name, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
-        if [name for name, _ in contents] != names:
-            raise ValueError(f"it has {len(contents)} files in place of {len(names)}, or others")
+            members = archive.getmembers()
+            if [member.name for member in members] != names:
+                raise ValueError(f"it has {len(members)} files in place of {len(names)}, or others")
+            wanted = [member for member in members if member.name.endswith(suffix)]
+            return [archive.extractfile(member).read() for member in wanted]  # type: ignore[union-attr]
     except (OSError, tarfile.TarError, ValueError, AttributeError) as error:
         raise ShardError(f"{path} is missing or damaged: {error}", AGAIN) from error
-    return [(text, png) for (_, png), (_, text) in zip(contents[::2], contents[1::2], strict=True)]
 
 
 def digest(folder: Path, whole: ImageSet) -> str:

@@ -20,10 +20,8 @@ from ddexport.runtime.conditions import Conditions
 from ddexport.runtime.errors import BundleError
 from ddexport.runtime.files import atomic_write
 from ddexport.runtime.images import to_pil
-from ddexport.runtime.pipeline import default_batch_size, load
+from ddexport.runtime.pipeline import CPU_BATCH, default_batch_size, load
 from ddexport.runtime.shards.image_set import shard_name, write_image
-
-MAX_BATCH = 16  # more gains nothing on a CPU
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +63,7 @@ class Worker:
         self.texts = self.pipe.conditions(task.prompts) if task.prompts else None
         schedule = self.pipe.schedule(request["steps"], request.get("teacher_start"))
         engine, fit = self.pipe.backend, default_batch_size(self.pipe.manifest, schedule)
-        wanted = task.batch_size or (min(MAX_BATCH, fit) if engine.configuration.device == "cpu" else fit)
+        wanted = task.batch_size or (min(CPU_BATCH, fit) if engine.configuration.device == "cpu" else fit)
         self.batch = min(wanted, engine.max_batch or wanted)
         if self.batch > 1 and not same_in_company(self.pipe, self.batch):
             note = "images depend on the batch size" if task.batch_size else "images are drawn one by one"
