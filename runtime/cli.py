@@ -98,7 +98,7 @@ def _steps(ctx: click.Context, param: click.Parameter, value: Any) -> int | str 
         help="With --shards: labels drawn at random, or one a line of this file.")  # fmt: skip
 @option("--count", type=click.IntRange(1, MAX_COUNT), metavar="N",
         show_default="the number of labels or prompts",
-        help="With --shards: number of images in the set. Labels and prompts are repeated in order.")  # fmt: skip
+        help="With --shards: number of images in the set; labels and prompts are repeated.")  # fmt: skip
 @option("--shard-size", type=POSITIVE, metavar="N", default=SHARD_SIZE,
         help="With --shards: number of images in a tar file.")  # fmt: skip
 @option("--workers", type=POSITIVE, metavar="N", show_default="one a CPU, one on a GPU",
