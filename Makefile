@@ -27,7 +27,6 @@ PAGES    := README.md $(wildcard docs/*.md)
 COG      := $(BIN)/cog -I docs
 # The models whose times are in docs/results.md, with random weights.
 TIMED    := build/var-d16 build/llamagen-l
-BENCH    := $(BIN)/ddexport bench $(TIMED)
 RECORD   := $(BIN)/python docs/generate.py
 
 help:
@@ -43,7 +42,7 @@ help:
 	@echo "make serving   load a server of digits-var, and draw 100,000 images with it (a quarter of an hour)"
 	@echo "make distill   train the embedded models again, from the digits to the student (over an hour)"
 	@echo "make docs      make the pictures, measured tables and help texts of docs/ again (ten minutes)"
-	@echo "make performance   time var-d16 and llamagen-l (an hour, 20 GiB, an idle machine)"
+	@echo "make performance MACHINE=NAME   a line of docs/results.md: var-d16 and llamagen-l (an hour, 20 GiB, an idle machine)"
 
 demo: $(VENV)/.export $(BUNDLES)
 	@for model in $(MODELS); do \
@@ -141,11 +140,10 @@ docs: $(VENV)/.dev $(PRECISE)
 	$(BIN)/python docs/browser_picture.py build/site docs/images/browser.png
 	$(COG) -r $(PAGES)
 
-performance: $(VENV)/.dev $(TIMED:%=%/bundle.json)
-	env -u OMP_NUM_THREADS $(RECORD) bench-real-size $(BENCH) --steps 1,2 --against naive --json \
-	    --backend onnxruntime,openvino,torch-eager,torch-compile,naive --duration 10
-	env -u OMP_NUM_THREADS $(RECORD) bench-teacher $(BENCH) --backend torch-eager --precision fp32 --steps 1,2,teacher \
-	    --against torch-eager --against-steps teacher --warmup 0 --duration 1 --json
+# MACHINE names the file and the line; what was measured already is not measured again.
+MACHINE ?= this-machine
+performance: $(VENV)/.dev $(TIMED:%=%/bundle.json) $(PRECISE)
+	env -u OMP_NUM_THREADS $(BIN)/python docs/performance.py $(MACHINE)
 	$(COG) -r $(PAGES)
 
 $(TIMED:%=%/bundle.json): build/%/bundle.json: $(VENV)/.export

@@ -190,7 +190,7 @@ class _Tracer:
     def trace(self, parts: Parts, specs: Sequence[GraphSpec], precision: str) -> Iterator[Graph]:
         """The graphs of one precision. Several graphs of one part share a file of weights."""
         for role in dict.fromkeys(spec.part for spec in specs):
-            part = graph_part(parts[role], precision, self.keep_fp32, role)
+            part = graph_part(parts[role], precision, self.keep_fp32, role, self.recipe.group_norm)
             same = [spec for spec in specs if spec.part == role]
             data = self.folder / f"{same[0].role}{_suffix(precision)}.onnx.data"
             shared = SharedWeights(data) if len(same) > 1 or (self.shared and role != TEACHER) else None

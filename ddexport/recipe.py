@@ -193,8 +193,10 @@ class Recipe(Record, frozen=True):
     """One model. `model`, `tokenizer` and `distill` belong to the family and the trainer, who check them.
 
     labels: the names of the classes, or the list in recipes/labels/ that has them. condition: a text, in
-    place of classes; then a student may be unknown, which has no schedules. parameters: counts the learned
-    numbers of each part, for lists that must not import torch.
+    place of classes; then a student may be unknown, which has no schedules. group_norm: how the decoder's
+    graph states them, as ReduceMean by channel, which is faster on CPUs, or as InstanceNormalization between
+    Reshapes, which is on GPUs. parameters: counts the learned numbers of each part, for lists that must not
+    import torch.
     """
 
     schema: int
@@ -213,6 +215,7 @@ class Recipe(Record, frozen=True):
     schedules: dict[str, Schedule] = {}
     teacher: Sampling | None = None
     decoders: dict[Annotated[str, msgspec.Meta(pattern="^small$")], DecoderSize] = {}
+    group_norm: Literal["reduce", "instance"] = "reduce"
     parameters: dict[str, Positive] = {}
     licence: dict[str, str] = {}
     published: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """Measures how many images a second `ddexport sample --shards` draws, and says what that takes.
 
 python docs/capacity.py BUNDLE...: fp32 and int8, on one core and on all. Of models of real size it takes the
-times of docs/results/bench-real-size.json. Prints JSON for docs/generate.py.
+times of docs/results/performance-epyc.json. Prints JSON for docs/generate.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ddexport.runtime import console
 COUNT = 3000
 SET_PER_SECOND = 50_000 / 600  # 50,000 images in ten minutes
 USERS_PER_SECOND = 1000 / 30  # of 1,000 users each waits for an image twice a minute
-REAL_SIZE = Path(__file__).parent / "results" / "bench-real-size.json"
+REAL_SIZE = Path(__file__).parent / "results" / "performance-epyc.json"
 
 
 def row(model: str, engine: str, cores: int, rate: float, how: str) -> dict[str, Any]:

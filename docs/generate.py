@@ -92,22 +92,64 @@ def pivot(names: Iterable[str], line: str, column: str, cell: str, keep: Keep = 
     _write_table([{"": name} | empty | cells for name, cells in lines.items()])
 
 
+def releases() -> None:
+    """A line for each release, machine, model and decoder of the results `performance-*`: in each precision
+    the fastest engine for one image in one step, its time and what it is over PyTorch, and the teacher."""
+    lines = []
+    for path in sorted(RESULTS.glob("performance-*.json"), reverse=True):
+        kept = _read(path.stem)
+        rows = [row for row in kept["result"]["rows"] if row["batch"] == 1 and row["total_ms"]]
+        for model, decoder in dict.fromkeys((row["model"], row["decoder"]) for row in rows):
+            of_model = [row for row in rows if (row["model"], row["decoder"]) == (model, decoder)]
+            untrained = any(row.get("decoder_trained") is False for row in of_model)
+            name = f"{decoder}, untrained at this size" if untrained else decoder
+            line = {
+                "release, date": f"{kept['versions']['ddexport']}, {kept['date']}",
+                "machine": kept["machine"],
+            }
+            line |= {"model": model, "decoder": name}
+            line |= {
+                precision: _fastest(of_model, precision) for precision in ("fp32", "bf16", "fp16", "int8")
+            }
+            taught = [row for row in of_model if row["part"] == "teacher" and row["steps"] == 1]
+            line["one step over the teacher"] = _cell("{speedup:.1f}x", taught[0]) if taught else ""
+            lines.append(line)
+    _write_table(lines)
+
+
+def _fastest(rows: list[Row], precision: str) -> str:
+    """`openvino 1090 ms, 4.1x` of the rows in one step of a precision, but for PyTorch's."""
+    own = [
+        row for row in rows if row["precision"] == precision and row["steps"] == 1 and row["part"] == "times"
+    ]
+    engines = [row for row in own if not row["backend"].startswith("torch")]
+    if not engines:
+        return ""
+    best = min(engines, key=lambda row: float(row["total_ms"]))
+    return _cell("{backend} {total_ms:.4g} ms, **{speedup:.2f}x**|{backend} {total_ms:.4g} ms", best)
+
+
 def record(name: str, command: list[str]) -> int:
     """Runs a command and keeps the JSON that it prints. Returns its exit code."""
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE)
+    if done.returncode == 0:
+        keep(name, shlex.join([Path(command[0]).name, *command[1:]]), json.loads(done.stdout))
+    return done.returncode
+
+
+def keep(name: str, command: str, result: Any) -> None:
+    """Writes docs/results/NAME.json: what a command measured, with machine, date and versions."""
     from ddexport.runtime.machine import cpu
     from ddexport.validate.report import versions
 
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE)
-    if done.returncode == 0:
-        kept = {
-            "command": shlex.join([Path(command[0]).name, *command[1:]]),
-            "machine": f"{cpu().name}, {cpu().cores} cores",
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "versions": versions("onnxruntime", "openvino"),
-            "result": json.loads(done.stdout),
-        }
-        (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-    return done.returncode
+    kept = {
+        "command": command,
+        "machine": f"{cpu().name}, {cpu().cores} cores",
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "versions": versions("onnxruntime", "openvino"),
+        "result": result,
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
 
 def _read(name: str) -> dict[str, Any]:

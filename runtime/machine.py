@@ -36,10 +36,12 @@ class Cuda(NamedTuple):
 
 
 class Cpu(NamedTuple):
-    """name: as the system gives it. cores: those that this process may use."""
+    """name: as the system gives it. cores: those that this process may use. flags: what it can do, in Linux's
+    words; none where the system does not tell."""
 
     name: str
     cores: int
+    flags: frozenset[str] = frozenset()
 
 
 @lru_cache
@@ -72,13 +74,16 @@ def gpu_fault(index: int) -> str:
 
 @lru_cache
 def cpu() -> Cpu:
-    """Name and usable cores of the CPU."""
+    """Name, usable cores and flags of the CPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        told = Path("/proc/cpuinfo").read_text()
     except OSError:
-        match = None
-    return Cpu(match[1].strip() if match else platform.processor() or platform.machine(), cores)
+        told = ""
+    match = re.search(r"^model name\s*:\s*(.+)$", told, re.M)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", told, re.M)
+    name = match[1].strip() if match else platform.processor() or platform.machine()
+    return Cpu(name, cores, frozenset(flags[1].split() if flags else ()))
 
 
 def this_platform() -> str:

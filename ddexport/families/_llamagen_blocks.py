@@ -127,7 +127,9 @@ class Attention(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """output(silu(gate(x)) * value(x)), gate and value in one product, no bias."""
+    """output(silu(gate(x)) * value(x)), gate and value in one product unless separated, no bias."""
+
+    gate_and_value: nn.Linear | nn.ModuleList
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -135,8 +137,22 @@ class SwiGlu(nn.Module):
         self.output = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.gate_and_value(x).chunk(2, dim=-1)
+        if isinstance(self.gate_and_value, nn.ModuleList):
+            gate, value = (half(x) for half in self.gate_and_value)
+        else:
+            gate, value = self.gate_and_value(x).chunk(2, dim=-1)
         return self.output(F.silu(gate) * value)
+
+    def separate(self) -> None:
+        """Makes gate and value, in place, two products that share the weights: engines copy the halves of one
+        before they go on. Outputs stay equal."""
+        assert isinstance(self.gate_and_value, nn.Linear)
+        halves = nn.ModuleList()
+        for weight in self.gate_and_value.weight.detach().chunk(2):
+            half = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            half.weight = nn.Parameter(weight, requires_grad=False)
+            halves.append(half)
+        self.gate_and_value = halves
 
 
 class RmsNorm(nn.Module):

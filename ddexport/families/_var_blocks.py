@@ -85,7 +85,8 @@ def attend_in_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, starts: Sequ
     computed than it sees.
 
     The first group is attended to as a whole, with its mask. Each other group is one scale: its positions see
-    all that comes before it, which needs no mask, and themselves, which is one product a position.
+    all that comes before it, which needs no mask, and themselves, which is one product a position. The column
+    of weights for that one stays where it is, on a row of zeros: to cut it off would copy all the weights.
 
     Args:
         q, k, v: [B, H, N, D], queries scaled.
@@ -95,14 +96,15 @@ def attend_in_groups(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, starts: Sequ
     Returns:
         [B, H, N, D].
     """
-    n = starts[1]
+    n, zero = starts[1], torch.zeros_like(v[:, :, :1])
     outputs = [(q[:, :, :n] @ k[:, :, :n].transpose(-2, -1) + mask).softmax(-1) @ v[:, :, :n]]
     for start, end in pairwise(starts[1:]):
         queries = q[:, :, start:end]
         before = queries @ k[:, :, :start].transpose(-2, -1)
         own = (queries * k[:, :, start:end]).sum(-1, keepdim=True)
         weights = torch.cat([before, own], dim=-1).softmax(-1)  # [B, H, end - start, start + 1]
-        outputs.append(weights[..., :start] @ v[:, :, :start] + weights[..., start:] * v[:, :, start:end])
+        values = torch.cat([v[:, :, :start], zero], dim=2)
+        outputs.append(weights @ values + weights[..., start:] * v[:, :, start:end])
     return torch.cat(outputs, dim=2)
 
 

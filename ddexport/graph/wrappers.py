@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ddexport.families._base import Student, Teacher
 from ddexport.families._explicit_cache import ExplicitCache
+from ddexport.families._llamagen_blocks import SwiGlu
 from ddexport.families._llamagen_text import TextCache
 from ddexport.graph.spec import GraphSpec
 from ddexport.precision.cast import in_precision, shared_copy
@@ -118,7 +119,11 @@ class TextStudentGraph(nn.Module):
 
 
 def graph_part(
-    part: nn.Module, precision: str, keep_fp32: Sequence[str] = (), role: str = "module"
+    part: nn.Module,
+    precision: str,
+    keep_fp32: Sequence[str] = (),
+    role: str = "module",
+    group_norm: str = "reduce",
 ) -> nn.Module:
     """A copy of a part in the form that graphs of a precision are traced from; it shares what it can.
 
@@ -128,6 +133,7 @@ def graph_part(
     Args:
         part: a student, tokenizer or teacher, float32, as it was loaded.
         precision, keep_fp32, role: as those of `precision.cast.in_precision`, where `role` is `part`.
+        group_norm: that of the recipe.
 
     Raises:
         PrecisionError: a weight is not finite in that precision.
@@ -137,8 +143,12 @@ def graph_part(
         form.tabulate()
     if isinstance(form, Student):
         form.attend_in_groups()
+    for module in form.modules():
+        if isinstance(module, SwiGlu):
+            module.separate()
     if hasattr(form, "decoder"):
-        form.decoder.norm_by_channel()
+        if group_norm == "reduce":
+            form.decoder.norm_by_channel()
         if precision != "bf16":  # TensorRT-RTX 1.7 has no transposed convolution in bfloat16
             form.decoder.fold_upsampling()
     return in_precision(form, precision, keep_fp32, role)

@@ -3,14 +3,12 @@
     python tests/gpu/bench.py prepare BUNDLE TARGET   a real-size bundle without its weights: megabytes
     python tests/gpu/bench.py PART,... BUNDLES OUT    measures; OUT/PART.json has the rows
 
-Weights that `prepare` took out are random ones: they are drawn again, with the same mean and spread, the same
-in every precision. What fails becomes a row with the error.
+What fails becomes a row with the error.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -18,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +26,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 SMALL, REAL = ("digits-var", "digits-llamagen"), os.environ.get("MODEL", "var-d16")
 PRECISIONS, SUFFIX = ("fp32", "fp16"), {"fp32": "", "fp16": "_fp16"}
-LARGE, PAGE = 1 << 14, 1 << 12  # numbers in a tensor that `prepare` takes out; bytes
 SECONDS, LIMIT, STARTED = 1.0, float(os.environ.get("LIMIT", "420")), time.monotonic()
 
 
@@ -134,13 +130,13 @@ def peak(table: Table, bundles: Path) -> None:
 
 
 def parity(table: Table, bundles: Path) -> None:
-    """What `doctor --check` compares, of the embedded models; the large one against ONNX Runtime's CPU."""
+    """`doctor --check`: against PyTorch for the embedded models, ONNX Runtime's CPU for the large one."""
     from ddexport import runtime
     from ddexport.runtime.check import check, read_golden
     from ddexport.runtime.doctor import diagnose
 
     table.add(**{k: str(v) for k, v in diagnose().items() if k in ("gpus", "packages", "problems")})
-    for model, precision in [(m, p) for m in SMALL for p in PRECISIONS]:
+    for model, precision in [(m, p) for m in (*SMALL, REAL) for p in PRECISIONS]:
         what = {"what": "doctor --check", "model": model, "precision": precision}
         with (
             table.attempt(**what),
@@ -148,48 +144,11 @@ def parity(table: Table, bundles: Path) -> None:
         ):
             for row in check(pipe, read_golden(bundles / model)):
                 table.add(**what, **vars(row))
-    root = bundles / REAL
-    given = inputs(root, 4)
-    want = outputs(root, "fp32", "cpu", given)
-    for precision in PRECISIONS:
-        with table.attempt(what="parity", model=REAL, precision=precision):
-            have = outputs(root, precision, table.device, given, want["sequence"])
-            error, scale = (np.sqrt((x**2).mean()) for x in (have["logits"] - want["logits"], want["logits"]))
-            most = {
-                f"{k}_max": float(abs(have[k] - want[k]).max())
-                for k in ("logits", "decoder", "decoder_small")
-            }
-            differing = int((have["tokens"] != want["tokens"]).sum())
-            table.add(what="parity", model=REAL, precision=precision, tokens=want["tokens"].size,
-                      differing=differing, logits_rms=float(error / scale), **most)  # fmt: skip
-
-
-def outputs(root: Path, precision: str, device: str, given: Any, sequence: Any = None) -> dict[str, Any]:
-    """Of all graphs of a bundle; the decoders for a sequence, the student's own if None."""
-    from ddexport import runtime
-
-    in_time()
-    with runtime.load(root, "onnxruntime", precision=precision, device=device) as pipe:
-        made = pipe.backend.run(pipe.manifest.graph("student", precision), given)
-        latents = {"sequence": made["sequence"] if sequence is None else sequence}
-        for role in ("decoder", "decoder_small"):
-            made[role] = pipe.backend.run(pipe.manifest.graph(role, precision), latents)["image"]
-    return made
 
 
 def pipelines(table: Table, bundles: Path) -> None:
     """What a user calls: labels in, 8-bit images out, arrays on the host."""
     from ddexport import runtime
-
-    def measure(pipe: Any, batch: int, steps: Any, what: dict[str, Any]) -> None:
-        results: list[Any] = []
-        labels = np.arange(batch) % 10
-        draw = lambda: results.append(pipe(labels, steps, batch_size=batch, output="numpy"))  # noqa: E731
-        ms = median_ms(draw, table.cuda, SECONDS / 2)
-        parts = {
-            f"{k}_ms": 1e3 * statistics.median(r.seconds[k] for r in results) for k in results[0].seconds
-        }
-        table.add(**what, ms=ms, **parts)
 
     for model, precision in [(m, p) for m in (REAL, *SMALL) for p in PRECISIONS]:
         what = {"engine": "Pipeline", "model": model, "precision": precision}
@@ -199,7 +158,17 @@ def pipelines(table: Table, bundles: Path) -> None:
         ):
             for batch, steps in [(b, s) for b in table.batches for s in (1, 2, "teacher")]:
                 if steps != "teacher" or model in SMALL:
-                    measure(pipe, batch, steps, {**what, "batch": batch, "steps": steps})
+                    measure(table, pipe, batch, steps, {**what, "batch": batch, "steps": steps})
+
+
+def measure(table: Table, pipe: Any, batch: int, steps: Any, what: dict[str, Any]) -> None:
+    """A row of a pipeline: a whole call, and its parts."""
+    results: list[Any] = []
+    labels = np.arange(batch) % 10
+    draw = lambda: results.append(pipe(labels, steps, batch_size=batch, output="numpy"))  # noqa: E731
+    ms = median_ms(draw, table.cuda, SECONDS / 2)
+    parts = {f"{k}_ms": 1e3 * statistics.median(r.seconds[k] for r in results) for k in results[0].seconds}
+    table.add(**what, ms=ms, **parts)
 
 
 def onnxruntime(table: Table, bundles: Path) -> None:
@@ -312,107 +281,77 @@ def pytorch(table: Table, bundles: Path) -> None:
                 table.add(**what, ms=ms, flops=flops[f"{role}{SUFFIX[precision]}.onnx"] * batch)
 
 
-# Bundles that travel without their weights
+def tensorrt(table: Table, bundles: Path) -> None:
+    """The large model in fp16 engines of TensorRT-RTX: its default ones, then those for this GPU."""
+    import shutil
+
+    from ddexport import runtime
+    from ddexport.engine.build import build_engines
+    from ddexport.engine.module import load_tensorrt
+    from ddexport.engine.options import BuildOptions, Profile
+
+    root = bundles / f"{REAL}-engines"
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(bundles / REAL, root, copy_function=os.link)
+    profiles = tuple(Profile(size, size, size) for size in table.batches)
+    for targets in ((), ("current",)):
+        what = {"engine": f"TensorRT-RTX {' '.join(targets) or 'default'}", "precision": "fp16"}
+        with table.attempt(**what):
+            in_time()
+            options = BuildOptions(profiles=profiles, targets=targets)
+            trt = load_tensorrt("tensorrt-rtx")
+            for made in build_engines(root, trt, options, ("fp16",), ("student", "decoder"), force=True):
+                table.add(**what, built=made.plan.name, seconds=made.seconds)
+            with runtime.load(root, "tensorrt", precision="fp16") as pipe:
+                for batch in table.batches:
+                    measure(table, pipe, batch, 1, {**what, "batch": batch, "steps": 1})
 
 
-def prepare(source: Path, target: Path) -> None:
-    """Copies a bundle with random weights; its large tensors become references to files that `fill` writes.
+def summary(out: Path) -> None:
+    """One table of all that was measured, a line for each engine, precision and batch size."""
+    from ddexport.validate.report import wide_table
 
-    Adds the decoder in the other form of its norms, as `decoder_groupnorm_fp16.onnx`.
-    """
-    import onnx
-
-    from ddexport.graph.flops import count_flops
-
-    target.mkdir(parents=True)
-    for name in ("bundle.json", "labels.json"):
-        (target / name).write_bytes((source / name).read_bytes())
-    write_group_norms(source / "decoder_groupnorm_fp16.onnx")
-    keys: dict[bytes, str] = {}  # a float16 tensor has the key of the float32 one that it was rounded from
-    tensors, flops = [], {}
-    for path in sorted(source.glob("*.onnx"), key=lambda p: "fp16" in p.name):
-        flops[path.name] = count_flops(path, batch=1)
-        model, end, data = onnx.load(path), 0, f"{path.name}.data"
-        for tensor in model.graph.initializer:
-            array = onnx.numpy_helper.to_array(tensor)
-            if array.size < LARGE or array.dtype.kind != "f" or not np.isfinite(array).all():
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    columns: dict[str, str] = {}
+    for path in sorted(out.glob("*.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            if "kernel" in row or not row.keys() & {"ms", "psnr", "error"}:
                 continue
-            key = keys.setdefault(digest(array), f"{path.stem}:{tensor.name}")
-            keys.setdefault(digest(array.astype(np.float16)), key)
-            mean, std = (float(f(array, dtype=np.float64)) for f in (np.mean, np.std))
-            tensors.append({"file": data, "offset": end, "dtype": array.dtype.str, "shape": array.shape,
-                            "key": key, "mean": mean, "std": std or 0.02})  # fmt: skip
-            tensor.ClearField("raw_data")
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-            del tensor.external_data[:]
-            for name, value in (("location", data), ("offset", end), ("length", array.nbytes)):
-                tensor.external_data.add(key=name, value=str(value))
-            end += -(-array.nbytes // PAGE) * PAGE
-        (target / path.name).write_bytes(model.SerializeToString())
-    (target / "weights.json").write_text(json.dumps({"flops": flops, "tensors": tensors}))
-
-
-def digest(array: Any) -> bytes:
-    return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).digest()
-
-
-def write_group_norms(path: Path) -> None:
-    """The fp16 decoder whose norms are InstanceNormalization between two Reshapes."""
-    from ddexport.families._vq_codec import Decoder
-    from ddexport.graph.spec import graph_specs
-    from ddexport.graph.to_onnx import default_opset, onnx_from_module
-    from ddexport.graph.wrappers import graph_part
-    from ddexport.recipe import load_recipe
-    from ddexport.sources import WeightRequest, load_parts
-
-    Decoder.norm_by_channel = lambda self: None  # type: ignore[method-assign]
-    recipe = load_recipe(REAL)
-    parts = load_parts(recipe, WeightRequest({}, random_seed=0, teacher=False))
-    spec = next(s for s in graph_specs(recipe, None, ()) if s.role == "decoder")
-    onnx_from_module(graph_part(parts["tokenizer"], "fp16"), spec, recipe, path, default_opset("fp16"), {})
-
-
-def fill(root: Path) -> None:
-    """Writes the weights of a prepared bundle, once, and their hashes into its manifest."""
-    from ddexport.runtime.bundle import sha256_of
-
-    if not (root / "weights.json").exists() or (root / "filled").exists():
-        return
-    key, drawn = "", np.zeros(0)
-    for tensor in sorted(json.loads((root / "weights.json").read_text())["tensors"], key=lambda t: t["key"]):
-        if key != tensor["key"]:
-            key = tensor["key"]
-            drawn = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(
-                tensor["shape"], np.float32
-            )
-            drawn = drawn * np.float32(tensor["std"]) + np.float32(tensor["mean"])
-        path = root / tensor["file"]
-        with path.open("r+b" if path.exists() else "wb") as stream:
-            stream.seek(tensor["offset"])
-            stream.write(drawn.astype(tensor["dtype"]).tobytes())
-    manifest = json.loads((root / "bundle.json").read_text())
-    for graph in manifest["graphs"]:
-        paths = [path for name in ("", ".data") if (path := root / f"{graph['file']}{name}").exists()]
-        graph["files"] = [{"file": p.name, "sha256": sha256_of(p), "bytes": p.stat().st_size} for p in paths]
-    (root / "bundle.json").write_text(json.dumps(manifest))
-    (root / "filled").touch()
+            name = " ".join(str(row[k]) for k in ("model", "engine", "what", "precision") if k in row)
+            line = lines.setdefault((name, str(row.get("batch", ""))), {})
+            title = str(row.get("role", f"steps {row['steps']}" if "steps" in row else "ms"))
+            text = f"{row['ms']:.4g} ms" if "ms" in row else row.get("error", "")[:40]
+            if "psnr" in row:
+                text = f"{row['images'] - row['left_out']}/{row['images']}, {row['psnr']:.0f} dB"
+                text += " FAIL" if row["faults"] else " ok"
+            line[title] = columns[title] = text + (f" ({row['share']:.0%})" if "share" in row else "")
+    rows = [
+        {"": name, "batch": batch} | {title: line.get(title, "") for title in columns}
+        for (name, batch), line in lines.items()
+    ]
+    say(f"all of it\n{wide_table(rows)}")
 
 
 def main(parts: str, bundles: Path, out: Path) -> None:
-    """Measures the named parts."""
+    """Measures the named parts, then prints the table of all that OUT has."""
     import torch  # noqa: F401  it brings cuDNN and cuBLAS, which ONNX Runtime then takes
+
+    from tests.gpu.prepared import fill
 
     say(machine())
     fill(bundles / REAL)
-    measures = {f.__name__: f for f in (peak, parity, onnxruntime, pipelines, pytorch)}
+    measures = {f.__name__: f for f in (peak, parity, onnxruntime, pipelines, pytorch, tensorrt)}
     for part in parts.split(","):
         table = Table(out, part)
         with table.attempt(part=part):
             measures[part](table, bundles)
+    summary(out)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "prepare":
+        from tests.gpu.prepared import prepare
+
         prepare(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

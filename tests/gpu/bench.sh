@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Parity and times on an NVIDIA GPU, in less than 8 minutes. Prints a line for every measurement; OUT gets them as JSON.
+# Parity and times on an NVIDIA GPU, in less than 8 minutes. Prints every measurement, and one table at the end; OUT gets them as JSON.
 #
 #   tests/gpu/bench.sh BUNDLES [OUT] [PARTS]     default: build/gpu-bench, and all parts
 #
@@ -12,12 +12,12 @@
 #   ddexport onnx var-d16 --precision fp32,fp16 --random-weights 0 -o build/var-d16
 #   python tests/gpu/bench.py prepare build/var-d16 BUNDLES/var-d16       # 4 MB in place of 2.4 GB
 #
-# PARTS: peak,parity,onnxruntime,pipelines,pytorch. Without a GPU everything runs on the CPU, with smaller batches.
+# PARTS: peak,parity,onnxruntime,pytorch,pipelines,tensorrt (TensorRT-RTX, if it loads). Without a GPU everything runs on the CPU, with smaller batches.
 # MODEL=llamagen-l measures that one in place of var-d16.
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/../.." && pwd)
 bundles=${1:?tests/gpu/bench.sh BUNDLES [OUT] [PARTS]} out=${2:-build/gpu-bench}
-parts=${3:-peak,parity,onnxruntime,pipelines,pytorch}
+parts=${3:-peak,parity,onnxruntime,pytorch,pipelines,tensorrt}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 # CUDA and cuDNN of PyTorch's packages, for ONNX Runtime.

@@ -216,3 +216,29 @@ def test_the_embedded_models_agree(embedded_bundle: Callable[[str], Path], model
                 scale = max(1.0, float(abs(want["logits"]).max())) if "logits" in want else 1.0
                 assert_close(mine.run(graph, given), want, CLOSE * scale)
     assert_drawn_alike(root, 1e-3)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_with_weights_are_its_own(biased: bool) -> None:
+    """With the identity behind it none is left to MLAS, and the outputs stay, infinite ones and NaN too."""
+    ops, rng = openvino.opset13, np.random.default_rng(0)
+    weight, bias = (rng.standard_normal(shape, np.float32) for shape in ((64, 32), (32,)))
+    given = rng.standard_normal((8, 64), np.float32)
+    given[0, 0], given[1, 0] = np.nan, np.inf
+    x = ops.parameter([8, 64], np.float32)
+    product = ops.matmul(x, weight, False, False)
+    model = openvino.Model([ops.add(product, bias) if biased else product], [x])
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERF_COUNT": True}
+
+    def run() -> tuple[Any, list[str]]:
+        request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+        result = request.infer([given])[0].copy()
+        kinds = [one.exec_type for one in request.get_profiling_info() if one.node_type == "FullyConnected"]
+        return result, kinds
+
+    wanted, _ = run()
+    module._avoid_mlas(model)
+    assert sum(node.get_type_name() == "PRelu" for node in model.get_ops()) == 1
+    got, kinds = run()
+    assert len(kinds) == 1 and "mlas" not in kinds[0]
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)

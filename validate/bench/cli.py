@@ -24,10 +24,11 @@ TEACHER = "teacher"
 EPILOG = """
 \b
 Examples:
-  ddexport bench digits-var --save
+  ddexport bench digits-var
+  ddexport bench digits-var --backend onnxruntime,openvino --save
   ddexport bench digits-var --backend openvino,torch-eager,naive --against naive
-  ddexport bench digits-var --steps 1,2,teacher --against torch-eager --against-steps teacher
-  ddexport bench digits-var --decoder full,small
+  ddexport bench digits-var --backend openvino --steps 1,teacher --against torch-eager --against-steps teacher
+  ddexport bench digits-var --decoder full,small --batch 1,8,32 --precision fp32
   ddexport bench digits-var digits-llamagen --batch 1,8 --plot bench.png --json
 """
 
@@ -42,13 +43,19 @@ def _backend(word: str) -> str:
     return known(word, backend_names())
 
 
+def _against(word: str) -> str:
+    from ddexport.validate.bench.plan import TORCH, backend_names
+
+    return known(word, [TORCH, *backend_names()])
+
+
 _precision = partial(known, names=("fp32", "fp16", "bf16", "int8"))
 
 
 @click.command("bench", cls=console.Command, epilog=EPILOG)
 @shared("bundle", name="bundles", metavar="[BUNDLE]...", nargs=-1)
 @option("--backend", "backends", callback=comma_list(_backend), metavar="NAME,...",
-        show_default="all inference engines",
+        show_default="all but naive",
         help="Inference engines, separated by commas; also torch-eager and torch-compile (the PyTorch"
         " model), and naive (sampling in the style of the published code). All are in memory at the same"
         " time.")  # fmt: skip
@@ -62,23 +69,25 @@ _precision = partial(known, names=("fp32", "fp16", "bf16", "int8"))
 @option("--precision", "precisions", callback=comma_list(_precision), metavar="NAME,...",
         show_default="all that an engine can run",
         help="Precisions to compute in, separated by commas: fp32, fp16, bf16, int8.")  # fmt: skip
-@option("--against", callback=comma_list(_backend, single=True), metavar="NAME",
-        help="Also show how many times faster each row is than this one of --backend.")  # fmt: skip
+@option("--against", callback=comma_list(_against, single=True), metavar="NAME",
+        show_default="torch, where one of its two is in the table",
+        help="What each row is compared with: one of --backend, or torch: the faster one of torch-eager and"
+        " torch-compile.")  # fmt: skip
 @option("--against-steps", callback=comma_list(_steps, single=True), metavar="N|teacher",
         show_default="those of each row", help="Number of steps for --against.")  # fmt: skip
-@option("--against-precision", callback=comma_list(_precision, single=True), default="fp32",
-        metavar="NAME", help="Precision for --against.")  # fmt: skip
+@option("--against-precision", callback=comma_list(_precision, single=True), metavar="NAME",
+        show_default="that of each row; fp32 for naive", help="Precision for --against.")  # fmt: skip
 @option("--threads", callback=comma_list(number), metavar="N,...", show_default="all cores",
         help="Numbers of CPU threads, separated by commas.")  # fmt: skip
 @option("--warmup", type=click.IntRange(0), metavar="N", default=1, help="Number of runs before timing.")
 @option("--duration", type=click.FloatRange(0), default=2.0, metavar="SECONDS",
-        help="Time for each row. A row is run at least five times, or once if a run takes"
-        " minutes.")  # fmt: skip
+        help="Time for each row, and again for its throughput. A row is run at least five times, or for"
+        " half a minute.")  # fmt: skip
 @shared("seed", help="Seed of the noise, the labels and the order of the runs.")
 @option("--decoder", "decoders", callback=comma_list(str), default=FULL, metavar="NAME,...",
         help="Decoders, separated by commas: full, small.")  # fmt: skip
 @shared("checkpoint", "vae", "teacher", "small-decoder", "weights")
-@option("--roofline/--no-roofline", default=True, help="Also measure the peak speed of this machine.")
+@option("--roofline/--no-roofline", default=True, help="Also measure the peak speed of the CPU or GPU.")
 @option("--save", is_flag=True,
         help="Store in the bundle which engine is the fastest on this CPU, for --backend auto.")  # fmt: skip
 @option("--plot", type=PATH, metavar="FILE.png", help="Write a plot of the times.")
@@ -106,8 +115,8 @@ def command(
     from ddexport.validate.bench.plan import Request
     from ddexport.validate.bench.table import remarks
 
-    if asked["against"] is None and asked["against_steps"] is not None:
-        raise click.UsageError("--against-steps needs --against.")
+    if asked["against"] is None and (asked["against_steps"] or asked["against_precision"]):
+        raise click.UsageError("--against-steps and --against-precision need --against.")
     if save and asked["decoders"] != (FULL,):
         raise click.UsageError("--save needs the full decoder: its times choose the engine for all.")
     if plot is not None and plot.suffix.lower() != ".png":
@@ -170,7 +179,10 @@ def _show(rows: Sequence[Row], peaks: Peaks, as_json: bool) -> None:
     from ddexport.validate.bench.table import tables
     from ddexport.validate.report import versions
 
-    gflops = {f"{precision}, threads {threads}": rate for (threads, precision), rate in sorted(peaks.items())}
+    gflops = {
+        f"{precision}, {f'threads {threads}' if device == 'cpu' else device}": rate
+        for (device, threads, precision), rate in sorted(peaks.items())
+    }
     if as_json:
         machine = {
             "cpu": _machine(),
@@ -185,7 +197,7 @@ def _show(rows: Sequence[Row], peaks: Peaks, as_json: bool) -> None:
         own = [row for row in rows if row["bundle"] == bundle]
         click.echo(f"\n{click.style(own[0]['model'], bold=True)}\n{tables(own)}")
         if against := " / ".join(dict.fromkeys(row["against"] for row in own if row["speedup"])):
-            click.echo(f"speed-up: against {against}, with its 95 % interval")
+            click.echo(f"speed-up: over {against}, with its 95 % interval")
 
 
 def _save(root: Path, rows: Sequence[Row]) -> str:

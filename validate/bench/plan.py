@@ -14,11 +14,17 @@ from ddexport.runtime import backends
 from ddexport.runtime.backends import CPU, Configuration
 from ddexport.runtime.bundle import ENCODER, FULL, TEACHER, Manifest
 from ddexport.runtime.errors import DDError
-from ddexport.runtime.machine import cpu
+from ddexport.runtime.machine import cpu, gpu_fault
 from ddexport.runtime.registry import plugins
 
 EAGER, COMPILED, NAIVE = "torch-eager", "torch-compile", "naive"
-IN_TORCH = {EAGER: ("fp32", "bf16"), COMPILED: ("fp32", "bf16"), NAIVE: ("fp32",)}
+IN_TORCH = (EAGER, COMPILED, NAIVE)
+# What PyTorch computes in; float16 on a CPU is emulated, and its int8 is torchao's, which has to be compiled.
+ON_CPU = {EAGER: ("fp32", "bf16"), COMPILED: ("fp32", "bf16", "int8"), NAIVE: ("fp32",)}
+ON_GPU = {EAGER: ("fp32", "fp16", "bf16"), COMPILED: ("fp32", "fp16", "bf16"), NAIVE: ()}
+BF16 = frozenset(["avx512_bf16", "amx_bf16", "bf16"])  # of a CPU that multiplies in it
+TORCH = "torch"  # of --against: the faster of `torch-eager` and `torch-compile` in the precision of a row
+RIVALS = {TORCH: (EAGER, COMPILED)}
 PACKAGES = ("torch", "safetensors", "yaml", "onnx")
 Steps = int | str  # of a schedule, or "teacher": all tokens from the auto-regressive model
 
@@ -36,7 +42,7 @@ class Request:
     threads: tuple[int, ...] = ()
     against: str | None = None
     against_steps: Steps | None = None
-    against_precision: str = "fp32"
+    against_precision: str | None = None
     warmup: int = 1
     duration: float = 2.0
     seed: int = 0
@@ -69,11 +75,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """entries: in the order of the table. baselines: of each entry, where there is one. skipped: what cannot
-    run here, each with the reason. missing: what has to be there before anything can be measured."""
+    """entries: in the order of the table. baselines: those of a row, of which the fastest counts. skipped:
+    what cannot run here, and why. missing: what has to be there before anything can be measured."""
 
     entries: tuple[Entry, ...]
-    baselines: Mapping[Entry, Entry]
+    baselines: Mapping[Entry, tuple[Entry, ...]]
     skipped: tuple[str, ...]
     missing: tuple[str, ...]
 
@@ -81,6 +87,11 @@ class Plan:
 def backend_names() -> list[str]:
     """Everything that `--backend` takes."""
     return [*plugins(backends.__name__), *IN_TORCH]
+
+
+def default_backends() -> list[str]:
+    """What is timed unless names are given: the engines, and both PyTorch ways that they are compared with."""
+    return [*plugins(backends.__name__), *RIVALS[TORCH]]
 
 
 def make_plan(root: Path, manifest: Manifest, request: Request, packages: tuple[str, ...] = PACKAGES) -> Plan:
@@ -91,11 +102,12 @@ def make_plan(root: Path, manifest: Manifest, request: Request, packages: tuple[
     skipped: dict[str, None] = {}
 
     def entry(
-        backend: str, precision: str, threads: int, batch: int, steps: Steps, decoder: str = FULL
+        backend: str, precision: str, threads: int, batch: int, steps: Steps, decoder: str, device: str | None
     ) -> Entry | None:
-        chosen = configuration_of(root, manifest, backend, precision, request.device)
+        chosen = configuration_of(root, manifest, backend, precision, device)
         unfit = _unfit(manifest, chosen, steps)
-        if backend in (*request.backends, request.against) and chosen.obstacle.startswith("missing: "):
+        named = (*request.backends, *RIVALS.get(request.against or "", (request.against,)))
+        if backend in named and chosen.obstacle.startswith("missing: "):
             missing[chosen.obstacle.removeprefix("missing: ")] = None
         elif chosen.obstacle:
             skipped[f"{backend} {precision}: {chosen.obstacle.removeprefix('missing: ')}"] = None
@@ -103,23 +115,35 @@ def make_plan(root: Path, manifest: Manifest, request: Request, packages: tuple[
             skipped[f"{backend} {precision}, steps {steps}: {unfit}"] = None
         return None if chosen.obstacle or unfit else Entry(chosen, threads, batch, steps, decoder)
 
+    def rivals(one: Entry) -> Iterator[Entry]:
+        """What a row is compared with: the same work, in its own precision unless another is named."""
+        own, device = one.configuration.precision, one.configuration.device
+        for backend in RIVALS.get(request.against or TORCH, (request.against or "",)):
+            able = _torch_precisions(backend, device)
+            precision = request.against_precision or (able[0] if len(able) == 1 else own)
+            if request.against is None and backend not in timed:
+                continue
+            if able and precision not in able and request.against_precision is None:
+                continue  # PyTorch has no such precision
+            steps = request.against_steps or one.steps
+            rival = entry(backend, precision, one.threads, one.batch, steps, one.decoder, device)
+            if rival is not None and (request.against or rival in entries):
+                yield rival
+
+    timed = request.backends or default_backends()
     usual = dict.fromkeys((*manifest.precisions, "fp32", "bf16", "int8"))
     asked = [
-        entry(backend, precision, threads, batch, steps, decoder)
+        entry(backend, precision, threads, batch, steps, decoder, request.device)
         for batch in sorted(request.batches)
         for steps in request.steps or ((1,) if manifest.schedules else (TEACHER,))
-        for backend in request.backends or plugins(backends.__name__)
+        for backend in timed
         for threads in request.threads or (cpu().cores,)
-        for precision in request.precisions or IN_TORCH.get(backend) or usual
+        for precision in request.precisions or _torch_precisions(backend, request.device) or usual
         for decoder in request.decoders
     ]
-    entries, baselines = dict.fromkeys(one for one in asked if one), {}
-    for one in list(entries) if request.against else ():
-        steps, precision = request.against_steps or one.steps, request.against_precision
-        baseline = entry(request.against or "", precision, one.threads, one.batch, steps)
-        if baseline is not None:
-            entries[baseline] = None
-            baselines[one] = baselines[baseline] = baseline
+    entries = dict.fromkeys(one for one in asked if one)
+    entries |= dict.fromkeys(rival for one in list(entries) for rival in rivals(one))
+    baselines = {one: own for one in entries if (own := tuple(rivals(one)))}
     by_teacher = any(manifest.schedule(one.steps).teacher for one in entries)
     missing |= dict.fromkeys(missing_files(manifest, request.files, by_teacher))
     ordered = sorted(entries, key=lambda one: one.batch)  # baselines stand behind the others
@@ -132,10 +156,11 @@ def configuration_of(
     """The one that `runtime.load` takes; where none can run, with what stands in the way."""
     if backend in IN_TORCH:
         graphs = precision if precision in manifest.precisions else manifest.precisions[0]
-        obstacle = _torch_obstacle(backend, precision, device)
+        place = device or ("cpu" if gpu_fault(0) else "cuda:0")
+        obstacle = _torch_obstacle(backend, precision, place)
         if backend == NAIVE and manifest.text:
             obstacle = "there is no naive sampler of texts"
-        return Configuration(backend, "cpu", precision, graphs, CPU, obstacle)
+        return Configuration(backend, place, precision, graphs, CPU, obstacle)
     options = backends.configurations(root, manifest, backend, precision, device)
     for option in options:
         if not option.obstacle:
@@ -147,11 +172,21 @@ def configuration_of(
     return Configuration(backend, device or "cpu", precision, precision, CPU, mark + obstacle)
 
 
-def _torch_obstacle(backend: str, precision: str, device: str | None) -> str:
-    if device not in (None, "cpu"):
-        return "PyTorch is timed on the CPU alone"
-    if precision not in IN_TORCH[backend]:
-        return f"{backend} computes in {' or '.join(IN_TORCH[backend])}"
+def _torch_precisions(backend: str, device: str | None) -> tuple[str, ...]:
+    """What a PyTorch way computes in on a device; () of an engine."""
+    return (ON_GPU if (device or "cpu").startswith("cuda") else ON_CPU).get(backend, ())
+
+
+def _torch_obstacle(backend: str, precision: str, device: str) -> str:
+    able, on_cpu = _torch_precisions(backend, device), device == "cpu"
+    if precision not in able:
+        return f"{backend} computes in {' or '.join(able)}" if able else f"{backend} runs on the CPU alone"
+    if not on_cpu:
+        return gpu_fault(Configuration(backend, device, precision, precision, CPU).gpu)
+    if precision == "bf16" and cpu().flags and not cpu().flags & BF16:
+        return "this CPU has no bf16 arithmetic: PyTorch would emulate it, more slowly than fp32"
+    if precision == "int8" and find_spec("torchao") is None:
+        return "missing: torchao, PyTorch's library of int8 models: pip install torchao"
     if backend == COMPILED and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
         return "missing: a C++ compiler for torch-compile: g++, clang++, or the one that CXX names"
     return ""

@@ -1,33 +1,45 @@
-"""The most that this CPU multiplies: the fastest square matrix product of ONNX Runtime and OpenVINO."""
+"""The most that this machine multiplies: on a CPU the fastest square matrix product of ONNX Runtime and
+OpenVINO, on a GPU PyTorch's."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-SIZE, SECONDS = 2048, 0.4
-ENGINES = ("onnxruntime", "openvino")
+from ddexport.validate.bench.clock import clock_of
+
+SIZE, GPU_SIZE, SECONDS = 2048, 8192, 0.4
+ENGINES = {"cpu": ("onnxruntime", "openvino"), "cuda": ("torch",)}
 
 
-def measure_rate(engine: str, precision: str, threads: int, size: int = SIZE) -> float:
+def measure_rate(engine: str, precision: str, threads: int, device: str = "cpu", size: int = 0) -> float:
     """GFLOP/s of an engine of `ENGINES`: the shortest of the products that fit into 0.4 s, after a first one.
 
     Raises ValueError where it does not multiply in that precision, and whatever the engine raises.
     """
-    product = {"onnxruntime": _onnxruntime, "openvino": _openvino}[engine](precision, size, threads)
+    size = size or (SIZE if device == "cpu" else GPU_SIZE)
+    of_engine = {"onnxruntime": _onnxruntime, "openvino": _openvino, "torch": _torch}[engine]
+    product, clock = of_engine(precision, size, threads, device), clock_of(device)
     product()
     spent: list[float] = []
     while sum(spent) < SECONDS:
-        start = time.perf_counter()
-        product()
-        spent.append(time.perf_counter() - start)
+        spent.append(clock.measure(product)[1])
     return 2 * size**3 / min(spent) / 1e9
 
 
-def _onnxruntime(precision: str, size: int, threads: int) -> Callable[[], Any]:
+def _torch(precision: str, size: int, threads: int, device: str) -> Callable[[], Any]:
+    import torch
+
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if precision not in dtypes:
+        raise ValueError(f"its product has no {precision}")
+    a, b = (torch.randn(size, size, device=device).to(dtypes[precision]) for _ in range(2))
+    return lambda: a @ b
+
+
+def _onnxruntime(precision: str, size: int, threads: int, _: str) -> Callable[[], Any]:
     import onnxruntime
 
     if precision not in ("fp32", "int8"):
@@ -39,7 +51,7 @@ def _onnxruntime(precision: str, size: int, threads: int) -> Callable[[], Any]:
     return lambda: session.run(None, {"x": x})
 
 
-def _openvino(precision: str, size: int, threads: int) -> Callable[[], Any]:
+def _openvino(precision: str, size: int, threads: int, _: str) -> Callable[[], Any]:
     import openvino
 
     core, hint = openvino.Core(), {"fp32": "f32", "int8": "f32", "bf16": "bf16", "fp16": "f16"}[precision]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 1000
-LONG = 60.0  # seconds; a teacher's image that takes longer is drawn once
+LONG = 30.0  # seconds, after which a row is not run again to have the least rounds
 PAUSE = 0.005  # seconds between two runs: thread pools spin for some milliseconds after their work
 MANY = 100  # rounds from which on a percentile tells more than the smallest and the largest time
 PERCENTILES = (90, 99)
@@ -40,9 +40,11 @@ def interleave(
         number += 1
 
 
-def wants_round(seconds: Sequence[float], least: int, duration: float) -> bool:
-    """Whether a row whose rounds took so long has not had its seconds."""
-    return len(seconds) < least or (sum(seconds) < duration and len(seconds) < MOST_ROUNDS)
+def wants_round(seconds: Sequence[float], duration: float) -> bool:
+    """Whether a row whose rounds took so long lacks its seconds, or five runs within half a minute."""
+    spent = sum(seconds)
+    few = len(seconds) < LEAST_ROUNDS and spent < LONG
+    return few or (spent < duration and len(seconds) < MOST_ROUNDS)
 
 
 def summary(seconds: Sequence[float]) -> dict[str, float]:

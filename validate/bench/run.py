@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -14,36 +14,37 @@ from typing import Any, TypeAlias
 from ddexport.graph.flops import CountError, count_flops
 from ddexport.runtime import console
 from ddexport.runtime.backends import CPU, Configuration
-from ddexport.runtime.bundle import TEACHER, Manifest, decoder_role
+from ddexport.runtime.bundle import FULL, TEACHER, Manifest, decoder_role
 from ddexport.runtime.errors import BundleError
 from ddexport.validate.bench.agreement import agreement
 from ddexport.validate.bench.plan import Entry, Plan, Request
 from ddexport.validate.bench.roofline import ENGINES
-from ddexport.validate.bench.rounds import LEAST_ROUNDS, LONG, interleave, speedup, summary, wants_round
+from ddexport.validate.bench.rounds import LONG, interleave, speedup, summary, wants_round
 from ddexport.validate.bench.session import Job, Run, inputs_of
 from ddexport.validate.bench.torch_engine import REFERENCE
 from ddexport.validate.bench.worker import Worker, WorkerError
 
 Row: TypeAlias = dict[str, Any]
-Peaks: TypeAlias = Mapping[tuple[int, str], float]  # GFLOP/s by threads and precision
+Peaks: TypeAlias = Mapping[tuple[str, int, str], float]  # GFLOP/s by device, threads and precision
 FIELDS = (
     "version", "rounds", "student_ms", "teacher_ms", "decoder_ms", "total_ms", "total_min_ms", "total_max_ms",
-    "total_p90_ms", "total_p99_ms", "images_per_s", "peak_mib", "gflop", "peak_gflops", "roofline",
+    "total_p90_ms", "total_p99_ms", "images_per_s", "peak_mib", "gpu_mib", "gflop", "peak_gflops", "roofline",
     "tokens_equal", "embedding_error", "image_psnr", "image_max", "passed", "faults", "notes", "against",
-    "speedup", "speedup_low", "speedup_high", "error",
+    "speedup", "speedup_low", "speedup_high", "small_over_full", "decoder_trained", "error",
 )  # fmt: skip
 
 
 @dataclass
 class Timing:
-    """An entry while it is timed. runs: by the number of the round. error: why it takes part no longer."""
+    """An entry while it is timed. runs: by the number of the round. images_per_s: of runs behind each other.
+    error: why it takes part no longer."""
 
     entry: Entry
     worker: Worker
     version: str
     error: str
-    least: int = LEAST_ROUNDS
     runs: dict[int, Run] = field(default_factory=dict)
+    images_per_s: float | None = None
     parity: Row = field(default_factory=dict)
 
     @property
@@ -51,10 +52,10 @@ class Timing:
         """Of a batch, by the number of the round."""
         return {number: run.total for number, run in self.runs.items()}
 
-    def call(self, method: str) -> Any:
+    def call(self, method: str, *more: Any) -> Any:
         """What the worker returns; None, and the reason in `error`, where it fails or has failed."""
         try:
-            return None if self.error else self.worker.call(method, *self.entry.work)
+            return None if self.error else self.worker.call(method, *self.entry.work, *more)
         except WorkerError as error:
             self.error = str(error)
             return None
@@ -62,15 +63,20 @@ class Timing:
     def prepare(self, warmup: int) -> None:
         """The first run, which opens and compiles, and those that warm up; none is counted."""
         first: Run | None = self.call("run")
-        if first is not None and first.teacher > LONG:
-            self.least, warmup = 1, 0
-        for _ in range(warmup):
+        for _ in range(warmup if first is not None and first.total < LONG else 0):
             self.call("run")
 
     def run(self, number: int) -> None:
         """One timed run."""
         if (done := self.call("run")) is not None:
             self.runs[number] = done
+
+    def flow(self, duration: float) -> None:
+        """Runs behind each other, for `images_per_s`; a run of half a minute is one of itself."""
+        if (longest := max(self.seconds.values(), default=0.0)) > LONG:
+            self.images_per_s = self.entry.batch / longest
+        else:
+            self.images_per_s = self.call("throughput", duration)
 
     def compare(self, manifest: Manifest, reference: Worker, seed: int) -> None:
         """The outputs of the last run with the reference's."""
@@ -101,13 +107,17 @@ class Timing:
             parts = {name: [getattr(run, name) for run in runs] for name in ("student", "teacher", "decoder")}
             row |= {f"{name}_ms": median(spent) * 1e3 or None for name, spent in parts.items()}
             row |= summary([run.total for run in runs])
-            row["images_per_s"] = entry.batch * 1e3 / row["total_ms"]
-            row["peak_mib"] = max((run.peak_mib for run in runs if run.peak_mib is not None), default=None)
+            row["images_per_s"] = self.images_per_s
+            for name in ("peak_mib", "gpu_mib"):
+                row[name] = max((mib for run in runs if (mib := getattr(run, name))), default=None)
+        if entry.decoder != FULL:
+            row["decoder_trained"] = manifest.weights.kind != "random"
         with suppress(CountError):  # a graph of another exporter
             row["gflop"] = gflop_of(root, manifest, entry)
-        peak = peaks.get((entry.threads, chosen.precision)) if chosen.device == "cpu" else None
+        peak = peaks.get((chosen.device, entry.threads, chosen.precision))
         if peak and row["gflop"] and runs:
-            row |= {"peak_gflops": peak, "roofline": row["gflop"] * row["images_per_s"] / peak}
+            rate = row["gflop"] * entry.batch * 1e3 / row["total_ms"]
+            row |= {"peak_gflops": peak, "roofline": rate / peak}
         return row
 
 
@@ -135,31 +145,38 @@ def run_bench(root: Path, manifest: Manifest, plan: Plan, request: Request, peak
                 for timing in group:
                     timing.prepare(request.warmup)
                 interleave(group, lambda one: _wants(one, request.duration), Timing.run, request.seed)
+                for timing in group:
+                    timing.flow(request.duration)
             with console.stage(f"comparing {manifest.name}, batch {batch}, with PyTorch"):
                 for timing in group:
                     timing.compare(manifest, reference, request.seed)
             timings |= {timing.entry: timing for timing in group}
     rows = {entry: timing.row(root, manifest, peaks) for entry, timing in timings.items()}
-    for entry, baseline in plan.baselines.items():
-        name = f"{baseline.configuration.backend} {baseline.configuration.precision}"
-        rows[entry]["against"] = f"{name}, steps {baseline.steps}"
-        if not (rows[entry]["error"] or rows[baseline]["error"]):
+    for entry, rivals in plan.baselines.items():
+        running = [rival for rival in rivals if not rows[rival]["error"]]
+        if running and not rows[entry]["error"]:
+            baseline = min(running, key=lambda rival: float(rows[rival]["total_ms"]))
+            name = f"{baseline.configuration.backend} {baseline.configuration.precision}"
+            rows[entry]["against"] = f"{name}, steps {baseline.steps}"
             rows[entry] |= speedup(timings[baseline].seconds, timings[entry].seconds, request.seed)
+    for entry, row in rows.items():
+        full = rows.get(replace(entry, decoder=FULL), row)["total_ms"]
+        if entry.decoder != FULL and full and row["total_ms"]:
+            row["small_over_full"] = full / row["total_ms"]
     return [rows[entry] for entry in plan.entries]
 
 
 def measure_peaks(entries: Iterable[Entry]) -> Peaks:
-    """What this CPU multiplies at: the best of the installed engines, each in a process of its own."""
-    on_cpu = [entry for entry in entries if entry.configuration.device == "cpu"]
-    wanted = sorted({(entry.threads, entry.configuration.precision) for entry in on_cpu})
-    peaks: dict[tuple[int, str], float] = {}
-    for threads in dict.fromkeys(threads for threads, _ in wanted):
-        for engine in filter(find_spec, ENGINES):
+    """What the machine multiplies at: the best of the installed engines, each in a process of its own."""
+    wanted = {(one.configuration.device, one.threads, one.configuration.precision) for one in entries}
+    peaks: dict[tuple[str, int, str], float] = {}
+    for device, threads in sorted({key[:2] for key in wanted}):
+        for engine in filter(find_spec, ENGINES[device.partition(":")[0]]):
             with Worker(threads) as worker:
-                for precision in (name for count, name in wanted if count == threads):
+                for key in sorted(key for key in wanted if key[:2] == (device, threads)):
                     with suppress(WorkerError):  # it has no such product
-                        rate = worker.call("rate", engine, precision, threads)
-                        peaks[threads, precision] = max(rate, peaks.get((threads, precision), 0.0))
+                        rate = worker.call("rate", engine, key[2], threads, device)
+                        peaks[key] = max(rate, peaks.get(key, 0.0))
     return peaks
 
 
@@ -197,4 +214,4 @@ def _open(job: Job, stack: ExitStack) -> tuple[Worker, str, str]:
 
 
 def _wants(timing: Timing, duration: float) -> bool:
-    return not timing.error and wants_round([*timing.seconds.values()], timing.least, duration)
+    return not timing.error and wants_round([*timing.seconds.values()], duration)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +22,11 @@ from ddexport.runtime.result import Result
 from ddexport.runtime.sampler import Step
 from ddexport.runtime.schedule import Schedule
 from ddexport.runtime.teacher import generate
+from ddexport.validate.bench.clock import clock_of
 from ddexport.validate.bench.plan import IN_TORCH, Steps
 from ddexport.validate.bench.torch_engine import REFERENCE, TorchEngine, TorchPipeline
 from ddexport.validate.conditions import conditions_of, spread
 from ddexport.validate.metrics._base import FloatArray, IntArray, StepOutput
-
-PROCESS = Path("/proc/self")
-RESET_PEAK = "5"  # makes Linux set VmHWM back to the present size: man 5 proc, clear_refs
 
 
 class Job(NamedTuple):
@@ -65,7 +61,7 @@ class Outputs(NamedTuple):
 class Run(NamedTuple):
     """Seconds of all student steps, all AR steps, the decoder, and of everything from labels to 8-bit images.
 
-    peak_mib: the most memory in use during it; None where the system does not tell.
+    peak_mib, gpu_mib: the most memory in use; None where the system does not tell, or there is no GPU.
     """
 
     student: float
@@ -73,6 +69,7 @@ class Run(NamedTuple):
     decoder: float
     total: float
     peak_mib: float | None = None
+    gpu_mib: float | None = None
 
 
 def inputs_of(manifest: Manifest, batch: int, seed: int) -> Inputs:
@@ -91,6 +88,7 @@ class Session:
         self.manifest, self.seed = read_manifest(job.bundle, verify=False), job.seed
         self.results: dict[tuple[int, Steps, str], Result] = {}
         chosen, names = job.configuration, ["torch"]
+        self.clock = clock_of(chosen.device)
         if chosen.backend in (*IN_TORCH, REFERENCE):
             engine = TorchEngine(job.bundle, self.manifest, chosen, job.threads, job.files, job.weights)
             self.pipe: Pipeline = TorchPipeline(engine)
@@ -102,15 +100,25 @@ class Session:
 
     def run(self, batch: int, steps: Steps, decoder: str = FULL) -> Run:
         """Draws once, as a user does."""
-        inputs, schedule = inputs_of(self.manifest, batch, self.seed), self.manifest.schedule(steps)
-        options: dict[str, Any] = {"noise": inputs.noise, "output": "numpy", "batch_size": batch}
-        options["decoder"] = decoder
-        options |= {"uniforms": inputs.uniforms} if schedule.teacher else {}
-        reset_peak()
-        began = time.perf_counter()
-        result = self.results[batch, steps, decoder] = self.pipe(inputs.given, steps, **options)
-        total, seconds = time.perf_counter() - began, result.seconds
-        return Run(seconds["student"], seconds.get(TEACHER, 0.0), seconds["decoder"], total, peak_mib())
+        draw = partial(self._draw, inputs_of(self.manifest, batch, self.seed), steps, decoder)
+        result, total, memory = self.clock.measure(draw)
+        self.results[batch, steps, decoder], seconds = result, result.seconds
+        return Run(seconds["student"], seconds.get(TEACHER, 0.0), seconds["decoder"], total, *memory)
+
+    def throughput(self, batch: int, steps: Steps, decoder: str, duration: float) -> float:
+        """Images a second from the start of the first run to the end of the last, one behind the other, for
+        `duration` seconds at least."""
+        inputs, count = inputs_of(self.manifest, batch, self.seed), 0
+        began, spent = time.perf_counter(), 0.0
+        while not count or spent < duration:
+            self._draw(inputs, steps, decoder)
+            count, spent = count + batch, time.perf_counter() - began
+        return count / spent
+
+    def _draw(self, inputs: Inputs, steps: Steps, decoder: str) -> Result:
+        options: dict[str, Any] = {"noise": inputs.noise, "output": "numpy", "batch_size": len(inputs.noise)}
+        options |= {"uniforms": inputs.uniforms} if self.manifest.schedule(steps).teacher else {}
+        return self.pipe(inputs.given, steps, decoder=decoder, **options)
 
     def outputs(self, batch: int, steps: Steps, decoder: str = FULL) -> Outputs:
         """What the last run gave. Logits, which users do not ask for, are computed once more."""
@@ -128,11 +136,11 @@ class Session:
         image = self.pipe.backend.run(graph, {"sequence": done[-1].sequence})["image"]
         return Outputs(done, self._again(batch, steps, done), to_uint8(image))
 
-    def rate(self, engine: str, precision: str, threads: int) -> float:
+    def rate(self, engine: str, precision: str, threads: int, device: str) -> float:
         """GFLOP/s of a matrix product."""
         from ddexport.validate.bench.roofline import measure_rate
 
-        return measure_rate(engine, precision, threads)
+        return measure_rate(engine, precision, threads, device)
 
     def _again(self, batch: int, steps: Steps, done: Sequence[Step]) -> list[StepOutput]:
         """Every step on its input again; a teacher's on the tokens that it drew."""
@@ -170,21 +178,6 @@ class Session:
             how = {"new_cache": engine.new_cache}
             generate(run, teacher, span, prefix, condition, teacher.cfg, forced, **how)
         return np.concatenate(parts, axis=1)
-
-
-def reset_peak(process: Path = PROCESS) -> None:
-    """Starts counting memory anew, where the system can."""
-    with suppress(OSError):
-        (process / "clear_refs").write_text(RESET_PEAK)
-
-
-def peak_mib(process: Path = PROCESS) -> float | None:
-    """The most MiB of memory in use since the reset; None where the system does not tell."""
-    try:
-        line = re.search(r"^VmHWM:\s*(\d+) kB$", (process / "status").read_text(), re.M)
-    except OSError:
-        return None
-    return int(line[1]) / 1024 if line else None
 
 
 SESSION = Session()

@@ -15,6 +15,7 @@ TIMES = {
     "student ms": "student_ms", "teacher ms": "teacher_ms", "decoder ms": "decoder_ms",
     "total ms": "total_ms", "min": "total_min_ms", "max": "total_max_ms", "p90": "total_p90_ms",
     "p99": "total_p99_ms", "images/s": "images_per_s", "GFLOP": "gflop", "MiB": "peak_mib",
+    "GPU MiB": "gpu_mib",
 }  # fmt: skip
 
 
@@ -31,14 +32,15 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """Times, then parity: a line a row. A column that no row fills is left out."""
+    """Ratios and times, then parity: a line a row. A column that no row fills is left out."""
     times, parity = [], []
     for row in rows:
         name = {"": name_of(row), "threads": str(row["threads"])}
         figures = {title: _number(row[key]) for title, key in TIMES.items()}
         share = "" if row["roofline"] is None else f"{row['roofline']:.0%}"
-        end = {"of peak": share, "speed-up": ratio(row), "rounds": str(row["rounds"])}
-        times.append(name | figures | end | {"verdict": verdict(row)})
+        ratios = {"speed-up": ratio(row), "small over full": small_over_full(row)}
+        end = {"of peak": share, "rounds": str(row["rounds"]), "verdict": verdict(row)}
+        times.append(name | ratios | figures | end)
         error, psnr = row["embedding_error"], row["image_psnr"]
         measured = {
             "tokens equal": "" if row["tokens_equal"] is None else f"{row['tokens_equal']:.2%}",
@@ -66,6 +68,15 @@ def ratio(row: dict[str, Any]) -> str:
     if row["speedup_low"] is None:
         return f"{row['speedup']:.2f}x"
     return f"{row['speedup']:.2f}x [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+
+
+def small_over_full(row: dict[str, Any]) -> str:
+    """How many times faster a row is than the same with the full decoder, and whether its images mean
+    anything; empty for the full one."""
+    if row["small_over_full"] is None:
+        return ""
+    untrained = "" if row["decoder_trained"] else ", untrained at this size"
+    return f"{row['small_over_full']:.2f}x{untrained}"
 
 
 def times_to_save(rows: Sequence[dict[str, Any]], precision: str) -> dict[str, float]:

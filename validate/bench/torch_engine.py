@@ -39,18 +39,13 @@ class TorchEngine(Backend):
         files: Mapping[str, Path | None], weights: str | None,
     ) -> None:  # fmt: skip
         """The threads are those of the whole process. Raises DDError where the modules cannot be loaded."""
-        from ddexport.precision.cast import in_precision
-
         super().__init__(root, manifest, configuration, threads)
         self._reference = partial(build_reference, manifest, files, weights, threads, encoder=False)
         parts: TorchReference = self._reference()
         self._kind, self._recipe = configuration.backend, parts.recipe
         self._student, self._tokenizer, self._module = parts._student, parts._tokenizer, parts.module
-        part = "student" if self._student else TEACHER
-        keep = manifest.graph(part, configuration.graphs).keep_fp32
-        self._cast = partial(in_precision, precision=configuration.precision, keep_fp32=keep)
-        if self._student and self._kind not in (REFERENCE, NAIVE):
-            self._student.tabulate()
+        self._precision, self._device = configuration.precision, configuration.device
+        self._forms: dict[str, Any] = {}
 
     @classmethod
     def configurations(cls, *_: Any) -> list[Configuration]:
@@ -59,31 +54,53 @@ class TorchEngine(Backend):
 
     def _open(self, graph: Graph, closing: ExitStack) -> Any:
         """A module; the teacher's is loaded only here, else it would count as memory of every row."""
+        import torch
+
         from ddexport.graph.spec import GraphSpec
         from ddexport.graph.wrappers import graph_module
+        from ddexport.validate.bench.torch_int8 import Int8
 
         if graph.role == TEACHER:
-            return self._cast(self._reference(teacher=True).teacher)
-        module = self._module(graph.role)
-        module = module if graph.role in PREFIXES.values() else self._cast(module)
+            return self._in_precision(self._reference(teacher=True).teacher, graph).to(self._device)
+        if graph.role not in self._forms:
+            self._forms[graph.role] = self._form(graph)
         spec = GraphSpec(graph.role, "", *self.manifest.tensors(graph), 0.0, graph.split)
-        module = graph_module(spec, module, self._tokenizer)
+        module = graph_module(spec, self._forms[graph.role], self._tokenizer)
         module = self._naive(module) if self._kind == NAIVE and graph.role == "student" else module
-        if self._kind == COMPILED:
-            import torch
+        if self._kind != COMPILED:
+            return module
+        if self._precision == "int8":
+            return Int8(module)
+        return torch.compile(module, dynamic=False)
 
-            return torch.compile(module, dynamic=False)
-        return module
+    def _form(self, graph: Graph) -> Any:
+        """The module of a role: of `torch-eager` and `torch-compile` in the form that the bundle's graph was
+        traced from, but with the group norms that PyTorch has a kernel for."""
+        from ddexport.graph.wrappers import graph_part
+
+        module = self._module(graph.role)
+        if self._kind in (REFERENCE, NAIVE):
+            return module
+        if graph.role not in PREFIXES.values():
+            module = self._in_precision(graph_part(module, "fp32", group_norm="instance"), graph)
+        return module.to(self._device)
+
+    def _in_precision(self, module: Any, graph: Graph) -> Any:
+        from ddexport.precision.cast import in_precision
+
+        precision = "fp32" if self._precision == "int8" else self._precision
+        return in_precision(module, precision, graph.keep_fp32)
 
     def _run(self, session: Any, feeds: Arrays, names: Sequence[str]) -> Arrays:
         """Every output is computed, whichever are wanted."""
         import torch
 
         with torch.inference_mode():
-            outputs = session(*(torch.from_numpy(np.array(array)) for array in feeds.values()))
+            given = (torch.from_numpy(np.array(array)).to(self._device) for array in feeds.values())
+            outputs = session(*given)
         tensors = outputs if isinstance(outputs, tuple) else (outputs,)
         outputs = dict(zip(_outputs(feeds), tensors, strict=True))
-        return {name: outputs[name].numpy() for name in names}
+        return {name: outputs[name].cpu().numpy() for name in names}
 
     def generate(self, condition: Arrays, prefix: IntArray, span: Span, pick: Pick, cfg: float) -> IntArray:
         """The tokens (B, end) of a span behind a prefix, as the published samplers draw them. condition:
@@ -93,15 +110,16 @@ class TorchEngine(Backend):
         from ddexport.distill.trainers import trainer
 
         def choose(logits: Any, positions: slice) -> Any:
-            return torch.from_numpy(pick(logits.float().numpy(), positions))
+            return torch.from_numpy(pick(logits.float().cpu().numpy(), positions)).to(self._device)
 
         teacher = self.open(self.manifest.graph(TEACHER, self.configuration.graphs))
-        first = torch.from_numpy(prefix) if span.start else None
-        given = tuple(torch.from_numpy(array) for array in condition.values())
+        first = torch.from_numpy(prefix).to(self._device) if span.start else None
+        given = tuple(torch.from_numpy(array).to(self._device) for array in condition.values())
         with torch.inference_mode():
             draw = trainer(teacher.family).generate
-            tokens = draw(teacher, self._tokenizer, given, choose, cfg, first, span.end)
-        return np.asarray(tokens.numpy(), dtype=np.int64)
+            tokenizer = self._tokenizer.to(self._device)
+            tokens = draw(teacher, tokenizer, given, choose, cfg, first, span.end)
+        return np.asarray(tokens.cpu().numpy(), dtype=np.int64)
 
     def _naive(self, student: Any) -> Callable[..., Any]:
         """latents [B, L, Cv], label [B], known [B] of equal numbers -> sequence, tokens [B, S], logits."""

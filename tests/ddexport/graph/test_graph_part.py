@@ -58,15 +58,19 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VarStudent, "attend_in_groups", lambda self: whole(self, SMALL_GROUPS))
 
 
-@pytest.mark.parametrize("role", ["student", "tokenizer"])
+@pytest.mark.parametrize(
+    ("role", "norms"), [("student", ""), ("tokenizer", "reduce"), ("tokenizer", "instance")]
+)
 @pytest.mark.usefixtures("small_groups")
-def test_the_rewritten_part_computes_the_same(model: Any, role: str) -> None:
+def test_the_rewritten_part_computes_the_same(model: Any, role: str, norms: str) -> None:
     """Sequences, logits and pixels stay, to 1e-5; and what was loaded stays as it is, for it is what graphs
     are compared with."""
     recipe, parts = model
     before = {name: value.clone() for name, value in parts[role].state_dict().items()}
     kinds = [type(module) for module in parts[role].modules()]
-    wanted, got = outputs(parts, recipe), outputs({**parts, role: graph_part(parts[role], "fp32")}, recipe)
+    form = graph_part(parts[role], "fp32", group_norm=norms)
+    wanted, got = outputs(parts, recipe), outputs({**parts, role: form}, recipe)
+    assert any(isinstance(module, ChannelNorm) for module in form.modules()) == (norms == "reduce")
     for name, value in wanted.items():
         assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
     assert kinds == [type(module) for module in parts[role].modules()]

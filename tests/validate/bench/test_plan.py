@@ -46,7 +46,9 @@ def test_what_cannot_run_is_listed(planned):
         {"backends": ("naive",), "precisions": ("bf16",)},
         {"backends": ("onnxruntime",), "steps": (7,)},
         {"backends": ("naive",), "steps": ("teacher",)},
+        {"backends": ("torch-eager",), "precisions": ("fp16",)},
         {"backends": ("torch-eager",), "device": "cuda"},
+        {"backends": ("naive",), "device": "cuda"},
         {"backends": ("onnxruntime",), "device": "cuda"},
     ):
         plan = planned(**changes)
@@ -57,7 +59,7 @@ def test_what_cannot_run_is_listed(planned):
 def test_by_default_every_backend_of_the_runtime_in_what_it_can(planned, manifest):
     plan = planned(precisions=())
     named = {name for name, *_ in names(plan)} | {text.split()[0] for text in plan.skipped}
-    assert {"onnxruntime", "openvino", "tensorrt"} <= named
+    assert {"onnxruntime", "openvino", "tensorrt", "torch-eager", "torch-compile"} <= named
     tried = {one.configuration for one in plan.entries if one.configuration.backend == "onnxruntime"}
     assert {one.precision for one in tried} == {"fp32", "fp16", "int8"}
     alone = structs.replace(manifest, teacher=None, schedules={1: manifest.schedules[1]})
@@ -69,16 +71,61 @@ def test_by_default_every_backend_of_the_runtime_in_what_it_can(planned, manifes
 
 
 def test_a_baseline_is_timed_though_it_was_not_named(planned):
-    """Of the same batch and threads, in float32, in the steps that were asked for."""
-    plan = planned(backends=("onnxruntime",), threads=(1, 2), against="torch-eager", against_steps="teacher")
-    for entry, baseline in plan.baselines.items():
+    """Of the same batch, threads and decoder, in the steps that were asked for."""
+    plan = planned(
+        backends=("onnxruntime",), threads=(1, 2), decoders=("full", "small"), against="torch-eager",
+        against_steps="teacher",
+    )  # fmt: skip
+    for entry, (baseline,) in plan.baselines.items():
         assert (baseline.configuration.backend, baseline.steps) == ("torch-eager", "teacher")
-        assert (baseline.threads, baseline.configuration.precision) == (entry.threads, "fp32")
-    assert len(plan.entries) == len(plan.baselines) == 4  # those of the baseline are their own
+        assert (baseline.threads, baseline.decoder) == (entry.threads, entry.decoder)
+    assert len(plan.entries) == len(plan.baselines) == 8  # those of the baseline are their own
     own = planned(backends=("onnxruntime",), steps=(1, 2), against="onnxruntime")
-    assert all(baseline == entry for entry, baseline in own.baselines.items()) and len(own.entries) == 2
+    assert all(baseline == (entry,) for entry, baseline in own.baselines.items()) and len(own.entries) == 2
     lost = planned(backends=("onnxruntime",), against="naive", against_steps="teacher")
     assert len(lost.entries) == 1 and not lost.baselines and "naive" in lost.skipped[0]
+
+
+def compared(plan):
+    """The names of what each row is compared with."""
+    name = lambda one: f"{one.configuration.backend} {one.configuration.precision}"  # noqa: E731
+    return {name(one): [name(rival) for rival in rivals] for one, rivals in plan.baselines.items()}
+
+
+def test_pytorch_of_the_same_precision_is_the_baseline(planned, monkeypatch):
+    """The faster of its two ways, where they are in the table or asked for; never another precision."""
+    monkeypatch.setattr(module.shutil, "which", lambda name: "/usr/bin/g++")
+    monkeypatch.setattr(module, "find_spec", lambda name: object())
+    precisions = ("fp32", "int8")
+    rivals = {"fp32": ["torch-eager fp32", "torch-compile fp32"], "int8": ["torch-compile int8"]}
+    for changes in ({"backends": ("onnxruntime",), "against": "torch"}, {}):
+        for name, against in compared(planned(precisions=precisions, **changes)).items():
+            assert against == rivals[name.split()[1]], name
+    assert not planned(backends=("onnxruntime",)).baselines
+    named = planned(backends=("onnxruntime",), precisions=precisions, against="torch-eager")
+    assert compared(named) == {
+        f"{name} fp32": ["torch-eager fp32"] for name in ("onnxruntime", "torch-eager")
+    }
+    naive = compared(planned(backends=("onnxruntime",), precisions=("int8",), against="naive"))
+    assert naive["onnxruntime int8"] == ["naive fp32"]  # which has no other
+    teacher = planned(backends=("onnxruntime",), precisions=("int8",), against="torch-eager",
+                      against_precision="fp32", against_steps="teacher")  # fmt: skip
+    assert compared(teacher)["onnxruntime int8"] == ["torch-eager fp32"]
+
+
+def test_what_pytorch_cannot_do_on_this_machine(planned, monkeypatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "torchao" else object())
+    monkeypatch.setattr(module.shutil, "which", lambda name: "/usr/bin/g++")
+    plan = planned(backends=("torch-compile",), precisions=("int8",))
+    assert not plan.entries and "torchao" in plan.missing[0]
+    for flags, count in ((["avx512f"], 0), (["avx512f", "avx512_bf16"], 1), ([], 1)):
+        here = module.cpu()._replace(flags=frozenset(flags))
+        monkeypatch.setattr(module, "cpu", lambda here=here: here)
+        plan = planned(backends=("torch-eager",), precisions=("bf16",))
+        assert len(plan.entries) == count and len(plan.skipped) == 1 - count
+    monkeypatch.setattr(module, "gpu_fault", lambda index: "")
+    plan = planned(backends=("torch-eager", "torch-compile"), precisions=("fp16",), device="cuda:0")
+    assert {one.configuration.device for one in plan.entries} == {"cuda:0"} and len(plan.entries) == 2
 
 
 def test_all_that_is_missing_is_found_at_once(planned, manifest, monkeypatch, tmp_path):
@@ -113,7 +160,7 @@ def run(seconds, duration):
         spent[name].append(seconds[name])
         rounds.setdefault(number, []).append(name)
 
-    interleave([*seconds], lambda name: wants_round(spent[name], 5, duration), once, seed=0, pause=0.0)
+    interleave([*seconds], lambda name: wants_round(spent[name], duration), once, seed=0, pause=0.0)
     return rounds
 
 
@@ -125,11 +172,11 @@ def test_every_round_has_each_once_in_another_order():
 
 
 def test_the_duration_is_each_rows_own():
-    for seconds, rounds in ((0.1, 20), (1.0, 5), (100.0, 5), (0.0, MOST_ROUNDS)):
+    for seconds, rounds in ((0.1, 20), (1.0, 5), (12.0, 3), (100.0, 1), (0.0, MOST_ROUNDS)):
         counted = run({"slow": 3.0, "one": seconds}, 2.0)
         assert sum("one" in names for names in counted.values()) == pytest.approx(rounds, abs=1)
         assert sum("slow" in names for names in counted.values()) == 5
-        assert all("one" in counted[number] for number in range(5))  # the rounds that both have
+        assert all("one" in counted[number] for number in range(min(rounds, 5)))  # the rounds that both have
 
 
 def test_percentiles_only_where_there_are_a_hundred_rounds():

@@ -10,9 +10,11 @@ import pytest
 
 from ddexport.graph.flops import count_flops
 from ddexport.validate.bench import run as module
+from ddexport.validate.bench import session as session_module
 from ddexport.validate.bench.plan import Request, make_plan
 from ddexport.validate.bench.run import gflop_of, run_bench
-from ddexport.validate.bench.session import Run
+from ddexport.validate.bench.session import Job, Run, Session
+from ddexport.validate.bench.table import tables
 from ddexport.validate.bench.worker import WorkerError
 
 
@@ -63,18 +65,21 @@ def test_the_arithmetic_of_a_row(rows_of, monkeypatch, in_process, bundle, manif
         def call(self, method, *arguments):
             reply = super().call(method, *arguments)
             if method != "run":
-                return reply
+                return 250.0 if method == "throughput" else reply
             student, decoder, peak = next(milliseconds[self.backend])
             return Run(student / 1e3, 0.0, decoder / 1e3, (student + decoder + 1) / 1e3, peak)
 
     monkeypatch.setattr(module, "Worker", Clocked)
     fast, slow = rows_of(
-        {(1, "fp32"): 100.0}, backends=("onnxruntime", "torch-eager"), batches=(4,), against="torch-eager"
+        {("cpu", 1, "fp32"): 100.0},
+        backends=("onnxruntime", "torch-eager"),
+        batches=(4,),
+        against="torch-eager",
     )
     names = ("student_ms", "decoder_ms", "total_ms", "total_min_ms", "total_max_ms")
     assert [fast[name] for name in names] == pytest.approx([3.0, 6.0, 10.0, 8.0, 12.0])
     assert fast["teacher_ms"] is None and fast["total_p99_ms"] is None and fast["rounds"] == 5
-    assert fast["images_per_s"] == pytest.approx(4 / 0.010) and fast["peak_mib"] == 305
+    assert fast["images_per_s"] == 250.0 and fast["peak_mib"] == 305
     assert slow["total_ms"] == pytest.approx(20.0) and fast["speedup"] == pytest.approx(2.0)
     assert 20 / 12 <= fast["speedup_low"] <= 2.0 <= fast["speedup_high"] <= 20 / 8 + 1e-9
     assert [slow[f"speedup{end}"] for end in ("", "_low", "_high")] == [1.0] * 3
@@ -120,3 +125,33 @@ def test_a_reference_that_fails(rows_of, failing):
     failing("reference", "open")
     with pytest.raises(WorkerError):
         rows_of(backends=("onnxruntime",))
+
+
+def test_the_small_decoder_beside_the_full_one(rows_of, manifest, monkeypatch):
+    """The same engine, batch and steps; and against PyTorch with the small decoder too."""
+    wanted = {"backends": ("onnxruntime",), "decoders": ("full", "small"), "against": "torch-eager"}
+    rows = rows_of(**wanted)
+    times = {(row["backend"], row["decoder"]): row["total_ms"] for row in rows}
+    assert len(times) == len(rows) == 4
+    for row in rows:
+        rival = times["torch-eager", row["decoder"]]
+        assert row["speedup"] == pytest.approx(rival / row["total_ms"]) and row["passed"]
+        ratio = times[row["backend"], "full"] / row["total_ms"]
+        small = row["decoder"] == "small"
+        assert row["small_over_full"] == (pytest.approx(ratio) if small else None)
+        assert row["decoder_trained"] is (True if small else None)
+    assert "untrained" not in tables(rows) and "small over full" in tables(rows)
+    assert "2.00x, untrained at this size" in tables(
+        [{**row, "small_over_full": 2.0, "decoder_trained": False} for row in rows]
+    )
+
+
+def test_throughput_counts_from_the_first_start_to_the_last_end(bundle, manifest, entry_of, monkeypatch):
+    """Also what lies between two runs."""
+    session, now = Session(), itertools.count(step=0.5)
+    session.open(Job(bundle, entry_of().configuration, 1))
+    drawn = []
+    monkeypatch.setattr(session_module.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(session, "_draw", lambda inputs, *_: drawn.append(len(inputs.noise)))
+    assert session.throughput(3, 1, "full", 2.0) == pytest.approx(sum(drawn) / 2.0) and len(drawn) == 4
+    assert session.throughput(3, 1, "full", 0.0) == pytest.approx(3 / 0.5)

@@ -14,8 +14,11 @@ from onnx import TensorProto, helper, numpy_helper
 from ddexport.families._checkpoint import connect, random_part
 from ddexport.graph.flops import CountError, count_flops
 from ddexport.recipe import load_recipe
+from ddexport.runtime.backends import CPU, Configuration
 from ddexport.runtime.errors import DDError
+from ddexport.runtime.noise import gaussian_noise
 from ddexport.validate.bench.naive import naive_step
+from ddexport.validate.bench.torch_engine import TorchEngine
 
 FLOAT = TensorProto.FLOAT
 
@@ -124,3 +127,24 @@ def test_it_agrees_with_the_modules(name, known=5):
         student.tabulate()
     with pytest.raises(DDError):
         naive_step(structs.replace(recipe, family="other"), student)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["student", "decoder"])
+def test_pytorch_in_int8_draws_nearly_the_same(bundle, manifest, role):
+    """torchao's quantization, compiled: another result than in float32, and close to it."""
+    pytest.importorskip("torchao")
+    drawn = {}
+    for precision in ("fp32", "int8"):
+        chosen = Configuration("torch-compile", "cpu", precision, "fp32", CPU)
+        engine = TorchEngine(bundle, manifest, chosen, 1, {}, None)
+        latents = gaussian_noise(0, range(2), manifest.sequence.length, manifest.sequence.width)
+        known = np.zeros(2, np.int64)
+        feeds = {"latents": latents, "label": np.array([3, 7]), "known": known}
+        graph = manifest.graph(role, "fp32")
+        if role == "student":
+            drawn[precision] = engine.run(graph, feeds, ("sequence", "logits"))["logits"]
+        else:
+            drawn[precision] = engine.run(graph, {"sequence": latents}, ("image",))["image"]
+    error, scale = np.square(drawn["int8"] - drawn["fp32"]).mean(), np.square(drawn["fp32"]).mean()
+    assert 1e-8 < error / scale < 1e-2
