@@ -90,7 +90,7 @@ def backend_names() -> list[str]:
 
 
 def default_backends() -> list[str]:
-    """What is timed unless names are given: the engines, and both PyTorch ways that they are compared with."""
+    """Timed unless names are given: the engines, and both PyTorch ways that they are compared with."""
     return [*plugins(backends.__name__), *RIVALS[TORCH]]
 
 

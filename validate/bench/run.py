@@ -26,6 +26,7 @@ from ddexport.validate.bench.worker import Worker, WorkerError
 
 Row: TypeAlias = dict[str, Any]
 Peaks: TypeAlias = Mapping[tuple[str, int, str], float]  # GFLOP/s by device, threads and precision
+SERIES = 4  # of a row's throughput, between those of the others
 FIELDS = (
     "version", "rounds", "student_ms", "teacher_ms", "decoder_ms", "total_ms", "total_min_ms", "total_max_ms",
     "total_p90_ms", "total_p99_ms", "images_per_s", "peak_mib", "gpu_mib", "gflop", "peak_gflops", "roofline",
@@ -36,15 +37,15 @@ FIELDS = (
 
 @dataclass
 class Timing:
-    """An entry while it is timed. runs: by the number of the round. images_per_s: of runs behind each other.
-    error: why it takes part no longer."""
+    """An entry while it is timed. runs: by the number of the round. series: of runs behind each other, their
+    images and seconds. error: why it takes part no longer."""
 
     entry: Entry
     worker: Worker
     version: str
     error: str
     runs: dict[int, Run] = field(default_factory=dict)
-    images_per_s: float | None = None
+    series: list[tuple[int, float]] = field(default_factory=list)
     parity: Row = field(default_factory=dict)
 
     @property
@@ -71,12 +72,21 @@ class Timing:
         if (done := self.call("run")) is not None:
             self.runs[number] = done
 
-    def flow(self, duration: float) -> None:
-        """Runs behind each other, for `images_per_s`; a run of half a minute is one of itself."""
-        if (longest := max(self.seconds.values(), default=0.0)) > LONG:
-            self.images_per_s = self.entry.batch / longest
-        else:
-            self.images_per_s = self.call("throughput", duration)
+    def wants_series(self) -> bool:
+        """A run of half a minute is a series of its own."""
+        spent = max(self.seconds.values(), default=LONG) + sum(spent for _, spent in self.series)
+        return not self.error and len(self.series) < SERIES and spent < LONG
+
+    def run_series(self, duration: float) -> None:
+        """Runs behind each other."""
+        if (done := self.call("throughput", duration)) is not None:
+            self.series.append(done)
+
+    def images_per_s(self) -> float:
+        """Of all series; of all runs where none was short enough."""
+        count, spent = map(sum, zip(*self.series, strict=True)) if self.series else (0, 0.0)
+        runs = self.seconds.values()
+        return count / spent if count else self.entry.batch * len(runs) / sum(runs)
 
     def compare(self, manifest: Manifest, reference: Worker, seed: int) -> None:
         """The outputs of the last run with the reference's."""
@@ -107,7 +117,7 @@ class Timing:
             parts = {name: [getattr(run, name) for run in runs] for name in ("student", "teacher", "decoder")}
             row |= {f"{name}_ms": median(spent) * 1e3 or None for name, spent in parts.items()}
             row |= summary([run.total for run in runs])
-            row["images_per_s"] = self.images_per_s
+            row["images_per_s"] = self.images_per_s()
             for name in ("peak_mib", "gpu_mib"):
                 row[name] = max((mib for run in runs if (mib := getattr(run, name))), default=None)
         if entry.decoder != FULL:
@@ -127,6 +137,7 @@ def run_bench(root: Path, manifest: Manifest, plan: Plan, request: Request, peak
     What goes wrong in a worker is told in its rows. Raises DDError where the reference cannot be opened.
     """
     timings: dict[Entry, Timing] = {}
+    seconds = request.duration / SERIES
 
     def job(configuration: Configuration, threads: int) -> Job:
         return Job(root, configuration, threads, request.seed, request.files, request.weights)
@@ -145,8 +156,7 @@ def run_bench(root: Path, manifest: Manifest, plan: Plan, request: Request, peak
                 for timing in group:
                     timing.prepare(request.warmup)
                 interleave(group, lambda one: _wants(one, request.duration), Timing.run, request.seed)
-                for timing in group:
-                    timing.flow(request.duration)
+                interleave(group, Timing.wants_series, lambda one, _: one.run_series(seconds), request.seed)
             with console.stage(f"comparing {manifest.name}, batch {batch}, with PyTorch"):
                 for timing in group:
                     timing.compare(manifest, reference, request.seed)

@@ -105,15 +105,15 @@ class Session:
         self.results[batch, steps, decoder], seconds = result, result.seconds
         return Run(seconds["student"], seconds.get(TEACHER, 0.0), seconds["decoder"], total, *memory)
 
-    def throughput(self, batch: int, steps: Steps, decoder: str, duration: float) -> float:
-        """Images a second from the start of the first run to the end of the last, one behind the other, for
-        `duration` seconds at least."""
+    def throughput(self, batch: int, steps: Steps, decoder: str, duration: float) -> tuple[int, float]:
+        """How many images, and the seconds from the start of the first run to the end of the last, one behind
+        the other, for `duration` at least."""
         inputs, count = inputs_of(self.manifest, batch, self.seed), 0
         began, spent = time.perf_counter(), 0.0
         while not count or spent < duration:
             self._draw(inputs, steps, decoder)
             count, spent = count + batch, time.perf_counter() - began
-        return count / spent
+        return count, spent
 
     def _draw(self, inputs: Inputs, steps: Steps, decoder: str) -> Result:
         options: dict[str, Any] = {"noise": inputs.noise, "output": "numpy", "batch_size": len(inputs.noise)}
