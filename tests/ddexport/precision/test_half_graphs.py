@@ -78,10 +78,11 @@ def test_the_islands_are_float32(half_bundle: Path, precision: str) -> None:
 @halves
 def test_the_products_are_half(half_bundle: Path, precision: str) -> None:
     """All of the blocks', and all convolutions but the quantizer's and the last."""
-    model = read_manifest(half_bundle).recipe["model"]
-    student = graph_of(half_bundle, "student", precision)
+    recipe = read_manifest(half_bundle).recipe
+    model, student = recipe["model"], graph_of(half_bundle, "student", precision)
     half = [n for n in student if n.op_type == "MatMul" and n.outputs[0].dtype == TYPES[precision]]
-    assert len(half) == 6 * model["depth"]  # qkv, scores, values, projection, two of the MLP
+    products = 6 + (recipe["family"] == "llamagen_dd")  # qkv, scores, values, projection, the MLP's
+    assert len(half) == products * model["depth"]
     decoder = graph_of(half_bundle, "decoder", precision)
     full = [n for n in decoder if n.op_type == "Conv" and n.outputs[0].dtype == TYPES["fp32"]]
     assert len(full) == 1 + len(model.get("scales", ()))  # conv_out, and a phi for each scale
