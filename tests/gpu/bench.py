@@ -307,20 +307,23 @@ def tensorrt(table: Table, bundles: Path) -> None:
                     measure(table, pipe, batch, 1, {**what, "batch": batch, "steps": 1})
 
 
+PARTS = {f.__name__: f for f in (peak, parity, onnxruntime, pytorch, pipelines, tensorrt)}
+
+
 def summary(out: Path) -> None:
     """One table of all that was measured, a line for each engine, precision and batch size."""
     from ddexport.validate.report import wide_table
 
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     columns: dict[str, str] = {}
-    for path in sorted(out.glob("*.json")):
+    for path in filter(Path.exists, (out / f"{part}.json" for part in PARTS)):
         for row in json.loads(path.read_text())["rows"]:
             if "kernel" in row or not row.keys() & {"ms", "psnr", "error"}:
                 continue
             name = " ".join(str(row[k]) for k in ("model", "engine", "what", "precision") if k in row)
             line = lines.setdefault((name, str(row.get("batch", ""))), {})
             title = str(row.get("role", f"steps {row['steps']}" if "steps" in row else "ms"))
-            text = f"{row['ms']:.4g} ms" if "ms" in row else row.get("error", "")[:40]
+            text = f"{row['ms']:.4g} ms" if "ms" in row else row.get("error", "").partition(":")[0]
             if "psnr" in row:
                 text = f"{row['images'] - row['left_out']}/{row['images']}, {row['psnr']:.0f} dB"
                 text += " FAIL" if row["faults"] else " ok"
@@ -340,11 +343,10 @@ def main(parts: str, bundles: Path, out: Path) -> None:
 
     say(machine())
     fill(bundles / REAL)
-    measures = {f.__name__: f for f in (peak, parity, onnxruntime, pipelines, pytorch, tensorrt)}
     for part in parts.split(","):
         table = Table(out, part)
         with table.attempt(part=part):
-            measures[part](table, bundles)
+            PARTS[part](table, bundles)
     summary(out)
 
 
