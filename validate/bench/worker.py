@@ -87,12 +87,12 @@ def _call(method: str, *arguments: Any) -> Any:
 
 @contextmanager
 def _environment(threads: int) -> Iterator[None]:
-    """What a process that is spawned inherits."""
-    before = dict(os.environ)
-    os.environ.update(dict.fromkeys(POOLS, str(threads)))
+    """What a process that is spawned inherits. Warnings of libraries are not about the bundle."""
+    before, wanted = dict(os.environ), {**dict.fromkeys(POOLS, str(threads)), "PYTHONWARNINGS": "ignore"}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        for name in POOLS:
+        for name in wanted:
             os.environ.pop(name)
-        os.environ.update({name: before[name] for name in POOLS if name in before})
+        os.environ.update({name: before[name] for name in wanted if name in before})
