@@ -43,7 +43,7 @@ class Worker:
         try:
             return self._pool.submit(_call, method, *arguments).result()
         except BrokenProcessPool as error:
-            self.process.join(10)
+            self._pool.shutdown()  # its thread waits for the process: of two that wait, one gets no exit code
             code = self.process.exitcode or 0
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             memory = ", probably because memory is short" if how == "SIGKILL" else ""
