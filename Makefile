@@ -12,10 +12,10 @@ BUNDLES := $(MODELS:%=build/%/bundle.json)
 PRECISE := $(MODELS:%=build/precisions/%/bundle.json)
 # OpenVINO computes bf16 only where the CPU does; elsewhere every rounding of a bf16 engine is emulated.
 BF16    := $(if $(shell grep -Ewm1 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),openvino,onnxruntime)
-ENGINES := fp32:onnxruntime fp16:onnxruntime bf16:$(BF16) int8:onnxruntime int8:openvino
-TEXT    := fp32:onnxruntime fp16:onnxruntime int8:onnxruntime
-# Chromium, with ONNX Runtime in WebAssembly.
-BROWSER := digits-var fp32:browser
+# Every model in float32 and int8, every precision and engine; `make test-all` has the other pairs.
+PARITY  := digits-var:fp32:onnxruntime digits-var:fp16:onnxruntime digits-var:int8:openvino digits-var:fp32:browser \
+           digits-llamagen:fp32:onnxruntime digits-llamagen:bf16:$(BF16) digits-llamagen:int8:onnxruntime \
+           digits-t2i:fp32:onnxruntime digits-t2i:int8:onnxruntime
 # Runs a command and prints its last line, or all that it printed if it fails.
 LAST    := sh -c 'out=$$("$$@" 2>&1) && echo "$$out" | tail -n 1 || { echo "$$out" >&2; exit 1; }' run
 # Small models run fastest on one thread per process; real ones choose for themselves.
@@ -37,7 +37,7 @@ help:
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make format    apply ruff's formatting and fixes"
 	@echo "make bundles   export the embedded models in every precision, for the tests and for parity"
-	@echo "make parity    compare the embedded models' bundles with PyTorch, in every precision and engine"
+	@echo "make parity    compare the embedded models' bundles with PyTorch, every precision and engine once"
 	@echo "make quality   compare the FID of an int8 bundle and of a small decoder with PyTorch's, 2,000 images in one and in two steps"
 	@echo "make serving   load a server of digits-var, and draw 100,000 images with it (a quarter of an hour)"
 	@echo "make distill   train the embedded models again, from the digits to the student (over an hour)"
@@ -89,10 +89,9 @@ format: $(VENV)/.dev
 
 # Two at once.
 parity: $(VENV)/.dev $(PRECISE)
-	{ for model in $(CLASSES); do for engine in $(ENGINES); do echo $$model $$engine; done; done; \
-	    for engine in $(TEXT); do echo digits-t2i $$engine; done; echo $(BROWSER); } | \
-	    xargs -P 2 -L 1 sh -c 'out=$$($(BIN)/python -m validate parity build/precisions/$$0 --precision $${1%:*} --backend $${1#*:} 2>&1) \
-	    && echo "$$0 $$1: $$(echo "$$out" | tail -n 1)" || { echo "$$0 $$1"; echo "$$out"; exit 1; }'
+	printf '%s\n' $(subst :, ,$(PARITY)) | xargs -P 2 -n 3 sh -c \
+	    'out=$$($(BIN)/python -m validate parity build/precisions/$$0 --precision $$1 --backend $$2 2>&1) \
+	    && echo "$$0 $$1 $$2: $$(echo "$$out" | tail -n 1)" || { echo "$$0 $$1 $$2"; echo "$$out"; exit 1; }'
 
 # The precision that loses most, and a decoder that is distilled.
 quality: $(VENV)/.dev $(PRECISE)

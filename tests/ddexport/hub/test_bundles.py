@@ -19,7 +19,7 @@ from ddexport.hub.errors import HubError
 from ddexport.runtime.bundle import FILE_NAME, read_manifest, sha256_of
 from ddexport.runtime.errors import BundleError
 from tests.ddexport.test_cli import failure, invoke
-from tests.fake_hub import FakeHub
+from tests.fake_hub import HUB, FakeHub, Files
 
 NAME = "someone/digits"
 
@@ -29,12 +29,23 @@ def bundle(embedded_bundle: Callable[[str], Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(embedded_bundle("digits-var"), tmp_path / "digits"))
 
 
+@pytest.fixture(scope="module")
+def pushed(embedded_bundle: Callable[[str], Path]) -> dict[str, Files]:
+    """The repository that `ddexport push` makes, by revision."""
+    HUB.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", HUB.token)
+        assert invoke("push", embedded_bundle("digits-var"), NAME).exit_code == 0
+    return HUB.repositories[NAME]
+
+
 @pytest.fixture
-def published(hub: FakeHub, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
+def published(
+    pushed: dict[str, Files], hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> FakeHub:
     monkeypatch.setenv("HF_TOKEN", hub.token)
     monkeypatch.chdir(tmp_path)  # where `sample` writes out.png
-    assert invoke("push", bundle, NAME).exit_code == 0
-    hub.asked.clear()
+    hub.repositories[NAME] = dict(pushed)
     return hub
 
 
