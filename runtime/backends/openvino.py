@@ -24,7 +24,7 @@ if os.environ.get("OPENVINO_TELEMETRY") != "1":
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 DTYPES = {"f32": "float32", "i64": "int64"}
-LARGE = 32 * 2**20  # bytes of a graph: real models' are larger, small ones run in batches several times as fast
+LARGE = 32 * 2**20  # bytes of a graph. Real models' are larger; small ones are faster in batches.
 
 
 class Arithmetic(NamedTuple):

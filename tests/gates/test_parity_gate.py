@@ -53,9 +53,7 @@ GRAPH_FAULTS = {
 @pytest.mark.parametrize(
     ("model", "precision"),
     [
-        pytest.param(
-            model, precision, marks=() if (model, precision) in IN_CI else pytest.mark.slow
-        )
+        pytest.param(model, precision, marks=() if (model, precision) in IN_CI else pytest.mark.slow)
         for model in MODELS
         for precision in PRECISIONS
     ],
