@@ -170,7 +170,7 @@ def run_bench(root: Path, manifest: Manifest, plan: Plan, request: Request, peak
             rows[entry]["against"] = f"{name}, steps {baseline.steps}"
             rows[entry] |= speedup(timings[baseline].seconds, timings[entry].seconds, request.seed)
     for entry, row in rows.items():
-        full = rows.get(replace(entry, decoder=FULL), row)["total_ms"]
+        full = rows.get(replace(entry, decoder=FULL), {}).get("total_ms")
         if entry.decoder != FULL and full and row["total_ms"]:
             row["small_over_full"] = full / row["total_ms"]
     return [rows[entry] for entry in plan.entries]

@@ -73,10 +73,10 @@ def ratio(row: dict[str, Any]) -> str:
 def small_over_full(row: dict[str, Any]) -> str:
     """How many times faster a row is than the same with the full decoder, and whether its images mean
     anything; empty for the full one."""
-    if row["small_over_full"] is None:
-        return ""
-    untrained = "" if row["decoder_trained"] else ", untrained at this size"
-    return f"{row['small_over_full']:.2f}x{untrained}"
+    words = [] if row["small_over_full"] is None else [f"{row['small_over_full']:.2f}x"]
+    if row["decoder_trained"] is False:
+        words.append("untrained at this size")
+    return ", ".join(words)
 
 
 def times_to_save(rows: Sequence[dict[str, Any]], precision: str) -> dict[str, float]:

@@ -146,6 +146,11 @@ def test_the_small_decoder_beside_the_full_one(rows_of, manifest, monkeypatch):
     )
 
 
+def test_the_small_decoder_alone_is_over_nothing(rows_of):
+    (row,) = rows_of(backends=("onnxruntime",), decoders=("small",))
+    assert row["total_ms"] and row["small_over_full"] is None and row["decoder_trained"] is True
+
+
 def test_throughput_counts_from_the_first_start_to_the_last_end(bundle, manifest, entry_of, monkeypatch):
     """Also what lies between two runs."""
     session, now = Session(), itertools.count(step=0.5)
