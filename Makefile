@@ -12,10 +12,10 @@ BUNDLES := $(MODELS:%=build/%/bundle.json)
 PRECISE := $(MODELS:%=build/precisions/%/bundle.json)
 # OpenVINO computes bf16 only where the CPU does; elsewhere every rounding of a bf16 engine is emulated.
 BF16    := $(if $(shell grep -Ewm1 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),openvino,onnxruntime)
-# Every model in float32 and int8, every precision and engine; `make test-all` has the other pairs.
+# Every model in float32 and int8, every precision and engine; `make test-all` has the pairs that are left out.
 PARITY  := digits-var:fp32:onnxruntime digits-var:fp16:onnxruntime digits-var:int8:openvino digits-var:fp32:browser \
            digits-llamagen:fp32:onnxruntime digits-llamagen:bf16:$(BF16) digits-llamagen:int8:onnxruntime \
-           digits-t2i:fp32:onnxruntime digits-t2i:int8:onnxruntime
+           digits-llamagen:int8:openvino digits-t2i:fp32:onnxruntime digits-t2i:fp16:onnxruntime digits-t2i:int8:onnxruntime
 # Runs a command and prints its last line, or all that it printed if it fails.
 LAST    := sh -c 'out=$$("$$@" 2>&1) && echo "$$out" | tail -n 1 || { echo "$$out" >&2; exit 1; }' run
 # Small models run fastest on one thread per process; real ones choose for themselves.
